@@ -1,0 +1,20 @@
+"""Block-diffusion language models in JAX: conversion training and decoding (SDAR, arXiv 2510.06303)."""
+
+from sdar_jax.config import ModelConfig
+from sdar_jax.decoding import Completion, DecodingConfig, generate
+from sdar_jax.evaluation import nelbo
+from sdar_jax.model import logits
+from sdar_jax.objectives import block_diffusion_loss
+from sdar_jax.pretrained import load_pretrained, save_pretrained
+
+__all__ = [
+    "Completion",
+    "DecodingConfig",
+    "ModelConfig",
+    "block_diffusion_loss",
+    "generate",
+    "load_pretrained",
+    "logits",
+    "nelbo",
+    "save_pretrained",
+]

@@ -1,0 +1,296 @@
+"""`ModelConfig`: the shape of a Qwen3-like decoder, and what it was trained to predict.
+
+Field names are the field's; `from_hf` and `to_hf` translate to and from Hugging Face's config.json.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from sdar_jax.errors import CheckpointError, ConfigError, is_int, is_number
+from sdar_jax.visibility import check_block_size
+
+Objective = Literal["autoregressive", "masked_diffusion", "block_diffusion"]
+BlockOrigin = Literal["sequence", "response"]
+Architecture = Literal["qwen3", "qwen2", "llama"]
+RopeType = Literal["default", "linear", "llama3", "yarn"]
+
+# What Hugging Face calls each RoPE parameter is what we call it, so one list serves reading and writing.
+_ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor"),
+}
+_ROPE_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: base `theta`, and how its frequencies are scaled, with Hugging Face's parameter names."""
+
+    theta: float = 1_000_000.0
+    rope_type: RopeType = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self):
+        if self.rope_type not in _ROPE_FIELDS:
+            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use one of {list(_ROPE_FIELDS)}")
+        if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
+            raise ConfigError("rope_type 'llama3' needs original_max_position_embeddings; add it to rope_scaling")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise ConfigError(f"rope {name} is {getattr(self, name)!r}; give a positive number")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            factors = f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+            raise ConfigError(f"rope {factors}; give a lower one")
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "RopeConfig":
+        """Reads `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
+        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        theta = scaling.get("rope_theta", config.get("rope_theta")) or 10_000.0
+        names = _ROPE_FIELDS.get(rope_type, ())
+        unread = set(scaling) - set(names) - {"rope_type", "type", "rope_theta"}
+        if rope_type in _ROPE_FIELDS and any(scaling[name] is not None for name in unread):
+            raise ConfigError(
+                f"rope_scaling of type {rope_type!r} has unsupported fields {sorted(unread)}; remove them"
+            )
+        given = {name: scaling[name] for name in names if scaling.get(name) is not None}
+        lacking = [name for name in _ROPE_REQUIRED.get(rope_type, ()) if name not in given]
+        if lacking:
+            raise ConfigError(f"rope_scaling of type {rope_type!r} lacks {', '.join(lacking)}; add what the model had")
+        return cls(theta=theta, rope_type=rope_type, **given)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The two classic keys, which every transformers version reads."""
+        if self.rope_type == "default":
+            return {"rope_theta": self.theta, "rope_scaling": None}
+        values = {name: getattr(self, name) for name in _ROPE_FIELDS[self.rope_type]}
+        given = {name: value for name, value in values.items() if value is not None}
+        return {"rope_theta": self.theta, "rope_scaling": {"rope_type": self.rope_type, **given}}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and purpose of a model; hashable, saved with it and read back.
+
+    Besides the shape: `objective` is what the weights were trained for; `block_size` and `mask_token_id` belong to
+    diffusion; `block_origin` says from where blocks are counted when decoding: the first token of the "sequence"
+    (SDAR) or of the "response" (LLaDA, D2F). `stop_token_ids` end a generation: generation_config.json's list.
+
+    Raises:
+        ConfigError: a field out of its range, or fields that contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    architecture: Architecture = "qwen3"
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    objective: Objective = "autoregressive"
+    block_size: int | None = None
+    mask_token_id: int | None = None
+    block_origin: BlockOrigin = "sequence"
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in _SIZES:
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            heads = f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            raise ConfigError(f"{heads}; change either")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
+        if not is_number(self.rms_norm_eps) or self.rms_norm_eps <= 0:
+            raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; give a positive number")
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        mask = self.mask_token_id
+        if mask is not None and not (is_int(mask) and 0 <= mask < self.vocab_size):
+            raise ConfigError(f"mask_token_id is {mask!r}; give an id of the vocabulary, 0 to {self.vocab_size - 1}")
+        if not isinstance(self.stop_token_ids, tuple) or not all(map(is_int, self.stop_token_ids)):
+            raise ConfigError(f"stop_token_ids is {self.stop_token_ids!r}; give a tuple of token ids")
+        for name, kind in (("objective", Objective), ("block_origin", BlockOrigin), ("architecture", Architecture)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; use one of {get_args(kind)}")
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """A released shape by name, such as "sdar-8b" or "qwen3-1.7b"."""
+        if name not in PRESETS:
+            raise ConfigError(f"preset {name!r} is unknown; use one of {sorted(PRESETS)}")
+        return PRESETS[name]
+
+    @classmethod
+    def from_hf(cls, source: "dict[str, Any] | str | Path") -> "ModelConfig":
+        """From a config.json: its dict, its path, or the directory that holds it.
+
+        Raises:
+            CheckpointError: no such file, or not JSON. ConfigError: an architecture or option that is not supported.
+        """
+        config = source if isinstance(source, dict) else _read_config(Path(source))
+        model_type = config.get("model_type")
+        if model_type == "sdar":
+            defaults = {"objective": "block_diffusion"}
+            architecture = config.get("base_model_type", "qwen3")
+        else:
+            defaults = {"objective": "autoregressive"}
+            architecture = model_type
+        if architecture not in get_args(Architecture):
+            raise ConfigError(f"model_type {model_type!r} is not supported; supported: sdar, qwen3, qwen2, llama")
+        _refuse_unsupported(config)
+        return cls(**_shape(config, architecture), **{k: config.get(k, v) for k, v in {**_PURPOSE, **defaults}.items()})
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json: a qwen3, qwen2 or llama one for an AR model, `model_type` sdar once converted."""
+        converted = self.objective != "autoregressive"
+        config = {
+            "architectures": ["SDARForCausalLM" if converted else _HF_CLASS[self.architecture]],
+            "model_type": "sdar" if converted else self.architecture,
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            **{theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()},
+            **self.rope.to_hf(),
+        }
+        if self.architecture != "qwen2":
+            config["attention_bias"] = self.qkv_bias
+        if self.architecture == "llama":
+            config["mlp_bias"] = self.mlp_bias
+        if converted and self.architecture != "qwen3":
+            config["base_model_type"] = self.architecture
+        purpose = {name: getattr(self, name) for name in _PURPOSE}
+        changed = {name: value for name, value in purpose.items() if value != _PURPOSE[name]}
+        return {**config, **changed}
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_PURPOSE = {"objective": "autoregressive", "block_size": None, "mask_token_id": None, "block_origin": "sequence"}
+_HF_CLASS = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+_HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_position_embeddings": "max_position_embeddings",
+    "initializer_range": "initializer_range",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+}
+_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; give a Hugging Face model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not JSON ({error}); restore the file") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: not a JSON object; restore the file")
+    return config
+
+
+def _refuse_unsupported(config: dict[str, Any]) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"hidden_act {config['hidden_act']!r} is not supported; only 'silu' is")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise ConfigError("use_sliding_window is true; only full attention is supported")
+    missing = [name for name in _HF_REQUIRED if name not in config]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
+    for name in _HF_REQUIRED:
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ConfigError(f"{name} is {config[name]!r}; give a positive integer")
+
+
+def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
+    """Shape fields, with the defaults that transformers gives each architecture."""
+    heads = config["num_attention_heads"]
+    bias = config.get("attention_bias", False)
+    eos = config.get("eos_token_id")
+    return {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope": RopeConfig.from_hf(config),
+        "qk_norm": architecture == "qwen3",
+        "qkv_bias": architecture == "qwen2" or bias,
+        "output_bias": architecture != "qwen2" and bias,
+        "mlp_bias": architecture == "llama" and config.get("mlp_bias", False),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "max_position_embeddings": config.get("max_position_embeddings", 32768),
+        "initializer_range": config.get("initializer_range", 0.02),
+        "architecture": architecture,
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_id": eos[0] if isinstance(eos, list) else eos,
+        "stop_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+    }
+
+
+def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool) -> ModelConfig:
+    special = {"bos_token_id": 151643, "eos_token_id": 151643, "stop_token_ids": (151645, 151643)}
+    return ModelConfig(151936, hidden, ffn, layers, heads, kv_heads, 128, tie_embeddings=tied, **special)
+
+
+def _sdar(base: ModelConfig) -> ModelConfig:
+    purpose = {"objective": "block_diffusion", "block_size": 4, "mask_token_id": 151669}
+    return dataclasses.replace(base, tie_embeddings=False, **purpose)
+
+
+PRESETS = {
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 8, 3072, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 28, 16, 8, 6144, tied=True),
+    "qwen3-4b": _qwen3(2560, 36, 32, 8, 9728, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 8, 12288, tied=False),
+}
+PRESETS |= {f"sdar-{size}": _sdar(PRESETS[f"qwen3-{size}"]) for size in ("1.7b", "4b", "8b")}

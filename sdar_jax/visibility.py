@@ -1,0 +1,158 @@
+"""What a query may see: two half-open key ranges a row, for every paradigm.
+
+`Ranges` is the only thing the attention room is told. Training AR, MDLM or block diffusion, prefilling and decoding
+differ in these integers and in nothing else. No function here builds an array with both a query and a key axis.
+
+    causal          block-causal, S = 2      hybrid, L = 4, S = 2, rows and columns [noisy | clean]
+    1 0 0 0         1 1 0 0                  1 1 0 0 | 0 0 0 0
+    1 1 0 0         1 1 0 0                  1 1 0 0 | 0 0 0 0
+    1 1 1 0         1 1 1 1                  0 0 1 1 | 1 1 0 0
+    1 1 1 1         1 1 1 1                  0 0 1 1 | 1 1 0 0
+                                             0 0 0 0 | 1 1 0 0
+                                             0 0 0 0 | 1 1 0 0
+                                             0 0 0 0 | 1 1 1 1
+                                             0 0 0 0 | 1 1 1 1
+
+Segments are the documents of a packed row: `segment_ids` [B, L] holds positive ids, equal and contiguous within a
+document, and 0 for padding. A change of id starts a document, its positions and its blocks.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from sdar_jax.errors import ConfigError, is_int
+
+SegmentIds = Int[Array, "B L"]
+Positions = Int[Array, "B L"]
+
+
+class Ranges(NamedTuple):
+    """Two disjoint key ranges `[start, end)` a query row; `start == end` sees nothing.
+
+    start, end: int32 [B, Q, 2].
+    """
+
+    start: Int[Array, "B Q 2"]
+    end: Int[Array, "B Q 2"]
+
+    def sees(self, keys: Int[Array, " K"]) -> Bool[Array, "B Q K"]:
+        """Dense visibility of the given key indices: for references, pictures and single tiles."""
+        visible = (self.start[..., None] <= keys) & (keys < self.end[..., None])
+        return visible.any(axis=2)
+
+
+class Segments(NamedTuple):
+    """Where each position's document starts and ends, and its place in it: int32 [B, L]. Padding has end = start."""
+
+    start: Positions
+    end: Positions
+    positions: Positions
+
+
+def segments(segment_ids: SegmentIds) -> Segments:
+    """Bounds of the document each position belongs to, and positions that count from its first token."""
+    batch, length = segment_ids.shape
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    edge = jnp.ones((batch, 1), bool)
+    change = segment_ids[:, 1:] != segment_ids[:, :-1]
+    first = jnp.concatenate([edge, change], axis=1)
+    last = jnp.concatenate([change, edge], axis=1)
+    start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    end = jax.lax.cummin(jnp.where(last, index + 1, length), axis=1, reverse=True)
+    return Segments(start, jnp.where(segment_ids > 0, end, start), index - start)
+
+
+def block_bounds(bounds: Segments, block_size: int | None) -> tuple[Positions, Positions]:
+    """First position of each position's block and one past its last, cut at the document's end. None: one block."""
+    if block_size is None:
+        return bounds.start, bounds.end
+    check_block_size(block_size)
+    start = jnp.minimum(bounds.start + bounds.positions // block_size * block_size, bounds.end)
+    return start, jnp.minimum(start + block_size, bounds.end)
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises ConfigError unless `block_size` is a positive integer."""
+    if not is_int(block_size) or block_size < 1:
+        raise ConfigError(f"block_size is {block_size!r}; give a positive integer")
+
+
+def _one_range(start: Positions, end: Positions) -> Ranges:
+    nothing = jnp.zeros_like(start)
+    start, end = jnp.stack([start, nothing], axis=-1), jnp.stack([end, nothing], axis=-1)
+    return Ranges(start.astype(jnp.int32), end.astype(jnp.int32))
+
+
+def block_causal(segment_ids: SegmentIds, block_size: int | None) -> Ranges:
+    """Keys of the query's document up to the end of its own block.
+
+    block_size 1 is causal, None is bidirectional: the whole document is one block.
+    """
+    bounds = segments(segment_ids)
+    return _one_range(bounds.start, block_bounds(bounds, block_size)[1])
+
+
+def causal(segment_ids: SegmentIds) -> Ranges:
+    """Keys at or before the query in its document (Eq. 3)."""
+    return block_causal(segment_ids, 1)
+
+
+def bidirectional(segment_ids: SegmentIds) -> Ranges:
+    """Every key of the query's document (Eq. 5)."""
+    return block_causal(segment_ids, None)
+
+
+def hybrid(segment_ids: SegmentIds, block_size: int | None, noisy_index: Int[Array, "B N"] | None = None) -> Ranges:
+    """Queries and keys laid out [noisy | clean], N + L of them (Eq. 7).
+
+    A noisy query of block b sees the noisy keys of block b and the clean keys of its document's blocks before b; a
+    clean query sees the clean keys of blocks up to its own.
+
+    noisy_index: the clean position that each noisy one copies, ascending, with -1 (unused) only at the end; None means
+    that every position has its noisy copy, in place.
+    """
+    bounds = segments(segment_ids)
+    block_start, block_end = block_bounds(bounds, block_size)
+    length = segment_ids.shape[1]
+    if noisy_index is None:
+        noisy = (block_start, block_end)
+        before = (bounds.start, block_start)
+        noisy_length = length
+    else:
+        noisy, before = _indexed_noisy(bounds.start, block_start, block_end, noisy_index)
+        noisy_length = noisy_index.shape[1]
+    clean = _one_range(bounds.start + noisy_length, block_end + noisy_length)
+    start = jnp.stack([noisy[0], before[0] + noisy_length], axis=-1)
+    end = jnp.stack([noisy[1], before[1] + noisy_length], axis=-1)
+    return Ranges(
+        jnp.concatenate([start, clean.start], axis=1).astype(jnp.int32),
+        jnp.concatenate([end, clean.end], axis=1).astype(jnp.int32),
+    )
+
+
+def _indexed_noisy(document_start, block_start, block_end, noisy_index):
+    """Ranges of noisy queries among noisy keys, and among clean keys, when only some positions have noisy copies."""
+    length = document_start.shape[1]
+    used = noisy_index >= 0
+    index = jnp.where(used, noisy_index, 0)
+    take = jax.vmap(jnp.take)
+    first, last = take(block_start, index), take(block_end, index)
+    order = jnp.where(used, noisy_index, length)
+    find = jax.vmap(jnp.searchsorted)
+    noisy = find(order, first), find(order, last)
+    before = take(document_start, index), first
+    nothing = jnp.zeros_like(index)
+    hide = lambda pair: tuple(jnp.where(used, bound, nothing) for bound in pair)
+    return hide(noisy), hide(before)
+
+
+def decode_window(start: Int[Array, " B"], length: Int[Array, " B"], window: int) -> Ranges:
+    """Queries of one window a row, all of which see keys [0, start + length) of that row's cache.
+
+    The window's own keys are written at [start, start + length) first: inside, it is bidirectional.
+    """
+    end = jnp.broadcast_to((start + length)[:, None], (start.shape[0], window))
+    return _one_range(jnp.zeros_like(end), end)
