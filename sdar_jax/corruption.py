@@ -1,0 +1,217 @@
+"""What is masked, and with which weight: the forward process (Eq. 4) and its variants, as pure functions of a key.
+
+A draw belongs to a unit (a row, a document or a block) of the whole batch of a step, so that splitting the batch over
+devices or micro-batches afterwards changes no draw.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sdar_jax.errors import ConfigError, is_number
+from sdar_jax.visibility import Segments, block_bounds, segments
+
+_REDRAWS = 10
+# 2^32 / golden ratio: multiples of it, modulo 2^32, are spread evenly however many are taken.
+_GOLDEN = 2654435769
+
+
+@dataclasses.dataclass(frozen=True)
+class CorruptionConfig:
+    """A corruption policy. The defaults are SDAR's: t per document, each eligible token masked with p, weight 1 / p.
+
+    Attributes:
+        level: the unit that shares a noise level t: "row", "document" (SDAR) or "block" (BD3-LM, Eq. 7).
+        draw: "independent", or "stratified": over the units of a batch, t is spread evenly (lower variance).
+        distribution: of t, before it is scaled to [t_min, t_max]: "uniform" or "beta" (with `beta`).
+        t_min, t_max: the range of t. None is 0.001 for "bernoulli", whose weight is 1 / t, and 0 for "exact".
+        mask: "bernoulli": each eligible token with p = t, weight 1 / p; "exact": k = ceil(t n) of a unit's n eligible
+            tokens, weight n / k (the same bound for uniform t in [0, 1], with lower variance).
+        weighting: "bound", as above, or "unit": 1 for each masked token, which is a reweighted objective and no bound,
+            as is anything but uniform t over the whole range.
+        complementary: each row gives a second view that masks exactly what the first left, weight 1 / (1 - p).
+        at_least_one: a row with an eligible token and none masked is redrawn up to 10 times, then one is forced.
+            For training: it biases a bound.
+
+    Raises:
+        ConfigError: an unknown name, or a range that is empty.
+    """
+
+    level: Literal["row", "document", "block"] = "document"
+    draw: Literal["independent", "stratified"] = "independent"
+    distribution: Literal["uniform", "beta"] = "uniform"
+    beta: tuple[float, float] = (1.0, 1.0)
+    t_min: float | None = None
+    t_max: float = 1.0
+    mask: Literal["bernoulli", "exact"] = "bernoulli"
+    weighting: Literal["bound", "unit"] = "bound"
+    complementary: bool = False
+    at_least_one: bool = True
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            names = get_args(field.type)
+            if names and isinstance(names[0], str) and getattr(self, field.name) not in names:
+                raise ConfigError(
+                    f"corruption {field.name} {getattr(self, field.name)!r} is unknown; use one of {names}"
+                )
+        low, high = self.range
+        if not (is_number(low) and is_number(high) and 0 <= low <= high <= 1 and high > 0):
+            raise ConfigError(f"corruption range [{low}, {high}] is not one; give 0 <= t_min <= t_max <= 1, t_max > 0")
+        if self.mask == "bernoulli" and self.weighting == "bound" and low == 0:
+            raise ConfigError("corruption t_min is 0, so a weight 1 / t has no bound; use 0.001 or mask='exact'")
+        if len(self.beta) != 2 or not all(is_number(x) and x > 0 for x in self.beta):
+            raise ConfigError(f"corruption beta is {self.beta}; give two positive numbers")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """[t_min, t_max] with the default filled in."""
+        default = 1e-3 if self.mask == "bernoulli" else 0.0
+        return (default if self.t_min is None else self.t_min), self.t_max
+
+    @property
+    def views(self) -> int:
+        """Corrupted rows a clean row gives."""
+        return 2 if self.complementary else 1
+
+
+class Corrupted(NamedTuple):
+    """masked: bool [B, L]. weights: float32 [B, L], zero where not masked. With a complementary pair, rows 2i and
+    2i + 1 are the views of row i."""
+
+    masked: Bool[Array, "B L"]
+    weights: Float[Array, "B L"]
+
+
+class _Units(NamedTuple):
+    """The unit of each position: where it starts in its row, its number in the batch, its eligible tokens. [B, L]."""
+
+    start: Array
+    number: Array
+    eligible: Array
+
+
+class _Draw(NamedTuple):
+    masked: Array
+    weights: Array
+    complement_weights: Array
+
+
+def corrupt(
+    segment_ids: Int[Array, "B L"],
+    eligible: Bool[Array, "B L"],
+    key: jax.Array,
+    config: CorruptionConfig,
+    *,
+    block_size: int | None,
+) -> Corrupted:
+    """Draws what to mask among the eligible tokens of a whole batch.
+
+    Args:
+        segment_ids: int32, > 0 for each document of a packed row, 0 for padding.
+        eligible: tokens that may be masked and carry loss; the prompt and the padding are not.
+        key: of the step.
+        block_size: of the blocks that level "block" means; they count from each document's first token.
+
+    Returns:
+        B rows, or 2 B with `config.complementary`.
+    """
+    eligible = eligible & (segment_ids > 0)
+    units = _units(segment_ids, eligible, config.level, block_size)
+    drawn = _draw(units, eligible, jax.random.fold_in(key, 0), config)
+    if config.at_least_one:
+        drawn = _redraw_empty_rows(drawn, units, eligible, key, config)
+    views = [(drawn.masked, drawn.weights)]
+    if config.complementary:
+        views.append((eligible & ~drawn.masked, drawn.complement_weights))
+    masked, weights = (jnp.stack(parts, axis=1).reshape(-1, eligible.shape[1]) for parts in zip(*views, strict=True))
+    return Corrupted(masked, jnp.where(masked, weights, 0))
+
+
+def _units(segment_ids: Array, eligible: Array, level: str, block_size: int | None) -> _Units:
+    rows, length = segment_ids.shape
+    index = jnp.broadcast_to(jnp.arange(length), (rows, length))
+    bounds = segments(segment_ids)
+    if level == "row":
+        start = jnp.zeros_like(index)
+    elif level == "document":
+        start = bounds.start
+    else:
+        start = block_bounds(Segments(bounds.start, jnp.maximum(bounds.end, index + 1), bounds.positions), block_size)[
+            0
+        ]
+    number = jnp.cumsum((start == index).reshape(-1)).reshape(rows, length) - 1
+    counts = jnp.zeros(rows * length, jnp.int32).at[number].add(eligible.astype(jnp.int32))
+    return _Units(start, number, counts[number])
+
+
+def _draw(units: _Units, eligible: Array, key: jax.Array, config: CorruptionConfig) -> _Draw:
+    level_key, token_key = jax.random.split(key)
+    t = _noise_levels(units, level_key, config)
+    chance = jax.random.uniform(token_key, eligible.shape)
+    if config.mask == "bernoulli":
+        masked, share = eligible & (chance < t), t
+    else:
+        wanted = jnp.clip(jnp.ceil(t * units.eligible), 1, units.eligible)
+        masked = eligible & (_rank_in_unit(chance, units, eligible) < wanted)
+        share = wanted / jnp.maximum(units.eligible, 1)
+    if config.weighting == "unit":
+        return _Draw(masked, jnp.ones_like(share), jnp.ones_like(share))
+    return _Draw(masked, 1 / jnp.where(share > 0, share, 1), 1 / jnp.where(share < 1, 1 - share, 1))
+
+
+def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Array:
+    """t of each position's unit, float32 [B, L]."""
+    if config.draw == "stratified":
+        offset = jax.random.bits(key, (), jnp.uint32)
+        # 24 bits, so that float32 holds the fraction exactly and it stays below 1.
+        fraction = (offset + units.number.astype(jnp.uint32) * jnp.uint32(_GOLDEN)) >> 8
+        uniform = fraction.astype(jnp.float32) / 2**24
+    else:
+        uniform = jnp.take_along_axis(jax.random.uniform(key, units.start.shape), units.start, axis=1)
+    if config.distribution == "beta":
+        uniform = _beta_quantile(uniform, *config.beta)
+    low, high = config.range
+    return low + (high - low) * uniform
+
+
+def _beta_quantile(probability: Array, a: float, b: float) -> Array:
+    """Inverse of the Beta(a, b) distribution function, by 24 bisections: float32's resolution on [0, 1]."""
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        below = jax.scipy.special.betainc(a, b, middle) < probability
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    low, high = jax.lax.fori_loop(0, 24, halve, (jnp.zeros_like(probability), jnp.ones_like(probability)))
+    return (low + high) / 2
+
+
+def _rank_in_unit(chance: Array, units: _Units, eligible: Array) -> Array:
+    """Place of each eligible token in its unit by ascending `chance`; the ineligible come last."""
+    order = jnp.lexsort((chance, ~eligible, units.start), axis=-1)
+    return jnp.argsort(order, axis=-1) - units.start
+
+
+def _redraw_empty_rows(drawn: _Draw, units: _Units, eligible: Array, key: jax.Array, config: CorruptionConfig) -> _Draw:
+    wanted = eligible.any(axis=1)
+
+    def empty(drawn: _Draw) -> Array:
+        return wanted & ~drawn.masked.any(axis=1)
+
+    def redraw(carry):
+        attempt, drawn = carry
+        fresh = _draw(units, eligible, jax.random.fold_in(key, attempt), config)
+        again = empty(drawn)[:, None]
+        return attempt + 1, _Draw(*(jnp.where(again, new, old) for new, old in zip(fresh, drawn, strict=True)))
+
+    more = lambda carry: (carry[0] <= _REDRAWS) & empty(carry[1]).any()
+    _, drawn = jax.lax.while_loop(more, redraw, (1, drawn))
+    chance = jax.random.uniform(jax.random.fold_in(key, _REDRAWS + 1), eligible.shape)
+    chosen = jnp.argmax(jnp.where(eligible, chance, -1), axis=1)
+    forced = jnp.arange(eligible.shape[1]) == chosen[:, None]
+    return drawn._replace(masked=drawn.masked | (forced & empty(drawn)[:, None]))

@@ -1,0 +1,363 @@
+"""The Qwen3 / SDAR decoder as a pytree of weights and one forward, with the cache in and out.
+
+Weights are stored [in, out] with the heads and the gate/up pair as axes of their own, so that one matmul makes q, k and
+v and every axis can be sharded. Shapes: B rows, T tokens, D hidden, G key-value heads, R query heads for each, K head
+dimension, F feed-forward, V vocabulary.
+
+    qkv      [D, G, R + 2, K]    R queries, then the key, then the value
+    output   [G, R, K, D]
+    gate_up  [D, 2, F]
+    down     [F, D]
+
+Training stacks the layers and scans them (`stack_layers`): all but the last, which may compute fewer outputs than
+inputs. Decoding holds them one by one, as a scan would copy each layer's weights out of the stack.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from sdar_jax import visibility
+from sdar_jax.attention import attention
+from sdar_jax.config import ModelConfig, RopeConfig
+from sdar_jax.errors import ConfigError
+from sdar_jax.visibility import Ranges
+
+Remat = Literal["none", "dots", "full"]
+Attend = Callable[[Array, Array, Array], tuple[Array, "LayerCache | None"]]
+
+
+class LayerCache(NamedTuple):
+    """Keys (rotated) and values of one layer: [B, C, G, K] each."""
+
+    k: Float[Array, "B C G K"]
+    v: Float[Array, "B C G K"]
+
+
+class Layer(nnx.Module):
+    """One decoder layer. Biases and q/k norms are None where the config has none."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike):
+        c, groups = config, config.num_heads // config.num_kv_heads
+        normal = partial(_normal, scale=c.initializer_range, dtype=dtype)
+        keys = jax.random.split(key, 4)
+        ones = lambda size: nnx.Param(jnp.ones(size, dtype))
+        zeros = lambda wanted, *shape: nnx.Param(jnp.zeros(shape, dtype)) if wanted else None
+        self.eps = c.rms_norm_eps
+        self.attention_norm = ones(c.hidden_size)
+        self.qkv = normal(keys[0], c.hidden_size, c.num_kv_heads, groups + 2, c.head_dim)
+        self.qkv_bias = zeros(c.qkv_bias, c.num_kv_heads, groups + 2, c.head_dim)
+        self.q_norm = ones(c.head_dim) if c.qk_norm else None
+        self.k_norm = ones(c.head_dim) if c.qk_norm else None
+        self.output = normal(keys[1], c.num_kv_heads, groups, c.head_dim, c.hidden_size)
+        self.output_bias = zeros(c.output_bias, c.hidden_size)
+        self.mlp_norm = ones(c.hidden_size)
+        self.gate_up = normal(keys[2], c.hidden_size, 2, c.intermediate_size)
+        self.gate_up_bias = zeros(c.mlp_bias, 2, c.intermediate_size)
+        self.down = normal(keys[3], c.intermediate_size, c.hidden_size)
+        self.down_bias = zeros(c.mlp_bias, c.hidden_size)
+
+    def __call__(self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None):
+        """[B, T, D] -> ([B, outputs, D], the layer's cache). Only the first `outputs` positions are computed."""
+        outputs = x.shape[1] if outputs is None else outputs
+        with jax.named_scope("attention"):
+            q, k, v = self.project(rms_norm(x, self.attention_norm, self.eps), rope, outputs)
+            mixed, cache = attend(q, k, v)
+            mixed = mixed.reshape(*mixed.shape[:2], *self.output.shape[:3])
+            x = x[:, :outputs] + _bias(_dot("btgrk,grkd->btd", mixed, self.output), self.output_bias)
+        with jax.named_scope("mlp"):
+            return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps)), cache
+
+    def project(self, x: Array, rope: tuple[Array, Array], outputs: int) -> tuple[Array, Array, Array]:
+        """Rotated queries [B, outputs, G R, K] and keys [B, T, G, K], and values [B, T, G, K]."""
+        if outputs == x.shape[1]:
+            qkv = _bias(_dot("btd,dgrk->btgrk", x, self.qkv), self.qkv_bias)
+            q, kv = qkv[..., :-2, :], qkv[..., -2:, :]
+        else:
+            bias = (None, None) if self.qkv_bias is None else (self.qkv_bias[:, :-2], self.qkv_bias[:, -2:])
+            q = _bias(_dot("btd,dgrk->btgrk", x[:, :outputs], self.qkv[:, :, :-2]), bias[0])
+            kv = _bias(_dot("btd,dgrk->btgrk", x, self.qkv[:, :, -2:]), bias[1])
+        q = q.reshape(*q.shape[:2], -1, q.shape[-1])
+        k, v = kv[..., 0, :], kv[..., 1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+        cos, sin = rope
+        return rotate(q, cos[:, :outputs], sin[:, :outputs]), rotate(k, cos, sin), v
+
+    def mlp(self, x: Array) -> Array:
+        gate_up = _bias(_dot("btd,dcf->btcf", x, self.gate_up), self.gate_up_bias)
+        hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return _bias(_dot("btf,fd->btd", hidden, self.down), self.down_bias)
+
+
+class Stack(nnx.Module):
+    """Layers for training: `body` holds all but the last on a leading axis (None for one layer), `last` the last."""
+
+    def __init__(self, body: Layer | None, last: Layer):
+        self.body = nnx.data(body)
+        self.last = last
+
+
+class Model(nnx.Module):
+    """A decoder with random weights; `load_pretrained` fills one from a directory.
+
+    Args:
+        config: its shape and purpose.
+        key: for the normal initialisation of scale `config.initializer_range`.
+        dtype: of the weights.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32):
+        normal = partial(_normal, scale=config.initializer_range, dtype=dtype)
+        keys = jax.random.split(key, config.num_layers + 2)
+        self.config = config
+        self.embedding = normal(keys[0], config.vocab_size, config.hidden_size)
+        self.layers: nnx.List | Stack = nnx.List([Layer(config, key, dtype) for key in keys[2:]])
+        self.final_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
+        self.head = None if config.tie_embeddings else normal(keys[1], config.hidden_size, config.vocab_size)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        ranges: Ranges,
+        *,
+        outputs: int | None = None,
+        remat: Remat = "none",
+        compute_dtype: DTypeLike | None = None,
+    ) -> Float[Array, "B outputs D"]:
+        """Final hidden states, after the last norm, of the first `outputs` positions (all if None).
+
+        What the others need in the last layer beyond their keys and values is not computed.
+
+        Args:
+            ranges: what each of the T positions sees of the same T.
+            remat: what the backward pass recomputes: "none", all but matmul outputs ("dots"), or whole layers ("full").
+            compute_dtype: of activations and matmuls; the weights' own if None. Norms and softmax are float32.
+        """
+        outputs = tokens.shape[1] if outputs is None else outputs
+        x = self.embed(tokens, compute_dtype)
+        rope = rope_tables(self.config, positions, x.dtype)
+        full = _rematerialised(partial(_layer_forward, outputs=None), remat)
+        last = _rematerialised(partial(_layer_forward, outputs=outputs), remat)
+        if isinstance(self.layers, Stack):
+            if self.layers.body is not None:
+                x, _ = jax.lax.scan(lambda x, layer: (full(layer, x, rope, ranges), None), x, self.layers.body)
+            x = last(self.layers.last, x, rope, ranges)
+        else:
+            for layer in list(self.layers)[:-1]:
+                x = full(layer, x, rope, ranges)
+            x = last(self.layers[-1], x, rope, ranges)
+        return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
+
+    def hidden_cached(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: list[LayerCache],
+        write_at: Int[Array, " B"],
+        ranges: Ranges,
+    ) -> tuple[Float[Array, "B T D"], list[LayerCache]]:
+        """As `hidden`, against a cache: row b's T keys and values are written at `write_at[b]`, then attended to.
+
+        ranges: what each of the T positions sees of the cache's C. Needs layers one by one (`unstack_layers`).
+        """
+        if isinstance(self.layers, Stack):
+            raise ConfigError("the layers are stacked for training; decode with unstack_layers(model)")
+        x = self.embed(tokens)
+        rope = rope_tables(self.config, positions, x.dtype)
+        updated = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, layer_cache = layer(x, rope, partial(_attend_cached, layer_cache, write_at, ranges))
+            updated.append(layer_cache)
+        return rms_norm(x, self.final_norm, self.config.rms_norm_eps), updated
+
+    def embed(self, tokens: Int[Array, "B T"], compute_dtype: DTypeLike | None = None) -> Float[Array, "B T D"]:
+        """Token embeddings, in the type that the rest of the forward computes in."""
+        return jnp.take(self.embedding[...], tokens, axis=0).astype(compute_dtype or self.embedding.dtype)
+
+    def output_weights(self) -> tuple[Array, int]:
+        """The output head and which of its axes is the vocabulary: [D, V] and 1, or the tied embedding [V, D] and 0."""
+        return (self.embedding[...], 0) if self.head is None else (self.head[...], 1)
+
+    def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits, accumulated and returned in float32 (float64 for float64 weights)."""
+        weights, vocab_axis = self.output_weights()
+        spec = "...d,vd->...v" if vocab_axis == 0 else "...d,dv->...v"
+        accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum(spec, hidden, weights.astype(hidden.dtype), preferred_element_type=accumulate)
+
+
+def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: DTypeLike) -> list[LayerCache]:
+    """Zeros for `rows` x `capacity` positions in every layer."""
+    shape = (rows, capacity, config.num_kv_heads, config.head_dim)
+    return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+
+
+def rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:
+    """x / rms(x) * weight over the last axis, in float32 until the scale is applied."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight[...].astype(x.dtype)
+
+
+def rotate(x: Float[Array, "B T H K"], cos: Array, sin: Array) -> Float[Array, "B T H K"]:
+    """Rotary embedding on the two halves of the head dimension, as Hugging Face lays them out."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rope_tables(config: ModelConfig, positions: Int[Array, "B T"], dtype: DTypeLike) -> tuple[Array, Array]:
+    """cos and sin [B, T, K / 2], float32 or wider, with the attention factor of YaRN folded in."""
+    frequencies, factor = rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
+    angles = positions[..., None].astype(jnp.promote_types(dtype, jnp.float32)) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies [K / 2] and the factor on cos and sin, as transformers' modeling_rope_utils has them."""
+    frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
+    if rope.rope_type == "linear":
+        return (frequencies / rope.factor).astype(np.float32), 1.0
+    if rope.rope_type == "llama3":
+        return _llama3_frequencies(rope, frequencies).astype(np.float32), 1.0
+    if rope.rope_type == "yarn":
+        return _yarn_frequencies(rope, frequencies, max_positions).astype(np.float32), _yarn_factor(rope)
+    return frequencies.astype(np.float32), 1.0
+
+
+def _llama3_frequencies(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
+    """Long wavelengths divided by the factor, short ones kept, and a linear blend between."""
+    turns = rope.original_max_position_embeddings * frequencies / (2 * np.pi)
+    keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    keep = np.clip(keep, 0, 1)
+    return frequencies * (keep + (1 - keep) / rope.factor)
+
+
+def _yarn_frequencies(rope: RopeConfig, frequencies: np.ndarray, max_positions: int) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): interpolated below `beta_slow` turns, kept above `beta_fast`, a ramp over dimensions."""
+    length, count = rope.original_max_position_embeddings or max_positions, len(frequencies)
+
+    def dimension(turns: float) -> float:
+        return count * np.log(length / (turns * 2 * np.pi)) / np.log(rope.theta)
+
+    low = max(np.floor(dimension(rope.beta_fast)), 0)
+    high = min(np.ceil(dimension(rope.beta_slow)), 2 * count - 1)
+    ramp = np.clip((np.arange(count) - low) / ((high - low) or 0.001), 0, 1)
+    return frequencies * (1 - ramp + ramp / rope.factor)
+
+
+def _yarn_factor(rope: RopeConfig) -> float:
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return 0.1 * float(np.log(rope.factor)) + 1.0 if rope.factor > 1 else 1.0
+
+
+def stack_layers(model: Model) -> Model:
+    """The same model with its layers stacked for training. Donates: the given model's layer weights are freed."""
+    if isinstance(model.layers, Stack):
+        return model
+    layers = list(model.layers)
+    body = jax.tree.map(_stack_donated, *layers[:-1]) if len(layers) > 1 else None
+    return _with_layers(model, Stack(body, layers[-1]))
+
+
+def unstack_layers(model: Model, *, donate: bool = False) -> Model:
+    """The same model with its layers one by one for decoding; `donate` frees the stacked weights as it goes."""
+    if not isinstance(model.layers, Stack):
+        return model
+    count = model.config.num_layers - 1
+    layers = []
+    if count:
+        leaves, tree = jax.tree.flatten(model.layers.body)
+        parts = [_split_stacked(leaf, count, donate) for leaf in leaves]
+        layers = [jax.tree.unflatten(tree, list(part)) for part in zip(*parts, strict=True)]
+    return _with_layers(model, nnx.List([*layers, model.layers.last]))
+
+
+def _with_layers(model: Model, layers: nnx.Pytree) -> Model:
+    new = jax.tree.map(lambda leaf: leaf, model)
+    new.layers = layers
+    return new
+
+
+def _stack_donated(*parts: Array) -> Array:
+    stacked = jnp.stack(parts)
+    stacked.block_until_ready()
+    for part in parts:
+        part.delete()
+    return stacked
+
+
+def _split_stacked(leaf: Array, count: int, donate: bool) -> list[Array]:
+    parts = jax.block_until_ready([leaf[i] for i in range(count)])
+    if donate:
+        leaf.delete()
+    return parts
+
+
+def logits(
+    model: Model,
+    tokens: Int[Array | np.ndarray, "B L"],
+    *,
+    block_size: int | None,
+    segment_ids: Int[Array | np.ndarray, "B L"] | None = None,
+) -> Float[Array, "B L V"]:
+    """One clean pass; the logits of each position are in place, before any shift.
+
+    Args:
+        tokens: int32 [B, L].
+        block_size: 1 is causal, S block-causal, None bidirectional.
+        segment_ids: int32 [B, L], > 0 and contiguous for each document, 0 for padding; a document starts its own
+            positions and blocks. None: a row is one document.
+
+    Returns:
+        float32 [B, L, V] (float64 for float64 weights).
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    positions = visibility.segments(segment_ids).positions
+    return model.unembed(model.hidden(tokens, positions, visibility.block_causal(segment_ids, block_size)))
+
+
+def _layer_forward(layer: Layer, x: Array, rope: tuple[Array, Array], ranges: Ranges, outputs: int | None) -> Array:
+    seen = Ranges(ranges.start[:, :outputs], ranges.end[:, :outputs])
+    return layer(x, rope, lambda q, k, v: (attention(q, k, v, seen), None), outputs)[0]
+
+
+def _attend_cached(cache: LayerCache, write_at: Array, ranges: Ranges, q: Array, k: Array, v: Array):
+    write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+    cache = LayerCache(
+        write(cache.k, k.astype(cache.k.dtype), write_at), write(cache.v, v.astype(cache.v.dtype), write_at)
+    )
+    return attention(q, cache.k, cache.v, ranges), cache
+
+
+def _rematerialised(function: Callable, remat: Remat) -> Callable:
+    if remat == "none":
+        return function
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+    if remat not in policies:
+        raise ConfigError(f"remat {remat!r} is unknown; use one of ('none', 'dots', 'full')")
+    return jax.checkpoint(function, policy=policies[remat])
+
+
+def _normal(key: jax.Array, *shape: int, scale: float, dtype: DTypeLike) -> nnx.Param:
+    return nnx.Param(scale * jax.random.normal(key, shape, dtype))
+
+
+def _dot(spec: str, x: Array, weight: nnx.Param | Array) -> Array:
+    weight = weight[...].astype(x.dtype)
+    return jnp.einsum(spec, x, weight)
+
+
+def _bias(x: Array, bias: nnx.Param | Array | None) -> Array:
+    return x if bias is None else x + bias[...].astype(x.dtype)

@@ -1,0 +1,219 @@
+"""Objectives as data: each one turns a clean batch into an `Example`, and one function computes every loss.
+
+    loss = sum_i w_i CE_i / N
+
+What N counts is a named choice; the sum and N are added up over all micro-batches and devices and divided once.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from sdar_jax import visibility
+from sdar_jax.config import ModelConfig
+from sdar_jax.corruption import CorruptionConfig, corrupt
+from sdar_jax.errors import ConfigError
+from sdar_jax.losses import TokenScores, linear_cross_entropy
+from sdar_jax.model import Model, Remat
+from sdar_jax.visibility import Ranges
+
+
+class Batch(NamedTuple):
+    """Packed clean rows.
+
+    tokens: int32 [B, L]. segment_ids: int32 [B, L], > 0 and contiguous a document, 0 for padding. loss_mask: bool
+    [B, L], the tokens that are learned. noisy_index: int32 [B, Ln] or None: which positions get a noisy copy: whole
+    blocks, ascending, -1 for unused at the end.
+    """
+
+    tokens: Int[Array, "B L"]
+    segment_ids: Int[Array, "B L"]
+    loss_mask: Bool[Array, "B L"]
+    noisy_index: Int[Array, "B N"] | None = None
+
+
+class Example(NamedTuple):
+    """What the network reads and is asked. The first N of its T positions are the outputs.
+
+    inputs, positions: int32 [B, T]. ranges: of the T positions. targets: int32 [B, N]. weights: float32 [B, N], zero
+    where nothing is asked. count: float32 [B], each row's share of the normaliser.
+    """
+
+    inputs: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    ranges: Ranges
+    targets: Int[Array, "B N"]
+    weights: Float[Array, "B N"]
+    count: Float[Array, " B"]
+
+
+class LossMetrics(NamedTuple):
+    """Sums over the asked tokens, float32 scalars: cross-entropy in nats, right first guesses, and how many."""
+
+    nll: Float[Array, ""]
+    correct: Float[Array, ""]
+    asked: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned, and how it is averaged.
+
+    Attributes:
+        corruption: what diffusion masks; nothing for AR.
+        normalizer: N: "response" counts the eligible tokens (SDAR), "masked" the masked ones, "weights" adds up w.
+    """
+
+    corruption: CorruptionConfig = CorruptionConfig()
+    normalizer: Literal["response", "masked", "weights"] = "response"
+
+    def __post_init__(self):
+        if self.normalizer not in ("response", "masked", "weights"):
+            raise ConfigError(f"normalizer {self.normalizer!r} is unknown; use 'response', 'masked' or 'weights'")
+
+
+def check_objective(model: ModelConfig) -> None:
+    """Raises ConfigError when a model lacks what its objective needs."""
+    if model.objective != "autoregressive" and model.mask_token_id is None:
+        raise ConfigError(f"objective {model.objective!r} needs mask_token_id and the model has none; set it")
+    if model.objective == "block_diffusion" and model.block_size is None:
+        raise ConfigError("objective 'block_diffusion' needs block_size and the model has none; set it")
+
+
+def make_example(batch: Batch, key: jax.Array, config: ObjectiveConfig, model: ModelConfig) -> Example:
+    """The batch as the model's own objective asks it (Eq. 3, 5 or 7); `key` draws the corruption.
+
+    Called on the whole batch of a step, before it is split into micro-batches.
+    """
+    check_objective(model)
+    if model.objective == "autoregressive":
+        return autoregressive_example(batch)
+    corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, config.corruption, block_size=model.block_size)
+    if config.corruption.complementary:
+        batch = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
+    noisy = jnp.where(corrupted.masked, jnp.int32(model.mask_token_id), batch.tokens)
+    if model.objective == "masked_diffusion":
+        example = masked_diffusion_example(batch.tokens, noisy, corrupted.weights, batch.segment_ids)
+    else:
+        noisy, weights = (_take(x, batch.noisy_index) for x in (noisy, corrupted.weights))
+        example = block_diffusion_example(
+            batch.tokens, noisy, weights, model.block_size, batch.segment_ids, batch.noisy_index
+        )
+    return example._replace(count=_count(example.weights, batch, config.normalizer))
+
+
+def autoregressive_example(batch: Batch) -> Example:
+    """Next-token prediction within each document (Eq. 3)."""
+    segment_ids = batch.segment_ids
+    shift = lambda x: jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
+    asked = shift(batch.loss_mask) & (shift(segment_ids) == segment_ids) & (segment_ids > 0)
+    weights = asked.astype(jnp.float32)
+    positions = visibility.segments(segment_ids).positions
+    ranges = visibility.causal(segment_ids)
+    return Example(batch.tokens, positions, ranges, shift(batch.tokens), weights, weights.sum(axis=1))
+
+
+def masked_diffusion_example(tokens: Array, noisy_tokens: Array, weights: Array, segment_ids: Array) -> Example:
+    """In-place prediction of what is masked, every key of the document in sight (Eq. 5)."""
+    positions = visibility.segments(segment_ids).positions
+    ranges = visibility.bidirectional(segment_ids)
+    return Example(noisy_tokens, positions, ranges, tokens, weights, weights.sum(axis=1))
+
+
+def block_diffusion_example(
+    tokens: Int[Array, "B L"],
+    noisy_tokens: Int[Array, "B N"],
+    weights: Float[Array, "B N"],
+    block_size: int | None,
+    segment_ids: Int[Array, "B L"],
+    noisy_index: Int[Array, "B N"] | None = None,
+) -> Example:
+    """The hybrid layout [noisy | clean], in-place prediction by the noisy copy (Eq. 7)."""
+    positions = visibility.segments(segment_ids).positions
+    weights = weights if noisy_index is None else jnp.where(noisy_index >= 0, weights, 0)
+    return Example(
+        inputs=jnp.concatenate([noisy_tokens, tokens], axis=1),
+        positions=jnp.concatenate([_take(positions, noisy_index), positions], axis=1),
+        ranges=visibility.hybrid(segment_ids, block_size, noisy_index),
+        targets=_take(tokens, noisy_index),
+        weights=weights,
+        count=weights.sum(axis=1),
+    )
+
+
+def weighted_loss(
+    model: Model, example: Example, *, remat: Remat = "none", compute_dtype: DTypeLike | None = None
+) -> tuple[Float[Array, ""], LossMetrics]:
+    """sum_i w_i CE_i over an example, float32, and its metrics. Divide by the sum of `example.count`."""
+    total, scores = score_tokens(model, example, remat=remat, compute_dtype=compute_dtype)
+    asked = jnp.count_nonzero(example.weights)
+    metrics = LossMetrics(scores.nll.sum(), scores.correct.sum(), asked)
+    return total, LossMetrics(*(x.astype(jnp.float32) for x in metrics))
+
+
+def score_tokens(model: Model, example: Example, **options) -> tuple[Float[Array, ""], TokenScores]:
+    """As `weighted_loss`, with the score of each of the B * N outputs instead of their sums."""
+    outputs = example.targets.shape[1]
+    hidden = model.hidden(example.inputs, example.positions, example.ranges, outputs=outputs, **options)
+    head, vocab_axis = model.output_weights()
+    flat = hidden.reshape(-1, hidden.shape[-1]), head, example.targets.reshape(-1), example.weights.reshape(-1)
+    return linear_cross_entropy(*flat, vocab_axis=vocab_axis)
+
+
+def block_diffusion_loss(
+    model: Model,
+    tokens: Int[Array | np.ndarray, "B L"],
+    noisy_tokens: Int[Array | np.ndarray, "B N"],
+    weights: Float[Array | np.ndarray, "B N"],
+    *,
+    block_size: int,
+    segment_ids: Int[Array | np.ndarray, "B L"] | None = None,
+    noisy_index: Int[Array | np.ndarray, "B N"] | None = None,
+) -> Float[Array, ""]:
+    """Sum of weights * CE over the hybrid layout (Eq. 7); divide by what you mean to.
+
+    Args:
+        tokens: int32 [B, L], clean.
+        noisy_tokens: int32 [B, Ln], the copy with masks; Ln = L unless `noisy_index` is given.
+        weights: float32 [B, Ln]; zero where there is no loss.
+        segment_ids: int32 [B, L], > 0 and contiguous a document, 0 for padding; None: a row is one document.
+        noisy_index: int32 [B, Ln], the clean position of each noisy one, ascending, -1 for unused at the end.
+
+    Raises:
+        ConfigError: shapes that do not fit.
+    """
+    tokens, noisy_tokens = jnp.asarray(tokens, jnp.int32), jnp.asarray(noisy_tokens, jnp.int32)
+    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    noisy_index = None if noisy_index is None else jnp.asarray(noisy_index, jnp.int32)
+    weights = jnp.asarray(weights)
+    _check_fit("tokens", tokens, segment_ids=segment_ids)
+    if noisy_index is None and noisy_tokens.shape != tokens.shape:
+        raise ConfigError(f"noisy_tokens {noisy_tokens.shape} differs from tokens {tokens.shape}; give noisy_index")
+    _check_fit("noisy_tokens", noisy_tokens, weights=weights, noisy_index=noisy_index)
+    example = block_diffusion_example(tokens, noisy_tokens, weights, block_size, segment_ids, noisy_index)
+    return weighted_loss(model, example)[0]
+
+
+def _check_fit(name: str, array: Array, **others: Array | None) -> None:
+    for other, value in others.items():
+        if value is not None and value.shape != array.shape:
+            raise ConfigError(f"{other} is of shape {value.shape}, {name} of {array.shape}; give both one shape")
+
+
+def _take(x: Array, noisy_index: Array | None) -> Array:
+    """x [B, L] at the clean position of each noisy one; zero where unused."""
+    if noisy_index is None:
+        return x
+    return jnp.where(noisy_index >= 0, jnp.take_along_axis(x, jnp.maximum(noisy_index, 0), axis=1), 0)
+
+
+def _count(weights: Array, batch: Batch, normalizer: str) -> Array:
+    if normalizer == "weights":
+        return weights.sum(axis=1)
+    counted = weights != 0 if normalizer == "masked" else batch.loss_mask & (batch.segment_ids > 0)
+    return counted.sum(axis=1).astype(jnp.float32)
