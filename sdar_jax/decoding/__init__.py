@@ -1,0 +1,6 @@
+"""Block-diffusion decoding."""
+
+from sdar_jax.decoding.config import Completion, DecodingConfig
+from sdar_jax.decoding.generate import generate
+
+__all__ = ["Completion", "DecodingConfig", "generate"]

@@ -1,0 +1,171 @@
+"""How to decode, and what comes out."""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from sdar_jax.config import ModelConfig
+from sdar_jax.errors import ConfigError, DecodingError, is_int, is_number
+from sdar_jax.visibility import check_block_size
+
+Strategy = Literal[
+    "sequential",
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "entropy_bounded",
+    "factor",
+    "autoregressive",
+    "semi_autoregressive",
+]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingConfig:
+    """How a request is decoded. The defaults are SDAR's dynamic decoding, greedy.
+
+    Attributes:
+        block_size: S; None is the model's own.
+        strategy: which proposals a step commits. With n_k from `schedule`:
+            "sequential": the leftmost n_k masked;
+            "low_confidence_static": the n_k most confident;
+            "low_confidence_dynamic": all above `confidence_threshold` if they are at least n_k, else the n_k best;
+            "entropy_bounded": by ascending entropy while the running sum stays within `entropy_bound`, at least one;
+            "factor": the largest n with n-th confidence >= 1 - factor / (n + 1), at least one (Fast-dLLM);
+            "autoregressive": causal next-token decoding, one token a forward, for AR models;
+            "semi_autoregressive": the whole canvas bidirectional, blocks left to right, static, no cache (LLaDA).
+        confidence_threshold: tau of the dynamic strategy.
+        denoising_steps: T, at most S; None is S, one token a step.
+        schedule: n_k over T steps: "released" is S // T and one more in the first S mod T steps, "paper" ceil(S / T).
+        temperature: 0 is greedy; otherwise temperature, then top_k, then top_p.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens until their probability passes p; 1 keeps all.
+        confidence: the distribution a sampled token's confidence is read from, "pre_filter" or "post_filter"
+            (before or after top-k and top-p). A greedy token's is its softmax probability.
+        score: what ranks proposals: "probability", the "margin" between the two likeliest tokens, or "neg_entropy".
+        entropy_bound: epsilon of "entropy_bounded", in nats.
+        entropy_rule: "eb_sampler" counts the entropies before each token (sum <= epsilon), "jetengine" its own
+            too (sum < epsilon).
+        factor: f of the "factor" strategy.
+
+    Raises:
+        ConfigError: an unknown name or a number out of range.
+    """
+
+    block_size: int | None = None
+    strategy: Strategy = "low_confidence_dynamic"
+    confidence_threshold: float = 0.9
+    denoising_steps: int | None = None
+    schedule: Literal["released", "paper"] = "released"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    confidence: Literal["pre_filter", "post_filter"] = "pre_filter"
+    score: Literal["probability", "margin", "neg_entropy"] = "probability"
+    entropy_bound: float = 0.1
+    entropy_rule: Literal["eb_sampler", "jetengine"] = "eb_sampler"
+    factor: float = 1.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            names = get_args(field.type)
+            if names and isinstance(names[0], str) and getattr(self, field.name) not in names:
+                raise ConfigError(f"{field.name} {getattr(self, field.name)!r} is unknown; use one of {names}")
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        steps = self.denoising_steps
+        _require(steps is None or is_int(steps) and steps >= 1, "denoising_steps", steps, "a positive integer")
+        _require(is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
+        _require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        cool = self.temperature
+        _require(
+            is_number(cool) and (cool == 0 or 1e-6 <= cool <= 1e6), "temperature", cool, "0 (greedy) or 1e-6 to 1e6"
+        )
+        for name in ("entropy_bound", "factor"):
+            value = getattr(self, name)
+            _require(is_number(value) and value >= 0, name, value, "a finite number >= 0")
+        tau = self.confidence_threshold
+        _require(is_number(tau), "confidence_threshold", tau, "a finite number")
+        if self.score != "neg_entropy":
+            _require(0 <= tau <= 1, "confidence_threshold", tau, "a number in [0, 1]")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def resolve_block_size(self, model: ModelConfig) -> int:
+        """S for this model: 1 for autoregressive decoding.
+
+        Raises:
+            DecodingError: neither the config nor the model names one, the model has no mask token, or T > S.
+        """
+        if self.strategy == "autoregressive":
+            return 1
+        size = self.block_size or model.block_size
+        if size is None:
+            raise DecodingError(
+                f"strategy {self.strategy!r} needs block_size and the model has none; "
+                "set it, or strategy='autoregressive'"
+            )
+        if model.mask_token_id is None:
+            raise DecodingError(f"strategy {self.strategy!r} needs mask_token_id and the model has none; set it")
+        if (self.denoising_steps or 1) > size:
+            raise DecodingError(
+                f"denoising_steps {self.denoising_steps} is more than block_size {size}; use at most that"
+            )
+        if model.block_origin == "response" and self.strategy != "semi_autoregressive":
+            raise DecodingError(
+                f"strategy {self.strategy!r} counts blocks from position 0, this model's from the response; "
+                "use strategy='semi_autoregressive'"
+            )
+        return size
+
+
+class Completion(NamedTuple):
+    """What a request produced, trimmed: nothing at or after the first stop token.
+
+    Attributes:
+        tokens: generated ids.
+        text: their decoding, if a tokenizer was given.
+        finish_reason: "stop", "length", "cancelled" or "error" (the model's logits were not finite).
+        logprobs: of each token, under the raw distribution (temperature 1, no filter) when it was committed; nats.
+        steps: the denoising forward, from 0, that committed each token.
+        denoising_forwards: forwards that filled blocks.
+        commit_forwards: forwards that only wrote a finished block to the cache.
+        prefill_forwards: forwards that read the prompt.
+    """
+
+    tokens: list[int]
+    text: str | None
+    finish_reason: FinishReason
+    logprobs: list[float]
+    steps: list[int]
+    denoising_forwards: int
+    commit_forwards: int
+    prefill_forwards: int
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Generated tokens a denoising forward; 0 if there was none."""
+        return len(self.tokens) / self.denoising_forwards if self.denoising_forwards else 0.0
+
+
+def commit_schedule(block_size: int, steps: int | None, schedule: str) -> np.ndarray:
+    """n_k, int32 [S]: the tokens that step k is to commit at least. Steps past the last repeat it.
+
+    >>> commit_schedule(8, 3, "released")
+    array([3, 3, 2, 2, 2, 2, 2, 2], dtype=int32)
+    """
+    steps = steps or block_size
+    counts = np.full(block_size, math.ceil(block_size / steps), np.int32)
+    if schedule == "released":
+        counts[:] = block_size // steps
+        counts[: block_size % steps] += 1
+    return counts
+
+
+def _require(condition: bool, name: str, value, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}; give {wanted}")

@@ -1,0 +1,45 @@
+"""Settings of the whole suite: CPU backend, run-time checks of array shapes, compilation cache, hypothesis profiles."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+from jaxtyping import config as jaxtyping_config
+from jaxtyping import install_import_hook
+
+# The hook rewrites modules as they are imported, so it stands before any import of sdar_jax.
+install_import_hook("sdar_jax", "beartype.beartype")
+
+# Most of a run is XLA compiling the same tiny programs; read from disk, a rerun takes about a quarter of that time.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "xla-tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+settings.register_profile("quick", max_examples=10, deadline=None, derandomize=True)
+settings.register_profile(
+    "thorough",
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 and int64 for the length of one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """No run-time type checks for the length of one test, so that a wrong type meets what a user would."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)

@@ -1,0 +1,128 @@
+"""The decoder as semantics say it, one prompt at a time in plain Python: no cache, no batch.
+
+Every step runs the whole sequence through `sdar_jax.logits`, block-causally; policies are written again, over lists.
+"""
+
+import math
+
+import jax
+import numpy as np
+
+import sdar_jax
+from sdar_jax.decoding.config import DecodingConfig
+
+# One shape, so that one compilation serves every call; what is past the sequence is padding.
+LENGTH = 64
+_logits = jax.jit(sdar_jax.logits, static_argnames="block_size")
+
+
+def forward(model, tokens: list[int], block_size: int | None) -> np.ndarray:
+    """Logits [length, V] of one sequence, the mask token banned."""
+    padded = np.zeros((1, LENGTH), np.int32)
+    padded[0, : len(tokens)] = tokens
+    segment_ids = (np.arange(LENGTH) < len(tokens)).astype(np.int32)[None]
+    logits = np.array(_logits(model, padded, block_size=block_size, segment_ids=segment_ids)[0, : len(tokens)])
+    if model.config.mask_token_id is not None:
+        logits[:, model.config.mask_token_id] = -np.inf
+    return logits
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    return exp / exp.sum(-1, keepdims=True)
+
+
+def n_k(size: int, steps: int | None, schedule: str, step: int) -> int:
+    steps = steps or size
+    step = min(step, steps - 1)
+    if schedule == "paper":
+        return math.ceil(size / steps)
+    return size // steps + (1 if step < size % steps else 0)
+
+
+def choose(config: DecodingConfig, probs: np.ndarray, masked: list[int], step: int, size: int) -> list[int]:
+    """Window offsets to commit, greedy: `probs` [S, V], `masked` offsets in ascending order."""
+    wanted = min(n_k(size, config.denoising_steps, config.schedule, step), len(masked))
+    top = np.sort(probs, axis=-1)
+    entropy = -np.sum(np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0), axis=-1)
+    score = {"probability": top[:, -1], "margin": top[:, -1] - top[:, -2], "neg_entropy": -entropy}[config.score]
+    best = sorted(masked, key=lambda i: (-score[i], i))
+    if config.strategy == "sequential":
+        return masked[:wanted]
+    if config.strategy in ("low_confidence_static", "semi_autoregressive"):
+        return best[:wanted]
+    if config.strategy == "low_confidence_dynamic":
+        sure = [i for i in masked if score[i] > config.confidence_threshold]
+        return sure if len(sure) >= wanted else best[:wanted]
+    if config.strategy == "factor":
+        passing = [n for n, i in enumerate(best, 1) if score[i] >= 1 - config.factor / (n + 1)]
+        return best[: max(passing, default=1)]
+    taken, total = [], 0.0
+    for i in sorted(masked, key=lambda i: (entropy[i], i)):
+        after = total + entropy[i]
+        within = total <= config.entropy_bound if config.entropy_rule == "eb_sampler" else after < config.entropy_bound
+        if taken and not within:
+            break
+        taken.append(i)
+        total = after
+    return taken
+
+
+def decode(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops: tuple[int, ...]):
+    """Greedy (tokens, logprobs, steps, reason, denoising forwards, commit forwards) of one prompt."""
+    if config.strategy == "autoregressive":
+        return _decode_autoregressive(model, prompt, max_new_tokens, stops)
+    size = config.block_size or model.config.block_size
+    semi = config.strategy == "semi_autoregressive"
+    origin = len(prompt) if semi and model.config.block_origin == "response" else 0
+    limit = len(prompt) + max_new_tokens
+    canvas = origin + math.ceil((limit - origin) / size) * size
+    sequence = list(prompt) + [model.config.mask_token_id] * (canvas - len(prompt))
+    known = [True] * len(prompt) + [False] * (canvas - len(prompt))
+    record = {}
+    start = origin + (len(prompt) - origin) // size * size
+    denoising, commits = 0, 0
+    while max_new_tokens:
+        step = 0
+        while not all(known[start : start + size]):
+            read = sequence if semi else sequence[: start + size]
+            probs = softmax(forward(model, read, None if semi else size)[start : start + size])
+            masked = [i for i in range(size) if not known[start + i]]
+            for i in choose(config, probs, masked, step, size):
+                token = int(probs[i].argmax())
+                sequence[start + i], known[start + i] = token, True
+                record[start + i] = (token, math.log(probs[i].max()), denoising)
+            step, denoising = step + 1, denoising + 1
+            end, reason = _ended(sequence, known, len(prompt), start, size, limit, stops)
+            if reason:
+                out = [record[i] for i in range(len(prompt), end)]
+                return *_columns(out), reason, denoising, 0 if semi else commits
+        start, commits = start + size, commits + 1
+    return [], [], [], "length", 0, 0
+
+
+def _ended(sequence, known, prompt_length, start, size, limit, stops):
+    for i in range(start, start + size):
+        if not known[i]:
+            return None, None
+        if i >= prompt_length and i < limit and sequence[i] in stops:
+            return i, "stop"
+        if i + 1 >= limit:
+            return limit, "length"
+    return None, None
+
+
+def _decode_autoregressive(model, prompt, max_new_tokens, stops):
+    sequence, out = list(prompt), []
+    for step in range(max_new_tokens):
+        probs = softmax(forward(model, sequence, 1)[-1])
+        token = int(probs.argmax())
+        if token in stops:
+            return *_columns(out), "stop", step + 1, 0
+        out.append((token, math.log(probs[token]), step))
+        sequence.append(token)
+    return *_columns(out), "length", max_new_tokens, 0
+
+
+def _columns(out):
+    return tuple(map(list, zip(*out, strict=True))) if out else ([], [], [])
