@@ -1,0 +1,107 @@
+"""What to read and how to lay it out in rows. Values that contradict each other raise ConfigError at once."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sdar_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One set of files.
+
+    path: a file, a directory (searched recursively by suffix) or a glob.
+    format: "text" (a document a file, or several split on `separator`), "jsonl" and "parquet" (text in `field`), "chat"
+        (JSONL of {"messages": [...], "tools": [...] or absent}, OpenAI's form).
+    field: the text of a jsonl or parquet record; with `prompt_field` set, its response.
+    prompt_field: text put before `field` that carries no loss under loss="response".
+    separator: for "text", what stands between two documents of a file.
+    weight: this source's share of the records drawn, relative to the other sources' (records, not tokens).
+    """
+
+    path: str
+    format: Literal["text", "jsonl", "parquet", "chat"]
+    field: str = "text"
+    prompt_field: str | None = None
+    separator: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self):
+        _check_choice("format", self.format, ("text", "jsonl", "parquet", "chat"))
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ConfigError(f"weight={self.weight} of source {self.path!r}: give a finite number above 0")
+        if self.separator is not None and (self.format != "text" or not self.separator):
+            raise ConfigError(
+                f"separator={self.separator!r} with format={self.format!r}: only text takes one, not empty"
+            )
+        if self.format in ("text", "chat") and (self.field != "text" or self.prompt_field is not None):
+            raise ConfigError(f"field and prompt_field with format={self.format!r}: only jsonl and parquet have them")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows of `sequence_length` tokens, `batch_size` of them a global batch.
+
+    noisy_length: how many noisy positions a row may hold (Ln); None leaves `noisy_index` out of the batch.
+    packing: "split" joins documents and cuts exactly full rows, "fit" keeps documents whole.
+    segments: "document" gives each document of a row its own segment, "row" makes the whole packed row one.
+    loss: "all" tokens are eligible, or only those of the "response" (a text without a prompt is all response).
+    too_long: a document that no row can hold ("fit") is dropped or cut. Both are counted.
+    pad_to_block: fill each document up to a multiple of block_size with end-of-text tokens.
+    pad_loss: let that filling be eligible wherever the document's own end-of-text token is.
+    shuffle: in a new global order each epoch, drawn from `seed`. epochs: None repeats for ever.
+    on_error: a malformed record stops the run ("fatal"), or is counted, logged and left out ("skip").
+    num_threads: threads that read and tokenise ahead; 0 works in the caller's thread.
+    """
+
+    sources: tuple[SourceConfig, ...]
+    sequence_length: int
+    batch_size: int
+    noisy_length: int | None = None
+    packing: Literal["split", "fit"] = "split"
+    segments: Literal["document", "row"] = "document"
+    loss: Literal["all", "response"] = "all"
+    too_long: Literal["drop", "cut"] = "drop"
+    pad_to_block: bool = False
+    pad_loss: bool = True
+    shuffle: bool = True
+    seed: int = 0
+    epochs: int | None = None
+    on_error: Literal["fatal", "skip"] = "fatal"
+    num_threads: int = 4
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ConfigError("sources is empty: name at least one source to read")
+        for name in ("sequence_length", "batch_size", "noisy_length", "epochs"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("num_threads", self.num_threads, 0)
+        _check_at_least("seed", self.seed, 0)
+        _check_choice("packing", self.packing, ("split", "fit"))
+        _check_choice("segments", self.segments, ("document", "row"))
+        _check_choice("loss", self.loss, ("all", "response"))
+        _check_choice("too_long", self.too_long, ("drop", "cut"))
+        _check_choice("on_error", self.on_error, ("fatal", "skip"))
+        self._check_noisy_length()
+
+    def _check_noisy_length(self):
+        if self.noisy_length is None or self.noisy_length == self.sequence_length:
+            return
+        shown = f"noisy_length={self.noisy_length}"
+        if self.noisy_length > self.sequence_length:
+            raise ConfigError(f"{shown} is above sequence_length={self.sequence_length}: lower it, or leave it out")
+        if self.packing == "split":
+            raise ConfigError(f"{shown} with packing='split', which fills rows by length alone: use packing='fit'")
+        if self.segments == "row" and not self.pad_to_block:
+            raise ConfigError(f"{shown} with segments='row': set pad_to_block, so that no block spans two documents")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]):
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def _check_at_least(name: str, value: int | None, least: int):
+    if value is not None and value < least:
+        raise ConfigError(f"{name}={value}: give a whole number of at least {least}")

@@ -1,0 +1,156 @@
+"""A record becomes a document: token ids, and which of them are eligible, that is can be corrupted and carry loss."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+from transformers import PreTrainedTokenizerBase
+
+from sdar_jax.data.chat import ChatRenderer
+from sdar_jax.data.config import DataConfig, SourceConfig
+from sdar_jax.data.sources import Source
+from sdar_jax.data.tokenizer import Encoder
+from sdar_jax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens and eligibility of one record, and how many noisy positions it takes."""
+
+    record_id: int
+    tokens: Int[np.ndarray, "n"]
+    eligible: Bool[np.ndarray, "n"]
+    noisy: int
+    cut: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record that gives no document: `malformed`, or else too long for a row."""
+
+    reason: str
+    malformed: bool
+
+
+class _TooLong(DataError):
+    """A document that no row can hold."""
+
+
+class DocumentMaker:
+    """record id -> Document or Rejection: a pure function, safe to call from several threads.
+
+    Record ids count the records of all sources, in the sources' order.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        sources: list[Source],
+        *,
+        block_size: int,
+        eos_token_id: int,
+    ):
+        self._config, self._sources = config, sources
+        self._block_size, self._eos = block_size, eos_token_id
+        self._starts = np.cumsum([0, *(len(source) for source in sources)])
+        self._encoder = Encoder(tokenizer)
+        self._chat = ChatRenderer(tokenizer) if any(s.config.format == "chat" for s in sources) else None
+
+    def __call__(self, record_id: int) -> Document | Rejection:
+        source, k = self._locate(record_id)
+        try:
+            return self._finish(record_id, *self._tokenise(self._pieces(source.config, source.read(k))))
+        except DataError as error:
+            return Rejection(f"{source.where(k)}: {error}", malformed=not isinstance(error, _TooLong))
+
+    def where(self, record_id: int) -> str:
+        """A record's "file:line"."""
+        source, k = self._locate(record_id)
+        return source.where(k)
+
+    def _locate(self, record_id: int) -> tuple[Source, int]:
+        number = int(np.searchsorted(self._starts, record_id, side="right")) - 1
+        return self._sources[number], record_id - int(self._starts[number])
+
+    def _pieces(self, config: SourceConfig, record: Any) -> list[tuple[str | list[int], bool]]:
+        if config.format == "chat":
+            assert self._chat is not None
+            return [*self._chat.pieces(record)]
+        leading: tuple[str | list[int], bool] = (self._encoder.leading, False)
+        if config.format == "text":
+            return [leading, (_check_text(record, "the text"), True)]
+        response = _text_field(record, config.field)
+        prompt = "" if config.prompt_field is None else _text_field(record, config.prompt_field, may_be_empty=True)
+        return [leading, (prompt, False), (response, True)]
+
+    def _tokenise(self, pieces: list[tuple[str | list[int], bool]]) -> tuple[list[int], list[bool]]:
+        """Each piece by itself: at inference a prompt is tokenised without its response."""
+        tokens, eligible = [], []
+        for piece, response in pieces:
+            ids = self._encoder(piece) if isinstance(piece, str) else piece
+            tokens += ids
+            eligible += [response or self._config.loss == "all"] * len(ids)
+        if not any(eligible):
+            raise DataError("no token of it can carry loss; give it a response, or leave it out")
+        return tokens, eligible
+
+    def _finish(self, record_id: int, tokens: list[int], eligible: list[bool]) -> Document:
+        """Ends the document, fills its last block, and cuts it to the row. Raises _TooLong."""
+        if tokens[-1] != self._eos:
+            tokens, eligible = [*tokens, self._eos], [*eligible, eligible[-1]]
+        fill = -len(tokens) % self._block_size if self._config.pad_to_block else 0
+        ids = np.array(tokens + [self._eos] * fill, np.int32)
+        can = np.array(eligible + [eligible[-1] and self._config.pad_loss] * fill, bool)
+        noisy = noisy_positions(np.ones(len(ids), np.int32), can, self._block_size)
+        length = self._longest_prefix(noisy, len(ids))
+        if length == len(ids):
+            return Document(record_id, ids, can, len(noisy))
+        if self._config.too_long == "drop" or not can[:length].any():
+            raise _TooLong(f"{len(ids)} tokens, {len(noisy)} of them in blocks with loss, do not fit in a row")
+        kept = noisy_positions(np.ones(length, np.int32), can[:length], self._block_size)
+        return Document(record_id, ids[:length], can[:length], len(kept), cut=True)
+
+    def _longest_prefix(self, noisy: Int[np.ndarray, "m"], length: int) -> int:
+        """How much of a document fits in an empty row, in whole blocks where documents are padded to blocks."""
+        config = self._config
+        if config.packing == "split":
+            return length
+        room = min(length, config.sequence_length)
+        if config.noisy_length is not None and len(noisy) > config.noisy_length:
+            room = min(room, int(noisy[config.noisy_length]))
+        return room - room % self._block_size if config.pad_to_block else room
+
+
+def noisy_positions(
+    segment_ids: Int[np.ndarray, "L"], eligible: Bool[np.ndarray, "L"], block_size: int
+) -> Int[np.ndarray, "m"]:
+    """Ascending positions of every block that holds an eligible token.
+
+    segment_ids: 0 is padding, found only at the end. Blocks of block_size are aligned to each segment's first token.
+    """
+    index = np.arange(len(segment_ids))
+    first = np.diff(segment_ids, prepend=0) != 0
+    offset = index - np.maximum.accumulate(np.where(first, index, 0))
+    block = np.cumsum(offset % block_size == 0) - 1
+    wanted = np.zeros(len(segment_ids), bool)
+    wanted[block[eligible]] = True
+    return np.flatnonzero(wanted[block] & (segment_ids > 0))
+
+
+def _text_field(record: dict[str, Any], name: str, *, may_be_empty: bool = False) -> str:
+    if name not in record:
+        raise DataError(f"no field {name!r} among {', '.join(map(repr, record))}; add it, or set field to another")
+    return _check_text(record[name], f"field {name!r}", may_be_empty=may_be_empty)
+
+
+def _check_text(text: Any, name: str, *, may_be_empty: bool = False) -> str:
+    if not isinstance(text, str):
+        raise DataError(f"{name} is of type {type(text).__name__}; give a string")
+    if not may_be_empty and not text.strip():
+        raise DataError(f"{name} is empty; fill it in or remove the record")
+    return text

@@ -1,0 +1,254 @@
+"""From sources to batches: shuffled and mixed by grain, tokenised ahead in threads, packed, and cut by process."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sdar_jax.data.config import DataConfig
+from sdar_jax.data.documents import Document, DocumentMaker, Rejection
+from sdar_jax.data.packing import FitPacker, Piece, SplitPacker, make_batch
+from sdar_jax.data.sources import Source
+from sdar_jax.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+REPORTED = 5
+READ_AHEAD_PER_THREAD = 32
+# A saved position means nothing once one of these has changed.
+POSITION_FIELDS = ("shuffle", "seed", "packing", "sequence_length", "noisy_length", "pad_to_block", "too_long")
+LARGEST_RECORD_COUNT = 2**31 - 1
+
+
+def make_dataset(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int | None,
+    eos_token_id: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "PackedDataset":
+    """An endless (or `epochs` long) iterator over this process' rows of each global batch.
+
+    block_size: the model's S; None (an autoregressive model) counts as 1. eos_token_id ends and pads documents.
+
+    A batch holds, for B = batch_size / process_count rows of L = sequence_length tokens:
+        tokens       int32 [B, L]   eos_token_id in padding
+        segment_ids  int32 [B, L]   0 is padding, only at a row's end; 1, 2, ... count the row's documents, or are all 1
+        loss_mask    bool  [B, L]   eligible tokens: they can be corrupted and carry loss
+        record_ids   int32 [B, L]   the record each token came from, -1 in padding; describe() names its file and line
+        noisy_index  int32 [B, Ln]  with noisy_length: ascending positions of every block that holds an eligible token,
+                                    then -1; blocks of S are aligned to each segment's first token
+
+    Guarantee: every process packs the same stream and keeps rows [B * process_index, B * (process_index + 1)), so a
+    global batch and the saved state do not depend on the number of processes; a run may go on with another number. The
+    price is that each process reads and tokenises everything.
+
+    With `epochs`, the last rows are padded at their end and the last batch is filled up with rows of padding, so that
+    no token is lost; then StopIteration. An epoch of several sources lasts until each record has been drawn at least
+    once: sources that are small for their weight come round more often.
+
+    Raises ConfigError for numbers that do not fit together, DataError for sources without records; under
+    on_error="fatal" iteration raises DataError at the first malformed record (restore a saved state to go on).
+    """
+    block_size = 1 if block_size is None else block_size
+    _check_numbers(config, block_size, process_index, process_count)
+    sources = [Source(source) for source in config.sources]
+    _check_sources(config, sources)
+    maker = DocumentMaker(config, tokenizer, sources, block_size=block_size, eos_token_id=eos_token_id)
+    return PackedDataset(config, maker, sources, block_size, eos_token_id, process_index, process_count)
+
+
+class PackedDataset(Iterator[dict[str, np.ndarray]]):
+    """See make_dataset. `skipped`, `dropped` and `cut` count malformed records (and files), and too long ones."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        maker: DocumentMaker,
+        sources: list[Source],
+        block_size: int,
+        eos_token_id: int,
+        process_index: int,
+        process_count: int,
+    ):
+        self._config, self._maker = config, maker
+        self._layout = {"block_size": block_size, "eos_token_id": eos_token_id}
+        share = config.batch_size // process_count
+        self._rows = slice(share * process_index, share * (process_index + 1))
+        self._feed = DocumentFeed(config, maker, sources, report=process_index == 0)
+        self._packer = (
+            SplitPacker(self._feed, config.sequence_length)
+            if config.packing == "split"
+            else FitPacker(self._feed, config.sequence_length, config.noisy_length)
+        )
+        self._order = {
+            "records": [len(source) for source in sources],
+            "weights": [source.weight for source in config.sources],
+            "block_size": block_size,
+            **{name: getattr(config, name) for name in POSITION_FIELDS},
+        }
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows: list[list[Piece]] = []
+        while len(rows) < self._config.batch_size:
+            try:
+                rows.append(self._packer.next_row())
+            except StopIteration:
+                if not rows:
+                    raise
+                rows += [[]] * (self._config.batch_size - len(rows))
+        return make_batch(rows[self._rows], self._config, **self._layout)
+
+    def get_state(self) -> dict[str, Any]:
+        """The position behind the last batch given out, the same on every process; JSON can hold it."""
+        return {"order": self._order, "feed": self._feed.get_state(), "open": self._packer.get_state()}
+
+    def set_state(self, state: dict[str, Any]):
+        """Goes on exactly where get_state was called. Raises DataError if data or order are not what they were then."""
+        for name, now in self._order.items():
+            if state["order"][name] != now:
+                raise DataError(
+                    f"the saved position was taken with {name}={state['order'][name]}, this dataset has {now}: restore"
+                    " what it was, or start the data afresh"
+                )
+        self._feed.set_state(state["feed"])
+        self._packer.set_state(state["open"], self._feed.reload)
+
+    def describe(self, record_ids: Iterable[int] | np.ndarray) -> list[str]:
+        """Each different record as "file:line" (parquet: "file:row", from 1), ascending, without padding's -1."""
+        return [self._maker.where(int(i)) for i in np.unique(np.asarray(record_ids)) if i >= 0]
+
+    @property
+    def skipped(self) -> int:
+        return self._feed.counts["skipped"]
+
+    @property
+    def dropped(self) -> int:
+        return self._feed.counts["dropped"]
+
+    @property
+    def cut(self) -> int:
+        return self._feed.counts["cut"]
+
+    def close(self):
+        """Ends the reading threads."""
+        self._feed.close()
+
+
+class DocumentFeed(Iterator[tuple[int, Document]]):
+    """(stream index, document), without the records that give none; these are counted, and the first few logged."""
+
+    def __init__(self, config: DataConfig, maker: DocumentMaker, sources: list[Source], *, report: bool):
+        records, self._epoch_length = _record_stream(config, [len(source) for source in sources])
+        self._outcomes = records.map(maker)
+        self._read_ahead = _read_ahead(self._outcomes, config.num_threads)
+        self._fatal, self._report = config.on_error == "fatal", report
+        self._index = 0
+        self._fruitless = 0
+        self.counts = {"skipped": 0, "dropped": 0, "cut": 0}
+        for failure in (failure for source in sources for failure in source.failures):
+            self._note(Rejection(failure, malformed=True))
+
+    def __next__(self) -> tuple[int, Document]:
+        while True:
+            outcome = next(self._read_ahead)
+            self._index += 1
+            if isinstance(outcome, Document):
+                self._fruitless = 0
+                self.counts["cut"] += outcome.cut
+                return self._index - 1, outcome
+            self._note(outcome)
+            self._fruitless += 1
+            if self._fruitless >= self._epoch_length:
+                raise DataError(f"none of {self._epoch_length} records can be used; the last: {outcome.reason}")
+
+    def _note(self, rejection: Rejection):
+        if rejection.malformed and self._fatal:
+            raise DataError(f"{rejection.reason} (on_error: skip leaves such records out)")
+        kind = "skipped" if rejection.malformed else "dropped"
+        self.counts[kind] += 1
+        if self._report and self.counts[kind] <= REPORTED:
+            last = "; further ones are only counted" if self.counts[kind] == REPORTED else ""
+            log.warning("%s: %s%s", kind, rejection.reason, last)
+
+    def reload(self, index: int) -> Document:
+        """The document at an index that gave one before. Raises DataError if it no longer does."""
+        outcome = self._outcomes[index]
+        if isinstance(outcome, Document):
+            return outcome
+        raise DataError(f"record {index} of the stream was usable when the position was saved: restore its file")
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._index, **self.counts}
+
+    def set_state(self, state: dict[str, Any]):
+        self._index, self._fruitless = state["next_index"], 0
+        self.counts = {name: state[name] for name in self.counts}
+        self._read_ahead.set_state({"next_index": self._index})
+
+    def close(self):
+        self._read_ahead.close()
+
+
+def _record_stream(config: DataConfig, lengths: list[int]) -> tuple[grain.MapDataset, int]:
+    """Record ids in the order in which they are drawn, and how many draws are an epoch."""
+    starts = np.cumsum([0, *lengths]).tolist()
+    parts = [grain.MapDataset.range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    if config.shuffle:
+        # Hashed, as grain numbers an epoch's shuffle seed + epoch: neighbouring seeds would share their orders.
+        seeds = np.random.SeedSequence(config.seed).generate_state(len(parts))
+        parts = [part.shuffle(seed=int(seed)) for part, seed in zip(parts, seeds, strict=True)]
+    parts = [part.repeat() for part in parts]
+    if len(parts) == 1:
+        stream, epoch_length = parts[0], lengths[0]
+    else:
+        stream, epoch_length = _mix(parts, lengths, [source.weight for source in config.sources])
+    return (stream if config.epochs is None else stream[: config.epochs * epoch_length]), epoch_length
+
+
+def _mix(parts: list[grain.MapDataset], lengths: list[int], weights: list[float]) -> tuple[grain.MapDataset, int]:
+    # Whole numbers as grain itself makes of weights, so that the epoch is counted with the same ones.
+    shares = [int(weight * 100 / min(weights)) for weight in weights]
+    # Of the first n draws, part i has at least n * shares[i] / sum(shares) - i.
+    parted = enumerate(zip(lengths, shares, strict=True))
+    epoch_length = max(math.ceil((length + i) * sum(shares) / share) for i, (length, share) in parted)
+    return grain.MapDataset.mix(parts, shares), epoch_length
+
+
+def _read_ahead(outcomes: grain.MapDataset, num_threads: int) -> grain.DatasetIterator:
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=READ_AHEAD_PER_THREAD * num_threads)
+    return iter(outcomes.to_iter_dataset(options))
+
+
+def _check_numbers(config: DataConfig, block_size: int, process_index: int, process_count: int):
+    if block_size < 1:
+        raise ConfigError(f"block_size={block_size}: give at least 1")
+    if config.pad_to_block and config.sequence_length % block_size:
+        raise ConfigError(
+            f"sequence_length={config.sequence_length} is no multiple of block_size={block_size}, as pad_to_block needs"
+        )
+    if not 0 <= process_index < process_count:
+        raise ConfigError(f"process_index={process_index} is not among {process_count} processes")
+    if config.batch_size % process_count:
+        raise ConfigError(
+            f"batch_size={config.batch_size} does not divide among {process_count} processes: use a multiple"
+        )
+
+
+def _check_sources(config: DataConfig, sources: list[Source]):
+    for source in sources:
+        if source.failures and (config.on_error == "fatal" or not len(source)):
+            raise DataError(source.failures[0])
+        if not len(source):
+            raise DataError(f"{source.config.path}: no record in it; give files that are not empty")
+    total = sum(len(source) for source in sources)
+    if total > LARGEST_RECORD_COUNT:
+        raise DataError(
+            f"{total} records are more than record_ids can number ({LARGEST_RECORD_COUNT}); use longer ones"
+        )
