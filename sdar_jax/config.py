@@ -75,9 +75,9 @@ class RopeConfig:
         return cls(theta=theta, rope_type=rope_type, **given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The two classic keys, which every transformers version reads."""
+        """The classic keys, which every transformers version reads."""
         if self.rope_type == "default":
-            return {"rope_theta": self.theta, "rope_scaling": None}
+            return {"rope_theta": self.theta}
         values = {name: getattr(self, name) for name in _ROPE_FIELDS[self.rope_type]}
         given = {name: value for name, value in values.items() if value is not None}
         return {"rope_theta": self.theta, "rope_scaling": {"rope_type": self.rope_type, **given}}

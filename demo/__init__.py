@@ -1,0 +1,1 @@
+"""The demo: a small model trained from scratch, converted to block diffusion, and compared with its origin."""
