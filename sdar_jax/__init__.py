@@ -1,6 +1,12 @@
 """Block-diffusion language models in JAX: conversion training and decoding (SDAR, arXiv 2510.06303)."""
 
+import os
+
+# When it is imported, transformers would advise on stderr to install torch, which nothing here uses.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 from sdar_jax.config import ModelConfig
+from sdar_jax.conversion import to_diffusion
 from sdar_jax.decoding import Completion, DecodingConfig, generate
 from sdar_jax.evaluation import nelbo
 from sdar_jax.model import logits
@@ -17,4 +23,5 @@ __all__ = [
     "logits",
     "nelbo",
     "save_pretrained",
+    "to_diffusion",
 ]

@@ -12,7 +12,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local Hugging Face directory. Raises CheckpointError if there is none that can be read."""
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: no such directory; give one that holds tokenizer.json")
-    # It would warn that it knows no `sdar` model, and that it has no torch; a tokenizer needs neither.
+    # It would warn that it knows no `sdar` model; a tokenizer needs none.
     logging.set_verbosity_error()
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)

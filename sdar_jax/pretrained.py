@@ -1,0 +1,359 @@
+"""Hugging Face model directories in and out: `load_pretrained` and `save_pretrained`.
+
+Both walk the weights one by one with one table of names (`_PARTS`), so that host memory holds a weight and the tensor
+being read into it or written from it, and never a second model.
+"""
+
+import json
+import math
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import snapshot_download
+from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
+
+from sdar_jax.config import ModelConfig
+from sdar_jax.errors import CheckpointError, ConfigError
+from sdar_jax.model import Model
+from sdar_jax.sharding import shardings
+from sdar_jax.tensor_files import INDEX_FILE, SUPPORTED_DTYPES, Tensor, TensorReader, listed, write_tensors
+
+# Which tensors of theirs make up each weight of ours, and where in it they lie (shapes: see model.py).
+_ALL, _QUERIES, _KEY, _VALUE = np.s_[...], np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
+_GATE, _UP = np.s_[..., 0, :], np.s_[..., 1, :]
+_PARTS = {
+    "embedding": {"model.embed_tokens.weight": _ALL},
+    "final_norm": {"model.norm.weight": _ALL},
+    "head": {"lm_head.weight": _ALL},
+    "attention_norm": {"input_layernorm.weight": _ALL},
+    "qkv": {"self_attn.q_proj.weight": _QUERIES, "self_attn.k_proj.weight": _KEY, "self_attn.v_proj.weight": _VALUE},
+    "qkv_bias": {"self_attn.q_proj.bias": _QUERIES, "self_attn.k_proj.bias": _KEY, "self_attn.v_proj.bias": _VALUE},
+    "q_norm": {"self_attn.q_norm.weight": _ALL},
+    "k_norm": {"self_attn.k_norm.weight": _ALL},
+    "output": {"self_attn.o_proj.weight": _ALL},
+    "output_bias": {"self_attn.o_proj.bias": _ALL},
+    "mlp_norm": {"post_attention_layernorm.weight": _ALL},
+    "gate_up": {"mlp.gate_proj.weight": _GATE, "mlp.up_proj.weight": _UP},
+    "gate_up_bias": {"mlp.gate_proj.bias": _GATE, "mlp.up_proj.bias": _UP},
+    "down": {"mlp.down_proj.weight": _ALL},
+    "down_bias": {"mlp.down_proj.bias": _ALL},
+}
+# How many leading axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
+_INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1, "head": 1}
+
+_GENERATION_FILE = "generation_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    _GENERATION_FILE,
+)
+# Buffers that old Llama checkpoints carry; they follow from the config.
+_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+def load_pretrained(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: DTypeLike = "auto",
+    mesh: Mesh | None = None,
+    block_size: int | None = None,
+    mask_token_id: int | None = None,
+) -> Model:
+    """A qwen3, qwen2, llama or sdar model from a directory or the Hugging Face hub, its layers one by one.
+
+    Args:
+        dtype: of the weights: a name or type, or "auto": bfloat16 on GPU and TPU, float32 on CPU.
+        mesh: places every weight as `sharding.shardings` says; the default device if None.
+        block_size, mask_token_id: override, or supply, what config.json says.
+
+    Raises:
+        CheckpointError: a file that is missing, cut short or not what config.json describes, with all that is wrong
+            named in one message, before any weight is placed. ConfigError: a config or dtype that is not supported.
+    """
+    directory = _directory(path_or_hub_id)
+    config = _read_config(directory, {"block_size": block_size, "mask_token_id": mask_token_id})
+    skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), _resolved(dtype, mesh)))
+    structure = jax.tree.structure(skeleton)
+    places = [None] * structure.num_leaves if mesh is None else jax.tree.leaves(shardings(skeleton, mesh))
+    weights = _weights(skeleton)
+    with TensorReader(directory) as tensors:
+        _check(tensors, weights)
+        arrays = [_load(tensors, weight, place) for weight, place in zip(weights, places, strict=True)]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def save_pretrained(
+    model: Model,
+    path: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    tokenizer_from: str | Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory that `load_pretrained` and transformers read; layers stacked or not.
+
+    An AR model becomes a qwen3, qwen2 or llama directory; a converted one has `model_type` sdar and its block_size and
+    mask_token_id. Tensor names are the released ones in both. The directory is whole or not there: it is written under
+    another name beside `path` first, and what `path` held is replaced only then.
+
+    Args:
+        path: new, empty, or an earlier model directory.
+        dtype: of the tensors on disk; the weights' own if None.
+        tokenizer_from: a directory whose tokenizer, chat template and generation config are copied; if None, those
+            that `path` already holds are kept.
+        max_shard_bytes: more than this in weights is split over several files with an index.
+
+    Raises:
+        CheckpointError: `path` holds something else, or cannot be written; what it held is then as it was.
+        ConfigError: a dtype that safetensors and transformers do not share.
+    """
+    path = Path(path).resolve()
+    cast = None if dtype is None else _supported(dtype)
+    tensors = _to_write(model, cast)
+    carried = _carried_files(path, tokenizer_from)
+    _check_replaceable(path)
+    building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        building.mkdir(parents=True)
+        write_tensors(building, tensors, max_shard_bytes)
+        for file in carried:
+            shutil.copyfile(file, building / file.name)
+        _write_configs(building, model.config, tensors[0].dtype)
+        _replace_directory(building, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); make room or choose another path, nothing was replaced"
+        ) from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+class _Weight(NamedTuple):
+    """A weight of one layer, or of none: its field in `Model` or `Layer`, and its place in a stacked array.
+
+    array: a jax.Array, or a jax.ShapeDtypeStruct where the model is abstract.
+    """
+
+    prefix: str
+    field: str
+    array: Any
+    stacked_at: int | None = None
+
+    def parts(self) -> dict[str, Any]:
+        """Full Hugging Face names, and where in the weight each lies."""
+        return {self.prefix + name: index for name, index in _PARTS[self.field].items()}
+
+    def their_shape(self, index: Any) -> tuple[int, ...]:
+        shape = self.array.shape if self.stacked_at is None else self.array.shape[1:]
+        return _their_shape(np.broadcast_to(np.empty(()), shape)[index].shape, self.field)
+
+
+def _weights(model: Model) -> list[_Weight]:
+    """In the order of `jax.tree.leaves` where layers are not stacked."""
+    found = []
+    for path, leaf in jax.tree.leaves_with_path(model):
+        names = [getattr(key, "name", getattr(key, "idx", None)) for key in path]
+        field = next(name for name in reversed(names) if name in _PARTS)
+        if names[0] != "layers":
+            found.append(_Weight("", field, leaf))
+        elif names[1] == "body":
+            found += [_Weight(f"model.layers.{i}.", field, leaf, i) for i in range(len(leaf))]
+        else:
+            index = model.config.num_layers - 1 if names[1] == "last" else names[1]
+            found.append(_Weight(f"model.layers.{index}.", field, leaf))
+    return found
+
+
+def _their_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
+    if field == "embedding":
+        return shape
+    inputs = _INPUT_AXES.get(field, 0)
+    outputs = math.prod(shape[inputs:])
+    return (outputs, math.prod(shape[:inputs])) if inputs else (outputs,)
+
+
+def _to_theirs(ours: np.ndarray, field: str) -> np.ndarray:
+    theirs = _their_shape(ours.shape, field)
+    return ours.reshape(theirs[::-1]).T if field in _INPUT_AXES else ours.reshape(theirs)
+
+
+def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...]) -> np.ndarray:
+    return theirs.T.reshape(shape) if field in _INPUT_AXES else theirs.reshape(shape)
+
+
+def _directory(path_or_hub_id: str | Path) -> Path:
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file; give the directory that holds it and its config.json")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
+        raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory, or a hub id (org/name)")
+    try:
+        patterns = ["config.json", "*.safetensors", INDEX_FILE, *_TOKENIZER_FILES]
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path}: no such directory, and the Hugging Face hub did not provide it ({reason}); check the name and "
+            "the connection"
+        ) from None
+
+
+def _read_config(directory: Path, given: dict[str, int | None]) -> ModelConfig:
+    config = ModelConfig.from_hf(directory)
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    stop = _read_json(directory / _GENERATION_FILE).get("eos_token_id")
+    if stop is not None:
+        changes["stop_token_ids"] = tuple(stop) if isinstance(stop, list) else (stop,)
+    return replace(config, **changes)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Empty where there is no file."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); restore or remove the file") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: not a JSON object; restore or remove the file")
+    return values
+
+
+def _resolved(dtype: DTypeLike, mesh: Mesh | None) -> np.dtype:
+    if isinstance(dtype, str) and dtype == "auto":
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
+    return _supported(dtype)
+
+
+def _supported(dtype: DTypeLike) -> np.dtype:
+    supported = sorted(known.name for known in SUPPORTED_DTYPES)
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        raise ConfigError(f"dtype {dtype!r} is unknown; use one of {supported}") from None
+    if resolved not in SUPPORTED_DTYPES:
+        raise ConfigError(f"dtype {resolved.name!r} is not supported for weights; use one of {supported}")
+    if resolved == np.float64 and not jax.config.jax_enable_x64:
+        raise ConfigError("dtype 'float64' needs 64-bit mode; set JAX_ENABLE_X64=1, or use 'float32'")
+    return resolved
+
+
+def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
+    """Names, shapes and types of the files against what the config implies; all that is wrong in one error."""
+    wanted = {name: weight.their_shape(index) for weight in weights for name, index in weight.parts().items()}
+    found = set(tensors.names())
+    # A tied model may carry its head as well.
+    ignored = {name for name in found if _DERIVED.search(name)} | {"lm_head.weight"}
+    shapes, types = [], []
+    for name in sorted(found & set(wanted)):
+        shape, dtype = tensors.describe(name)
+        if shape != wanted[name]:
+            shapes.append(f"{name} is {list(shape)} and should be {list(wanted[name])}")
+        if dtype not in SUPPORTED_DTYPES.values():
+            types.append(f"{name} is {dtype}")
+    problems = {
+        "missing": [name for name in wanted if name not in found],
+        "unexpected": sorted(found - set(wanted) - ignored),
+        "of a wrong shape": shapes,
+        "of an unsupported type": types,
+    }
+    told = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
+    if told:
+        raise CheckpointError(
+            f"{tensors.directory}: tensors do not fit config.json; {'; '.join(told)}; use the config.json and weights "
+            f"of one model, in {', '.join(SUPPORTED_DTYPES.values())}"
+        )
+
+
+def _load(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> jax.Array:
+    buffer = np.empty(weight.array.shape, weight.array.dtype)
+    for name, index in weight.parts().items():
+        part = buffer[index]
+        part[...] = _to_ours(tensors.read(name), weight.field, part.shape)
+    if place is None:
+        array = jnp.asarray(buffer)
+    else:
+        array = jax.make_array_from_callback(buffer.shape, place, lambda index: buffer[index])
+    # Copies run in the background, and would keep the buffers of many weights alive.
+    return array.block_until_ready()
+
+
+def _to_write(model: Model, cast: np.dtype | None) -> list[Tensor]:
+    return [
+        Tensor(name, weight.their_shape(index), cast or _supported(weight.array.dtype), _reader(weight, index))
+        for weight in _weights(model)
+        for name, index in weight.parts().items()
+    ]
+
+
+def _reader(weight: _Weight, index: Any) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        array = weight.array if weight.stacked_at is None else weight.array[weight.stacked_at]
+        # A JAX array keeps the host copy that is made of it: a device copy is read, and freed with it.
+        return _to_theirs(np.asarray(jnp.copy(array))[index], weight.field)
+
+    return read
+
+
+def _carried_files(path: Path, tokenizer_from: str | Path | None) -> list[Path]:
+    source = path if tokenizer_from is None else Path(tokenizer_from)
+    files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if tokenizer_from is not None and not files:
+        raise CheckpointError(f"{source}: holds no tokenizer files; give the directory that has tokenizer.json")
+    return files
+
+
+def _check_replaceable(path: Path) -> None:
+    """A directory is replaced only if all that it holds is what a save writes."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: is a file; choose a directory")
+    ours = {"config.json", INDEX_FILE, *_TOKENIZER_FILES}
+    foreign = sorted(file.name for file in path.iterdir() if file.name not in ours and file.suffix != ".safetensors")
+    if foreign:
+        raise CheckpointError(f"{path}: holds {listed(foreign)}, which a save would delete; choose a new directory")
+
+
+def _write_configs(directory: Path, config: ModelConfig, dtype: np.dtype) -> None:
+    files = {"config.json": {**config.to_hf(), "torch_dtype": dtype.name}}
+    if config.stop_token_ids:
+        carried = _read_json(directory / _GENERATION_FILE)
+        files[_GENERATION_FILE] = {**carried, "eos_token_id": list(config.stop_token_ids)}
+    for name, values in files.items():
+        (directory / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = new.with_name(f"{new.name}.old")
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)

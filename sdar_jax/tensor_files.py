@@ -1,0 +1,156 @@
+"""Safetensors files, a tensor at a time: read lazily from a directory's file or shards, written without a copy of all.
+
+Format: https://huggingface.co/docs/safetensors: the length of a JSON header in 8 bytes, the header, the tensors' bytes.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from sdar_jax.errors import CheckpointError
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+SUPPORTED_DTYPES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+
+
+class TensorReader:
+    """The tensors of a directory by name: of one file, or of the shards that an index names. A context manager.
+
+    Raises:
+        CheckpointError: on entry, where a file is missing, cut short, or not what the index says.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> "TensorReader":
+        with self._stack:
+            self._files = self._locate()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def names(self) -> list[str]:
+        return list(self._files)
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape, and the format's name for the type; reads no data."""
+        header = self._files[name].get_slice(name)
+        return tuple(header.get_shape()), header.get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def _locate(self) -> dict[str, Any]:
+        single, index = self.directory / WEIGHTS_FILE, self.directory / INDEX_FILE
+        if single.exists():
+            file = self._open(single)
+            return dict.fromkeys(file.keys(), file)
+        if not index.exists():
+            raise CheckpointError(
+                f"{self.directory}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a directory with safetensors "
+                "weights"
+            )
+        shard_of = _read_index(index)
+        shards = {shard: self._open(self.directory / shard) for shard in sorted(set(shard_of.values()))}
+        held = {shard: set(file.keys()) for shard, file in shards.items()}
+        absent = [name for name, shard in shard_of.items() if name not in held[shard]]
+        if absent:
+            raise CheckpointError(
+                f"{index}: names {listed(absent)}, which {shard_of[absent[0]]} does not hold; download index and "
+                "shards again"
+            )
+        return {name: shards[shard] for name, shard in shard_of.items()}
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._stack.enter_context(safe_open(path, framework="numpy"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: this shard is missing; download it again") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        shard_of = dict(json.loads(path.read_text())["weight_map"])
+        if all(isinstance(shard, str) for shard in shard_of.values()):
+            return shard_of
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise CheckpointError(f"{path}: not a JSON object with a weight_map of file names; download it again")
+
+
+def listed(names: list[str], limit: int = 5) -> str:
+    """The first names, and a count of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+class Tensor(NamedTuple):
+    """A tensor to write; `read` is called once, when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(directory: Path, tensors: list[Tensor], max_shard_bytes: int) -> None:
+    """One file, or several of at most `max_shard_bytes` (but a whole tensor at least) and their index."""
+    shards = list(_shards(tensors, max_shard_bytes))
+    if len(shards) == 1:
+        return _write_file(directory / WEIGHTS_FILE, tensors)
+    shard_of = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(directory / file, shard)
+        shard_of |= {tensor.name: file for tensor in shard}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": shard_of}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    shard, size = [], 0
+    for tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_file(path: Path, tensors: list[Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        offsets = {"data_offsets": [start, end]}
+        header[tensor.name] = {"dtype": SUPPORTED_DTYPES[tensor.dtype], "shape": list(tensor.shape), **offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            data = np.ascontiguousarray(tensor.read().astype(tensor.dtype, copy=False))
+            file.write(data.reshape(-1).view(np.uint8))
+        file.flush()
+        os.fsync(file.fileno())
