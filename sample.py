@@ -20,9 +20,11 @@ from typing import Annotated, Any
 import tyro
 
 from sdar_jax import Completion, DecodingConfig, generate, load_pretrained
-from sdar_jax.data.tokenizer import load_tokenizer
+from sdar_jax.data.chat import ChatRenderer
+from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.errors import DataError, DecodingError, SdarError
 from sdar_jax.model import Model
+from sdar_jax.pretrained import model_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +65,19 @@ class SampleConfig:
 
 
 class Sampler:
-    """A loaded model with what every call of `generate` shares."""
+    """A loaded model with what every call of `generate` shares. `texts`: whether a tokenizer is needed."""
 
-    def __init__(self, config: SampleConfig):
+    def __init__(self, config: SampleConfig, *, texts: bool):
         self.config = config
+        self.stop_token_ids = None if config.stop_token_ids is None else parse_ids(config.stop_token_ids)
+        directory = model_directory(config.model)
+        self.tokenizer = load_tokenizer(directory) if texts else None
         self.model: Model = load_pretrained(
-            config.model,
+            directory,
             dtype=config.dtype,
             block_size=config.decoding.block_size,
             mask_token_id=config.mask_token_id,
         )
-        self.stop_token_ids = None if config.stop_token_ids is None else parse_ids(config.stop_token_ids)
-        self.tokenizer = None if config.prompt_ids is not None else load_tokenizer(config.model)
 
     def __call__(self, prompts: list, seed: int) -> list[Completion]:
         return generate(
@@ -87,13 +90,10 @@ class Sampler:
             seed=seed,
         )
 
-    def render(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Ids of a conversation, up to where the assistant answers."""
+    def render(self, conversation: dict[str, Any]) -> list[int]:
+        """Ids of {"messages": [...]}, up to where the assistant answers."""
         assert self.tokenizer is not None
-        if not self.tokenizer.chat_template:
-            raise DecodingError(f"{self.config.model} has no chat template; use --prompt, or add chat_template.jinja")
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer.encode(str(text), add_special_tokens=False)
+        return Encoder(self.tokenizer)(ChatRenderer(self.tokenizer).prompt(conversation))
 
 
 def parse_ids(text: str) -> list[int]:
@@ -121,8 +121,8 @@ def speed(completions: list[Completion], seconds: float) -> str:
 
 
 def sample_once(config: SampleConfig) -> None:
-    sampler = Sampler(config)
     prompt = config.prompt if config.prompt_ids is None else parse_ids(config.prompt_ids)
+    sampler = Sampler(config, texts=config.prompt_ids is None)
     started = time.perf_counter()
     completions = sampler([prompt], config.seed)
     if config.json:
@@ -134,15 +134,17 @@ def sample_once(config: SampleConfig) -> None:
 
 
 def chat(config: SampleConfig) -> None:
-    sampler = Sampler(config)
+    sampler = Sampler(config, texts=True)
     messages: list[dict[str, Any]] = []
     while (line := _read_turn()) is not None:
         messages.append({"role": "user", "content": line})
         started = time.perf_counter()
-        completions = sampler([sampler.render(messages)], config.seed + len(messages))
-        messages.append({"role": "assistant", "content": completions[0].text})
-        print(json.dumps(as_record(completions[0]), ensure_ascii=False) if config.json else completions[0].text)
+        completions = sampler([sampler.render({"messages": messages})], config.seed + len(messages))
+        answer = completions[0].text
+        print(json.dumps(as_record(completions[0]), ensure_ascii=False) if config.json else answer, flush=True)
         print(speed(completions, time.perf_counter() - started), file=sys.stderr)
+        # A turn that says nothing belongs in no conversation, and neither does its question.
+        messages = [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]
 
 
 def _read_turn() -> str | None:
@@ -157,19 +159,18 @@ def sample_file(config: SampleConfig) -> None:
     if config.output is None:
         raise DecodingError("--input needs --output; name the file for the completions")
     records = list(read_records(config.input))
-    done = _finished_lines(config.output)
-    if done > len(records):
-        raise DataError(
-            f"{config.output} holds {done} lines and {config.input} {len(records)}; choose another --output"
-        )
-    sampler = Sampler(config)
-    prompts = [_as_prompt(record, number, sampler, config) for number, record in enumerate(records, 1)]
+    done = _answered(config.output, records)
+    sampler = Sampler(config, texts=not all(isinstance(record.get("prompt_ids"), list) for record in records))
+    prompts = [_as_prompt(record, f"{config.input}:{number}", sampler) for number, record in enumerate(records, 1)]
     finished: list[Completion] = []
     started = time.perf_counter()
-    with config.output.open("a") as file:
+    with config.output.open("a", encoding="utf-8") as file:
         for first in range(done, len(records), config.batch_size):
             chosen = slice(first, first + config.batch_size)
-            completions = sampler(prompts[chosen], config.seed + first)
+            try:
+                completions = sampler(prompts[chosen], config.seed + first)
+            except DecodingError as error:
+                raise DataError(f"{config.input}, of the prompts from line {first + 1} on: {error}") from None
             for record, completion in zip(records[chosen], completions, strict=True):
                 file.write(json.dumps({**record, **as_record(completion)}, ensure_ascii=False) + "\n")
             file.flush()
@@ -181,39 +182,64 @@ def sample_file(config: SampleConfig) -> None:
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file. Raises DataError with file and line."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); give a JSONL file") from None
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+            # A lone surrogate can be read but not written again.
+            json.dumps(record, ensure_ascii=False).encode()
+        except ValueError as error:
             raise DataError(f"{path}:{number}: not JSON ({error}); give one object a line") from None
         if not isinstance(record, dict):
             raise DataError(f'{path}:{number}: not an object; write it as {{"prompt": ...}}')
         yield record
 
 
-def _as_prompt(record: dict[str, Any], number: int, sampler: Sampler, config: SampleConfig) -> str | list[int]:
+def _as_prompt(record: dict[str, Any], place: str, sampler: Sampler) -> str | list[int]:
     if isinstance(record.get("prompt_ids"), list):
         return record["prompt_ids"]
     if isinstance(record.get("prompt"), str):
         return record["prompt"]
-    if isinstance(record.get("messages"), list):
-        return sampler.render(record["messages"])
-    raise DataError(f'{config.input}:{number}: no prompt; give "prompt", "prompt_ids" or "messages"')
+    if "messages" not in record:
+        raise DataError(f'{place}: no prompt; give "prompt", "prompt_ids" or "messages"')
+    try:
+        return sampler.render(record)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
-def _finished_lines(path: Path) -> int:
-    """Whole lines of an output file; a last one that an interruption cut short is removed."""
-    if not path.exists():
-        return 0
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole.count(b"\n")
+def _answered(path: Path, records: list[dict[str, Any]]) -> int:
+    """How many records an output file answers already; a last line that an interruption cut short is removed.
+
+    Raises DataError, and leaves the file as it is, if it is not the output of these records.
+    """
+    try:
+        with path.open("ab+") as file:
+            file.seek(0)
+            *lines, cut = file.read().split(b"\n")
+            other = next((i for i, line in enumerate(lines) if not _answers(line, records[i : i + 1])), None)
+            if other is not None or cut[:1] not in (b"", b"{"):
+                place = f"{path}:{1 + (len(lines) if other is None else other)}"
+                raise DataError(f"{place}: not an answer to that line of the input; choose another --output")
+            file.truncate(sum(len(line) + 1 for line in lines))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}); choose another --output") from None
+    return len(lines)
+
+
+def _answers(line: bytes, asked: list[dict[str, Any]]) -> bool:
+    """Whether an output line holds all of the record that it should, and a completion."""
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        return False
+    ours = {*Completion._fields, "tokens_per_forward"}
+    kept = {key: value for record in asked for key, value in record.items() if key not in ours}
+    if not asked or not isinstance(answer, dict):
+        return False
+    return ours - {"text"} <= set(answer) and kept.items() <= answer.items()
 
 
 def main(config: SampleConfig) -> None:

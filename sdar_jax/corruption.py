@@ -25,7 +25,8 @@ class CorruptionConfig:
 
     Attributes:
         level: the unit that shares a noise level t: "row", "document" (SDAR) or "block" (BD3-LM, Eq. 7).
-        draw: "independent", or "stratified": over the units of a batch, t is spread evenly (lower variance).
+        draw: "independent", or "stratified": over the units of a batch that have eligible tokens, t is spread evenly
+            (lower variance).
         distribution: of t, before it is scaled to [t_min, t_max]: "uniform" or "beta" (with `beta`).
         t_min, t_max: the range of t. None is 0.001 for "bernoulli", whose weight is 1 / t, and 0 for "exact".
         mask: "bernoulli": each eligible token with p = t, weight 1 / p; "exact": k = ceil(t n) of a unit's n eligible
@@ -87,11 +88,12 @@ class Corrupted(NamedTuple):
 
 
 class _Units(NamedTuple):
-    """The unit of each position: where it starts in its row, its number in the batch, its eligible tokens. [B, L]."""
+    """The unit of each position, [B, L]: where it starts in its row, how many tokens of it are eligible, and its number
+    among the units of the batch that have any."""
 
     start: Array
-    number: Array
     eligible: Array
+    stratum: Array
 
 
 class _Draw(NamedTuple):
@@ -143,9 +145,11 @@ def _units(segment_ids: Array, eligible: Array, level: str, block_size: int | No
         start = block_bounds(Segments(bounds.start, jnp.maximum(bounds.end, index + 1), bounds.positions), block_size)[
             0
         ]
-    number = jnp.cumsum((start == index).reshape(-1)).reshape(rows, length) - 1
-    counts = jnp.zeros(rows * length, jnp.int32).at[number].add(eligible.astype(jnp.int32))
-    return _Units(start, number, counts[number])
+    number = lambda firsts: jnp.cumsum(firsts.reshape(-1)).reshape(rows, length) - 1
+    first = start == index
+    counts = jnp.zeros(rows * length, jnp.int32).at[number(first)].add(eligible.astype(jnp.int32))
+    counts = counts[number(first)]
+    return _Units(start, counts, number(first & (counts > 0)))
 
 
 def _draw(units: _Units, eligible: Array, key: jax.Array, config: CorruptionConfig) -> _Draw:
@@ -168,7 +172,7 @@ def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Ar
     if config.draw == "stratified":
         offset = jax.random.bits(key, (), jnp.uint32)
         # 24 bits, so that float32 holds the fraction exactly and it stays below 1.
-        fraction = (offset + units.number.astype(jnp.uint32) * jnp.uint32(_GOLDEN)) >> 8
+        fraction = (offset + units.stratum.astype(jnp.uint32) * jnp.uint32(_GOLDEN)) >> 8
         uniform = fraction.astype(jnp.float32) / 2**24
     else:
         uniform = jnp.take_along_axis(jax.random.uniform(key, units.start.shape), units.start, axis=1)

@@ -74,7 +74,7 @@ def _walk(hidden, head, targets, weights, vocab_axis, chunk, *, gradients):
     weights = weights.astype(accumulate)
     head = head.astype(hidden.dtype)
     weighted_first = jnp.argsort(weights == 0, stable=True)
-    # One past the end: gathers clip it, under a weight of zero, and scatters drop it.
+    # One past the end: gathers give it a weight of zero, and scatters drop it.
     order = jnp.pad(weighted_first, (0, -tokens % chunk), constant_values=tokens)
     chunks = (jnp.count_nonzero(weights) + chunk - 1) // chunk
 
@@ -82,12 +82,13 @@ def _walk(hidden, head, targets, weights, vocab_axis, chunk, *, gradients):
         total, nll, correct, d_hidden, d_head = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         weight = jnp.take(weights, at, mode="fill", fill_value=0)
-        h = jnp.where(weight[:, None] != 0, jnp.take(hidden, at, axis=0, mode="clip"), 0)
-        target = jnp.take(targets, at, mode="clip")
+        asked = weight != 0
+        h = jnp.where(asked[:, None], jnp.take(hidden, at, axis=0, mode="clip"), 0)
+        target = jnp.where(asked, jnp.take(targets, at, mode="clip"), 0)
         score = _chunk_scores(h, head, target, vocab_axis, accumulate)
         total += jnp.sum(weight * score.nll)
-        nll = nll.at[at].set(jnp.where(weight != 0, score.nll, 0), mode="drop")
-        correct = correct.at[at].set((weight != 0) & score.correct, mode="drop")
+        nll = nll.at[at].set(jnp.where(asked, score.nll, 0), mode="drop")
+        correct = correct.at[at].set(asked & score.correct, mode="drop")
         if gradients:
             d_logits = (weight[:, None] * score.d_logits).astype(hidden.dtype)
             d_hidden = d_hidden.at[at].set(_dot("nv,vd->nd", d_logits, head, vocab_axis, accumulate), mode="drop")

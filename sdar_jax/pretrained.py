@@ -87,7 +87,7 @@ def load_pretrained(
         CheckpointError: a file that is missing, cut short or not what config.json describes, with all that is wrong
             named in one message, before any weight is placed. ConfigError: a config or dtype that is not supported.
     """
-    directory = _directory(path_or_hub_id)
+    directory = model_directory(path_or_hub_id)
     config = _read_config(directory, {"block_size": block_size, "mask_token_id": mask_token_id})
     skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), _resolved(dtype, mesh)))
     structure = jax.tree.structure(skeleton)
@@ -198,7 +198,8 @@ def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...]) -> np.ndarr
     return theirs.T.reshape(shape) if field in _INPUT_AXES else theirs.reshape(shape)
 
 
-def _directory(path_or_hub_id: str | Path) -> Path:
+def model_directory(path_or_hub_id: str | Path) -> Path:
+    """Where a model lies on this machine; that of a hub id is fetched. Raises CheckpointError if there is none."""
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path

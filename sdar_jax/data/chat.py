@@ -48,6 +48,11 @@ class ChatRenderer:
             spans[-1] = (spans[-1][0], len(text))
         return _cut(text, spans)
 
+    def prompt(self, record: dict[str, Any]) -> str:
+        """The rendering of a conversation up to where the assistant is to answer. Raises DataError as `pieces` does."""
+        messages, tools = check_conversation(record)
+        return self._render(messages, tools, prompt=True)
+
     def _spans(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
         template = self._tokenizer.get_chat_template(tools=tools)
         if GENERATION.search(template):

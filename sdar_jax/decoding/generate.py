@@ -103,6 +103,11 @@ def _to_ids(prompt: Prompt, index: int, tokenizer: Any) -> np.ndarray:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise DecodingError(f"prompt {index} is a text; give tokenizer=, or token ids")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            place = f"prompt {index} has a lone surrogate at character {error.start}"
+            raise DecodingError(f"{place}; write it as valid Unicode") from None
         prompt = tokenizer(prompt)["input_ids"]
     try:
         ids = np.asarray(prompt)
@@ -135,12 +140,12 @@ def _check_seed(seed: int, rows: int) -> None:
 
 
 def _checked_stops(stop_token_ids: Sequence[int], model: ModelConfig) -> tuple[int, ...]:
-    stops = stop_token_ids if isinstance(stop_token_ids, Iterable) and not isinstance(stop_token_ids, str) else [None]
-    for stop in stops:
-        if not isinstance(stop, int | np.integer) or not 0 <= stop < model.vocab_size:
-            wrong = f"stop_token_ids is {stop_token_ids!r}"
-            raise DecodingError(f"{wrong}; give a list of token ids, each 0 to {model.vocab_size - 1}")
-    return tuple(int(stop) for stop in stops)
+    known = range(model.vocab_size)
+    listed = isinstance(stop_token_ids, Iterable) and not isinstance(stop_token_ids, str)
+    if not listed or not all(isinstance(stop, int | np.integer) and stop in known for stop in stop_token_ids):
+        wrong = f"stop_token_ids is {stop_token_ids!r}"
+        raise DecodingError(f"{wrong}; give a list of token ids, each 0 to {model.vocab_size - 1}")
+    return tuple(int(stop) for stop in stop_token_ids)
 
 
 def _make_request(ids, config: DecodingConfig, size: int, model: ModelConfig, max_new_tokens: int, stops):

@@ -129,7 +129,7 @@ def _turn(model, request, knobs, config, block_size, state: DecodeState) -> Deco
     failed = denoises & ~proposal.finite
     chosen = select(proposal, masked, state.block_step, knobs, config) & (denoises & ~failed)[:, None]
     state = _commit(state, positions, chosen, proposal)
-    state = state._replace(cache=cache, failed=failed, done=state.done | failed)
+    state = state._replace(cache=cache, failed=state.failed | failed, done=state.done | failed)
     return _finish(_advance(state, positions, denoises, config, block_size), request, positions)
 
 

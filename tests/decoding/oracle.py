@@ -42,10 +42,16 @@ def n_k(size: int, steps: int | None, schedule: str, step: int) -> int:
 
 def choose(config: DecodingConfig, probs: np.ndarray, masked: list[int], step: int, size: int) -> list[int]:
     """Window offsets to commit, greedy: `probs` [S, V], `masked` offsets in ascending order."""
-    wanted = min(n_k(size, config.denoising_steps, config.schedule, step), len(masked))
+    wanted = n_k(size, config.denoising_steps, config.schedule, step)
     top = np.sort(probs, axis=-1)
     entropy = -np.sum(np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0), axis=-1)
     score = {"probability": top[:, -1], "margin": top[:, -1] - top[:, -2], "neg_entropy": -entropy}[config.score]
+    return pick(config, score, entropy, masked, wanted)
+
+
+def pick(config: DecodingConfig, score, entropy, masked: list[int], wanted: int) -> list[int]:
+    """What a strategy commits of the masked offsets, given each one's score and entropy and n_k."""
+    wanted = min(wanted, len(masked))
     best = sorted(masked, key=lambda i: (-score[i], i))
     if config.strategy == "sequential":
         return masked[:wanted]

@@ -1,13 +1,13 @@
 """The while loop equals a plain Python loop, in float64, for every strategy, block size, prompt tail and batch."""
 
-import jax
-import jax.numpy as jnp
+import dataclasses
+
 import numpy as np
 import pytest
 
-from sdar_jax import DecodingConfig, ModelConfig, generate
-from sdar_jax.model import Model
+from sdar_jax import DecodingConfig, generate
 from tests.decoding import oracle
+from tests.tiny import VOCAB, tiny_model
 
 STRATEGIES = [
     DecodingConfig(strategy="sequential", denoising_steps=None),
@@ -23,20 +23,10 @@ STRATEGIES = [
     DecodingConfig(strategy="semi_autoregressive", denoising_steps=2),
     DecodingConfig(strategy="autoregressive"),
 ]
-VOCAB = 23
 STOPS = (3, 5)
 
 
-def tiny_model(**changes) -> Model:
-    fields = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4}
-    fields |= {"num_kv_heads": 2, "head_dim": 8, "initializer_range": 0.5, "block_size": 4, "mask_token_id": VOCAB - 1}
-    # Wide weights make sharp and varied distributions, so that thresholds are crossed both ways.
-    return Model(ModelConfig(**(fields | changes)), jax.random.key(1), jnp.float64)
-
-
 def fitted(config: DecodingConfig, size: int) -> DecodingConfig:
-    import dataclasses
-
     steps = config.denoising_steps and min(config.denoising_steps, size)
     return dataclasses.replace(config, block_size=size, denoising_steps=steps)
 
@@ -45,18 +35,55 @@ def name(config: DecodingConfig) -> str:
     return f"{config.strategy}-{config.score}-{config.entropy_rule}-{config.denoising_steps}"
 
 
-@pytest.mark.parametrize("size", [1, 4, 8, 16])
-@pytest.mark.parametrize("config", STRATEGIES, ids=name)
-def test_batch_equals_python_loop(config, size, x64):
-    model = tiny_model()
-    config = fitted(config, size)
-    random = np.random.default_rng(size)
-    prompts = [random.integers(0, VOCAB, n).tolist() for n in (1, 4, 7, 18)]
-    got = generate(model, prompts, config, max_new_tokens=13, stop_token_ids=STOPS)
+def cases():
+    """Every strategy at block size 4, one of each kind of block at the others; the rest where there is time."""
+    quick = {"low_confidence_dynamic-probability-eb_sampler-None", "semi_autoregressive-probability-eb_sampler-2"}
+    for config in STRATEGIES:
+        for size in (1, 4, 8, 16):
+            if config.strategy == "autoregressive" and size != 4:
+                continue  # Its block is one token, whatever the block size.
+            marks = [] if size == 4 or name(config) in quick else [pytest.mark.slow, pytest.mark.ci]
+            yield pytest.param(config, size, marks=marks, id=f"{name(config)}-{size}")
+
+
+def random_prompts(seed: int, lengths=(1, 4, 7, 18)) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB, n).tolist() for n in lengths]
+
+
+def check(model, prompts, config, max_new_tokens=13, stops=STOPS):
+    got = generate(model, prompts, config, max_new_tokens=max_new_tokens, stop_token_ids=stops)
     for prompt, completion in zip(prompts, got, strict=True):
-        tokens, logprobs, steps, reason, denoising, commits = oracle.decode(model, prompt, config, 13, STOPS)
+        expected = oracle.decode(model, prompt, config, max_new_tokens, stops)
+        tokens, logprobs, steps, reason, denoising, commits = expected
         assert completion.tokens == tokens
         assert completion.steps == steps
         np.testing.assert_allclose(completion.logprobs, logprobs, rtol=1e-9)
         assert completion.finish_reason == reason
         assert (completion.denoising_forwards, completion.commit_forwards) == (denoising, commits)
+    return got
+
+
+@pytest.mark.parametrize("config, size", list(cases()))
+def test_batch_equals_python_loop(config, size, x64):
+    check(tiny_model(), random_prompts(size), fitted(config, size))
+
+
+def test_blocks_from_the_response_equal_the_python_loop(x64):
+    """LLaDA's canvas: the prompt as it is, then blocks from its end."""
+    model = tiny_model(block_origin="response", objective="masked_diffusion")
+    check(model, random_prompts(5), fitted(STRATEGIES[10], 4))
+
+
+def test_empty_prompts_and_no_tokens_equal_the_python_loop(x64):
+    prompts = random_prompts(6, lengths=(0, 3, 4, 18))
+    check(tiny_model(), prompts, fitted(STRATEGIES[5], 4))
+    got = check(tiny_model(), prompts, fitted(STRATEGIES[5], 4), max_new_tokens=0)
+    assert [(c.tokens, c.finish_reason, c.denoising_forwards) for c in got] == [([], "length", 0)] * 4
+
+
+def test_unusual_masks_in_prompts_equal_the_python_loop(x64):
+    """Whether a position is masked is state: a mask token in the prompt is a token like any other."""
+    mask = tiny_model().config.mask_token_id
+    prompts = [[mask], [1, mask, 2, mask], [mask] * 7, [4, 9] * 9]
+    check(tiny_model(), prompts, fitted(STRATEGIES[5], 4))

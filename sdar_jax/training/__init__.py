@@ -1,0 +1,23 @@
+"""Training: a config, a step, a loop, and checkpoints that a run goes on from by itself."""
+
+from sdar_jax.training.config import (
+    CheckpointConfig,
+    EvalConfig,
+    InitConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from sdar_jax.training.loop import Outcome, train
+from sdar_jax.training.reading import read_command_line, read_config
+
+__all__ = [
+    "CheckpointConfig",
+    "EvalConfig",
+    "InitConfig",
+    "OptimizerConfig",
+    "Outcome",
+    "TrainConfig",
+    "read_command_line",
+    "read_config",
+    "train",
+]

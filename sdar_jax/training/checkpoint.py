@@ -1,0 +1,148 @@
+"""Checkpoints: the whole state of a run in one directory that is there or not, written by orbax in the background.
+
+    checkpoints/STEP/state          weights, optimiser, moving average, key and step, as arrays
+    checkpoints/STEP/position       where the data and the meters are, and the configs: JSON
+    checkpoints/STEP/sha256.json    a digest of each file of the two, as orbax does not notice flipped bits
+
+A checkpoint whose files do not match its digests is set aside in damaged/, and the one before it is used.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from sdar_jax.errors import CheckpointError
+from sdar_jax.training.config import CheckpointConfig
+from sdar_jax.training.step import TrainState
+
+log = logging.getLogger(__name__)
+
+_DIGESTS = "sha256.json"
+_ITEMS = ("state", "position")
+
+
+class Position(NamedTuple):
+    """What a checkpoint holds besides arrays, as JSON: data.get_state(), Meter.get_state(), both configs in full."""
+
+    data: dict[str, Any]
+    meter: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run. Close it, or use it in a `with`, so that the last one is finished.
+
+    Raises:
+        CheckpointError: there are checkpoints and every one of them is damaged.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig):
+        self.directory = run_dir.absolute() / "checkpoints"
+        self._damaged = run_dir / "damaged"
+        self._saving = 0
+        self._set_damaged_aside()
+        asynchronous = ocp.options.AsyncOptions(post_finalization_callback=self._write_digests)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep, cleanup_tmp_directories=True, async_options=asynchronous
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        with self._failures_reported():
+            self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The newest step, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, position: Position) -> None:
+        """Copies the state to the host and returns; the rest goes on in the background.
+
+        Raises:
+            CheckpointError: this one, or the one before it, cannot be written.
+        """
+        # The callback that a save ends with asks which one it was.
+        self.wait()
+        self._saving = int(state.step)
+        items = {"state": ocp.args.StandardSave(state._asdict()), "position": ocp.args.JsonSave(position._asdict())}
+        with self._failures_reported():
+            self._manager.save(self._saving, args=ocp.args.Composite(**items), force=True)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises CheckpointError if something could not be."""
+        with self._failures_reported():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failures_reported(self) -> Iterator[None]:
+        try:
+            yield
+        # What a full disk or a lost file system makes the layers below raise is of many types.
+        except Exception as error:
+            reason = " ".join(str(error).split())[-200:]
+            raise CheckpointError(
+                f"{self.directory}: checkpoint {self._saving} cannot be written ({reason}); make room, then start again"
+            ) from error
+
+    def position(self) -> Position | None:
+        """Of the newest checkpoint, None if there is none."""
+        if self.latest is None:
+            return None
+        items = ocp.args.Composite(position=ocp.args.JsonRestore())
+        return Position(**self._manager.restore(self.latest, args=items)["position"])
+
+    def state(self, like: TrainState) -> TrainState:
+        """Of the newest checkpoint, bit for bit, on the first device; `like` gives its structure, shapes and dtypes."""
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like._asdict())
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        return TrainState(**self._manager.restore(self.latest, args=items)["state"])
+
+    def _set_damaged_aside(self) -> None:
+        steps = sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+        damaged = list(itertools.takewhile(lambda step: not _is_whole(self.directory / str(step)), reversed(steps)))
+        if damaged and len(damaged) == len(steps):
+            raise CheckpointError(f"{self.directory}: every checkpoint is damaged; restore one or use a new run_dir")
+        for step in map(str, damaged):
+            shutil.rmtree(self._damaged / step, ignore_errors=True)
+            self._damaged.mkdir(exist_ok=True)
+            (self.directory / step).rename(self._damaged / step)
+            log.warning("checkpoint %s is damaged and now in %s; going on from the one before it", step, self._damaged)
+
+    def _write_digests(self) -> None:
+        """Called when all else is written and the directory still has its temporary name."""
+        name = f"{self._saving}."
+        (directory,) = (path for path in self.directory.iterdir() if f"{path.name}.".startswith(name))
+        digests = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
+        (directory / _DIGESTS).write_text(json.dumps(digests))
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        digests = json.loads((directory / _DIGESTS).read_text())
+        return bool(digests) and all(_digest(directory / name) == digest for name, digest in digests.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for item in _ITEMS for path in sorted((directory / item).rglob("*")) if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,184 @@
+"""`TrainConfig`: all that a training run is told, checked when it is made. A YAML file holds one (`reading.py`)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sdar_jax.config import BlockOrigin, ModelConfig, Objective
+from sdar_jax.conversion import MaskInit
+from sdar_jax.data import DataConfig
+from sdar_jax.errors import ConfigError
+from sdar_jax.model import Remat
+from sdar_jax.objectives import ObjectiveConfig
+
+Schedule = Literal["constant", "cosine", "wsd"]
+
+
+def whole_steps(amount: float | int, steps: int) -> int:
+    """A number of steps: `amount` of them, or that share of `steps` if below 1."""
+    return math.ceil(amount * steps) if amount < 1 else int(amount)
+
+
+def _require(name: str, value: object, good: bool, wanted: str) -> None:
+    if not good:
+        raise ConfigError(f"{name} is {value!r}; give {wanted}")
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """The model that training starts from, and what it is to become."""
+
+    init_from: str | None = None
+    """Weights to start from: a Hugging Face directory (of `sdar_jax` too) or hub id. One of these first three."""
+    preset: str | None = None
+    """A released shape by name, such as "qwen3-0.6b", with random weights."""
+    shape: ModelConfig | None = None
+    """A shape written out, with random weights: the fields of sdar_jax.ModelConfig."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer; None is init_from. It is carried along to the exported model."""
+    objective: Objective | None = None
+    """What is trained. None keeps the model's own. An autoregressive model is converted for the other two."""
+    block_size: int | None = None
+    """Tokens a block, for block_diffusion; None keeps the model's own."""
+    block_origin: BlockOrigin | None = None
+    """From where decoding counts blocks; None keeps the model's own."""
+    mask_token_id: int | None = None
+    """The mask's row of the vocabulary; None is the model's own, or the first id that the tokenizer leaves free."""
+    mask_init: MaskInit = "mean"
+    """The mask's first embedding, where an autoregressive model is converted."""
+
+    def __post_init__(self):
+        given = [name for name in ("init_from", "preset", "shape") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(f"{' and '.join(given) or 'none'} given; give one of init_from, preset and shape")
+        if self.init_from is None and self.tokenizer is None:
+            raise ConfigError("tokenizer is None and there is no init_from that has one; give a tokenizer directory")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101), clipping, and the learning rate over the run. Norms and biases are not decayed."""
+
+    learning_rate: float = 1e-5
+    """The highest learning rate."""
+    schedule: Schedule = "constant"
+    """After the warm-up: "constant"; "cosine" down to the end; "wsd": constant, then a linear decay at the end."""
+    warmup: float | int = 0.03
+    """Linear warm-up: a share of all steps if below 1, else a number of steps."""
+    decay: float | int = 0.1
+    """The decay of "wsd": a share of all steps if below 1, else a number of steps."""
+    final_fraction: float = 0.0
+    """Where "cosine" and "wsd" end, as a share of learning_rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, times the learning rate."""
+    clip_norm: float | None = 1.0
+    """Gradients of a larger global norm are scaled down to it; None leaves them."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "eps", "clip_norm"):
+            value = getattr(self, name)
+            _require(name, value, value is None or (math.isfinite(value) and value > 0), "a finite number above 0")
+        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a finite number of at least 0")
+        for name in ("beta1", "beta2"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        _require("final_fraction", self.final_fraction, 0 <= self.final_fraction <= 1, "a number in [0, 1]")
+        for name in ("warmup", "decay"):
+            value = getattr(self, name)
+            good = 0 <= value < 1 or (math.isfinite(value) and value >= 1 and value == int(value))
+            _require(name, value, good, "a share of the steps in [0, 1) or a whole number of steps")
+        _require("schedule", self.schedule, self.schedule in ("constant", "cosine", "wsd"), "constant, cosine or wsd")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saved states of the run, from which it goes on by itself."""
+
+    every: int = 500
+    """Steps between two; the last step is always saved, and so is one that a signal interrupts."""
+    keep: int = 2
+    """How many of the newest are kept. With 2 and more, a run survives a damaged newest one."""
+
+    def __post_init__(self):
+        _require("every", self.every, self.every >= 1, "at least 1")
+        _require("keep", self.keep, self.keep >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out likelihood during training: the NELBO with its standard error, or the exact NLL of an AR model."""
+
+    data: DataConfig
+    """Held-out data; its first rows are used, the same each time."""
+    every: int = 500
+    """Steps between two; the last step is always evaluated."""
+    rows: int = 64
+    """How many rows, rounded up to whole batches."""
+    samples: int = 4
+    """Monte Carlo samples of the NELBO."""
+    seed: int = 0
+    """Fixes the masks."""
+
+    def __post_init__(self):
+        for name, least in (("every", 1), ("rows", 1), ("samples", 2), ("seed", 0)):
+            _require(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Started again with the same config, it goes on from its newest checkpoint.
+
+    Raises:
+        ConfigError: a value out of its range, or values that contradict each other.
+    """
+
+    run_dir: str
+    """Directory of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, and at the end model/."""
+    steps: int
+    """Optimiser steps, each on one batch of data.batch_size rows."""
+    model: InitConfig
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig | None = None
+    """Evaluation during training; None is none."""
+    seed: int = 0
+    """Of the initial weights and of the corruption (data has its own)."""
+    ema_decay: float | None = None
+    """Keep a moving average of the weights with this decay, evaluate it and export it; None keeps none."""
+    micro_batch_size: int | None = None
+    """Rows computed at once, a divisor of data.batch_size: less memory, the same step. None is the whole batch."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations and matmuls; weights and optimiser are float32. "auto": bfloat16 on GPU and TPU, else float32."""
+    remat: Remat = "none"
+    """What the backward pass recomputes to save memory: nothing, all but matmul outputs ("dots"), or whole layers."""
+    log_every: int = 10
+    """Steps that a line of metrics averages over."""
+    tensorboard: bool = True
+    """Write run_dir/tensorboard as well."""
+    peak_flops: float | None = None
+    """FLOP/s of the device that MFU is a share of; None looks the device up, and unknown devices have no MFU."""
+
+    def __post_init__(self):
+        for name in ("steps", "log_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        _require("seed", self.seed, 0 <= self.seed < 2**32, "a number in [0, 2**32)")
+        _require("run_dir", self.run_dir, bool(self.run_dir), "a directory")
+        ema, micro, peak = self.ema_decay, self.micro_batch_size, self.peak_flops
+        _require("ema_decay", ema, ema is None or 0 < ema < 1, "a number between 0 and 1")
+        _require("peak_flops", peak, peak is None or 0 < peak < math.inf, "a finite number above 0")
+        batch = self.data.batch_size
+        divides = micro is None or (micro >= 1 and batch % micro == 0)
+        _require("micro_batch_size", micro, divides, f"a divisor of data.batch_size, {batch}")
+        last = whole_steps(self.optimizer.decay, self.steps) if self.optimizer.schedule == "wsd" else 0
+        first = whole_steps(self.optimizer.warmup, self.steps)
+        if first + last > self.steps:
+            raise ConfigError(
+                f"optimizer.warmup and optimizer.decay take {first + last} of {self.steps} steps; shorten them"
+            )

@@ -1,0 +1,75 @@
+"""FLOPs that a training step needs, and a device's peak, of which they are the MFU (arXiv 2204.02311, appendix B)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sdar_jax.config import ModelConfig
+from sdar_jax.objectives import Example
+
+# Dense bfloat16 FLOP/s by the start of JAX's device_kind, from the vendors' data sheets; the first that fits.
+_PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+class Work(NamedTuple):
+    """What a batch asks of the network, float32 scalars.
+
+    positions: that belong to a document; outputs: those of them whose final state is used; pairs, output_pairs: of
+    query and visible key, for the queries of each; asked: tokens that the head predicts.
+    """
+
+    positions: Float[Array, ""]
+    outputs: Float[Array, ""]
+    pairs: Float[Array, ""]
+    output_pairs: Float[Array, ""]
+    asked: Float[Array, ""]
+
+
+def work(example: Example) -> Work:
+    """Counted, not assumed: padding, unused noisy positions and invisible keys are no work."""
+    outputs = example.targets.shape[1]
+    seen = (example.ranges.end - example.ranges.start).sum(axis=-1).astype(jnp.float32)
+    real = (seen > 0).astype(jnp.float32)
+    asked = jnp.count_nonzero(example.weights).astype(jnp.float32)
+    return Work(real.sum(), real[:, :outputs].sum(), seen.sum(), seen[:, :outputs].sum(), asked)
+
+
+def training_flops(config: ModelConfig, done: Work) -> float:
+    """Forward and backward: 6 a matmul weight and position, 12 K a query head and visible pair.
+
+        6 [ (layers - 1) layer_weights + kv_weights ] positions + 6 (layer_weights - kv_weights) outputs
+        + 6 D V asked + 12 H K [ (layers - 1) pairs + output_pairs ]
+
+    In the last layer, positions that are no outputs (the clean copy of the hybrid layout) need keys and values alone.
+    What `remat` computes again is not counted.
+    """
+    c = config
+    kv_weights = 2 * c.hidden_size * c.num_kv_heads * c.head_dim
+    rest = 2 * c.hidden_size * c.num_heads * c.head_dim + 3 * c.hidden_size * c.intermediate_size
+    inner, positions, outputs = c.num_layers - 1, float(done.positions), float(done.outputs)
+    matmuls = (inner * (kv_weights + rest) + kv_weights) * positions + rest * outputs
+    head = c.hidden_size * c.vocab_size * float(done.asked)
+    pairs = inner * float(done.pairs) + float(done.output_pairs)
+    return 6 * (matmuls + head) + 12 * c.num_heads * c.head_dim * pairs
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a known accelerator, by its `jax.Device.device_kind`; None for any other device."""
+    return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)

@@ -1,0 +1,158 @@
+"""A config from a YAML file, changed by the command line. Whatever is wrong with either is one ConfigError."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from sdar_jax.data import DataConfig, SourceConfig
+from sdar_jax.errors import ConfigError
+from sdar_jax.training.config import InitConfig, TrainConfig
+
+USAGE = "train.py CONFIG.yaml"
+_EXAMPLE = TrainConfig(
+    run_dir="runs/example",
+    steps=1000,
+    model=InitConfig(init_from="path/to/model"),
+    data=DataConfig((SourceConfig("path/to/*.jsonl", "jsonl"),), sequence_length=1024, batch_size=8),
+)
+
+
+def read_command_line(arguments: Sequence[str]) -> TrainConfig:
+    """`CONFIG.yaml [--field.path value ...]`. `--help` prints every field, with its value in the file, and exits.
+
+    Raises:
+        ConfigError: as `read_config`, an unknown option, or a value that does not fit.
+    """
+    if arguments and not arguments[0].startswith("-"):
+        return _override(read_config(arguments[0]), arguments[1:])
+    if {"-h", "--help"} & set(arguments):
+        return _override(_EXAMPLE, ["--help"])
+    raise ConfigError(f"no config file is given; write: {USAGE} [--field.path value ...]")
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """A TrainConfig from a YAML file whose keys are its fields; paths in it are relative to the working directory.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown or missing key, a wrong type, or a value out of range.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not YAML ({reason}); correct the file") from None
+    return from_values(TrainConfig, values)
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """A config (any dataclass) as JSON and YAML hold it; `from_values` is its inverse."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`, or a ConfigError that names `where`."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in parts:
+            return None
+        return _convert(next(part for part in parts if part is not types.NoneType), value, where)
+    if dataclasses.is_dataclass(kind):
+        return from_values(cast(type, kind), value, where)
+    if origin is tuple:
+        return _tuple(parts, value, where)
+    if origin is Literal:
+        return _checked(value, value in parts, where, f"one of {', '.join(map(str, parts))}")
+    if kind is float:
+        return _number(value, where)
+    wanted = {int: "a whole number", bool: "true or false", str: "text"}[kind]
+    return _checked(value, type(value) is kind, where, wanted)
+
+
+def from_values[T](kind: type[T], values: Any, where: str = "") -> T:
+    """A dataclass tree from nested mappings, types checked; `where` names it in errors."""
+    _checked(values, isinstance(values, dict), where or "the config", "a mapping of fields")
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
+
+    def path(name: str) -> str:
+        return f"{where}.{name}" if where else name
+
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(fields)}"
+            raise ConfigError(f"{path(name)} is unknown; {hint}")
+    required = [name for name, field in fields.items() if _is_required(field) and name not in values]
+    if required:
+        raise ConfigError(f"{', '.join(map(path, required))} missing; add what is named")
+    hints = get_type_hints(kind)
+    converted = {name: _convert(hints[name], value, path(name)) for name, value in values.items()}
+    try:
+        return kind(**converted)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _tuple(parts: tuple, value: Any, where: str) -> tuple:
+    _checked(value, isinstance(value, list), where, "a list")
+    if parts[-1] is Ellipsis:
+        parts = parts[:1] * len(value)
+    _checked(value, len(value) == len(parts), where, f"a list of {len(parts)}")
+    return tuple(_convert(part, item, f"{where}.{i}") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
+
+
+def _number(value: Any, where: str) -> float:
+    # YAML 1.1 reads 1e-3, without a dot, as text.
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    _checked(value, isinstance(value, int | float) and not isinstance(value, bool), where, "a number")
+    return float(value)
+
+
+def _checked(value: Any, good: bool, where: str, wanted: str) -> Any:
+    if not good:
+        raise ConfigError(f"{where} is {value!r}; give {wanted}")
+    return value
+
+
+def _override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                TrainConfig, prog=USAGE, args=arguments, default=config, config=settings, use_underscores=True
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise ConfigError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """What is said in the first part of a box that tyro draws around an error."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
+    said = re.sub(r"\s+", " ", " ".join(lines[:rule])).strip().rstrip(".")
+    return f"{said}; see {USAGE} --help" if said else f"the options cannot be read; see {USAGE} --help"

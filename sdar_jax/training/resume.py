@@ -1,0 +1,52 @@
+"""What a run may change when it goes on, and what it may not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdar_jax.errors import ConfigError
+from sdar_jax.training.config import TrainConfig
+from sdar_jax.training.reading import to_values
+
+# None of these changes what a run computes, but for rounding (micro_batch_size, remat).
+_FREE = (
+    "run_dir",
+    "checkpoint.",
+    "eval",
+    "log_every",
+    "tensorboard",
+    "peak_flops",
+    "micro_batch_size",
+    "remat",
+    "data.num_threads",
+)
+
+
+def check_unchanged(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Raises ConfigError that names each field that differs from the config a checkpoint was made with."""
+    before, now = _flat(saved), _flat(to_values(config))
+    changed = [
+        f"{name} (was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(_FREE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} was started otherwise: {', '.join(changed)}; restore these, or use a new run_dir"
+        )
+
+
+def write_config(run_dir: Path, config: TrainConfig) -> None:
+    """run_dir/config.yaml: the config in full, which train.py reads."""
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(to_values(config), sort_keys=False))
+
+
+def _flat(values: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as {"data.sources.0.path": ...}."""
+    if isinstance(values, dict | list) and values:
+        items = values.items() if isinstance(values, dict) else enumerate(values)
+        parts = [_flat(item, f"{path}.{name}" if path else str(name)) for name, item in items]
+        return {name: item for part in parts for name, item in part.items()}
+    return {path: values}

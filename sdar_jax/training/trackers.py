@@ -1,0 +1,161 @@
+"""What a run says of itself: averages over steps, to the console, to metrics.jsonl and to TensorBoard."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from sdar_jax.config import ModelConfig
+from sdar_jax.training.flops import training_flops
+from sdar_jax.training.step import StepMetrics
+
+Line = dict[str, float | int | None]
+
+_SHOWN = {
+    "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.3f}",
+    "tokens_per_second": "{:.0f} tok/s",
+    "mfu": "MFU {:.1%}",
+}
+
+
+class _Sums(NamedTuple):
+    """Over the steps since the last line."""
+
+    steps: float = 0.0
+    loss: float = 0.0
+    count: float = 0.0
+    nll: float = 0.0
+    correct: float = 0.0
+    asked: float = 0.0
+    grad_norm: float = 0.0
+
+
+class Meter:
+    """Adds up steps and gives a line of averages for them.
+
+    All but speed is a function of the steps alone: saved and restored with a checkpoint, an interrupted run writes the
+    lines of one that was not.
+
+    Args:
+        model: whose FLOPs are counted.
+        peak_flops: FLOP/s of the device; None: no MFU.
+    """
+
+    def __init__(self, model: ModelConfig, peak_flops: float | None):
+        self._model, self._peak = model, peak_flops
+        self._sums, self._tokens = _Sums(), 0
+        self._learning_rate = 0.0
+        self._seconds, self._timed_tokens, self._timed_flops = 0.0, 0, 0.0
+        self._last: float | None = None
+
+    def add(self, metrics: StepMetrics, tokens: int) -> None:
+        """One step's metrics, on the host, as soon as it has ended; `tokens`: clean ones, without padding."""
+        scores, step = metrics.scores, metrics
+        new = (1, step.loss, step.count, scores.nll, scores.correct, scores.asked, step.grad_norm)
+        self._sums = _Sums(*(a + float(b) for a, b in zip(self._sums, new, strict=True)))
+        self._tokens += tokens
+        self._learning_rate = float(step.learning_rate)
+        self._clock(tokens, training_flops(self._model, step.work))
+
+    def _clock(self, tokens: int, flops: float) -> None:
+        now = time.perf_counter()
+        # The first step of a process compiles.
+        if self._last is not None:
+            self._seconds += now - self._last
+            self._timed_tokens += tokens
+            self._timed_flops += flops
+        self._last = now
+
+    def restart_clock(self) -> None:
+        """What happened since the last step ended (an evaluation) is not counted as training time."""
+        self._last = time.perf_counter()
+
+    def line(self) -> Line:
+        """Averages since the last line, and starts anew.
+
+        loss: the objective, sum of weighted cross-entropy over its normaliser. nll: nats per predicted token,
+        unweighted; accuracy: of first guesses for them. grad_norm: mean, before clipping. tokens: seen since the start.
+        """
+        sums, share = self._sums, lambda part, whole: part / whole if whole else None
+        line: Line = {
+            "loss": share(sums.loss, sums.count),
+            "nll": share(sums.nll, sums.asked),
+            "accuracy": share(sums.correct, sums.asked),
+            "grad_norm": share(sums.grad_norm, sums.steps),
+            "learning_rate": self._learning_rate,
+            "tokens": self._tokens,
+            "tokens_per_second": share(self._timed_tokens, self._seconds),
+        }
+        if self._peak:
+            line["mfu"] = share(self._timed_flops, self._seconds * self._peak)
+        self._sums = _Sums()
+        self._seconds, self._timed_tokens, self._timed_flops = 0.0, 0, 0.0
+        return line
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, for JSON."""
+        return {"sums": list(self._sums), "tokens": self._tokens}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._sums, self._tokens = _Sums(*state["sums"]), state["tokens"]
+
+
+class Trackers:
+    """The three outputs of a run that goes on behind `step`; later lines of an earlier attempt are dropped."""
+
+    def __init__(self, run_dir: Path, *, step: int, steps: int, tensorboard: bool):
+        path = run_dir / "metrics.jsonl"
+        _keep_lines(path, step)
+        self._file = path.open("a")
+        folder = str(run_dir / "tensorboard")
+        self._board = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
+        # On a terminal a bar, elsewhere (disable=None) a line of text for each line of metrics.
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+    def advance(self) -> None:
+        """One step more on the bar."""
+        self._bar.update()
+
+    def train(self, step: int, line: Line) -> None:
+        self._write(step, line, "train")
+        shown = [form.format(line[name]) for name, form in _SHOWN.items() if line.get(name) is not None]
+        if self._bar.disable:
+            print(f"step {step}/{self._bar.total}", *shown, flush=True)
+        else:
+            self._bar.set_postfix_str(" ".join(shown), refresh=False)
+
+    def evaluation(self, step: int, line: Line) -> None:
+        self._write(step, {f"eval_{name}": value for name, value in line.items()}, "eval")
+        tqdm.write(f"step {step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in line.items()))
+        sys.stdout.flush()
+
+    def _write(self, step: int, line: Line, folder: str) -> None:
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        for name, value in line.items():
+            if self._board and value is not None:
+                self._board.add_scalar(f"{folder}/{name.removeprefix('eval_')}", value, step)
+
+
+def _keep_lines(path: Path, step: int) -> None:
+    """Leaves the lines of steps up to `step`; a last line that a kill cut short goes too."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -1,0 +1,211 @@
+"""What `generate` promises: no batch effects, stops, trimming, one program, no surprise compilation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdar_jax import DecodingConfig, generate
+from sdar_jax.decoding.generate import _decode, _knobs, _make_request, _names
+from sdar_jax.model import stack_layers
+from tests.jaxprs import equations
+from tests.tiny import MASK, tiny_model
+
+NEW = 10
+# Prompts that end on a block and inside one, and two that are alike; one needs a longer canvas and prefill than others.
+POOL = [[4], [1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18, 19], [16, 17, 18, 19]]
+GREEDY = DecodingConfig(confidence_threshold=0.2)
+SAMPLED = DecodingConfig(strategy="low_confidence_static", temperature=1.0, top_k=9, top_p=0.95, denoising_steps=2)
+
+
+def run(prompts, config=GREEDY, stops=(), model=None, **options):
+    model = tiny_model() if model is None else model
+    return generate(model, prompts, config, **{"max_new_tokens": NEW, "stop_token_ids": stops, **options})
+
+
+def no_logprobs(completion):
+    """Log-probabilities may differ in their last bits with the shape of a batch; all else may not differ at all."""
+    return completion._replace(logprobs=None)
+
+
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@given(chosen=st.lists(st.integers(0, len(POOL) - 1), min_size=3, max_size=3), seed=st.integers(0, 20))
+def test_neighbours_and_slots_change_nothing(config, chosen, seed):
+    """In float64, a batch of any three, repeats among them, gives each what it gets alone with its own seed + i."""
+    with jax.enable_x64(True):
+        together = run([POOL[i] for i in chosen], config, stops=(3, 5), seed=seed)
+        for slot, i in enumerate(chosen):
+            (alone,) = run([POOL[i]], config, stops=(3, 5), seed=seed + slot)
+            assert no_logprobs(together[slot]) == no_logprobs(alone)
+            np.testing.assert_allclose(together[slot].logprobs, alone.logprobs, rtol=1e-9)
+
+
+def test_seeds_matter_for_samples_and_not_for_greedy(x64):
+    prompts = [POOL[3]] * 3
+    sampled, again, other = (run(prompts, SAMPLED, seed=seed) for seed in (1, 1, 50))
+    assert [c.tokens for c in sampled] == [c.tokens for c in again]
+    assert len({tuple(c.tokens) for c in [*sampled, *other]}) > 1
+    assert sampled[1].tokens == run(prompts, SAMPLED, seed=2)[0].tokens
+    assert len({tuple(c.tokens) for c in [*run(prompts, seed=1), *run(prompts, seed=9)]}) == 1
+
+
+@pytest.fixture(scope="module")
+def unstopped():
+    """What 3 x 8 prompts give without a stop, by a strategy that commits out of order."""
+    config = DecodingConfig(strategy="low_confidence_static", block_size=8)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, MASK, n).tolist() for n in random.integers(1, 9, 24)]
+    with jax.enable_x64(True):
+        batches = [run(prompts[i : i + 3], config) for i in range(0, 24, 3)]
+    return config, prompts, [completion for batch in batches for completion in batch]
+
+
+def test_a_stop_waits_for_the_masks_before_it(unstopped, x64):
+    """Greedy decoding is the same until it ends: tokens before the first stop, forwards until all of them are there."""
+    config, prompts, whole = unstopped
+    waited = 0
+    for i, completion in enumerate(whole):
+        earliest = min(range(NEW), key=completion.steps.__getitem__)
+        stop = completion.tokens[earliest]
+        first = completion.tokens.index(stop)
+        (stopped,) = run([prompts[i]], config, stops=(stop,))
+        assert stopped.finish_reason == "stop"
+        assert stopped.tokens == completion.tokens[:first]
+        assert stopped.steps == completion.steps[:first]
+        assert stopped.denoising_forwards == max(completion.steps[: first + 1]) + 1
+        waited += stopped.denoising_forwards > completion.steps[first] + 1
+    assert waited >= 5
+
+
+def test_the_first_of_several_stops_counts(unstopped, x64):
+    config, prompts, whole = unstopped
+    stops = (whole[0].tokens[4], whole[0].tokens[2])
+    first = min(whole[0].tokens.index(stop) for stop in stops)
+    assert run([prompts[0]], config, stops=stops)[0].tokens == whole[0].tokens[:first]
+
+
+def test_stops_in_the_prompt_and_after_the_limit_are_ignored(unstopped, x64):
+    config, prompts, whole = unstopped
+    # What lies past the limit is decoded with the block that the limit cuts.
+    for limit in (1, 3):
+        late = [token for token in whole[0].tokens if token not in whole[0].tokens[:limit]]
+        (short,) = run([prompts[0]], config, stops=tuple(late), max_new_tokens=limit)
+        assert short.finish_reason == "length" and len(short.tokens) == limit
+    inside = next(token for token in range(MASK) if token not in whole[0].tokens)
+    (free,), (same,) = (run([[inside, *prompts[0]]], config, stops=stops) for stops in ((), (inside,)))
+    assert inside not in free.tokens and same == free
+
+
+def test_the_models_own_stops(unstopped, x64):
+    config, prompts, whole = unstopped
+    stop = whole[0].tokens[3]
+    own = tiny_model(stop_token_ids=(stop,))
+    first = whole[0].tokens.index(stop)
+    assert run([prompts[0]], config, stops=None, model=own)[0].tokens == whole[0].tokens[:first]
+    assert run([prompts[0]], config, stops=(), model=own)[0] == whole[0]
+
+
+def test_metrics(x64):
+    config = DecodingConfig(strategy="low_confidence_static", denoising_steps=2)
+    long, short, none = run([list(range(9)), [1, 2, 3], [1, 2, 3]], config)[:2] + run([[1]], config, max_new_tokens=0)
+    # 9 + 10: three masks in the first block, then four, then three of the last four that are asked for.
+    assert (long.denoising_forwards, long.commit_forwards, long.prefill_forwards) == (6, 2, 1)
+    assert sorted(long.steps[:3]) == [0, 0, 1]
+    assert [set(long.steps[i:j]) for i, j in ((0, 3), (3, 7), (7, 10))] == [{0, 1}, {2, 3}, {4, 5}]
+    assert long.tokens_per_forward == 10 / long.denoising_forwards
+    # A prompt that fills no block has nothing to prefill, whatever its neighbour has.
+    assert short.prefill_forwards == 0
+    assert none.tokens_per_forward == 0.0
+
+
+def test_no_prefill_is_counted_where_there_is_no_cache(x64):
+    config = DecodingConfig(strategy="semi_autoregressive")
+    assert run([list(range(9))], config)[0].prefill_forwards == 0
+
+
+def test_the_mask_is_never_emitted(x64):
+    """Its logit is made three times that of the token that came out first: banned, it changes nothing."""
+    model = tiny_model()
+    (before,) = run([POOL[1]])
+    column = 3 * model.head[...][:, before.tokens[0]]
+    louder = jax.tree.map(lambda leaf: leaf, model)
+    louder.head = type(model.head)(model.head[...].at[:, MASK].set(column))
+    (after,) = run([POOL[1]], model=louder)
+    assert MASK not in after.tokens and after.tokens == before.tokens
+
+
+def test_weights_that_are_no_numbers_end_a_request_alone(x64):
+    """Token 7's embedding is broken: rows that read it fail, at once or when they produce it; others are untouched."""
+    model = tiny_model()
+    broken = jax.tree.map(lambda leaf: leaf, model)
+    broken.embedding = type(model.embedding)(model.embedding[...].at[7].set(np.nan))
+    prompts = [[1, 7, 2], [16, 17, 18, 19], [3, 1, 3, 1, 3, 1, 3, 1, 3]]
+    healthy, got = run(prompts), run(prompts, model=broken)
+    assert got[0].finish_reason == "error" and got[0].tokens == []
+    assert all(np.isfinite(c.logprobs).all() for c in got)
+    for whole, completion in zip(healthy[1:], got[1:], strict=True):
+        if 7 in whole.tokens[:-1]:
+            assert completion.finish_reason == "error"
+            assert completion.tokens == whole.tokens[: len(completion.tokens)]
+        else:
+            assert no_logprobs(completion) == no_logprobs(whole)
+
+
+def test_stacked_layers_decode_alike(x64):
+    stacked = stack_layers(jax.tree.map(jnp.copy, tiny_model()))
+    assert run([POOL[1]], model=stacked) == run([POOL[1]])
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - ord("a") for letter in text]}
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+def test_texts_and_ids(x64):
+    by_text, by_ids = run(["bcd", [1, 2, 3]], tokenizer=Letters())
+    assert by_text.tokens == by_ids.tokens
+    assert by_text.text == by_ids.text == Letters().decode(by_ids.tokens)
+    assert run([[1, 2, 3]])[0].text is None
+    assert run([]) == []
+
+
+def traced(config=GREEDY):
+    request, prefill = _make_request([np.arange(9)], config, 4, tiny_model(jnp.float32).config, NEW, (3,))
+    call = lambda model, request, knobs: _decode(model, request, knobs, _names(config), 4, prefill)
+    return equations(call, tiny_model(jnp.float32), request, _knobs(config, 4, 0, 1))
+
+
+OTHERS = [DecodingConfig(strategy=name) for name in ("autoregressive", "semi_autoregressive")]
+
+
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED, *OTHERS], ids=lambda config: config.strategy)
+def test_decoding_is_one_loop_on_the_device(config):
+    """One while loop carries the tokens, and nothing in it calls back to the host."""
+    config = dataclasses.replace(config, block_size=4)
+    names = [equation.primitive.name for equation in traced(config)]
+    assert names.count("while") == 1
+    assert not [name for name in names if "callback" in name or "infeed" in name or "outfeed" in name]
+
+
+def test_numbers_compile_nothing_anew():
+    model = tiny_model(jnp.float32)
+    first = DecodingConfig(confidence_threshold=0.5, temperature=0.7, top_k=5, top_p=0.9)
+    generate(model, [POOL[1]], first, max_new_tokens=9, stop_token_ids=(3, 4), seed=1)
+    compiled = _decode._cache_size()
+    other = dict(confidence_threshold=0.9, temperature=1.3, top_k=2, top_p=0.5, entropy_bound=0.7, factor=2.0)
+    changed = DecodingConfig(**other, denoising_steps=2, schedule="paper")
+    # A length in the same bucket is the same program too.
+    for prompt, new in ((POOL[1], 9), (POOL[1][:5], 7)):
+        generate(model, [prompt], changed, max_new_tokens=new, stop_token_ids=(7, 8), seed=5)
+    assert _decode._cache_size() == compiled
+    generate(model, [POOL[1]], DecodingConfig(strategy="sequential"), max_new_tokens=9, stop_token_ids=(3, 4))
+    assert _decode._cache_size() == compiled + 1

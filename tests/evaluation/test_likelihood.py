@@ -1,0 +1,177 @@
+"""The bound against its exact value: every mask of every block, one by one."""
+
+import itertools
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdar_jax import logits, nelbo
+from sdar_jax.errors import ConfigError, DataError
+from sdar_jax.evaluation import autoregressive_nll
+from tests.bad_input import refused
+from tests.tiny import MASK, pack, tiny_model
+
+LENGTH = 8
+BATCH = 128
+_logits = partial(jax.jit, static_argnames="block_size")(logits)
+
+
+def nll_in_place(model, sequences: list[list[int]], targets: list[list[int]], block_size) -> np.ndarray:
+    """-log p(target) at each position of each sequence, in one call of fixed shape: [sequences, LENGTH]."""
+    tokens, wanted, segment_ids = (np.zeros((BATCH, LENGTH), np.int32) for _ in range(3))
+    for row, (sequence, target) in enumerate(zip(sequences, targets, strict=True)):
+        tokens[row, : len(sequence)], wanted[row, : len(target)] = sequence, target
+        segment_ids[row, : len(sequence)] = 1
+    scores = np.asarray(_logits(model, tokens, block_size=block_size, segment_ids=segment_ids))
+    log_probs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_probs, wanted[..., None], axis=-1)[: len(sequences), :, 0]
+
+
+def exact(model, document: list[int], block_size: int, counted: list[bool] | None = None, bidirectional=False) -> float:
+    """The sum over blocks and k = 1..n, n their counted tokens, of 1 / (k C(n, k)) times the CE of masks of size k."""
+    counted = [True] * len(document) if counted is None else counted
+    sequences, targets, choices = [], [], []
+    for start in range(0, len(document), block_size):
+        end = min(start + block_size, len(document))
+        open_ = [i for i in range(start, end) if counted[i]]
+        for k in range(1, len(open_) + 1):
+            for chosen in itertools.combinations(open_, k):
+                sequence = [MASK if i in chosen else token for i, token in enumerate(document[:end])]
+                sequences.append(sequence)
+                targets.append(document[:end])
+                choices.append((chosen, 1 / (k * math.comb(len(open_), k))))
+    nll = nll_in_place(model, sequences, targets, None if bidirectional else block_size)
+    return sum(weight * nll[row, list(chosen)].sum() for row, (chosen, weight) in enumerate(choices))
+
+
+def random_tokens(rows: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, MASK, (rows, LENGTH)).astype(np.int32)
+
+
+def test_blocks_of_one_are_the_chain_rule(x64):
+    """All masked, weight 1, nothing random: -log p(x_i | x_<i, M at i), with a standard error of exactly zero."""
+    tokens = random_tokens(2, 0)
+    mean, error = nelbo(tiny_model(), tokens, block_size=1, samples=3)
+    sequences = [[*row[:i].tolist(), MASK] for row in tokens for i in range(LENGTH)]
+    targets = [row[: i + 1].tolist() for row in tokens for i in range(LENGTH)]
+    nll = nll_in_place(tiny_model(), sequences, targets, 1)
+    chain = sum(nll[row, len(sequence) - 1] for row, sequence in enumerate(sequences))
+    np.testing.assert_allclose(mean, chain / 16, rtol=1e-12)
+    assert error == 0
+
+
+# Two documents (5 = 4 + 1, a last block cut short) and padding; and a row that is one document.
+SEGMENTS = pack([5, -1, 2], [8], length=LENGTH)
+DOCUMENTS = [(0, 0, 5), (0, 6, 8), (1, 0, 8)]
+
+
+def exact_batch(model, tokens, block_size, counted) -> float:
+    """Nats per counted token of the packed batch."""
+    total = sum(
+        exact(model, tokens[row, a:b].tolist(), block_size, counted[row, a:b].tolist()) for row, a, b in DOCUMENTS
+    )
+    return total / counted.sum()
+
+
+@pytest.mark.parametrize("response_only", [False, True])
+@pytest.mark.parametrize("block_size", [2, 4])
+def test_estimates_the_exact_bound(block_size, response_only, x64):
+    """Packed documents, padding, and tokens that are given: within 4 standard errors, which are small."""
+    tokens = random_tokens(2, 1)
+    counted = SEGMENTS > 0
+    if response_only:
+        counted &= np.array([[0, 1, 1, 0, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1, 1]], bool)
+    wanted = exact_batch(tiny_model(), tokens, block_size, counted)
+    mask = counted if response_only else None
+    mean, error = nelbo(
+        tiny_model(), tokens, block_size=block_size, segment_ids=SEGMENTS, loss_mask=mask, samples=400, seed=5
+    )
+    assert 0 < error < 0.03 * wanted
+    assert abs(mean - wanted) < 4 * error
+
+
+def test_the_error_shrinks_and_is_honest(x64):
+    """Of 40 estimates, the spread is what each one's own standard error says; with 9 times the samples, a third."""
+    tokens = random_tokens(2, 2)
+    estimate = partial(nelbo, tiny_model(), tokens, block_size=4, segment_ids=SEGMENTS)
+    run = lambda samples, seed: estimate(samples=samples, seed=seed)
+    few = np.array([run(6, seed) for seed in range(40)])
+    many = np.array([run(54, seed) for seed in range(8)])
+    spread = few[:, 0].std(ddof=1)
+    assert 0.7 < spread / np.sqrt((few[:, 1] ** 2).mean()) < 1.4
+    assert 0.25 < np.sqrt((many[:, 1] ** 2).mean() / (few[:, 1] ** 2).mean()) < 0.42
+
+
+def test_no_block_size_bounds_masked_diffusion(x64):
+    """Eq. 5: the document is one block, every key in sight."""
+    tokens = random_tokens(1, 3)
+    segment_ids = pack([5, -3], length=LENGTH)
+    wanted = exact(tiny_model(), tokens[0, :5].tolist(), 5, bidirectional=True) / 5
+    mean, error = nelbo(tiny_model(), tokens, block_size=None, segment_ids=segment_ids, samples=400)
+    assert 0 < error < 0.03 * wanted
+    assert abs(mean - wanted) < 4 * error
+
+
+def test_seeds_decide():
+    model, tokens = tiny_model(jnp.float32), random_tokens(2, 4)
+    first, again, other = (nelbo(model, tokens, block_size=4, samples=2, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_autoregressive_nll(x64):
+    """From logits(block_size=1): each token from the state before it, the first of a document left out."""
+    tokens = random_tokens(2, 6)
+    model = tiny_model(objective="autoregressive", mask_token_id=None, block_size=None)
+    scores = np.asarray(_logits(model, tokens, block_size=1, segment_ids=SEGMENTS))
+    log_probs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    nll = [-log_probs[row, i - 1, tokens[row, i]] for row, a, b in DOCUMENTS for i in range(a + 1, b)]
+    np.testing.assert_allclose(autoregressive_nll(model, tokens, segment_ids=SEGMENTS), np.mean(nll), rtol=1e-12)
+    second = np.zeros((2, LENGTH), bool)
+    second[1, 4] = True
+    only = autoregressive_nll(model, tokens, segment_ids=SEGMENTS, loss_mask=second)
+    np.testing.assert_allclose(only, -log_probs[1, 3, tokens[1, 4]], rtol=1e-12)
+
+
+def test_without_segment_ids_a_row_is_one_document():
+    model, tokens = tiny_model(jnp.float32), random_tokens(2, 7)
+    one = np.ones_like(tokens)
+    assert autoregressive_nll(model, tokens) == autoregressive_nll(model, tokens, segment_ids=one)
+    assert nelbo(model, tokens, block_size=4) == nelbo(model, tokens, block_size=4, segment_ids=one)
+
+
+GOOD = {"tokens": np.ones((1, LENGTH), int), "block_size": 4}
+BAD = [
+    (ConfigError, {"samples": 1}, "samples is 1", "at least 2"),
+    (ConfigError, {"samples": 2.5}, "samples is 2.5", "at least 2"),
+    (ConfigError, {"block_size": 0}, "block_size is 0", "positive integer"),
+    (ConfigError, {"loss_mask": np.zeros((1, LENGTH), bool)}, "no token is counted", "give at least one"),
+    (ConfigError, {"segment_ids": np.zeros((1, LENGTH), int)}, "no token is counted", "give at least one"),
+    (DataError, {"tokens": np.full((1, LENGTH), 50)}, "id 50", "0 to 22"),
+    (DataError, {"tokens": np.full((1, LENGTH), -1)}, "id -1", "0 to 22"),
+    (DataError, {"tokens": np.ones(LENGTH, int)}, "tokens (8,)", "[rows, length]"),
+    (DataError, {"segment_ids": np.ones((1, 7), int)}, "segment_ids (1, 7)", "[rows, length]"),
+    (DataError, {"loss_mask": np.ones((2, LENGTH), bool)}, "loss_mask (2, 8)", "[rows, length]"),
+]
+
+
+@pytest.mark.parametrize("kind, changes, value, fix", BAD)
+def test_bad_input(kind, changes, value, fix):
+    model = tiny_model(jnp.float32)
+    with refused(kind, value, fix):
+        nelbo(model, **{**GOOD, **changes})
+
+
+def test_a_model_without_a_mask_has_no_bound():
+    model = tiny_model(jnp.float32, mask_token_id=None)
+    with refused(ConfigError, "mask_token_id", "set it"):
+        nelbo(model, **GOOD)
+
+
+def test_nothing_to_count_for_autoregression():
+    """One token a document: nothing is predicted."""
+    with refused(ConfigError, "no token is counted", "give at least one"):
+        autoregressive_nll(tiny_model(jnp.float32), np.ones((2, 1), int))

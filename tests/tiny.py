@@ -1,0 +1,50 @@
+"""Small random models and packed rows for every room's tests."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+from jax.typing import DTypeLike
+
+from sdar_jax import ModelConfig
+from sdar_jax.model import Model
+
+VOCAB = 23
+MASK = VOCAB - 1
+
+
+@cache
+def tiny_model(dtype: DTypeLike = jnp.float64, *, seed: int = 1, **changes) -> Model:
+    """Two layers, grouped queries. Wide weights make sharp and varied distributions, so that thresholds are crossed."""
+    fields = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4}
+    fields |= {"num_kv_heads": 2, "head_dim": 8, "initializer_range": 0.5, "block_size": 4, "mask_token_id": MASK}
+    fields |= {"objective": "block_diffusion"}
+    return Model(ModelConfig(**(fields | changes)), jax.random.key(seed), dtype)
+
+
+def pack(*rows: Sequence[int], length: int) -> np.ndarray:
+    """segment_ids [rows, length] from the lengths of each row's documents; a negative one is padding."""
+    packed = np.zeros((len(rows), length), np.int32)
+    for row, runs in enumerate(rows):
+        at = 0
+        for number, run in enumerate(runs, 1):
+            packed[row, at : at + abs(run)] = number if run > 0 else 0
+            at += abs(run)
+    return packed
+
+
+@st.composite
+def segment_rows(draw, rows: int, length: int) -> np.ndarray:
+    """Packed rows: documents and padding of any lengths, in any order, under any ids that tell neighbours apart."""
+    packed = np.zeros((rows, length), np.int32)
+    for row in packed:
+        at, previous = 0, None
+        while at < length:
+            run = draw(st.integers(1, length - at))
+            previous = draw(st.integers(0, 5).filter(lambda number, previous=previous: number != previous))
+            row[at : at + run] = previous
+            at += run
+    return packed

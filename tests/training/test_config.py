@@ -1,0 +1,162 @@
+"""A config is read strictly: what is wrong is one line that names the key, the value and the fix."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sdar_jax.errors import ConfigError
+from sdar_jax.training import TrainConfig, read_command_line, read_config
+from sdar_jax.training.reading import from_values, to_values
+from tests.training.conftest import merged
+
+# What is changed in a good file, and what the error must say.
+BAD_VALUES = {
+    "unknown key": ({"step": 3}, r"step is unknown; did you mean steps\?"),
+    "unknown nested key": ({"optimizer": {"lr": 1}}, r"optimizer\.lr is unknown; use one of learning_rate"),
+    "unknown key in a list": ({"data": {"sources": [{"file": "x"}]}}, r"data\.sources\.0\.file is unknown"),
+    "text for a number": ({"steps": "many"}, r"steps is 'many'; give a whole number"),
+    "fraction for a count": ({"steps": 1.5}, r"steps is 1\.5; give a whole number"),
+    "truth for a count": ({"steps": True}, r"steps is True; give a whole number"),
+    "text for a rate": ({"optimizer": {"learning_rate": "fast"}}, r"optimizer\.learning_rate is 'fast'; give a number"),
+    "number for a truth": ({"tensorboard": 1}, r"tensorboard is 1; give true or false"),
+    "number for text": ({"run_dir": 5}, r"run_dir is 5; give text"),
+    "list for a section": ({"optimizer": [1]}, r"optimizer is \[1\]; give a mapping"),
+    "mapping for a list": ({"data": {"sources": {"path": "x"}}}, r"data\.sources is .*; give a list"),
+    "too short a list": ({"objective": {"corruption": {"beta": [1.0]}}}, r"objective\.corruption\.beta .* list of 2"),
+    "unknown choice": ({"optimizer": {"schedule": "linear"}}, r"optimizer\.schedule is 'linear'; give one of constant"),
+    "unknown remat": ({"remat": "some"}, r"remat is 'some'; give one of none, dots, full"),
+    "nothing where something is needed": ({"data": None}, r"data is None; give a mapping"),
+    "no warm-up": ({"optimizer": {"warmup": None}}, r"optimizer\.warmup is None; give a number"),
+    "no steps": ({"steps": 0}, r"steps is 0; give at least 1"),
+    "no log interval": ({"log_every": 0}, r"log_every is 0; give at least 1"),
+    "empty run_dir": ({"run_dir": ""}, r"run_dir is ''; give a directory"),
+    "negative seed": ({"seed": -1}, r"seed is -1; give"),
+    "negative rate": ({"optimizer": {"learning_rate": -1.0}}, r"optimizer: learning_rate is -1\.0; give a finite"),
+    "rate that is no number": ({"optimizer": {"learning_rate": ".nan"}}, r"optimizer\.learning_rate is '\.nan'"),
+    "infinite rate": ({"optimizer": {"learning_rate": float("inf")}}, r"optimizer: learning_rate is inf"),
+    "beta of 1": ({"optimizer": {"beta2": 1.0}}, r"optimizer: beta2 is 1\.0; give a number in \[0, 1\)"),
+    "negative decay": ({"optimizer": {"weight_decay": -0.1}}, r"optimizer: weight_decay is -0\.1"),
+    "clip at nothing": (
+        {"optimizer": {"clip_norm": 0.0}},
+        r"optimizer: clip_norm is 0\.0; give a finite number",
+    ),
+    "part of a step": ({"optimizer": {"warmup": 2.5}}, r"optimizer: warmup is 2\.5; give a share .* or a whole number"),
+    "rising cosine": ({"optimizer": {"final_fraction": 1.5}}, r"optimizer: final_fraction is 1\.5"),
+    "warm-up longer than the run": ({"optimizer": {"warmup": 7}}, r"warmup and optimizer\.decay take 7 of 6 steps"),
+    "no room for the decay": (
+        {"optimizer": {"schedule": "wsd", "warmup": 3, "decay": 4}},
+        r"warmup and optimizer\.decay take 7 of 6 steps",
+    ),
+    "no checkpoint interval": ({"checkpoint": {"every": 0}}, r"checkpoint: every is 0; give at least 1"),
+    "no checkpoint kept": ({"checkpoint": {"keep": 0}}, r"checkpoint: keep is 0; give at least 1"),
+    "average of nothing": ({"ema_decay": 1.0}, r"ema_decay is 1\.0; give a number between 0 and 1"),
+    "micro-batch that does not divide": ({"micro_batch_size": 3}, r"micro_batch_size is 3; give a divisor of .*, 4"),
+    "no peak": ({"peak_flops": 0.0}, r"peak_flops is 0\.0; give a finite number above 0"),
+    "two models": ({"model": {"preset": "qwen3-0.6b"}}, r"model: preset and shape given; give one of"),
+    "no model": ({"model": {"shape": None}}, r"model: none given; give one of init_from, preset and shape"),
+    "no tokenizer": ({"model": {"tokenizer": None}}, r"model: tokenizer is None"),
+    "shape that cannot be": ({"model": {"shape": {"num_heads": 3, "num_kv_heads": 2}}}, r"model\.shape: num_heads 3"),
+    "eval without data": ({"eval": {"every": 5}}, r"eval\.data missing; add"),
+    "corruption that cannot be": (
+        {"objective": {"corruption": {"t_min": 0.0}}},
+        r"corruption: .*t_min is 0",
+    ),
+    "data section's own check": ({"data": {"batch_size": 0}}, r"data: batch_size=0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_a_bad_value_is_one_line_that_names_it(name, values, write_yaml):
+    change, message = BAD_VALUES[name]
+    with pytest.raises(ConfigError, match=message) as raised:
+        read_config(write_yaml(merged(values, change)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the config is None; give a mapping"),
+        ("- 1", "the config is .*; give a mapping"),
+        ("steps: [1", "not YAML"),
+        ("steps: 5", "run_dir, model, data missing; add"),
+        (b"\xff\xfe\x00", "not YAML"),
+    ],
+)
+def test_a_bad_file_is_one_line(content, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as raised:
+        read_config(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read \(No such file"):
+        read_config(tmp_path / "nowhere.yaml")
+
+
+def test_numbers_without_a_dot_are_numbers(values, write_yaml):
+    """YAML 1.1 calls 1e-3 text."""
+    path = write_yaml(values)
+    text = Path(path).read_text().replace("learning_rate: 0.01", "learning_rate: 1e-3")
+    Path(path).write_text(text)
+    assert read_config(path).optimizer.learning_rate == 1e-3
+
+
+def test_a_config_survives_being_written(make_config):
+    config = make_config(ema_decay=0.9, objective={"corruption": {"beta": [2.0, 1.0]}})
+    assert from_values(TrainConfig, to_values(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read", "value"),
+    [
+        (["--steps", "9"], lambda c: c.steps, 9),
+        (["--optimizer.learning_rate", "2e-4"], lambda c: c.optimizer.learning_rate, 2e-4),
+        (["--optimizer.clip-norm", "None"], lambda c: c.optimizer.clip_norm, None),
+        (["--data.shuffle", "False"], lambda c: c.data.shuffle, False),
+        (["--data.sources.0.weight", "2"], lambda c: c.data.sources[0].weight, 2.0),
+        (["--model.shape.hidden_size", "24"], lambda c: c.model.shape.hidden_size, 24),
+        (["--objective.corruption.level", "block"], lambda c: c.objective.corruption.level, "block"),
+        (["--data.batch_size", "9", "--micro_batch_size", "3"], lambda c: c.micro_batch_size, 3),
+    ],
+)
+def test_the_command_line_changes_fields(arguments, read, value, values, write_yaml):
+    assert read(read_command_line([write_yaml(values), *arguments])) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate: could not convert string to float: 'fast'"),
+        (["--optimizer.learning_rate", "-1"], "learning_rate is -1.0; give a finite number above 0"),
+        (["--optimizer.lr", "1"], "Unrecognized options: --optimizer.lr, 1"),
+        (["--optimizer.schedule", "linear"], "'linear' .* Expected one of"),
+        (["--steps"], "Missing value for argument '--steps'"),
+        (["--micro_batch_size", "3"], "micro_batch_size is 3; give a divisor"),
+        (["more"], "Unrecognized options: more"),
+    ],
+)
+def test_a_bad_option_is_one_line(arguments, message, values, write_yaml, capsys):
+    with pytest.raises(ConfigError, match=message) as raised:
+        read_command_line([write_yaml(values), *arguments])
+    assert "\n" not in str(raised.value) and "│" not in str(raised.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_without_a_file_the_usage_is_said():
+    with pytest.raises(ConfigError, match=re.escape("train.py CONFIG.yaml [--field.path value ...]")):
+        read_command_line(["--steps", "5"])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_help_explains_every_field(given, values, write_yaml, capsys):
+    arguments = [write_yaml(values)] if given else []
+    with pytest.raises(SystemExit) as stopped:
+        read_command_line([*arguments, "--help"])
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "--optimizer.learning_rate" in said and "The highest learning rate" in said
+    assert ("--model.shape.hidden_size" in said) == given

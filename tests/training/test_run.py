@@ -1,0 +1,232 @@
+"""Runs from start to finish: interrupted and resumed as if never stopped, stopped where they must not go on."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sdar_jax.data import load_tokenizer
+from sdar_jax.errors import ConfigError, DataError, TrainingError
+from sdar_jax.model import stack_layers
+from sdar_jax.pretrained import load_pretrained
+from sdar_jax.training import Outcome, TrainConfig, read_config, train
+from sdar_jax.training.reading import from_values
+from sdar_jax.training.step import model_weights
+from tests.training.conftest import assert_same_run, data_values, merged, metrics_of, run_values, state_of
+
+# Every part of a state is at work, and steps 1, 3 and 5 lie between two lines and two checkpoints.
+CHANGES = {
+    "ema_decay": 0.5,
+    "micro_batch_size": 2,
+    "objective": {"corruption": {"level": "block", "draw": "stratified"}},
+}
+
+
+def config_in(inputs: Path, run_dir: Path, **changes) -> TrainConfig:
+    held_out = data_values(inputs / "held-out.jsonl", epochs=1)
+    values = merged(merged(run_values(inputs, run_dir), CHANGES), {"eval": {"data": held_out, "every": 3}})
+    return from_values(TrainConfig, merged(values, changes))
+
+
+def total_weight(_, data):
+    """Stands in for an evaluation: any number that depends on all of the weights, and on the data."""
+    tokens = int(next(data)["tokens"].sum())
+    return lambda model: {"weight": float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(model))) + tokens}
+
+
+def at_evaluation(number: int, act):
+    """`total_weight`, which does something else as well at its nth call."""
+
+    def make(config, data):
+        measure, calls = total_weight(config, data), []
+
+        def evaluate(model):
+            calls.append(1)
+            if len(calls) == number:
+                act()
+            return measure(model)
+
+        return evaluate
+
+    return make
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(config_in(inputs, run_dir), make_evaluate=total_weight) == Outcome(6, finished=True)
+    return run_dir
+
+
+def test_a_run_that_sigterm_interrupts_goes_on_as_if_it_had_not(undisturbed, inputs, tmp_path):
+    config = config_in(inputs, tmp_path / "run")
+    stopped = train(config, make_evaluate=at_evaluation(1, terminate))
+    assert stopped == Outcome(3, finished=False, signal=signal.SIGTERM)
+    assert state_of(tmp_path / "run")[0] == 3 and not (tmp_path / "run" / "model").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train(config, make_evaluate=total_weight) == Outcome(6, finished=True)
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_run_that_crashes_goes_on_from_its_last_checkpoint(undisturbed, inputs, tmp_path):
+    config = config_in(inputs, tmp_path / "run")
+    with pytest.raises(Crash):
+        train(config, make_evaluate=at_evaluation(1, crash))
+    assert state_of(tmp_path / "run")[0] == 2
+    assert train(config, make_evaluate=total_weight).finished
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_run_killed_before_its_export_exports(undisturbed, inputs, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    assert train(config_in(inputs, tmp_path / "run"), make_evaluate=total_weight).finished
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_finished_run_does_nothing(undisturbed, inputs, caplog):
+    def look():
+        return {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+
+    before = look()
+    with caplog.at_level(logging.INFO, "sdar_jax"):
+        outcome = train(config_in(inputs, undisturbed), make_evaluate=total_weight)
+    assert outcome == Outcome(6, finished=True) and "nothing is left to do" in caplog.text
+    assert look() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"steps": 8}, r"steps \(was 6, is 8\)"),
+        ({"seed": 1}, r"seed \(was 0, is 1\)"),
+        ({"data": {"batch_size": 8}}, r"data\.batch_size \(was 4, is 8\)"),
+        ({"optimizer": {"learning_rate": 0.02}}, r"optimizer\.learning_rate \(was 0\.01, is 0\.02\)"),
+        ({"model": {"shape": {"num_layers": 3}}}, r"model\.shape\.num_layers \(was 2, is 3\)"),
+        ({"ema_decay": None}, r"ema_decay \(was 0\.5, is null\)"),
+        ({"compute_dtype": "bfloat16"}, r"compute_dtype \(was \"auto\", is \"bfloat16\"\)"),
+        ({"objective": {"normalizer": "masked"}}, r"objective\.normalizer \(was \"response\", is \"masked\"\)"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_config(change, named, undisturbed, inputs):
+    with pytest.raises(ConfigError, match=named) as raised:
+        train(config_in(inputs, undisturbed, **change), make_evaluate=total_weight)
+    assert "restore these, or use a new run_dir" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "changes"),
+    [
+        (False, {"log_every": 1, "checkpoint": {"every": 5, "keep": 1}, "eval": None, "tensorboard": True}),
+        (False, {"peak_flops": 1e12, "data": {"num_threads": 0}, "eval": {"every": 1, "samples": 9}}),
+        pytest.param(True, {"micro_batch_size": None}, marks=pytest.mark.slow),
+        pytest.param(True, {"remat": "full"}, marks=pytest.mark.slow),
+    ],
+)
+def test_what_does_not_change_the_result_may_change(rounding, changes, undisturbed, inputs, tmp_path):
+    """Half of the run with one config and half with the other, in another place."""
+    train(config_in(inputs, tmp_path / "run"), make_evaluate=at_evaluation(1, terminate))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert train(config_in(inputs, tmp_path / "moved", **changes), make_evaluate=total_weight).finished
+    ours, theirs = state_of(tmp_path / "moved")[1], state_of(undisturbed)[1]
+    tolerance = {"rtol": 2e-3, "atol": 2e-5} if rounding else {"rtol": 0, "atol": 0}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours, theirs)
+
+
+def test_lines_have_the_step_the_averages_and_the_evaluation(undisturbed):
+    lines = metrics_of(undisturbed)
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
+    assert set(lines[0]) == {"step", "loss", "nll", "accuracy", "grad_norm", "learning_rate", "tokens"}
+    assert set(lines[1]) == {"step", "eval_weight"}
+    assert [line["tokens"] for line in lines if "tokens" in line] == [2 * 64, 4 * 64, 6 * 64]
+    assert lines[3]["learning_rate"] == 0
+    first = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["tokens_per_second"] > 0 and "mfu" not in first
+
+
+def test_the_moving_average_is_what_is_evaluated_and_exported(undisturbed, inputs):
+    state = state_of(undisturbed)[1]
+    model = load_pretrained(undisturbed / "model")
+    assert (model.config.objective, model.config.block_size, model.config.mask_token_id) == ("block_diffusion", 4, 15)
+    tokenizer = load_tokenizer(undisturbed / "model")
+    assert model.config.eos_token_id == tokenizer.eos_token_id and tokenizer.decode(tokenizer.encode("1+2=")) == "1+2="
+    weights, _ = model_weights(stack_layers(model))
+    jax.tree.map(np.testing.assert_array_equal, weights, state["ema"])
+    assert any((state["ema"][name] != state["weights"][name]).any() for name in weights)
+    total = total_weight(None, iter([{"tokens": np.zeros(1)}]))(weights)["weight"]
+    held_out = metrics_of(undisturbed)[-1]["eval_weight"] - total
+    assert held_out == pytest.approx(round(held_out), abs=1e-3) and held_out > 0
+
+
+def test_the_resolved_config_is_left_in_the_run(undisturbed, inputs):
+    assert read_config(undisturbed / "config.yaml") == config_in(inputs, undisturbed)
+
+
+def test_a_run_goes_on_without_the_weights_it_started_from(undisturbed, inputs, tmp_path):
+    shutil.copytree(undisturbed / "model", tmp_path / "start")
+    changes = {"init_from": str(tmp_path / "start"), "shape": None}
+    config = config_in(inputs, tmp_path / "run", model=changes)
+    train(config, make_evaluate=at_evaluation(1, terminate))
+    (tmp_path / "start" / "model.safetensors").unlink()
+    assert train(config, make_evaluate=total_weight).finished
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(inputs, tmp_path):
+    run_dir = tmp_path / "run"
+    explosive = {"learning_rate": 1e30, "clip_norm": None, "schedule": "constant", "warmup": 5.0}
+    small = {"model": {"shape": {"num_layers": 1}}, "ema_decay": None, "micro_batch_size": None}
+    config = config_in(inputs, run_dir, optimizer=explosive, checkpoint={"every": 1}, eval=None, **small)
+    with pytest.raises(TrainingError) as raised:
+        train(config)
+    message = str(raised.value)
+    assert message.startswith("step 2: loss ") and "\n" not in message
+    assert "sums.jsonl:" in message and f"the last good checkpoint is {run_dir / 'checkpoints' / '1'}" in message
+    listed = (run_dir / "records-of-step-2.txt").read_text().splitlines()
+    assert len(listed) > 5 and all("sums.jsonl:" in line for line in listed) and "records-of-step-2.txt" in message
+    step, state = state_of(run_dir)
+    assert step == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert [line["step"] for line in metrics_of(run_dir)] == []
+
+
+def test_data_that_ends_too_soon_says_how_far_it_went(inputs, tmp_path):
+    config = config_in(inputs, tmp_path / "run", data=data_values(inputs / "held-out.jsonl", epochs=1), eval=None)
+    with pytest.raises(TrainingError, match=r"the data ended after \d of 6 steps; set steps to \d, or give more"):
+        train(config)
+
+
+def test_data_that_changed_under_a_run_is_noticed(inputs, tmp_path):
+    copy = tmp_path / "sums.jsonl"
+    shutil.copy(inputs / "sums.jsonl", copy)
+    config = config_in(inputs, tmp_path / "run", data=data_values(copy))
+    train(config, make_evaluate=at_evaluation(1, terminate))
+    copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DataError, match="records"):
+        train(config, make_evaluate=total_weight)
+
+
+def test_eval_needs_someone_who_evaluates(inputs, tmp_path):
+    with pytest.raises(ConfigError, match="eval is set and train.. has no make_evaluate"):
+        train(config_in(inputs, tmp_path / "run"))
+
+
+def test_a_run_dir_that_cannot_be_is_named(inputs, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="run_dir .* cannot be made"):
+        train(config_in(inputs, tmp_path / "file" / "run", eval=None))

@@ -1,0 +1,207 @@
+"""A step against a plain one, and what must not change it: micro-batches, nothing to learn, bad numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sdar_jax.config import ModelConfig
+from sdar_jax.corruption import CorruptionConfig
+from sdar_jax.data import DataConfig, SourceConfig
+from sdar_jax.model import Model, stack_layers
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, weighted_loss
+from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
+from sdar_jax.training.optimizer import is_decayed, learning_rate
+from sdar_jax.training.step import initial_state, make_step, model_weights
+
+SHAPE = ModelConfig(32, 16, 32, 1, 2, 1, 8, block_size=4, mask_token_id=31)
+OBJECTIVES = ("autoregressive", "masked_diffusion", "block_diffusion")
+ROWS, LENGTH = 8, 16
+
+
+def shape(objective: str) -> ModelConfig:
+    return dataclasses.replace(SHAPE, objective=objective)
+
+
+def make_config(complementary: bool = False, **changes) -> TrainConfig:
+    data = DataConfig((SourceConfig("unread", "text"),), sequence_length=LENGTH, batch_size=ROWS)
+    objective = ObjectiveConfig(CorruptionConfig(complementary=complementary))
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup=0, clip_norm=0.1)
+    return TrainConfig("unused", 100, InitConfig(init_from="unread"), data, objective, optimizer, **changes)
+
+
+def random_batch(noisy: bool = False) -> Batch:
+    """Packed rows: two documents and padding, prompts without loss, one row with nothing to learn."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, 30, (ROWS, LENGTH))
+    segments = np.where(np.arange(LENGTH) < 7, 1, 2) * np.ones((ROWS, 1), int)
+    segments[1::2, 13:] = 0
+    mask = draw.random((ROWS, LENGTH)) < 0.7
+    mask[3] = False
+    index = np.pad(np.arange(LENGTH - 5), (0, 1), constant_values=-1) * np.ones((ROWS, 1), int)
+    arrays = (jnp.asarray(x, jnp.int32) for x in (tokens, segments))
+    return Batch(*arrays, jnp.asarray(mask), jnp.asarray(index, jnp.int32) if noisy else None)
+
+
+def nothing_to_learn(batch: Batch) -> Batch:
+    return batch._replace(loss_mask=jnp.zeros((ROWS, LENGTH), bool))
+
+
+def fresh(config: TrainConfig, model: ModelConfig, dtype=jnp.float32):
+    """State and step of a model with random weights."""
+    weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), dtype)))
+    return initial_state(config, weights, jax.random.key(1)), make_step(config, model, rebuild)
+
+
+def host(tree):
+    return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+
+
+def largest_difference(a, b) -> float:
+    return max(float(np.max(np.abs(x - y), initial=0)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("objective", "complementary", "micro"),
+    [("autoregressive", False, 4), ("masked_diffusion", False, 2), ("block_diffusion", True, 2)],
+)
+def test_micro_batches_make_the_plain_step_of_the_whole_batch(objective, complementary, micro, x64):
+    """Two steps, against the whole batch at once, its loss divided by its count, and optax's AdamW.
+
+    Rows have unequal weight, so dividing each micro-batch by its own count would show. A third batch has nothing to
+    learn, and changes nothing but the count of steps.
+    """
+    config, model = make_config(complementary, micro_batch_size=micro, ema_decay=0.75), shape(objective)
+    batch = random_batch(noisy=objective == "block_diffusion")
+    state, step = fresh(config, model, jnp.float64)
+    weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), jnp.float64)))
+    schedule = learning_rate(config.optimizer, config.steps)
+    o = config.optimizer
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(0.1),
+        optax.adamw(lambda n: schedule(n + 1), o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay, mask=is_decayed),
+    )
+    moments, average = optimizer.init(weights), weights
+
+    @jax.jit
+    def loss_and_gradient(weights, number):
+        key = jax.random.fold_in(jax.random.key(1), number)
+        example = make_example(batch, key, config.objective, model)
+        loss = lambda weights: weighted_loss(rebuild(weights), example)[0] / example.count.sum()  # noqa: E731
+        return jax.value_and_grad(loss)(weights)
+
+    for number in range(2):
+        state, metrics = step(state, batch)
+        value, gradients = loss_and_gradient(weights, number)
+        updates, moments = optimizer.update(gradients, moments, weights)
+        weights = optax.apply_updates(weights, updates)
+        average = jax.tree.map(lambda a, w: 0.75 * a + 0.25 * w, average, weights)
+        norm = optax.tree.norm(gradients)
+        assert norm > 0.1, "clipping must be at work"
+        assert abs(metrics.loss / metrics.count - value) < 1e-12 * value
+        assert abs(metrics.grad_norm - norm) < 1e-12 * norm
+    assert largest_difference(state.weights, weights) < 1e-12
+    assert largest_difference(state.ema, average) < 1e-12
+    before = host(state)
+    state, metrics = step(state, nothing_to_learn(batch))
+    assert metrics.finite and metrics.count == 0 and metrics.grad_norm == 0
+    assert largest_difference(state._replace(step=0), before._replace(step=0)) == 0
+    assert state.step == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_accumulation_changes_nothing(objective, complementary, x64):
+    """Every split of the batch, with layers that are scanned."""
+    results = []
+    for micro in (None, 4, 1):
+        config, model = make_config(complementary, micro_batch_size=micro), shape(objective)
+        state, step = fresh(config, dataclasses.replace(model, num_layers=3), jnp.float64)
+        state, metrics = step(state, random_batch())
+        results.append(host((state.weights, state.optimizer, metrics)))
+    norm = results[0][2].grad_norm
+    for other in results[1:]:
+        assert largest_difference(results[0][:2], other[:2]) < 1e-12
+        assert abs(norm - other[2].grad_norm) < 1e-12 * norm
+        assert results[0][2].scores.asked == other[2].scores.asked
+
+
+@pytest.fixture(scope="module")
+def diffusion_step():
+    """Compiled once; a fresh state for each test."""
+    config, model = make_config(ema_decay=0.9), shape("block_diffusion")
+    step = fresh(config, model)[1]
+    return lambda: (fresh(config, model)[0], step)
+
+
+def test_noise_differs_from_step_to_step_and_not_from_run_to_run(diffusion_step):
+    runs = []
+    for _ in range(2):
+        state, step = diffusion_step()
+        asked = []
+        for _ in range(3):
+            state, metrics = step(state, random_batch())
+            asked.append(float(metrics.scores.asked))
+        runs.append(asked)
+    assert runs[0] == runs[1] and len(set(runs[0])) > 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_is_never_applied(bad, diffusion_step):
+    """A weight that makes loss or gradient NaN or Inf: state stays bit for bit, and the step says so."""
+    state, step = diffusion_step()
+    state, _ = step(state, random_batch())
+    state.weights["final_norm"] = state.weights["final_norm"].at[0].set(bad)
+    before = host(state)
+    state, metrics = step(state, random_batch())
+    assert not metrics.finite
+    jax.tree.map(np.testing.assert_array_equal, host(state._replace(step=0)), before._replace(step=0))
+
+
+def test_the_state_is_donated(diffusion_step):
+    state, step = diffusion_step()
+    arrays = jax.tree.leaves((state.weights, state.optimizer, state.ema))
+    step(state, random_batch())
+    assert all(array.is_deleted() for array in arrays)
+
+
+def test_remat_and_compute_dtype_reach_the_model():
+    batch, model = random_batch(), dataclasses.replace(SHAPE, objective="block_diffusion", num_layers=2)
+    programs = {}
+    for remat, dtype in [
+        ("none", "auto"),
+        ("dots", "auto"),
+        ("full", "auto"),
+        ("none", "bfloat16"),
+        ("none", "float32"),
+    ]:
+        state, step = fresh(make_config(remat=remat, compute_dtype=dtype), model)
+        programs[remat, dtype] = step.lower(state, batch).as_text()
+    plain = programs["none", "auto"]
+    dots = {name: text.count("dot_general") for name, text in programs.items()}
+    assert dots["full", "auto"] > dots["none", "auto"]
+    assert programs["dots", "auto"] not in (plain, programs["full", "auto"])
+    assert "bf16" in programs["none", "bfloat16"] and "bf16" not in plain
+    assert programs["none", "float32"] == plain
+
+
+def test_weights_have_names_and_go_back():
+    model = stack_layers(Model(dataclasses.replace(SHAPE, num_layers=3), jax.random.key(0)))
+    weights, rebuild = model_weights(model)
+    assert {"embedding", "head", "final_norm", "layers.body.qkv", "layers.last.down"} <= set(weights)
+    doubled = rebuild({name: 2 * weights[name] for name in reversed(list(weights))})
+    assert jax.tree.structure(doubled) == jax.tree.structure(model)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, model)
+
+
+def test_optimiser_and_average_are_float32_and_start_at_the_weights():
+    weights, _ = model_weights(stack_layers(Model(SHAPE, jax.random.key(0))))
+    state = initial_state(make_config(ema_decay=0.5), weights, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, state.ema, weights)
+    moments = [leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert moments and set(moments) == {jnp.dtype(jnp.float32)}
+    assert initial_state(make_config(), weights, jax.random.key(1)).ema is None
