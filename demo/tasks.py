@@ -118,7 +118,7 @@ _REGISTERED = (
     Task("spiral_matrix", {"min_n": 4, "max_n": 4}, _matrix, _digits, _spaced),
     Task(
         "rotate_matrix",
-        {"min_n": 4, "max_n": 4, "min_rotations": 1, "max_rotations": 3},
+        {"min_n": 4, "max_n": 4, "min_rotations": 1, "max_rotations": 1},
         _degrees_and_matrix,
         _digits,
         _gridded,

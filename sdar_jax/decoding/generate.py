@@ -142,10 +142,11 @@ def _check_seed(seed: int, rows: int) -> None:
 def _checked_stops(stop_token_ids: Sequence[int], model: ModelConfig) -> tuple[int, ...]:
     known = range(model.vocab_size)
     listed = isinstance(stop_token_ids, Iterable) and not isinstance(stop_token_ids, str)
-    if not listed or not all(isinstance(stop, int | np.integer) and stop in known for stop in stop_token_ids):
+    stops: tuple[Any, ...] = tuple(stop_token_ids) if listed else (None,)
+    if not all(isinstance(stop, int | np.integer) and stop in known for stop in stops):
         wrong = f"stop_token_ids is {stop_token_ids!r}"
         raise DecodingError(f"{wrong}; give a list of token ids, each 0 to {model.vocab_size - 1}")
-    return tuple(int(stop) for stop in stop_token_ids)
+    return tuple(map(int, stops))
 
 
 def _make_request(ids, config: DecodingConfig, size: int, model: ModelConfig, max_new_tokens: int, stops):

@@ -76,7 +76,8 @@ def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step
     """
     optimizer, rate = adamw(config.optimizer), learning_rate(config.optimizer, config.steps)
     options = {"remat": config.remat, "compute_dtype": compute_dtype(config)}
-    rows = (config.micro_batch_size or config.data.batch_size) * views(config, model)
+    batch_size = config.data.batch_size
+    parts = batch_size // (config.micro_batch_size or batch_size)
 
     def loss(weights: Weights, example: Example):
         return weighted_loss(rebuild(weights), example, **options)
@@ -84,7 +85,7 @@ def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         example = make_example(batch, key, config.objective, model)
-        gradients, total, scores = _accumulate(loss, state.weights, example, rows)
+        gradients, total, scores = _accumulate(loss, state.weights, example, parts)
         count = example.count.sum()
         gradients = jax.tree.map(lambda g: g / jnp.where(count > 0, count, 1).astype(g.dtype), gradients)
         norm = optax.tree.norm(gradients)
@@ -98,11 +99,6 @@ def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step
     return jax.jit(step, donate_argnums=0)
 
 
-def views(config: TrainConfig, model: ModelConfig) -> int:
-    """Rows of an example for each row of a batch."""
-    return 1 if model.objective == "autoregressive" else config.objective.corruption.views
-
-
 def compute_dtype(config: TrainConfig) -> jnp.dtype | None:
     """What "auto" means on the default device; None is the weights' own."""
     if config.compute_dtype == "auto":
@@ -110,9 +106,9 @@ def compute_dtype(config: TrainConfig) -> jnp.dtype | None:
     return jnp.dtype(config.compute_dtype)
 
 
-def _accumulate(loss: Callable, weights: Weights, example: Example, rows: int):
-    """Gradients, loss and scores of the weighted sum, added up over slices of `rows` rows."""
-    slices = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), example)
+def _accumulate(loss: Callable, weights: Weights, example: Example, parts: int):
+    """Gradients, loss and scores of the weighted sum, added up over equal slices of the rows."""
+    slices = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), example)
     compute = jax.value_and_grad(loss, has_aux=True)
 
     def add(sums, part: Example):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig
@@ -79,6 +79,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[f"{i}-{config.strategy}" for i, config in enumerate(CONFIGS)])
+@settings(max_examples=100)
 @given(scores=SCORES, entropy=SCORES, masked=MASKED, step=st.integers(0, 9))
 def test_strategies_equal_lists(config, scores, entropy, masked, step):
     row = lambda values, dtype: jnp.asarray([values], dtype)

@@ -60,7 +60,7 @@ def run_values(inputs: Path, run_dir: Path) -> Values:
         "vocab_size": 32,
         "hidden_size": 16,
         "intermediate_size": 32,
-        "num_layers": 2,
+        "num_layers": 1,
         "num_heads": 2,
         "num_kv_heads": 1,
         "head_dim": 8,

@@ -45,6 +45,7 @@ def long_values(inputs: Path, run_dir: Path) -> Values:
     held_out = data_values(inputs / "held-out.jsonl", epochs=1)
     changes = {
         "steps": STEPS,
+        "model": {"shape": {"num_layers": 3}},
         "ema_decay": 0.9,
         "micro_batch_size": 2,
         "log_every": 1,

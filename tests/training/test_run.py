@@ -119,7 +119,7 @@ def test_a_finished_run_does_nothing(undisturbed, inputs, caplog):
         ({"seed": 1}, r"seed \(was 0, is 1\)"),
         ({"data": {"batch_size": 8}}, r"data\.batch_size \(was 4, is 8\)"),
         ({"optimizer": {"learning_rate": 0.02}}, r"optimizer\.learning_rate \(was 0\.01, is 0\.02\)"),
-        ({"model": {"shape": {"num_layers": 3}}}, r"model\.shape\.num_layers \(was 2, is 3\)"),
+        ({"model": {"shape": {"num_layers": 3}}}, r"model\.shape\.num_layers \(was 1, is 3\)"),
         ({"ema_decay": None}, r"ema_decay \(was 0\.5, is null\)"),
         ({"compute_dtype": "bfloat16"}, r"compute_dtype \(was \"auto\", is \"bfloat16\"\)"),
         ({"objective": {"normalizer": "masked"}}, r"objective\.normalizer \(was \"response\", is \"masked\"\)"),
@@ -191,8 +191,8 @@ def test_a_run_goes_on_without_the_weights_it_started_from(undisturbed, inputs, 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(inputs, tmp_path):
     run_dir = tmp_path / "run"
     explosive = {"learning_rate": 1e30, "clip_norm": None, "schedule": "constant", "warmup": 5.0}
-    small = {"model": {"shape": {"num_layers": 1}}, "ema_decay": None, "micro_batch_size": None}
-    config = config_in(inputs, run_dir, optimizer=explosive, checkpoint={"every": 1}, eval=None, **small)
+    plain = {"ema_decay": None, "micro_batch_size": None, "eval": None}
+    config = config_in(inputs, run_dir, optimizer=explosive, checkpoint={"every": 1}, **plain)
     with pytest.raises(TrainingError) as raised:
         train(config)
     message = str(raised.value)
