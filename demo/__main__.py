@@ -22,7 +22,7 @@ from sdar_jax.errors import SdarError, TrainingError
 from sdar_jax.training import TrainConfig, read_config, train
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
-TASKS = ("spiral_matrix", "rotate_matrix")
+TASKS = ("spiral_matrix", "rotate_matrix", "mini_sudoku")
 PRETRAIN = "pretrain"
 STAGES = (PRETRAIN, "ar_cpt", "ar_sft", "block4_cpt", "block4_sft", "block8_cpt", "block8_sft")
 # What the recipes write; --out moves it.
