@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from sdar_jax.attention.tiles import TileList, visited_tiles
 from sdar_jax.visibility import Ranges
 
-# Measured on a CPU (docs/attention.md): smaller tiles waste less at block edges, larger ones amortise the loop.
+# Smaller tiles waste less at block edges, larger ones amortise the loop; not tuned yet.
 _TILE = 128
 
 

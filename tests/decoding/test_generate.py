@@ -32,7 +32,9 @@ def no_logprobs(completion):
     return completion._replace(logprobs=None)
 
 
-@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "config", [SAMPLED, pytest.param(GREEDY, marks=[pytest.mark.slow, pytest.mark.ci])], ids=lambda c: c.strategy
+)
 @given(chosen=st.lists(st.integers(0, len(POOL) - 1), min_size=3, max_size=3), seed=st.integers(0, 20))
 def test_neighbours_and_slots_change_nothing(config, chosen, seed):
     """In float64, a batch of any three, repeats among them, gives each what it gets alone with its own seed + i."""
