@@ -7,7 +7,10 @@ STAMP := .venv/.installed-$(EXTRAS)
 # Tests need no accelerator and must not depend on one.
 PYTEST := JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: demo demo-quick test check-all lint env clean
+# The compilers for TPU and NVIDIA, for chips that are not here: beside the environment, so that nothing else sees them.
+COMPILERS := .cache/compilers
+
+.PHONY: demo demo-quick test check-all lint env compilers clean
 
 demo: $(STAMP)
 	@.venv/bin/python -m demo $(DEMO_ARGS)
@@ -18,7 +21,7 @@ demo-quick: $(STAMP)
 test: $(STAMP)
 	@$(PYTEST) $(PYTEST_ARGS)
 
-check-all: lint
+check-all: lint compilers
 	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "" $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -28,6 +31,13 @@ lint: $(STAMP)
 
 env: $(STAMP)
 	@:
+
+compilers: $(COMPILERS)/.installed
+
+$(COMPILERS)/.installed: compilers.txt | $(STAMP)
+	@rm -rf $(COMPILERS)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(COMPILERS) -r compilers.txt
+	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	@scripts/setup_env.sh $(EXTRAS)

@@ -1,14 +1,20 @@
 """Weighted cross-entropy of a linear head that never holds [tokens, vocabulary] and reads weighted tokens alone."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-# Logits held at once, in numbers: 256 MB of float32.
-_LOGITS_HELD = 2**26
+from sdar_jax.errors import ConfigError
+
+# Logits held at once, in numbers: 256 MB of float32 on a CPU; on accelerators 1 GB, as each chunk also reads and writes
+# the head's whole gradient (docs/kernels.md).
+_LOGITS_HELD = {"cpu": 2**26}
+_LOGITS_HELD_ELSEWHERE = 2**28
 
 
 class TokenScores(NamedTuple):
@@ -21,6 +27,18 @@ class TokenScores(NamedTuple):
     correct: Bool[Array, " N"]
 
 
+class LossSharding(NamedTuple):
+    """How the loss is split over a mesh: hashable, for static arguments.
+
+    tokens: mesh axes that split the token axis of hidden, targets and weights. vocab: the axis that splits the head's
+    vocabulary, or None.
+    """
+
+    mesh: Mesh | AbstractMesh
+    tokens: tuple[str, ...] = ()
+    vocab: str | None = None
+
+
 def linear_cross_entropy(
     hidden: Float[Array, "N D"],
     head: Float[Array, "D V"] | Float[Array, "V D"],
@@ -29,6 +47,7 @@ def linear_cross_entropy(
     *,
     vocab_axis: int = 1,
     chunk: int | None = None,
+    sharding: LossSharding | None = None,
 ) -> tuple[Float[Array, ""], TokenScores]:
     """sum_i w_i CE(hidden_i . head, target_i), float32 accumulation, and each token's score.
 
@@ -38,27 +57,56 @@ def linear_cross_entropy(
 
     Args:
         vocab_axis: the axis of `head` that is the vocabulary: 1, or 0 for tied embeddings.
-        chunk: tokens whose logits are held at once; by default what fits 256 MB.
+        chunk: tokens whose logits are held at once; by default what fits 256 MB (1 GB on accelerators).
+        sharding: on a mesh, each device walks its own tokens and its own part of the vocabulary.
+
+    Raises:
+        ConfigError: tokens or vocabulary do not divide over the mesh axes that split them.
     """
-    vocab = head.shape[vocab_axis]
-    chunk = chunk or max(_LOGITS_HELD // vocab, 128)
-    chunk = min(chunk, hidden.shape[0])
-    total, nll, correct = _loss(hidden, head, targets, weights, vocab_axis, chunk)
+    split = _Split.of(sharding)
+    _check_divides("tokens", hidden.shape[0], split.token_parts)
+    _check_divides("vocabulary entries", head.shape[vocab_axis], split.vocab_parts)
+    if chunk is None:
+        held = _LOGITS_HELD.get(jax.default_backend(), _LOGITS_HELD_ELSEWHERE)
+        chunk = max(held // (head.shape[vocab_axis] // split.vocab_parts), 128)
+    chunk = min(chunk, hidden.shape[0] // split.token_parts)
+    total, nll, correct = _loss(hidden, head, targets, weights, vocab_axis, chunk, split)
     return total, TokenScores(jax.lax.stop_gradient(nll), correct)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _loss(hidden, head, targets, weights, vocab_axis, chunk):
-    return _walk(hidden, head, targets, weights, vocab_axis, chunk, gradients=False)[0]
+class _Split(NamedTuple):
+    """A LossSharding with its sizes; one part of each without a mesh."""
+
+    sharding: LossSharding | None
+    token_parts: int = 1
+    vocab_parts: int = 1
+
+    @classmethod
+    def of(cls, sharding: LossSharding | None) -> "_Split":
+        if sharding is None:
+            return cls(None)
+        sizes = sharding.mesh.shape
+        token_parts = math.prod(sizes[axis] for axis in sharding.tokens)
+        return cls(sharding, token_parts, 1 if sharding.vocab is None else sizes[sharding.vocab])
 
 
-def _loss_fwd(hidden, head, targets, weights, vocab_axis, chunk):
-    out, gradients = _walk(hidden, head, targets, weights, vocab_axis, chunk, gradients=True)
+def _check_divides(what: str, size: int, parts: int) -> None:
+    if size % parts:
+        raise ConfigError(f"{size} {what} do not divide over {parts} devices; pad them or use fewer devices")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _loss(hidden, head, targets, weights, vocab_axis, chunk, split):
+    return _run(hidden, head, targets, weights, vocab_axis, chunk, split, gradients=False)[0]
+
+
+def _loss_fwd(hidden, head, targets, weights, vocab_axis, chunk, split):
+    out, gradients = _run(hidden, head, targets, weights, vocab_axis, chunk, split, gradients=True)
     like = jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype)
     return out, (gradients, like)
 
 
-def _loss_bwd(vocab_axis, chunk, residuals, cotangents):
+def _loss_bwd(vocab_axis, chunk, split, residuals, cotangents):
     gradients, like = residuals
     d_hidden, d_head = ((g * cotangents[0]).astype(x.dtype) for g, x in zip(gradients, like, strict=True))
     return d_hidden, d_head, None, None
@@ -67,8 +115,37 @@ def _loss_bwd(vocab_axis, chunk, residuals, cotangents):
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
-def _walk(hidden, head, targets, weights, vocab_axis, chunk, *, gradients):
-    """Loss, scores and, if asked, the float32 gradients for hidden and head, over the weighted tokens alone."""
+def _run(hidden, head, targets, weights, vocab_axis, chunk, split, *, gradients):
+    """`_walk`, by each device over its part of tokens and vocabulary, where there is a mesh."""
+    walk = partial(_walk, vocab_axis=vocab_axis, chunk=chunk, gradients=gradients)
+    if split.sharding is None:
+        return walk(hidden, head, targets, weights)
+    mesh, tokens, vocab = split.sharding
+    by_token = PartitionSpec(tokens or None)
+    by_vocab = PartitionSpec(*((vocab, None) if vocab_axis == 0 else (None, vocab)))
+    outs = (PartitionSpec(), by_token, by_token), (by_token, by_vocab) if gradients else ()
+
+    def walk_part(*operands):
+        (total, nll, correct), grads = walk(*operands, vocab=vocab)
+        # The rest of the vocabulary adds to a token's gradient, the other tokens to that of the head.
+        grads = tuple(_psum(g, axes) for g, axes in zip(grads, (vocab, tokens), strict=False))
+        return (_psum(total, tokens), nll, correct), grads
+
+    specs = (by_token, by_vocab, by_token, by_token)
+    return jax.shard_map(walk_part, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=False)(
+        hidden, head, targets, weights
+    )
+
+
+def _psum(x: Array, axes: str | tuple[str, ...] | None) -> Array:
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _walk(hidden, head, targets, weights, vocab=None, *, vocab_axis, chunk, gradients):
+    """Loss, scores and, if asked, the float32 gradients for hidden and head, over the weighted tokens alone.
+
+    vocab: the mesh axis that splits the vocabulary, inside shard_map.
+    """
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
     tokens = hidden.shape[0]
     weights = weights.astype(accumulate)
@@ -85,7 +162,7 @@ def _walk(hidden, head, targets, weights, vocab_axis, chunk, *, gradients):
         asked = weight != 0
         h = jnp.where(asked[:, None], jnp.take(hidden, at, axis=0, mode="clip"), 0)
         target = jnp.where(asked, jnp.take(targets, at, mode="clip"), 0)
-        score = _chunk_scores(h, head, target, vocab_axis, accumulate)
+        score = _chunk_scores(h, head, target, vocab_axis, accumulate, vocab)
         total += jnp.sum(weight * score.nll)
         nll = nll.at[at].set(jnp.where(asked, score.nll, 0), mode="drop")
         correct = correct.at[at].set(asked & score.correct, mode="drop")
@@ -99,7 +176,7 @@ def _walk(hidden, head, targets, weights, vocab_axis, chunk, *, gradients):
     zeros = (jnp.zeros(hidden.shape, accumulate), jnp.zeros(head.shape, accumulate)) if gradients else (None, None)
     scores = jnp.zeros(tokens, accumulate), jnp.zeros(tokens, bool)
     total, nll, correct, *grads = jax.lax.fori_loop(0, chunks, visit, (jnp.zeros((), accumulate), *scores, *zeros))
-    return (total, nll, correct), tuple(grads)
+    return (total, nll, correct), tuple(grads) if gradients else ()
 
 
 class _ChunkScores(NamedTuple):
@@ -108,12 +185,19 @@ class _ChunkScores(NamedTuple):
     d_logits: Array
 
 
-def _chunk_scores(h, head, target, vocab_axis, accumulate) -> _ChunkScores:
+def _chunk_scores(h, head, target, vocab_axis, accumulate, vocab) -> _ChunkScores:
     logits = _dot("nd,vd->nv", h, head, vocab_axis, accumulate)
+    size = logits.shape[-1]
+    if vocab is not None:
+        target = target - jax.lax.axis_index(vocab) * size
     largest = logits.max(axis=-1)
-    logsumexp = largest + jnp.log(jnp.exp(logits - largest[:, None]).sum(axis=-1))
-    at_target = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-    one_hot = jax.nn.one_hot(target, logits.shape[-1], dtype=accumulate)
+    largest = jax.lax.pmax(largest, vocab) if vocab else largest
+    logsumexp = largest + jnp.log(_psum(jnp.exp(logits - largest[:, None]).sum(axis=-1), vocab))
+    # Zero where the target belongs to another part of the vocabulary.
+    one_hot = jax.nn.one_hot(target, size, dtype=accumulate)
+    here = (target >= 0) & (target < size)
+    at_target = jnp.take_along_axis(logits, jnp.clip(target, 0, size - 1)[:, None], axis=-1)[:, 0]
+    at_target = _psum(jnp.where(here, at_target, 0), vocab)
     return _ChunkScores(logsumexp - at_target, at_target >= largest, jnp.exp(logits - logsumexp[:, None]) - one_hot)
 
 

@@ -1,19 +1,65 @@
-"""The one door to attention: `attention(q, k, v, ranges)`, and the choice of who computes it."""
+"""The one door to attention: `attention(q, k, v, ranges)`, and the choice of who computes it.
 
-from collections.abc import Callable
-from typing import Literal, get_args
+An implementation is a module with
 
+    unsupported(q, k, v) -> str | None                                  why it cannot take these shapes and types
+    forward(q, k, v, ranges, *, scale) -> (out, logsumexp)              logsumexp [B, Q, H], +inf where nothing is seen
+    backward(q, k, v, ranges, out, logsumexp, d_out, *, scale) -> (dq, dk, dv)
+
+so that the derivative, the dispatch and, between devices, the merging of partial results are written once. Kernels also
+take `interpret=True`, which runs them on a CPU.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sdar_jax.attention import chunked, reference
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 
-Implementation = Literal["reference", "chunked"]
-_IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference.attention, "chunked": chunked.attention}
+Implementation = Literal["reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
 
-# Below this many scores a head, one dense product beats a loop over tiles, and its memory is nothing.
-_DENSE_SCORES = 256 * 256
+# Where one dense product beats a loop over tiles: few queries, as in decoding, or few scores a head (docs/kernels.md).
+_DENSE_QUERIES = 16
+_DENSE_SCORES = 128 * 256
+
+_KERNELS: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+
+
+class Choice(NamedTuple):
+    """Who computes, and whether a kernel runs in its interpreter."""
+
+    implementation: Implementation
+    interpret: bool = False
+
+
+_override: Choice | None = None
+
+
+@contextlib.contextmanager
+def override(implementation: Implementation, *, interpret: bool = False) -> Iterator[None]:
+    """Every attention traced inside uses this implementation: for tests, and for compiling for a chip that is not here.
+
+    What was traced before keeps its own: jit a new function inside.
+    """
+    global _override
+    before, _override = _override, Choice(implementation, interpret)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def overriding() -> Choice | None:
+    """What the `override` around this asks for, if there is one."""
+    return _override
 
 
 def attention(
@@ -28,23 +74,78 @@ def attention(
     """softmax(q k^T scale) v over the keys that `ranges` lets each query see.
 
     Query head h reads key-value head h // (H / G). Scores and sums are float32 (float64 for float64 inputs). A query
-    that sees nothing gives zero.
+    that sees nothing gives zero. Differentiable once, in q, k and v.
 
     Args:
         scale: factor on the scores; 1 / sqrt(D) if None.
-        implementation: "reference" (dense), "chunked" (visited tiles only, O(Q + K) memory) or None: the best for
-            this shape.
+        implementation: "reference" (dense), "chunked" (visited tiles only, O(Q + K) memory, any backend), "mosaic_gpu"
+            (Hopper), "mosaic_tpu", or None: the best for this backend and shape.
 
     Raises:
-        ConfigError: unknown implementation, or head counts that do not divide.
+        ConfigError: head counts that do not divide; an implementation that is unknown, or cannot take these inputs.
     """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads do not divide over {k.shape[2]} key-value heads; use a multiple")
-    if implementation is not None and implementation not in _IMPLEMENTATIONS:
-        raise ConfigError(
-            f"attention implementation {implementation!r} is unknown; use one of {get_args(Implementation)}"
-        )
-    if implementation is None:
-        implementation = "reference" if q.shape[1] * k.shape[1] <= _DENSE_SCORES else "chunked"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _IMPLEMENTATIONS[implementation](q, k, v, ranges, scale=scale)
+    return _attend(q, k, v, ranges, scale, choose(q, k, v, implementation))
+
+
+def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) -> Choice:
+    """The named implementation, the override's, or the best of those that can; a named one that cannot raises."""
+    if implementation is not None:
+        return _checked(Choice(implementation), q, k, v)
+    if _override is not None:
+        return _checked(_override, q, k, v)
+    kernel = _KERNELS.get(jax.default_backend())
+    queries, keys = q.shape[1], k.shape[1]
+    dense = queries <= _DENSE_QUERIES or queries * keys <= _DENSE_SCORES
+    if kernel is not None and not dense and _module(kernel).unsupported(q, k, v) is None:
+        return Choice(kernel)
+    return Choice("reference" if dense else "chunked")
+
+
+def _checked(choice: Choice, q: Array, k: Array, v: Array) -> Choice:
+    if choice.implementation not in get_args(Implementation):
+        names = get_args(Implementation)
+        raise ConfigError(f"attention implementation {choice.implementation!r} is unknown; use one of {names}")
+    reason = _module(choice.implementation).unsupported(q, k, v)
+    if reason is not None:
+        raise ConfigError(f"attention implementation {choice.implementation!r}: {reason}")
+    return choice
+
+
+def _module(implementation: str) -> ModuleType:
+    # Kernels are imported when they are asked for: not every platform's jaxlib carries every compiler.
+    if implementation == "mosaic_gpu":
+        from sdar_jax.attention import mosaic_gpu
+
+        return mosaic_gpu
+    if implementation == "mosaic_tpu":
+        from sdar_jax.attention import mosaic_tpu
+
+        return mosaic_tpu
+    return {"reference": reference, "chunked": chunked}[implementation]
+
+
+def _bind(choice: Choice, function: str):
+    bound = getattr(_module(choice.implementation), function)
+    return partial(bound, interpret=True) if choice.interpret else bound
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q: Array, k: Array, v: Array, ranges: Ranges, scale: float, choice: Choice) -> Array:
+    return _bind(choice, "forward")(q, k, v, ranges, scale=scale)[0]
+
+
+def _attend_fwd(q, k, v, ranges, scale, choice):
+    out, logsumexp = _bind(choice, "forward")(q, k, v, ranges, scale=scale)
+    return out, (q, k, v, ranges, out, logsumexp)
+
+
+def _attend_bwd(scale, choice, residuals, d_out):
+    q, k, v, ranges, out, logsumexp = residuals
+    d_out = jnp.asarray(d_out, q.dtype)
+    return *_bind(choice, "backward")(q, k, v, ranges, out, logsumexp, d_out, scale=scale), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

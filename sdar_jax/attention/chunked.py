@@ -5,58 +5,79 @@ FlashAttention, arXiv 2205.14135, algorithms 1 and 4). Query heads that share a 
 rows of a tile.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdar_jax.attention.tiles import TileList, visited_tiles
+from sdar_jax.attention.tiles import Visits, tile_kinds, visits
 from sdar_jax.visibility import Ranges
 
-# Smaller tiles waste less at block edges, larger ones amortise the loop; not tuned yet.
+# Smaller tiles waste less at block edges, larger ones amortise the loop; measured in docs/kernels.md.
 _TILE = 128
 
 
-def attention(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B K G D"],
-    v: Float[Array, "B K G D"],
-    ranges: Ranges,
-    *,
-    scale: float,
-) -> Float[Array, "B Q H D"]:
-    """As `reference.attention`. Differentiable once, in q, k and v."""
-    batch, queries, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    query_tile, key_tile = min(_TILE, queries), min(_TILE, k.shape[1])
-    ranges = Ranges(*(_pad(x, query_tile) for x in ranges))
-    q_tiles = _to_query_tiles(_pad(q, query_tile), query_tile, kv_heads)
-    k_tiles, v_tiles = (_to_key_tiles(_pad(x, key_tile), key_tile) for x in (k, v))
-    out = _attend(q_tiles, k_tiles, v_tiles, ranges, scale)
-    groups = heads // kv_heads
-    out = out.reshape(batch, -1, kv_heads, groups, query_tile, v.shape[-1]).transpose(0, 1, 4, 2, 3, 5)
-    return out.reshape(batch, -1, heads, v.shape[-1])[:, :queries]
+def unsupported(q: Array, k: Array, v: Array) -> None:
+    """Takes everything."""
 
 
-def _pad(x: Array, tile: int) -> Array:
-    """Zeros up to a multiple of `tile` on axis 1; zero ranges see nothing."""
-    missing = -x.shape[1] % tile
-    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+def forward(
+    q: Float[Array, "B Q H D"], k: Float[Array, "B K G D"], v: Float[Array, "B K G D"], ranges: Ranges, *, scale: float
+) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
+    """As `reference.forward`."""
+    tiled = _Tiled.of(q, k, ranges)
+    q_tiles, k_tiles, v_tiles = tiled.queries(q), tiled.keys(k), tiled.keys(v)
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+
+    def visit(index, carry):
+        out, largest, total = carry
+        walk = tiled.visit(index)
+        at = walk.query
+        scores = _dot("hrd,hkd->hrk", q_tiles[at], k_tiles[walk.key]) * scale
+        scores = jnp.where(walk.visible, scores, -jnp.inf)
+        peak = jnp.maximum(largest[at], scores.max(axis=-1))
+        exp = jnp.exp(scores - peak[..., None])
+        shrink = jnp.exp(largest[at] - peak)
+        update = _dot("hrk,hkd->hrd", exp.astype(v.dtype), v_tiles[walk.key])
+        out = out.at[at].set(out[at] * shrink[..., None] + update)
+        return out, largest.at[at].set(peak), total.at[at].set(total[at] * shrink + exp.sum(axis=-1))
+
+    # The lowest finite number, not -inf: rows that see nothing in a tile must not compute inf - inf.
+    largest = jnp.full(q_tiles.shape[:-1], jnp.finfo(accumulate).min, accumulate)
+    zero = jnp.zeros(q_tiles.shape[:-1] + v.shape[-1:], accumulate)
+    out, largest, total = jax.lax.fori_loop(0, tiled.visits.count, visit, (zero, largest, jnp.zeros_like(largest)))
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    logsumexp = jnp.where(empty, jnp.inf, largest + jnp.log(total))
+    return tiled.rows(out / total[..., None]).astype(q.dtype), tiled.rows(logsumexp[..., None])[..., 0]
 
 
-def _to_query_tiles(q: Array, tile: int, kv_heads: int) -> Array:
-    """[B, Q, H, D] -> [B, Q / tile, kv_heads, groups * tile, D]."""
-    batch, _, heads, dim = q.shape
-    q = q.reshape(batch, -1, tile, kv_heads, heads // kv_heads, dim).transpose(0, 1, 3, 4, 2, 5)
-    return q.reshape(batch, q.shape[1], kv_heads, -1, dim)
+def backward(q, k, v, ranges: Ranges, out: Array, logsumexp: Array, d_out: Array, *, scale: float):
+    """Gradients for q, k and v, each in its own type."""
+    tiled = _Tiled.of(q, k, ranges)
+    accumulate = logsumexp.dtype
+    delta = (d_out.astype(accumulate) * out.astype(accumulate)).sum(axis=-1)
+    q_tiles, k_tiles, v_tiles, d_tiles = tiled.queries(q), tiled.keys(k), tiled.keys(v), tiled.queries(d_out)
+    # exp(score - inf) = 0 in a row that sees nothing, and in those that pad the last tile.
+    logsumexp, delta = (tiled.queries(x[..., None], fill)[..., 0] for x, fill in ((logsumexp, jnp.inf), (delta, 0.0)))
 
+    def visit(index, carry):
+        dq, dk, dv = carry
+        walk = tiled.visit(index)
+        at, key = walk.query, walk.key
+        scores = _dot("hrd,hkd->hrk", q_tiles[at], k_tiles[key]) * scale
+        probs = jnp.where(walk.visible, jnp.exp(scores - logsumexp[at][..., None]), 0)
+        d_probs = _dot("hrd,hkd->hrk", d_tiles[at], v_tiles[key])
+        d_scores = (probs * (d_probs - delta[at][..., None]) * scale).astype(q.dtype)
+        dq = dq.at[at].add(_dot("hrk,hkd->hrd", d_scores, k_tiles[key]))
+        dk = dk.at[key].add(_dot("hrk,hrd->hkd", d_scores, q_tiles[at]))
+        dv = dv.at[key].add(_dot("hrk,hrd->hkd", probs.astype(v.dtype), d_tiles[at]))
+        return dq, dk, dv
 
-def _to_key_tiles(x: Array, tile: int) -> Array:
-    """[B, K, kv_heads, D] -> [B, K / tile, kv_heads, tile, D]."""
-    batch, _, kv_heads, dim = x.shape
-    return x.reshape(batch, -1, tile, kv_heads, dim).transpose(0, 1, 3, 2, 4)
+    zeros = tuple(jnp.zeros(x.shape, accumulate) for x in (q_tiles, k_tiles, v_tiles))
+    dq, dk, dv = jax.lax.fori_loop(0, tiled.visits.count, visit, zeros)
+    return tiled.rows(dq).astype(q.dtype), tiled.columns(dk).astype(k.dtype), tiled.columns(dv).astype(v.dtype)
 
 
 class _Walk(NamedTuple):
@@ -67,88 +88,61 @@ class _Walk(NamedTuple):
     visible: Array
 
 
-def _visit(tiles: TileList, ranges: Ranges, index: Array, shape: tuple[int, int]) -> _Walk:
-    rows, key_tile = shape
-    row, query, key = tiles.row[index], tiles.query[index], tiles.key[index]
-    query_tile = ranges.start.shape[2]
-    bounds = Ranges(*(x[row, query][None] for x in ranges))
-    visible = bounds.sees(key * key_tile + jnp.arange(key_tile))[0]
-    return _Walk((row, query), (row, key), jnp.tile(visible, (rows // query_tile, 1)))
+class _Tiled(NamedTuple):
+    """The problem cut into tiles, queries padded with rows that see nothing."""
+
+    visits: Visits
+    ranges: Ranges
+    query_tile: int
+    key_tile: int
+    shape: tuple[int, int, int, int, int]
+
+    @classmethod
+    def of(cls, q: Array, k: Array, ranges: Ranges) -> "_Tiled":
+        batch, queries, heads, _ = q.shape
+        keys, kv_heads = k.shape[1:3]
+        query_tile, key_tile = min(_TILE, queries), min(_TILE, keys)
+        ranges = Ranges(*(_pad(x, query_tile) for x in ranges))
+        listed = visits(tile_kinds(ranges, query_tile, key_tile, keys))
+        ranges = Ranges(*(x.reshape(batch, -1, query_tile, 2) for x in ranges))
+        return cls(listed, ranges, query_tile, key_tile, (batch, queries, keys, heads, kv_heads))
+
+    def queries(self, x: Array, fill: float = 0.0) -> Array:
+        """[B, Q, H, D] -> [B, query tiles, kv_heads, groups * query_tile, D]."""
+        batch, _, _, heads, kv_heads = self.shape
+        x = _pad(x, self.query_tile, fill).reshape(batch, -1, self.query_tile, kv_heads, heads // kv_heads, x.shape[-1])
+        x = x.transpose(0, 1, 3, 4, 2, 5)
+        return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+    def rows(self, x: Array) -> Array:
+        """The inverse of `queries`."""
+        batch, queries, _, heads, kv_heads = self.shape
+        x = x.reshape(batch, -1, kv_heads, heads // kv_heads, self.query_tile, x.shape[-1]).transpose(0, 1, 4, 2, 3, 5)
+        return x.reshape(batch, -1, heads, x.shape[-1])[:, :queries]
+
+    def keys(self, x: Array) -> Array:
+        """[B, K, kv_heads, D] -> [B, key tiles, kv_heads, key_tile, D]."""
+        x = _pad(x, self.key_tile)
+        return x.reshape(x.shape[0], -1, self.key_tile, *x.shape[2:]).transpose(0, 1, 3, 2, 4)
+
+    def columns(self, x: Array) -> Array:
+        """The inverse of `keys`."""
+        x = x.transpose(0, 1, 3, 2, 4)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.shape[2]]
+
+    def visit(self, index: Array) -> _Walk:
+        row, query, key = self.visits.row[index], self.visits.query[index], self.visits.key[index]
+        bounds = Ranges(*(x[row, query][None] for x in self.ranges))
+        visible = bounds.sees(key * self.key_tile + jnp.arange(self.key_tile))[0]
+        _, _, _, heads, kv_heads = self.shape
+        return _Walk((row, query), (row, key), jnp.tile(visible, (heads // kv_heads, 1)))
 
 
-def _tiled(ranges: Ranges, q: Array, k: Array) -> tuple[TileList, Ranges]:
-    batch, query_tiles = q.shape[:2]
-    query_tile = ranges.start.shape[1] // query_tiles
-    tiles = visited_tiles(ranges, query_tile, k.shape[1], k.shape[3])
-    return tiles, Ranges(*(x.reshape(batch, query_tiles, query_tile, 2) for x in ranges))
+def _pad(x: Array, tile: int, fill: float = 0.0) -> Array:
+    """Up to a multiple of `tile` on axis 1; ranges padded with zeros see nothing."""
+    missing = -x.shape[1] % tile
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
 
 
 def _dot(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: Array, k: Array, v: Array, ranges: Ranges, scale: float) -> Array:
-    return _forward(q, k, v, ranges, scale)[0]
-
-
-def _forward(q: Array, k: Array, v: Array, ranges: Ranges, scale: float):
-    tiles, ranges = _tiled(ranges, q, k)
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    shape = (q.shape[3], k.shape[3])
-
-    def visit(index, carry):
-        out, largest, total = carry
-        walk = _visit(tiles, ranges, index, shape)
-        at = walk.query
-        scores = _dot("hrd,hkd->hrk", q[at], k[walk.key]) * scale
-        scores = jnp.where(walk.visible, scores, -jnp.inf)
-        peak = jnp.maximum(largest[at], scores.max(axis=-1))
-        exp = jnp.exp(scores - peak[..., None])
-        shrink = jnp.exp(largest[at] - peak)
-        update = _dot("hrk,hkd->hrd", exp.astype(v.dtype), v[walk.key])
-        out = out.at[at].set(out[at] * shrink[..., None] + update)
-        return out, largest.at[at].set(peak), total.at[at].set(total[at] * shrink + exp.sum(axis=-1))
-
-    # The lowest finite number, not -inf: rows that see nothing in a tile must not compute inf - inf.
-    largest = jnp.full(q.shape[:-1], jnp.finfo(accumulate).min, accumulate)
-    zero = jnp.zeros(q.shape[:-1] + v.shape[-1:], accumulate)
-    out, largest, total = jax.lax.fori_loop(0, tiles.count, visit, (zero, largest, jnp.zeros_like(largest)))
-    empty = total == 0
-    out = out / jnp.where(empty, 1, total)[..., None]
-    # +inf makes exp(score - logsumexp) zero in the backward of a row that sees nothing.
-    logsumexp = jnp.where(empty, jnp.inf, largest + jnp.log(jnp.where(empty, 1, total)))
-    return out.astype(q.dtype), logsumexp
-
-
-def _attend_fwd(q, k, v, ranges, scale):
-    out, logsumexp = _forward(q, k, v, ranges, scale)
-    return out, (q, k, v, ranges, out, logsumexp)
-
-
-def _attend_bwd(scale, residuals, d_out):
-    q, k, v, ranges, out, logsumexp = residuals
-    tiles, tiled_ranges = _tiled(ranges, q, k)
-    accumulate = logsumexp.dtype
-    delta = (d_out.astype(accumulate) * out.astype(accumulate)).sum(axis=-1)
-    shape = (q.shape[3], k.shape[3])
-
-    def visit(index, carry):
-        dq, dk, dv = carry
-        walk = _visit(tiles, tiled_ranges, index, shape)
-        at, key = walk.query, walk.key
-        scores = _dot("hrd,hkd->hrk", q[at], k[key]) * scale
-        probs = jnp.where(walk.visible, jnp.exp(scores - logsumexp[at][..., None]), 0)
-        d_probs = _dot("hrd,hkd->hrk", d_out[at], v[key])
-        d_scores = (probs * (d_probs - delta[at][..., None]) * scale).astype(q.dtype)
-        dq = dq.at[at].add(_dot("hrk,hkd->hrd", d_scores, k[key]))
-        dk = dk.at[key].add(_dot("hrk,hrd->hkd", d_scores, q[at]))
-        dv = dv.at[key].add(_dot("hrk,hrd->hkd", probs.astype(v.dtype), d_out[at]))
-        return dq, dk, dv
-
-    zeros = tuple(jnp.zeros(x.shape, accumulate) for x in (q, k, v))
-    dq, dk, dv = jax.lax.fori_loop(0, tiles.count, visit, zeros)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)

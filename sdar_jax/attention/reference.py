@@ -7,24 +7,34 @@ from jaxtyping import Array, Float
 from sdar_jax.visibility import Ranges
 
 
-def attention(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B K G D"],
-    v: Float[Array, "B K G D"],
-    ranges: Ranges,
-    *,
-    scale: float,
-) -> Float[Array, "B Q H D"]:
+def unsupported(q: Array, k: Array, v: Array) -> None:
+    """Takes everything."""
+
+
+def forward(
+    q: Float[Array, "B Q H D"], k: Float[Array, "B K G D"], v: Float[Array, "B K G D"], ranges: Ranges, *, scale: float
+) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
     """Softmax over the keys that each query sees; a query that sees none gives zero. O(Q K) memory."""
-    batch, queries, heads, dim = q.shape
+    batch, queries, heads, _ = q.shape
     kv_heads = k.shape[2]
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, dim)
+    grouped = q.reshape(batch, queries, kv_heads, heads // kv_heads, -1)
     scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=accumulate) * scale
     visible = ranges.sees(jnp.arange(k.shape[1]))[:, None, None]
     scores = jnp.where(visible, scores, -jnp.inf)
+    # The lowest finite number, not -inf: rows that see nothing must not compute inf - inf.
     largest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(accumulate).min)
-    exp = jnp.exp(scores - jax.lax.stop_gradient(largest))
-    total = jnp.maximum(exp.sum(axis=-1, keepdims=True), jnp.finfo(accumulate).tiny)
+    exp = jnp.exp(scores - largest)
+    total = exp.sum(axis=-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
     out = jnp.einsum("bhgqk,bkhd->bqhgd", (exp / total).astype(v.dtype), v, preferred_element_type=accumulate)
-    return out.reshape(batch, queries, heads, v.shape[-1]).astype(q.dtype)
+    logsumexp = jnp.where(empty, jnp.inf, largest + jnp.log(total))[..., 0]
+    by_query = lambda x: x.transpose(0, 3, 1, 2).reshape(batch, queries, heads)
+    return out.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype), by_query(logsumexp)
+
+
+def backward(q, k, v, ranges: Ranges, out: Array, logsumexp: Array, d_out: Array, *, scale: float):
+    """By automatic differentiation of `forward`."""
+    _, pullback = jax.vjp(lambda q, k, v: forward(q, k, v, ranges, scale=scale)[0], q, k, v)
+    return pullback(d_out)

@@ -1,43 +1,81 @@
-"""Which (query tile, key tile) pairs the ranges touch, as a flat list made inside jit."""
+"""Which (query tile, key tile) pairs the ranges touch, listed inside jit.
+
+`tile_kinds` classifies every pair, `visits` and `visit_lists` write the visible ones down: flat for one walk over the
+batch, or a list a tile for kernels that give each tile its own program. Lists have a static cap and a dynamic count.
+"""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from sdar_jax.visibility import Ranges
 
+HIDDEN, PARTIAL, FULL = 0, 1, 2
 
-class TileList(NamedTuple):
+# Comparisons of queries with key tiles held at once, so that memory does not grow with their product.
+_COMPARED = 2**20
+
+Kinds = Int[Array, "B queries keys"]
+
+
+class Visits(NamedTuple):
     """Visited tiles in (row, query tile, key tile) order; entries past `count` are unused.
 
-    row, query, key: int32 [cap] indices, cap = B * query tiles * key tiles. count: int32 scalar.
+    row, query, key: int32 [cap] indices, cap = B * query tiles * key tiles. full: bool [cap], whether every query of
+    the tile sees every key of it. count: int32 scalar.
     """
 
     row: Int[Array, " cap"]
     query: Int[Array, " cap"]
     key: Int[Array, " cap"]
+    full: Bool[Array, " cap"]
     count: Int[Array, ""]
 
 
-def visited_tiles(ranges: Ranges, query_tile: int, key_tiles: int, key_tile: int) -> TileList:
-    """Tiles in which at least one query sees at least one key. The query axis is a multiple of `query_tile`."""
-    touched = _touched(ranges, query_tile, key_tiles, key_tile)
-    row, query, key = jnp.nonzero(touched, size=touched.size, fill_value=0)
-    as_index = lambda x: x.astype(jnp.int32)
-    return TileList(as_index(row), as_index(query), as_index(key), touched.sum(dtype=jnp.int32))
+class VisitLists(NamedTuple):
+    """For each tile of one axis, the visited tiles of the other, ascending; entries past `count` are unused.
+
+    entries: int32 [B, tiles, cap], index * 2 + full. count: int32 [B, tiles].
+    """
+
+    entries: Int[Array, "B tiles cap"]
+    count: Int[Array, "B tiles"]
 
 
-def _touched(ranges: Ranges, query_tile: int, key_tiles: int, key_tile: int) -> Bool[Array, "B queries keys"]:
-    """Whether a tile is visited, [B, query tiles, key tiles]: how many ranges are open over it, counted at their ends.
+def tile_kinds(ranges: Ranges, query_tile: int, key_tile: int, keys: int) -> Kinds:
+    """HIDDEN, PARTIAL or FULL for each pair, int8 [B, Q / query_tile, ceil(keys / key_tile)].
 
-    A comparison of every query with every key tile would grow with Q K.
+    A tile that only two ranges together cover counts as PARTIAL, as does one that reaches past `keys`. The query axis
+    is a multiple of `query_tile`; pad it with empty ranges.
     """
     batch, queries, _ = ranges.start.shape
-    row = jnp.arange(batch)[:, None, None]
-    query = (jnp.arange(queries) // query_tile)[:, None]
-    one = (ranges.start < ranges.end).astype(jnp.int32)
-    opened = jnp.zeros((batch, queries // query_tile, key_tiles + 1), jnp.int32)
-    opened = opened.at[row, query, ranges.start // key_tile].add(one)
-    opened = opened.at[row, query, (ranges.end + key_tile - 1) // key_tile].add(-one)
-    return jnp.cumsum(opened, axis=-1)[..., :-1] > 0
+    first = jnp.arange(-(-keys // key_tile), dtype=jnp.int32) * key_tile
+
+    def one_tile(bounds: tuple[Array, Array]) -> Array:
+        start, end = (x.reshape(query_tile * 2, 1) for x in bounds)
+        touched = (start < first + key_tile) & (first < end) & (start < end)
+        covered = ((start <= first) & (first + key_tile <= end)).reshape(query_tile, 2, -1)
+        return touched.any(axis=0).astype(jnp.int8) + covered.any(axis=1).all(axis=0)
+
+    tiled = tuple(x.reshape(-1, query_tile, 2) for x in ranges)
+    at_once = max(1, _COMPARED // (query_tile * first.size))
+    return jax.lax.map(one_tile, tiled, batch_size=at_once).reshape(batch, queries // query_tile, -1)
+
+
+def visits(kinds: Kinds) -> Visits:
+    """Every visited tile of the batch in one list."""
+    visited = kinds != HIDDEN
+    row, query, key = (x.astype(jnp.int32) for x in jnp.nonzero(visited, size=visited.size, fill_value=0))
+    return Visits(row, query, key, kinds[row, query, key] == FULL, visited.sum(dtype=jnp.int32))
+
+
+def visit_lists(kinds: Kinds) -> VisitLists:
+    """For each query tile the key tiles it visits. Give `kinds.swapaxes(1, 2)` for the query tiles of each key tile."""
+    visited = kinds != HIDDEN
+    tiles = jnp.arange(kinds.shape[2], dtype=jnp.int32)
+    # Stable: the visited come first, in order.
+    order = jnp.argsort(~visited, axis=-1, stable=True).astype(jnp.int32)
+    entries = tiles * 2 + (kinds == FULL)
+    return VisitLists(jnp.take_along_axis(entries, order, axis=-1), visited.sum(axis=-1, dtype=jnp.int32))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sdar_jax import visibility
 from sdar_jax.attention import api, attention, chunked
-from sdar_jax.attention.tiles import visited_tiles
+from sdar_jax.attention import tiles as tiles_module
+from sdar_jax.attention.tiles import FULL, HIDDEN, PARTIAL, tile_kinds, visit_lists, visits
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 from tests.bad_input import refused
@@ -175,20 +176,48 @@ def test_huge_scores_do_not_overflow(implementation, largest_first, x64):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@given(st.data(), st.sampled_from([(1, 4), (4, 3), (13, 10)]))
-def test_visited_tiles(data, tiles):
+def kinds_by_definition(ranges: Ranges, query_tile: int, key_tile: int, keys: int) -> np.ndarray:
+    """[B, query tiles, key tiles]; FULL only where one range covers the tile for every query."""
+    tiles = -(-keys // key_tile)
+    mask = visible(ranges, tiles * key_tile).reshape(2, -1, query_tile, tiles, key_tile)
+    alone = [visible(Ranges(*(x.at[..., 1 - i].set(0) for x in ranges)), tiles * key_tile) for i in (0, 1)]
+    covered = [x.reshape(mask.shape).all(axis=4) for x in alone]
+    full = (covered[0] | covered[1]).all(axis=2)
+    return np.where(full, FULL, np.where(mask.any(axis=(2, 4)), PARTIAL, HIDDEN))
+
+
+@pytest.mark.parametrize("compared", [1, 2**20])
+@given(data=st.data(), tiles=st.sampled_from([(1, 4), (4, 3), (13, 10), (2, 1)]))
+def test_tile_lists(data, tiles, compared):
+    """Kinds, however many are compared at once, and what each list makes of them."""
     query_tile, key_tile = tiles
     shape = Shape(2, -(-13 // query_tile) * query_tile, 10, 1, 1, 1)
     ranges = data.draw(random_ranges(shape))
-    key_tiles = -(-10 // key_tile)
-    found = jax.jit(visited_tiles, static_argnums=(1, 2, 3))(ranges, query_tile, key_tiles, key_tile)
-    mask = visible(ranges, key_tiles * key_tile)
-    tiled = mask.reshape(2, -1, query_tile, key_tiles, key_tile)
-    wanted = np.argwhere(tiled.any(axis=(2, 4)))
-    assert found.count == len(wanted)
-    got = np.stack(found[:3], axis=-1)[: len(wanted)]
-    np.testing.assert_array_equal(got, wanted)
-    assert found.row.shape == (2 * tiled.shape[1] * key_tiles,)
+    with mock.patch.object(tiles_module, "_COMPARED", compared):
+        kinds = tile_kinds(ranges, query_tile, key_tile, shape.keys)
+    wanted = kinds_by_definition(ranges, query_tile, key_tile, shape.keys)
+    np.testing.assert_array_equal(kinds, wanted)
+
+    flat = visits(kinds)
+    visited = np.argwhere(wanted != HIDDEN)
+    assert flat.count == len(visited) and flat.row.shape == (wanted.size,)
+    np.testing.assert_array_equal(np.stack(flat[:3], axis=-1)[: len(visited)], visited)
+    np.testing.assert_array_equal(flat.full[: len(visited)], wanted[tuple(visited.T)] == FULL)
+
+    for listed, by_tile in ((visit_lists(kinds), wanted), (visit_lists(kinds.swapaxes(1, 2)), wanted.swapaxes(1, 2))):
+        for index in np.ndindex(by_tile.shape[:2]):
+            others = np.flatnonzero(by_tile[index])
+            assert listed.count[index] == len(others)
+            got = np.asarray(listed.entries[index])[: len(others)]
+            np.testing.assert_array_equal(got, others * 2 + (by_tile[index][others] == FULL))
+
+
+def test_tile_lists_hold_no_array_of_queries_by_key_tiles():
+    """But one byte a pair of tiles, and a bounded number of comparisons."""
+    length = 20480
+    ranges = Ranges(*(jax.ShapeDtypeStruct((1, 2 * length, 2), jnp.int32) for _ in range(2)))
+    compiled = jax.jit(lambda r: tile_kinds(r, 128, 128, 2 * length)).lower(ranges).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4e6 < 2 * length * (2 * length // 128)
 
 
 def hybrid_loss(q, k, v, segment_ids):
@@ -196,7 +225,7 @@ def hybrid_loss(q, k, v, segment_ids):
 
 
 def abstract_inputs(length: int) -> list[jax.ShapeDtypeStruct]:
-    shapes = [(1, 2 * length, 4, 8), (1, 2 * length, 2, 8), (1, 2 * length, 2, 8)]
+    shapes = [(1, 2 * length, heads, 32) for heads in (4, 2, 2)]
     floats = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return [*floats, jax.ShapeDtypeStruct((1, length), jnp.int32)]
 
@@ -204,7 +233,7 @@ def abstract_inputs(length: int) -> list[jax.ShapeDtypeStruct]:
 def test_chunked_holds_no_array_of_queries_by_keys():
     """Not even of queries by key tiles: the largest is the queries themselves, and with them the tile pairs."""
     length = 8192
-    assert largest_array(jax.grad(hybrid_loss, (0, 1, 2)), *abstract_inputs(length)) <= 2 * length * 4 * 8
+    assert largest_array(jax.grad(hybrid_loss, (0, 1, 2)), *abstract_inputs(length)) <= 2 * length * 4 * 32
 
 
 def test_memory_of_chunked_grows_linearly():
@@ -215,14 +244,25 @@ def test_memory_of_chunked_grows_linearly():
     assert held(8192) < 2.1 * held(4096)
 
 
-def test_large_shapes_are_chunked_and_small_ones_are_not():
-    shape = Shape(1, 300, 300, 1, 1, 2)
-    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in random_inputs(shape, 0))
-    ranges = visibility.causal(jnp.ones((1, 300), jnp.int32))
-    call = lambda *parts: attention(*parts, ranges)
-    assert largest_array(call, q, k, v) < 300 * 300
-    with mock.patch.object(api, "_DENSE_SCORES", 300 * 300):
-        assert largest_array(lambda *parts: attention(*parts, ranges), q, k, v) >= 300 * 300
+def chosen(queries: int, keys: int, heads: int = 2, **options) -> str:
+    like = lambda *shape: jnp.zeros(shape, jnp.float32)
+    kv = like(1, keys, 2, 8)
+    return api.choose(like(1, queries, heads, 8), kv, kv, options.get("implementation")).implementation
+
+
+def test_few_queries_and_few_scores_are_dense_and_the_rest_is_chunked():
+    assert chosen(16, 32768) == "reference" and chosen(128, 256) == "reference"
+    assert chosen(17, 32768) == "chunked" and chosen(300, 300) == "chunked"
+
+
+def test_override_holds_inside_and_ends_with_its_block():
+    with api.override("reference"):
+        assert chosen(300, 300) == "reference"
+        assert chosen(300, 300, implementation="chunked") == "chunked"
+    assert chosen(300, 300) == "chunked"
+    with pytest.raises(RuntimeError), api.override("reference"):
+        raise RuntimeError
+    assert chosen(300, 300) == "chunked"
 
 
 def test_bad_head_counts():
@@ -235,5 +275,5 @@ def test_bad_head_counts():
 def test_unknown_implementation():
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in random_inputs(Shape(1, 2, 2, 2, 2, 4), 0))
     nothing = jnp.zeros((1, 2, 2), jnp.int32)
-    with refused(ConfigError, "'flash'", "'reference', 'chunked'"):
+    with refused(ConfigError, "'flash'", "'reference', 'chunked', 'mosaic_gpu', 'mosaic_tpu'"):
         attention(q, k, v, Ranges(nothing, nothing), implementation="flash")

@@ -1,0 +1,64 @@
+"""The chips this library is for: what each can do, and how to compile for one that is not here.
+
+Peaks are the vendors' figures for one chip, dense, without sparsity.
+"""
+
+import re
+from typing import NamedTuple
+
+from jax.experimental.topologies import TopologyDescription, get_topology_desc
+
+from sdar_jax.errors import ConfigError
+
+
+class Chip(NamedTuple):
+    """bf16_flops: FLOP/s of bfloat16 matmuls with float32 sums. memory: bytes of HBM. bandwidth: bytes/s of it."""
+
+    platform: str
+    bf16_flops: float
+    memory: float
+    bandwidth: float
+
+
+CHIPS = {
+    "h200": Chip("gpu", 989e12, 141e9, 4.8e12),
+    "h100": Chip("gpu", 989e12, 80e9, 3.35e12),
+    "v5p": Chip("tpu", 459e12, 95e9, 2.765e12),
+    "v6e": Chip("tpu", 918e12, 32e9, 1.64e12),
+    "v5e": Chip("tpu", 197e12, 16e9, 0.82e12),
+}
+
+# What XLA asks of a Hopper GPU when none is there: a GpuTargetConfigProto.
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: 52428800
+  clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "NVIDIA {name}"
+"""
+
+
+def topology(name: str) -> TopologyDescription:
+    """Devices to compile for: "v5p:2x2x1" and the like (libtpu's own names), "h200:8" (one host), "h200:4x8" (4 hosts).
+
+    Needs libtpu for TPU, the CUDA plugin for GPU; the chips themselves need not be there.
+
+    Raises:
+        ConfigError: a chip or shape that is not understood.
+    """
+    match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
+    if match is None or match[1] not in CHIPS:
+        raise ConfigError(f"topology {name!r} is unknown; use a chip of {tuple(CHIPS)} and a shape, as in 'v5p:4x4x4'")
+    chip, shape = match.groups()
+    if CHIPS[chip].platform == "tpu":
+        return get_topology_desc(platform="tpu", topology_name=name)
+    hosts, _, devices = shape.rpartition("x")
+    config = _HOPPER.format(
+        bandwidth=int(CHIPS[chip].bandwidth), memory=151397597184 if chip == "h200" else 85899345920, name=chip.upper()
+    )
+    return get_topology_desc(
+        platform="cuda", topology_name=chip, topology=f"1x{hosts or 1}x{devices}", target_config=config
+    )
