@@ -28,6 +28,25 @@ CHIPS = {
     "v5e": Chip("tpu", 197e12, 16e9, 0.82e12),
 }
 
+# Dense bfloat16 FLOP/s by the start of JAX's device_kind, from the vendors' data sheets; the first that fits.
+_PEAK_FLOPS = {
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
 # What XLA asks of a Hopper GPU when none is there: a GpuTargetConfigProto.
 _HOPPER = """
 gpu_device_info {{
@@ -62,3 +81,8 @@ def topology(name: str) -> TopologyDescription:
     return get_topology_desc(
         platform="cuda", topology_name=chip, topology=f"1x{hosts or 1}x{devices}", target_config=config
     )
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a known accelerator, by its `jax.Device.device_kind`; None for any other device."""
+    return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)

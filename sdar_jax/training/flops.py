@@ -1,4 +1,4 @@
-"""FLOPs that a training step needs, and a device's peak, of which they are the MFU (arXiv 2204.02311, appendix B)."""
+"""FLOPs that a training step needs; their share of a device's peak is the MFU (arXiv 2204.02311, appendix B)."""
 
 from typing import NamedTuple
 
@@ -7,25 +7,6 @@ from jaxtyping import Array, Float
 
 from sdar_jax.config import ModelConfig
 from sdar_jax.objectives import Example
-
-# Dense bfloat16 FLOP/s by the start of JAX's device_kind, from the vendors' data sheets; the first that fits.
-_PEAK_FLOPS = {
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 class Work(NamedTuple):
@@ -68,8 +49,3 @@ def training_flops(config: ModelConfig, done: Work) -> float:
     head = c.hidden_size * c.vocab_size * float(done.asked)
     pairs = inner * float(done.pairs) + float(done.output_pairs)
     return 6 * (matmuls + head) + 12 * c.num_heads * c.head_dim * pairs
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a known accelerator, by its `jax.Device.device_kind`; None for any other device."""
-    return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
+from sdar_jax.chips import peak_flops
 from sdar_jax.config import ModelConfig
 from sdar_jax.conversion import to_diffusion
 from sdar_jax.data import DataConfig, PackedDataset, make_dataset
@@ -17,7 +18,6 @@ from sdar_jax.model import Model, stack_layers
 from sdar_jax.pretrained import load_pretrained, model_directory
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import InitConfig, TrainConfig
-from sdar_jax.training.flops import peak_flops
 from sdar_jax.training.reading import from_values
 from sdar_jax.training.step import Rebuild, TrainState, initial_state, model_weights
 from sdar_jax.training.trackers import Meter

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sdar_jax.chips import peak_flops
 from sdar_jax.config import ModelConfig
 from sdar_jax.model import Model
 from sdar_jax.objectives import Batch, ObjectiveConfig, block_diffusion_example, make_example
-from sdar_jax.training.flops import peak_flops, training_flops, work
+from sdar_jax.training.flops import training_flops, work
 
 SHAPE = ModelConfig(48, 24, 40, 3, 4, 2, 6, block_size=4, mask_token_id=47)
 ROWS, LENGTH = 2, 12

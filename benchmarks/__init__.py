@@ -1,0 +1,1 @@
+"""Measurements that print ratios; what they printed, and where, is in docs/."""

@@ -1,0 +1,95 @@
+"""Timing two ways: many calls on a device, and in turns with PyTorch in a process of its own."""
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+PEER = Path(__file__).with_name("torch_peer.py")
+
+
+def seconds(function: Callable, *args, calls: int = 10, repeats: int = 5) -> float:
+    """Median seconds a call of a jitted function, after one to warm up; `calls` at a time, so that launching hides."""
+    jax.block_until_ready(function(*args))
+
+    def once() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = function(*args)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / calls
+
+    return statistics.median(once() for _ in range(repeats))
+
+
+class Measured(NamedTuple):
+    """seconds a run, and peak memory of the process in bytes."""
+
+    seconds: float
+    memory: int
+
+
+class Peer:
+    """torch_peer.py doing one piece of work each time it is asked."""
+
+    def __init__(self, python: str, work: str, **arguments):
+        command = [python, str(PEER), work, json.dumps(arguments)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdin is not None and process.stdout is not None
+        self.process, self.requests, self.answers = process, process.stdin, process.stdout
+        if self._line() != "ready":
+            raise RuntimeError(f"{command[:3]} did not start; --torch-python takes a Python that has torch")
+
+    def run(self) -> Measured:
+        self.requests.write("\n")
+        self.requests.flush()
+        took, memory = self._line().split()
+        return Measured(float(took), int(memory))
+
+    def _line(self) -> str:
+        return self.answers.readline().strip()
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_):
+        self.requests.close()
+        self.process.wait()
+
+
+class Ratio(NamedTuple):
+    """Theirs over ours, pair by pair: how many times faster ours is."""
+
+    median: float
+    lowest: float
+    highest: float
+    ours: float
+    theirs: float
+
+    def __str__(self) -> str:
+        return (
+            f"ours {self.ours:.3f} s, theirs {self.theirs:.3f} s: {self.median:.2f}x "
+            f"({self.lowest:.2f} to {self.highest:.2f})"
+        )
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], float], pairs: int) -> Ratio:
+    """Interleaved pairs A B A B after one of each to warm up; `theirs` returns its own seconds."""
+    jax.block_until_ready(ours())
+    theirs()
+    times = []
+    for _ in range(pairs):
+        start = time.perf_counter()
+        jax.block_until_ready(ours())
+        mine = time.perf_counter() - start
+        times.append((mine, theirs()))
+    ratios = [b / a for a, b in times]
+    medians = (statistics.median(side) for side in zip(*times, strict=True))
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios), *medians)
