@@ -6,8 +6,8 @@ An implementation is a module with
     forward(q, k, v, ranges, *, scale) -> (out, logsumexp)              logsumexp [B, Q, H], +inf where nothing is seen
     backward(q, k, v, ranges, out, logsumexp, d_out, *, scale) -> (dq, dk, dv)
 
-so that the derivative, the dispatch and, between devices, the merging of partial results are written once. Kernels also
-take `interpret=True`, which runs them on a CPU.
+so that derivative and dispatch are written once. The reference has no backward: it is differentiated as it stands.
+Kernels also take `interpret=True`, which runs them on a CPU.
 """
 
 import contextlib
@@ -87,7 +87,10 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads do not divide over {k.shape[2]} key-value heads; use a multiple")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _attend(q, k, v, ranges, scale, choose(q, k, v, implementation))
+    choice = choose(q, k, v, implementation)
+    if choice.implementation == "reference":
+        return reference.forward(q, k, v, ranges, scale=scale)[0]
+    return _attend(q, k, v, ranges, scale, choice)
 
 
 def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) -> Choice:
