@@ -1,0 +1,153 @@
+"""Which page of the cache belongs to whom, and which finished prefixes can be read again: host-side bookkeeping.
+
+A page holds the keys and values of `page_size` positions, a multiple of the block size S. Finished blocks are recorded
+with the tokens that made them, as a tree: a page hangs below the page before it, and a child is found by the tokens of
+its first block. So a second request with the same prefix shares the pages that it fills completely; where it parts from
+another in the middle of a page, after whole blocks, that page is to be copied before it is written on.
+
+A page is free, used by requests, or kept: used by none, but readable until the least recently used one makes room.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sdar_jax.errors import ConfigError
+
+Tokens = tuple[int, ...]
+
+
+class Prefix(NamedTuple):
+    """What is already in the cache of a sequence.
+
+    pages: to share, all of them full. partial: a page whose first `partial_length` positions serve as well, once they
+    are copied; None if there is none. length: positions in all.
+    """
+
+    pages: tuple[int, ...]
+    partial: int | None
+    partial_length: int
+    length: int
+
+
+@dataclass
+class _Page:
+    """users: requests that hold it. tokens: of its finished blocks. children: pages that continue it."""
+
+    users: int = 0
+    tokens: Tokens = ()
+    parent: int | None = None
+    children: set[int] = field(default_factory=set)
+
+
+class PagePool:
+    """`count` pages of `page_size` positions, for blocks of `block_size`.
+
+    Raises:
+        ConfigError: a page that is not made of whole blocks, or no pages.
+    """
+
+    def __init__(self, count: int, page_size: int, block_size: int):
+        if page_size < 1 or page_size % block_size:
+            raise ConfigError(f"page_size is {page_size}; give a multiple of the block size {block_size}")
+        if count < 1:
+            raise ConfigError(f"pages is {count}; give at least 1")
+        self.page_size, self.block_size = page_size, block_size
+        self._pages = [_Page() for _ in range(count)]
+        self._free = list(range(count - 1, -1, -1))
+        # Least recently used first, and a page always after those that continue it: they are released together.
+        self._kept: dict[int, None] = {}
+        self._first_block: dict[tuple[int | None, Tokens], set[int]] = {}
+        self.evictions = 0
+
+    @property
+    def available(self) -> int:
+        """Pages that `allocate` could give: free ones and kept ones."""
+        return len(self._free) + len(self._kept)
+
+    def match(self, tokens: Sequence[int]) -> Prefix:
+        """The longest recorded prefix, in whole blocks, of a sequence. Takes nothing; see `share`."""
+        found: list[int] = []
+        parent, length = None, 0
+        while True:
+            rest = tuple(tokens[length : length + self.page_size])
+            page, same = self._longest(parent, rest)
+            if page is None or same < self.page_size:
+                return Prefix(tuple(found), page, same, length + same)
+            found.append(page)
+            parent, length = page, length + same
+
+    def _longest(self, parent: int | None, tokens: Tokens) -> tuple[int | None, int]:
+        """The page below `parent` that shares most whole blocks with `tokens`, and how many positions that is."""
+        best, most = None, 0
+        for page in sorted(self._first_block.get((parent, tokens[: self.block_size]), ())):
+            pairs = zip(self._pages[page].tokens, tokens, strict=False)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+            same -= same % self.block_size
+            if same > most:
+                best, most = page, same
+        return best, most
+
+    def share(self, pages: Sequence[int]) -> None:
+        """One more user for each, which `release` takes back; none of them is evicted meanwhile."""
+        for page in pages:
+            self._pages[page].users += 1
+            self._kept.pop(page, None)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Empty pages with one user each, evicting kept ones if need be; None, and nothing evicted, if too few."""
+        if count > self.available:
+            return None
+        while len(self._free) < count:
+            self._evict()
+        taken = [self._free.pop() for _ in range(count)]
+        self.share(taken)
+        return taken
+
+    def record(self, pages: Sequence[int], tokens: Sequence[int]) -> None:
+        """That `pages`, in order, hold the final keys and values of `tokens`: whole blocks from position 0."""
+        parent = None
+        for index, page in enumerate(pages):
+            held = tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
+            held = held[: len(held) - len(held) % self.block_size]
+            entry = self._pages[page]
+            if len(held) > len(entry.tokens):
+                self._attach(page, parent, held)
+            if len(entry.tokens) < self.page_size:
+                return
+            parent = page
+
+    def _attach(self, page: int, parent: int | None, tokens: Tokens) -> None:
+        entry = self._pages[page]
+        entry.tokens, entry.parent = tokens, parent
+        self._first_block.setdefault((parent, tokens[: self.block_size]), set()).add(page)
+        if parent is not None:
+            self._pages[parent].children.add(page)
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One user less for each page of a sequence, in order. What is recorded is kept, the rest is free at once."""
+        for page in reversed(pages):
+            entry = self._pages[page]
+            entry.users -= 1
+            if entry.users:
+                continue
+            if entry.tokens:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
+
+    def _evict(self) -> None:
+        page = next(iter(self._kept))
+        del self._kept[page]
+        entry = self._pages[page]
+        assert not entry.children, f"page {page} is continued by {entry.children}"
+        siblings = self._first_block[entry.parent, entry.tokens[: self.block_size]]
+        siblings.discard(page)
+        if not siblings:
+            del self._first_block[entry.parent, entry.tokens[: self.block_size]]
+        if entry.parent is not None:
+            self._pages[entry.parent].children.discard(page)
+        self._pages[page] = _Page()
+        self._free.append(page)
+        self.evictions += 1
