@@ -1,0 +1,98 @@
+"""Range attention for Hopper (H100, H200), as Pallas kernels for Mosaic GPU.
+
+Three kernels: forward, dQ, dK/dV. Operands bfloat16 or float16, scores, softmax and sums float32. Each program visits
+the tiles that its list names (layout.py): what no query sees is never loaded, what all see is never masked. Blocks and
+their reasons are in blocks.toml.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
+from sdar_jax.attention.mosaic_gpu.forward import outputs
+from sdar_jax.attention.mosaic_gpu.key_gradients import key_gradients
+from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals, query_gradient
+from sdar_jax.errors import ConfigError
+from sdar_jax.visibility import Ranges
+
+__all__ = ["backward", "forward", "unsupported"]
+
+_NAME = "mosaic_gpu"
+_DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def unsupported(q: Array, k: Array, v: Array) -> str | None:
+    """Why these inputs, or the GPU that is here, are not for these kernels; None if they are."""
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"types are {q.dtype}, {k.dtype} and {v.dtype}; cast all to bfloat16 or float16"
+    sizes = head_dims(_NAME, "forward")
+    if q.shape[-1] not in sizes or v.shape[-1] != q.shape[-1]:
+        return f"head sizes are {q.shape[-1]} and {v.shape[-1]}; use one of {sizes} for both, or 'chunked'"
+    if 0 in (*q.shape, *k.shape):
+        return f"shapes {q.shape} and {k.shape} are empty; use 'chunked'"
+    if jax.default_backend() == "gpu" and (capability := jax.devices()[0].compute_capability) != "9.0":
+        return f"the GPU has compute capability {capability}, not 9.0 (Hopper); use 'chunked'"
+    return None
+
+
+def forward(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B K G D"],
+    v: Float[Array, "B K G D"],
+    ranges: Ranges,
+    *,
+    scale: float,
+    interpret: bool = False,
+    blocks: Blocks | None = None,
+) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
+    """Output in q's type, and logsumexp in float32: 0 and +inf where a query sees nothing.
+
+    Args:
+        scale: factor on the scores, positive.
+        interpret: on a CPU, with races looked for; needs the interpreter as the tests extend it.
+        blocks: instead of the table's.
+
+    Raises:
+        ConfigError: scale is not positive; blocks that the kernel does not have.
+    """
+    _check_scale(scale)
+    return outputs(q, k, v, ranges, scale=scale, blocks=blocks or _blocks("forward", q), interpret=interpret)
+
+
+def backward(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B K G D"],
+    v: Float[Array, "B K G D"],
+    ranges: Ranges,
+    out: Float[Array, "B Q H D"],
+    logsumexp: Float[Array, "B Q H"],
+    d_out: Float[Array, "B Q H D"],
+    *,
+    scale: float,
+    interpret: bool = False,
+    blocks: dict[str, Blocks] | None = None,
+) -> tuple[Float[Array, "B Q H D"], Float[Array, "B K G D"], Float[Array, "B K G D"]]:
+    """Gradients for q, k and v, in their types; the same bits each time.
+
+    Args:
+        blocks: those of "dq" and "dkv", instead of the table's.
+
+    Raises:
+        ConfigError: as `forward`.
+    """
+    _check_scale(scale)
+    blocks = blocks or {kernel: _blocks(kernel, q) for kernel in ("dq", "dkv")}
+    operands = (q, k, v, ranges, Residuals.of(out, logsumexp, d_out), d_out)
+    dq = query_gradient(*operands, scale=scale, blocks=blocks["dq"], interpret=interpret)
+    return dq, *key_gradients(*operands, scale=scale, blocks=blocks["dkv"], interpret=interpret)
+
+
+def _blocks(kernel: str, q: Array) -> Blocks:
+    return blocks_for(_NAME, kernel, q.shape[-1])
+
+
+def _check_scale(scale: float) -> None:
+    # The largest score of a row is found before scaling.
+    if scale <= 0:
+        raise ConfigError(f"scale is {scale}; the mosaic_gpu kernels need a positive one, or use 'chunked'")

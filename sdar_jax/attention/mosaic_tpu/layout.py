@@ -1,0 +1,123 @@
+"""How arrays are laid out for the kernels: padded to whole tiles, heads first, the batch merged into the sequence.
+
+A row of the batch is one stretch of a long packed sequence: tiles are numbered through, and ranges are shifted to where
+the row's keys stand.
+"""
+
+from math import gcd
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sdar_jax.attention.blocks import Blocks
+from sdar_jax.visibility import Ranges
+
+Array = jax.Array
+
+# Lanes of a vector register: the unit of every tile, and the keys of a sub-block.
+LANES = 128
+# Rows of a packed bfloat16 register.
+_SUBLANES = 16
+
+
+def _round_up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit
+
+
+class Layout(NamedTuple):
+    """Sizes of the padded arrays and of their tiles, in positions; `rows` = groups * query_tile share a kv head."""
+
+    batch: int
+    queries: int
+    keys: int
+    kv_heads: int
+    groups: int
+    head_dim: int
+    query_tile: int
+    key_tile: int
+
+    @classmethod
+    def of(cls, q: Array, k: Array, blocks: Blocks) -> "Layout":
+        batch, queries, heads, head_dim = q.shape
+        keys, kv_heads = k.shape[1:3]
+        groups = heads // kv_heads
+        # Folded rows fill whole registers of lanes, and each head's part of them whole registers of sublanes.
+        unit = max(LANES // gcd(groups, LANES), _SUBLANES)
+        query_tile = max(blocks.query_tile // groups // unit, 1) * unit
+        query_tile = min(query_tile, _round_up(queries, unit))
+        key_tile = min(_round_up(blocks.key_tile, LANES), _round_up(keys, LANES))
+        return cls(batch, queries, keys, kv_heads, groups, head_dim, query_tile, key_tile)
+
+    @property
+    def rows(self) -> int:
+        return self.groups * self.query_tile
+
+    @property
+    def query_tiles(self) -> int:
+        """Of one batch row."""
+        return -(-self.queries // self.query_tile)
+
+    @property
+    def key_tiles(self) -> int:
+        """Of one batch row."""
+        return -(-self.keys // self.key_tile)
+
+    def pad_queries(self, x: Array) -> Array:
+        """Zeros on axis 1 up to whole query tiles."""
+        return _pad(x, self.query_tiles * self.query_tile)
+
+    def pad_keys(self, x: Array) -> Array:
+        """Zeros on axis 1 up to whole key tiles."""
+        return _pad(x, self.key_tiles * self.key_tile)
+
+    def to_queries(self, x: Array) -> Array:
+        """[B, Q, H, D] -> [kv heads, groups, B * padded Q, D]."""
+        x = self.pad_queries(x)
+        x = x.reshape(*x.shape[:2], self.kv_heads, self.groups, -1).transpose(2, 3, 0, 1, 4)
+        return x.reshape(self.kv_heads, self.groups, -1, x.shape[-1])
+
+    def from_queries(self, x: Array) -> Array:
+        x = x.reshape(self.kv_heads, self.groups, self.batch, -1, x.shape[-1]).transpose(2, 3, 0, 1, 4)
+        return x.reshape(self.batch, -1, self.kv_heads * self.groups, x.shape[-1])[:, : self.queries]
+
+    def to_keys(self, x: Array) -> Array:
+        """[B, K, G, D] -> [kv heads, B * padded K, D]."""
+        x = self.pad_keys(x).transpose(2, 0, 1, 3)
+        return x.reshape(self.kv_heads, -1, x.shape[-1])
+
+    def to_keys_transposed(self, x: Array) -> Array:
+        """[B, K, G, D] -> [kv heads, D, B * padded K]."""
+        x = self.pad_keys(x).transpose(2, 3, 0, 1)
+        return x.reshape(self.kv_heads, x.shape[1], -1)
+
+    def from_keys(self, x: Array) -> Array:
+        x = x.reshape(self.kv_heads, self.batch, -1, x.shape[-1]).transpose(1, 2, 0, 3)
+        return x[:, : self.keys]
+
+    def to_rows(self, x: Array, fill: float) -> Array:
+        """A number a row, [B, Q, H] -> [kv heads, query tiles, 1, rows]."""
+        missing = self.query_tiles * self.query_tile - self.queries
+        x = jnp.pad(x, ((0, 0), (0, missing), (0, 0)), constant_values=fill)
+        x = x.reshape(-1, self.query_tile, self.kv_heads, self.groups).transpose(2, 0, 3, 1)
+        return x.reshape(self.kv_heads, -1, 1, self.rows)
+
+    def from_rows(self, x: Array) -> Array:
+        x = x.reshape(self.kv_heads, -1, self.groups, self.query_tile).transpose(1, 3, 0, 2)
+        return x.reshape(self.batch, -1, self.kv_heads * self.groups)[:, : self.queries]
+
+    def clip(self, ranges: Ranges) -> Ranges:
+        """Padded to whole query tiles with empty ranges, and cut where the keys end."""
+        return Ranges(*(self.pad_queries(jnp.clip(x, 0, self.keys)) for x in ranges))
+
+    def bounds(self, clipped: Ranges) -> Array:
+        """start, end, start, end of each row's keys in the merged sequence: int32 [query tiles, 4, rows]."""
+        shift = jnp.arange(self.batch, dtype=jnp.int32) * (self.key_tiles * self.key_tile)
+        pairs = jnp.stack(clipped, axis=-1) + shift[:, None, None, None]
+        tiled = pairs.reshape(-1, self.query_tile, 4).swapaxes(1, 2)
+        return jnp.tile(tiled, (1, 1, self.groups))
+
+
+def _pad(x: Array, length: int) -> Array:
+    missing = length - x.shape[1]
+    return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x

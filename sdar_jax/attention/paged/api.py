@@ -1,0 +1,125 @@
+"""The door to paged attention, and the choice of who computes it.
+
+An implementation is a module with
+
+    unsupported(q, k_pages, v_pages, page_table, visible) -> str | None      why it cannot take these shapes and types
+    forward(q, k_pages, v_pages, page_table, visible, *, scale) -> out
+
+Kernels also take `interpret=True`, which runs them on a CPU.
+"""
+
+from functools import partial
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sdar_jax.attention import api
+from sdar_jax.attention.paged import reference, xla
+from sdar_jax.errors import ConfigError
+
+PagedImplementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
+
+# What `attention.api.override` names, in this room's terms.
+_OVERRIDES: dict[api.Implementation, PagedImplementation] = {
+    "reference": "reference",
+    "chunked": "xla",
+    "mosaic_gpu": "mosaic_gpu",
+    "mosaic_tpu": "mosaic_tpu",
+}
+_KERNELS: dict[str, PagedImplementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+
+
+class _Choice(NamedTuple):
+    implementation: PagedImplementation
+    interpret: bool = False
+
+
+def paged_attention(
+    q: Float[Array, "N W H D"],
+    k_pages: Float[Array, "P G page D"],
+    v_pages: Float[Array, "P G page D"],
+    page_table: Int[Array, "N M"],
+    visible: Int[Array, "N W"],
+    *,
+    scale: float | None = None,
+    implementation: PagedImplementation | None = None,
+) -> Float[Array, "N W H D"]:
+    """softmax(q k^T scale) v, where query w of sequence n sees the first `visible[n, w]` of the sequence's keys.
+
+    Key i of sequence n is `k_pages[page_table[n, i // page], :, i % page]`; the window's own keys have been written
+    before (`write_pages`). A bidirectional block has one `visible` for all its queries, a block-causal window one a
+    block. Query head h reads key-value head h // (H / G). Scores and sums are float32 (float64 for float64 inputs).
+
+    A query that sees nothing gives zero. Pages past the longest `visible` of a row are not read: their entries may be
+    anything, and so may the keys past it in its last page. A row's result depends on nothing but its own queries, keys
+    and `visible`, bit for bit: not on its neighbours, its index or which pages it has.
+
+    Args:
+        page_table: int32, in [0, P) as far as pages are used.
+        visible: int32; what is not in [0, M * page] counts as the nearest of these.
+        scale: factor on the scores; 1 / sqrt(D) if None.
+        implementation: "reference" (dense), "xla" (any backend), "mosaic_gpu" (Hopper), "mosaic_tpu", or None: the best
+            for this backend and shape. `attention.api.override` is obeyed too ("chunked" there is "xla" here).
+
+    Raises:
+        ConfigError: shapes that do not fit; an implementation that is unknown, or cannot take these inputs.
+    """
+    _check_shapes(q, k_pages, v_pages, page_table, visible)
+    visible = jnp.clip(visible, 0, page_table.shape[1] * k_pages.shape[2])
+    inputs = (q, k_pages, v_pages, page_table, visible)
+    choice = _choose(inputs, implementation)
+    forward = _module(choice.implementation).forward
+    forward = partial(forward, interpret=True) if choice.interpret else forward
+    return forward(*inputs, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _check_shapes(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
+    rows, window, heads, dim = q.shape
+    if k_pages.shape != v_pages.shape or k_pages.shape[3] != dim:
+        raise ConfigError(
+            f"pages {k_pages.shape} and {v_pages.shape} do not fit queries {q.shape}; all have one head_dim, {dim} here"
+        )
+    if heads % k_pages.shape[1]:
+        raise ConfigError(f"{heads} query heads do not divide over {k_pages.shape[1]} key-value heads; use a multiple")
+    if page_table.shape[0] != rows or visible.shape != (rows, window):
+        raise ConfigError(
+            f"page_table {page_table.shape} and visible {visible.shape} do not fit queries {q.shape}; "
+            f"use ({rows}, pages) and ({rows}, {window})"
+        )
+
+
+def _choose(inputs: tuple[Array, ...], implementation: PagedImplementation | None) -> _Choice:
+    if implementation is not None:
+        return _checked(_Choice(implementation), inputs)
+    if (override := api.overriding()) is not None:
+        return _checked(_Choice(_OVERRIDES[override.implementation], override.interpret), inputs)
+    kernel = _KERNELS.get(jax.default_backend())
+    if kernel is not None and _module(kernel).unsupported(*inputs) is None:
+        return _Choice(kernel)
+    return _Choice("xla")
+
+
+def _checked(choice: _Choice, inputs: tuple[Array, ...]) -> _Choice:
+    names = get_args(PagedImplementation)
+    if choice.implementation not in names:
+        raise ConfigError(f"paged attention implementation {choice.implementation!r} is unknown; use one of {names}")
+    reason = _module(choice.implementation).unsupported(*inputs)
+    if reason is not None:
+        raise ConfigError(f"paged attention implementation {choice.implementation!r}: {reason}")
+    return choice
+
+
+def _module(implementation: str) -> ModuleType:
+    # Kernels are imported when they are asked for: not every platform's jaxlib carries every compiler.
+    if implementation == "mosaic_gpu":
+        from sdar_jax.attention.paged import mosaic_gpu
+
+        return mosaic_gpu
+    if implementation == "mosaic_tpu":
+        from sdar_jax.attention.paged import mosaic_tpu
+
+        return mosaic_tpu
+    return {"reference": reference, "xla": xla}[implementation]

@@ -1,0 +1,86 @@
+"""Reading and writing keys and values by page table."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+Pages = Float[Array, "P G page D"]
+
+# XLA takes many times as long to compile a larger scatter for a TPU: 20 s on v6e.
+_ROWS_AT_ONCE = 2048
+
+
+def write_pages(
+    k_pages: Pages,
+    v_pages: Pages,
+    k: Float[Array, "N W G D"],
+    v: Float[Array, "N W G D"],
+    page_table: Int[Array, "N M"],
+    start: Int[Array, " N"],
+    count: Int[Array, " N"],
+) -> tuple[Pages, Pages]:
+    """The pages with `k[n, :count[n]]` and `v[n, :count[n]]` at positions `start[n]`, ... of sequence n.
+
+    Nothing else changes: what lies past `count`, past the table or under an entry outside [0, P) is written nowhere. In
+    place where the pages are donated. Two sequences must not write the same position of the same page.
+    """
+    rows = _destinations(k_pages, k.shape[1], page_table, start, count)
+    write = lambda pages, new: jax.lax.platform_dependent(
+        pages, new.astype(pages.dtype), rows, tpu=_write_in_turns, default=_write
+    )
+    return write(k_pages, k), write(v_pages, v)
+
+
+def _write(pages: Array, new: Array, rows: Array) -> Array:
+    # Rows of D, and not of [G, D]: for many of those XLA would lay all pages out anew on a TPU, there and back.
+    flat = pages.reshape(-1, pages.shape[3])
+    return flat.at[rows].set(new, mode="drop", unique_indices=True).reshape(pages.shape)
+
+
+def _write_in_turns(pages: Array, new: Array, rows: Array) -> Array:
+    """As `_write`, some sequences at a time."""
+    batch, a_sequence = rows.shape[0], math.prod(rows.shape[1:])
+    at_once = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * a_sequence <= _ROWS_AT_ONCE))
+    if at_once == batch:
+        return _write(pages, new, rows)
+    in_turns = lambda x: x.reshape(-1, at_once, *x.shape[1:])
+    one_turn = lambda pages, turn: (_write(pages, *turn), None)
+    return jax.lax.scan(one_turn, pages, (in_turns(new), in_turns(rows)))[0]
+
+
+def _destinations(pages: Array, window: int, page_table: Array, start: Array, count: Array) -> Int[Array, "N W G"]:
+    """Where each key of the windows goes among the P * G * page of the pages; past all of them if nowhere.
+
+    All different, which saves XLA sorting them.
+    """
+    total, kv_heads, page, _ = pages.shape
+    index = jnp.arange(window, dtype=start.dtype)
+    position = start[:, None] + index
+    ids = jnp.take_along_axis(page_table, position // page, axis=1, mode="fill", fill_value=-1)
+    written = (index < count[:, None]) & (position >= 0) & (ids >= 0) & (ids < total)
+    head = jnp.arange(kv_heads, dtype=ids.dtype)
+    row = (ids[..., None] * kv_heads + head) * page + (position % page)[..., None]
+    nowhere = total * kv_heads * page + jnp.arange(row.size, dtype=row.dtype).reshape(row.shape)
+    return jnp.where(written[..., None], row, nowhere)
+
+
+def folded(per_query: Shaped[Array, "N W H D"], kv_heads: int) -> Shaped[Array, "N G rows D"]:
+    """Queries by key-value head, the query heads that share it folded into rows: row = head in group * W + query."""
+    rows, window, heads, dim = per_query.shape
+    grouped = per_query.reshape(rows, window, kv_heads, heads // kv_heads, dim)
+    return grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, dim)
+
+
+def unfolded(per_row: Shaped[Array, "N G rows D"], window: int) -> Shaped[Array, "N W H D"]:
+    """The inverse of `folded`."""
+    rows, kv_heads, _, dim = per_row.shape
+    grouped = per_row.reshape(rows, kv_heads, -1, window, dim)
+    return grouped.transpose(0, 3, 1, 2, 4).reshape(rows, window, -1, dim)
+
+
+def gathered(pages: Pages, ids: Int[Array, "N M"]) -> Float[Array, "N G keys D"]:
+    """Pages by id, joined along the keys; ids outside [0, P) read some page or other, never past the array."""
+    found = pages.at[ids].get(mode="clip").transpose(0, 2, 1, 3, 4)
+    return found.reshape(*found.shape[:2], -1, found.shape[-1])

@@ -1,0 +1,82 @@
+"""Paged attention in plain XLA, for CPUs and for what the kernels do not take.
+
+A loop over groups of pages with the online softmax (Milakov and Gimelshein, arXiv 1805.02867), as long as the longest
+row of a batch needs. A CPU takes the rows one by one, so that each costs its own length.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from sdar_jax.attention.paged.pages import folded, gathered, unfolded
+
+# Keys a step: their float32 tiles of a dozen heads stay in a core's second-level cache.
+_KEYS = 256
+
+
+def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
+    """Takes everything."""
+
+
+def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, *, scale: float) -> Array:
+    """As `paged_attention`. Reads, and holds, a few pages a row at a time."""
+    window, kv_heads, page = q.shape[1], k_pages.shape[1], k_pages.shape[2]
+    pages = min(max(1, _KEYS // page), page_table.shape[1])
+    rows = _Rows(folded(q, kv_heads), jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages))), visible)
+    attend = partial(_attend, k_pages, v_pages, pages, scale)
+    if _rows_one_by_one():
+        one_by_one = jax.tree.map(lambda x: x[:, None], rows)
+        out = jax.lax.map(attend, one_by_one)[:, 0]
+    else:
+        out = attend(rows)
+    return unfolded(out, window).astype(q.dtype)
+
+
+def _rows_one_by_one() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+class _Rows(NamedTuple):
+    """Some rows of the batch. q: [N, G, rows, D]. page_table: [N, M], M a multiple of the pages a step."""
+
+    q: Array
+    page_table: Array
+    visible: Array
+
+
+class _State(NamedTuple):
+    """Of the online softmax: [N, G, rows, D], and twice [N, G, rows, 1]."""
+
+    out: Array
+    largest: Array
+    total: Array
+
+
+def _attend(k_pages: Array, v_pages: Array, pages: int, scale: float, rows: _Rows) -> Array:
+    """[N, G, rows, D] in the accumulating type."""
+    accumulate = jnp.promote_types(rows.q.dtype, jnp.float32)
+    keys = pages * k_pages.shape[2]
+    limit = jnp.tile(rows.visible, (1, rows.q.shape[2] // rows.visible.shape[1]))[:, None, :, None]
+    longest = rows.visible.max(axis=1)[:, None, None, None]
+
+    def step(i: Array, state: _State) -> _State:
+        ids = jax.lax.dynamic_slice_in_dim(rows.page_table, i * pages, pages, axis=1)
+        k, v = gathered(k_pages, ids), gathered(v_pages, ids)
+        index = i * keys + jnp.arange(keys)
+        scores = jnp.einsum("ngrd,ngkd->ngrk", rows.q, k, preferred_element_type=accumulate)
+        scores = jnp.where(index < limit, scores * scale, -jnp.inf)
+        largest = jnp.maximum(state.largest, scores.max(axis=-1, keepdims=True))
+        exp, shrink = jnp.exp(scores - largest), jnp.exp(state.largest - largest)
+        # Keys that nobody sees may be NaN, and 0 * NaN is NaN.
+        v = jnp.where(index[:, None] < longest, v, 0)
+        update = jnp.einsum("ngrk,ngkd->ngrd", exp.astype(v.dtype), v, preferred_element_type=accumulate)
+        return _State(state.out * shrink + update, largest, state.total * shrink + exp.sum(axis=-1, keepdims=True))
+
+    # The lowest finite number, not -inf: rows that see nothing must not compute inf - inf.
+    largest = jnp.full((*rows.q.shape[:-1], 1), jnp.finfo(accumulate).min, accumulate)
+    start = _State(jnp.zeros(rows.q.shape, accumulate), largest, jnp.zeros_like(largest))
+    end = jax.lax.fori_loop(0, -(-longest.max() // keys), step, start)
+    return end.out / jnp.where(end.total == 0, 1, end.total)
