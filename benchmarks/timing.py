@@ -13,6 +13,9 @@ import jax
 
 PEER = Path(__file__).with_name("torch_peer.py")
 
+# Both sides' threads spin for a while when their work is done; the other side is not to pay for that.
+SETTLE_SECONDS = 1.0
+
 
 def seconds(function: Callable, *args, calls: int = 10, repeats: int = 5) -> float:
     """Median seconds a call of a jitted function, after one to warm up; `calls` at a time, so that launching hides."""
@@ -86,9 +89,11 @@ def compare(ours: Callable[[], object], theirs: Callable[[], float], pairs: int)
     theirs()
     times = []
     for _ in range(pairs):
+        time.sleep(SETTLE_SECONDS)
         start = time.perf_counter()
         jax.block_until_ready(ours())
         mine = time.perf_counter() - start
+        time.sleep(SETTLE_SECONDS)
         times.append((mine, theirs()))
     ratios = [b / a for a, b in times]
     medians = (statistics.median(side) for side in zip(*times, strict=True))

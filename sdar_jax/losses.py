@@ -57,7 +57,7 @@ def linear_cross_entropy(
 
     Args:
         vocab_axis: the axis of `head` that is the vocabulary: 1, or 0 for tied embeddings.
-        chunk: tokens whose logits are held at once; by default what fits 16 MB (1 GB on accelerators), and at least 128.
+        chunk: tokens whose logits are held at once; by default what fits 16 MB (1 GB on accelerators), at least 128.
         sharding: on a mesh, each device walks its own tokens and its own part of the vocabulary.
 
     Raises:

@@ -86,11 +86,11 @@ def attention(
     """
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads do not divide over {k.shape[2]} key-value heads; use a multiple")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     choice = choose(q, k, v, implementation)
     if choice.implementation == "reference":
-        return reference.forward(q, k, v, ranges, scale=scale)[0]
-    return _attend(q, k, v, ranges, scale, choice)
+        return reference.forward(q, k, v, ranges, scale=factor)[0]
+    return _attend(q, k, v, ranges, factor, choice)
 
 
 def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) -> Choice:

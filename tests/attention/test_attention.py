@@ -1,6 +1,7 @@
 """Every implementation against naive attention in numpy: any two ranges a row, forward and gradients."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -253,6 +254,29 @@ def chosen(queries: int, keys: int, heads: int = 2, **options) -> str:
 def test_few_queries_and_few_scores_are_dense_and_the_rest_is_chunked():
     assert chosen(16, 32768) == "reference" and chosen(128, 256) == "reference"
     assert chosen(17, 32768) == "chunked" and chosen(300, 300) == "chunked"
+
+
+@pytest.mark.parametrize("backend, kernel", [("gpu", "mosaic_gpu"), ("tpu", "mosaic_tpu")])
+def test_kernels_are_chosen_where_they_can(backend, kernel):
+    like = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+    q, kv = like(1, 1024, 4, 128), like(1, 1024, 2, 128)
+    odd, odd_kv = like(1, 1024, 4, 80), like(1, 1024, 2, 80)
+    chip = SimpleNamespace(compute_capability="9.0", device_kind="some chip")
+    with mock.patch.object(jax, "default_backend", lambda: backend), mock.patch.object(jax, "devices", lambda: [chip]):
+        assert api.choose(q, kv, kv, None).implementation == kernel
+        assert api.choose(odd, odd_kv, odd_kv, None).implementation == "chunked"
+        with refused(ConfigError, kernel, "80"):
+            api.choose(odd, odd_kv, odd_kv, kernel)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0"])
+def test_gpus_without_kernels_get_chunked(capability):
+    q = jnp.zeros((1, 1024, 4, 128), jnp.bfloat16)
+    chip = SimpleNamespace(compute_capability=capability, device_kind="some chip")
+    with mock.patch.object(jax, "default_backend", lambda: "gpu"), mock.patch.object(jax, "devices", lambda: [chip]):
+        assert api.choose(q, q, q, None).implementation == "chunked"
+        with refused(ConfigError, "mosaic_gpu", capability, "'chunked'"):
+            api.choose(q, q, q, "mosaic_gpu")
 
 
 def test_override_holds_inside_and_ends_with_its_block():

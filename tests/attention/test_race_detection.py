@@ -37,9 +37,10 @@ SIGNS = ("RACE DETECTED", "arrier", "Not all copy_smem_to_gmem", "before the pro
 
 
 def line_of(eqn) -> str:
-    """The lines of the kernels that an equation comes from, innermost first."""
+    """The functions and lines of the kernels that an equation comes from, innermost first."""
     frames = source_info_util.user_frames(eqn.source_info.traceback)
-    return "\n".join(linecache.getline(f.file_name, f.start_line) for f in frames if "mosaic_gpu" in f.file_name)
+    frames = [frame for frame in frames if "mosaic_gpu/" in frame.file_name]
+    return "".join(f"{f.function_name}: {linecache.getline(f.file_name, f.start_line).lstrip()}" for f in frames)
 
 
 def left_out(line: str, seen: list[str]) -> Hook:
@@ -153,7 +154,8 @@ BUGS = {
     "dkv: gradients released before the wait": Bug("dkv", early=(D_OUT_RELEASE, D_WEIGHTS), issued=True),
     "dkv: queries released before the product": Bug("dkv", early=(Q_RELEASE, K_GRADIENT)),
     "dkv: queries released before the wait": Bug("dkv", early=(Q_RELEASE, K_GRADIENT), issued=True),
-    "dkv: plain reads not fenced": Bug("dkv", "plgpu.commit_smem()"),
+    "dkv: plain reads not fenced": Bug("dkv", "visit: plgpu.commit_smem()"),
+    "dkv: output not fenced": Bug("dkv", "consume: plgpu.commit_smem()"),
     "dkv: slots reused without a wait": Bug("dkv", "plgpu.barrier_wait(free.at"),
     "dkv: one arrival fills a slot": Bug("dkv", patch=arrivals(2, 1)),
 }

@@ -76,7 +76,9 @@ def parsed(output: str, errors: str) -> dict[str, Kernel]:
         budgets = [int(n) for n in re.findall(r"setmaxnreg\.(?:inc|dec)\S* (\d+)", code)]
         found[name] = Kernel(
             int(re.search(r"Used (\d+) registers", report)[1]),
-            sum(int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)),
+            sum(
+                map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report).groups())
+            ),
             scratch + 8 * sum(int(number) * int(times) for number, times in counts),
             tuple(sorted(budgets)),
             code.count("wgmma.mma_async"),
@@ -112,8 +114,8 @@ def test_h200(layout):
     check(small)
     check(large)
     print(layout, "temporaries", short, long)
-    # Linear, but for the lists of tiles: of each kernel under 1 MB, with what sorting them takes.
-    assert long <= 5 * short + len(KERNELS) * 5 * 2**20
+    # Linear, but for the lists of tiles: under 1 MB of each kernel.
+    assert long <= 5 * short + len(KERNELS) * 2**20
 
 
 @pytest.mark.ci

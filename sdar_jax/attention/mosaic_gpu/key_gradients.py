@@ -42,12 +42,12 @@ class _Own(NamedTuple):
 
 
 class _RowTiles(NamedTuple):
-    """Slots of query rows: bounds come with q, the residuals with dO."""
+    """Slots of query rows: bounds and residuals come and go with q. Residuals: -logsumexp / scale and -delta."""
 
     q: Any
     bounds: Any
-    d_out: Any
     residuals: Any
+    d_out: Any
     q_ready: Any
     d_out_ready: Any
     q_free: Any
@@ -58,9 +58,10 @@ class _RowTiles(NamedTuple):
         rows = plgpu.SMEM((blocks.stages, blocks.query_tile, dim), dtype)
         bounds = plgpu.SMEM((blocks.stages, 4, blocks.query_tile), jnp.int32)
         residuals = plgpu.SMEM((blocks.stages, 2, blocks.query_tile), jnp.float32)
-        ready = plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=2)
+        q_ready = plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=3)
+        d_out_ready = plgpu.Barrier(num_barriers=blocks.stages)
         free = plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=CONSUMERS)
-        return cls(rows, bounds, rows, residuals, ready, ready, free, free)
+        return cls(rows, bounds, residuals, rows, q_ready, d_out_ready, free, free)
 
 
 class _Program(NamedTuple):
@@ -110,7 +111,7 @@ def key_gradients(
         v,
         problem.fold_heads(d_out),
         problem.row_bounds(ranges, lists.rows),
-        residuals.folded(problem, lists.rows),
+        residuals.folded(problem, lists.rows, (-1 / scale, -1.0)),
         lists.order,
         lists.entries,
         lists.count,
@@ -158,11 +159,11 @@ def _kernel(
             wait_until_free(tiles.d_out_free, step, blocks.stages)
             ready = tiles.d_out_ready.at[slot]
             plgpu.copy_gmem_to_smem(d_out.at[batch, from_head, rows], tiles.d_out.at[slot], ready)
-            plgpu.copy_gmem_to_smem(residuals.at[batch, from_head, :, rows], tiles.residuals.at[slot], ready)
             wait_until_free(tiles.q_free, step, blocks.stages)
             ready = tiles.q_ready.at[slot]
             plgpu.copy_gmem_to_smem(q.at[batch, from_head, rows], tiles.q.at[slot], ready)
             plgpu.copy_gmem_to_smem(bounds.at[batch, :, rows], tiles.bounds.at[slot], ready)
+            plgpu.copy_gmem_to_smem(residuals.at[batch, from_head, :, rows], tiles.residuals.at[slot], ready)
 
     roles(consume, produce)
 
@@ -176,24 +177,19 @@ def _differentiate(mine: _Own, tiles: _RowTiles, program: _Program, blocks: Bloc
         slot = lax.rem(step, blocks.stages)
         residual = lambda i: along(plgpu.load(tiles.residuals.at[slot, i], layout=COLUMNS), shape, 1)
         plgpu.barrier_wait(tiles.q_ready.at[slot])
-
-        def score(scores):
-            plgpu.wgmma(scores, mine.k, tiles.q.at[slot].T)
-            return scores[...]
-
-        scores = pl.run_scoped(score, plgpu.WGMMAAccumulatorRef(shape))
+        # What is subtracted from a product is where its sum starts: a value a column takes registers only there.
+        scores = plus_product(residual(0), mine.k, tiles.q.at[slot].T)
         scores = masked_unless_full(scores, program.entry(step), first_key, tiles.bounds.at[slot], 1)
+        weights = jnp.exp2(scores * scale)
         plgpu.barrier_wait(tiles.d_out_ready.at[slot])
-        weights = jnp.exp2(scores * scale - residual(0))
-        # One product at a time: two accumulators more than dK's and dV's, and operands, are more than the registers.
+        # One product at a time: more operands and sums in flight are more than the registers.
         v_gradient = plus_product(v_gradient, weights.astype(tiles.q.dtype), tiles.d_out.at[slot])
-        # What is subtracted from the product is where its sum starts.
-        d_weights = plus_product(-residual(1), mine.v, tiles.d_out.at[slot].T)
-        # Reads without the TMA engine must be fenced before it may overwrite what they read.
-        plgpu.commit_smem()
+        d_weights = plus_product(residual(1), mine.v, tiles.d_out.at[slot].T)
         plgpu.barrier_arrive(tiles.d_out_free.at[slot])
         d_scores = (weights * d_weights).astype(tiles.q.dtype)
         k_gradient = plus_product(k_gradient, d_scores, tiles.q.at[slot])
+        # Reads without the TMA engine must be fenced before it may overwrite what they read.
+        plgpu.commit_smem()
         plgpu.barrier_arrive(tiles.q_free.at[slot])
         return k_gradient, v_gradient
 

@@ -43,9 +43,10 @@ class Residuals(NamedTuple):
     def of(cls, out: Array, logsumexp: Array, d_out: Array) -> "Residuals":
         return cls(logsumexp, jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1))
 
-    def folded(self, problem: Problem, tile: int) -> Array:
-        """[B, H / fold, 2, rows padded to `tile`]; the logsumexp in base 2."""
-        rows = problem.fold_heads(jnp.stack([self.logsumexp * LOG2E, self.delta], axis=-1)).swapaxes(2, 3)
+    def folded(self, problem: Problem, tile: int, factors: tuple[float, float]) -> Array:
+        """[B, H / fold, 2, rows padded to `tile`], times their factors."""
+        scaled = [x * factor for x, factor in zip(self, factors, strict=True)]
+        rows = problem.fold_heads(jnp.stack(scaled, axis=-1)).swapaxes(2, 3)
         return jnp.pad(rows, [(0, 0), (0, 0), (0, 0), (0, problem.padded_rows(tile) - problem.rows)])
 
 
@@ -80,7 +81,7 @@ def query_gradient(
         v,
         problem.fold_heads(d_out),
         problem.row_bounds(ranges, lists.rows),
-        residuals.folded(problem, lists.rows),
+        residuals.folded(problem, lists.rows, (LOG2E, 1.0)),
         lists.order,
         lists.entries,
         lists.count,
