@@ -1,4 +1,4 @@
-"""The Qwen3 / SDAR decoder as a pytree of weights and one forward, with the cache in and out.
+"""The Qwen3 / SDAR decoder as a pytree of weights, and two forwards: over rows, and over windows of paged sequences.
 
 Weights are stored [in, out] with the heads and the gate/up pair as axes of their own, so that one matmul makes q, k and
 v and every axis can be sharded. Shapes: B rows, T tokens, D hidden, G key-value heads, R query heads for each, K head
@@ -13,7 +13,7 @@ Training stacks the layers and scans them (`stack_layers`): all but the last, wh
 inputs. Decoding holds them one by one, as a scan would copy each layer's weights out of the stack.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -26,19 +26,34 @@ from jaxtyping import Array, Float, Int
 
 from sdar_jax import visibility
 from sdar_jax.attention import attention
+from sdar_jax.attention.paged import paged_attention, write_pages
 from sdar_jax.config import ModelConfig, RopeConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 
 Remat = Literal["none", "dots", "full"]
-Attend = Callable[[Array, Array, Array], tuple[Array, "LayerCache | None"]]
+Attend = Callable[[Array, Array, Array], tuple[Array, "LayerPages | None"]]
 
 
-class LayerCache(NamedTuple):
-    """Keys (rotated) and values of one layer: [B, C, G, K] each."""
+class LayerPages(NamedTuple):
+    """Keys (rotated) and values of one layer, in pages that `page_table`s lend to sequences."""
 
-    k: Float[Array, "B C G K"]
-    v: Float[Array, "B C G K"]
+    k: Float[Array, "P G page K"]
+    v: Float[Array, "P G page K"]
+
+
+class Windows(NamedTuple):
+    """What a paged forward reads: W consecutive tokens of each of N sequences. int32.
+
+    start: position of the first. count: how many of the W are real; only their keys and values are written. visible:
+    each sees the first so many keys of its sequence, the window's own included. page_table: as for `paged_attention`.
+    """
+
+    tokens: Int[Array, "N W"]
+    start: Int[Array, " N"]
+    count: Int[Array, " N"]
+    visible: Int[Array, "N W"]
+    page_table: Int[Array, "N M"]
 
 
 class Layer(nnx.Module):
@@ -65,15 +80,15 @@ class Layer(nnx.Module):
         self.down_bias = zeros(c.mlp_bias, c.hidden_size)
 
     def __call__(self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None):
-        """[B, T, D] -> ([B, outputs, D], the layer's cache). Only the first `outputs` positions are computed."""
+        """[B, T, D] -> ([B, outputs, D], the layer's pages). Only the first `outputs` positions are computed."""
         outputs = x.shape[1] if outputs is None else outputs
         with jax.named_scope("attention"):
             q, k, v = self.project(rms_norm(x, self.attention_norm, self.eps), rope, outputs)
-            mixed, cache = attend(q, k, v)
+            mixed, pages = attend(q, k, v)
             mixed = mixed.reshape(*mixed.shape[:2], *self.output.shape[:3])
             x = x[:, :outputs] + _bias(_dot("btgrk,grkd->btd", mixed, self.output), self.output_bias)
         with jax.named_scope("mlp"):
-            return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps)), cache
+            return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps)), pages
 
     def project(self, x: Array, rope: tuple[Array, Array], outputs: int) -> tuple[Array, Array, Array]:
         """Rotated queries [B, outputs, G R, K] and keys [B, T, G, K], and values [B, T, G, K]."""
@@ -157,27 +172,31 @@ class Model(nnx.Module):
             x = last(self.layers[-1], x, rope, ranges)
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
 
-    def hidden_cached(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        cache: list[LayerCache],
-        write_at: Int[Array, " B"],
-        ranges: Ranges,
-    ) -> tuple[Float[Array, "B T D"], list[LayerCache]]:
-        """As `hidden`, against a cache: row b's T keys and values are written at `write_at[b]`, then attended to.
+    def hidden_paged(
+        self, windows: Sequence[Windows], cache: list[LayerPages]
+    ) -> tuple[list[Float[Array, "N W D"]], list[LayerPages]]:
+        """Final hidden states of windows of tokens, of one or more widths, over keys and values kept in pages.
 
-        ranges: what each of the T positions sees of the cache's C. Needs layers one by one (`unstack_layers`).
+        All keys and values are written before any are read, so windows of one sequence see each other. Matmuls run over
+        the tokens of all windows as one. Needs layers one by one (`unstack_layers`).
+
+        Returns:
+            The hidden states of each of `windows`, rubbish past its `count`; and the pages, written in place where the
+            given ones are donated.
+
+        Raises:
+            ConfigError: the layers are stacked.
         """
         if isinstance(self.layers, Stack):
             raise ConfigError("the layers are stacked for training; decode with unstack_layers(model)")
-        x = self.embed(tokens)
-        rope = rope_tables(self.config, positions, x.dtype)
+        positions = [w.start[:, None] + jnp.arange(w.tokens.shape[1], dtype=jnp.int32) for w in windows]
+        x = self.embed(_joined([w.tokens for w in windows]))
+        rope = rope_tables(self.config, _joined(positions), x.dtype)
         updated = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, layer_cache = layer(x, rope, partial(_attend_cached, layer_cache, write_at, ranges))
-            updated.append(layer_cache)
-        return rms_norm(x, self.final_norm, self.config.rms_norm_eps), updated
+        for layer, pages in zip(self.layers, cache, strict=True):
+            x, pages = layer(x, rope, partial(_attend_paged, windows, pages))
+            updated.append(pages)
+        return _parted(rms_norm(x, self.final_norm, self.config.rms_norm_eps), windows), updated
 
     def embed(self, tokens: Int[Array, "B T"], compute_dtype: DTypeLike | None = None) -> Float[Array, "B T D"]:
         """Token embeddings, in the type that the rest of the forward computes in."""
@@ -195,10 +214,10 @@ class Model(nnx.Module):
         return jnp.einsum(spec, hidden, weights.astype(hidden.dtype), preferred_element_type=accumulate)
 
 
-def empty_cache(config: ModelConfig, rows: int, capacity: int, dtype: DTypeLike) -> list[LayerCache]:
-    """Zeros for `rows` x `capacity` positions in every layer."""
-    shape = (rows, capacity, config.num_kv_heads, config.head_dim)
-    return [LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+def empty_pages(config: ModelConfig, pages: int, page_size: int, dtype: DTypeLike) -> list[LayerPages]:
+    """Zeros for `pages` of `page_size` positions in every layer."""
+    shape = (pages, config.num_kv_heads, page_size, config.head_dim)
+    return [LayerPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
 
 
 def rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:
@@ -333,12 +352,23 @@ def _layer_forward(layer: Layer, x: Array, rope: tuple[Array, Array], ranges: Ra
     return layer(x, rope, lambda q, k, v: (attention(q, k, v, seen), None), outputs)[0]
 
 
-def _attend_cached(cache: LayerCache, write_at: Array, ranges: Ranges, q: Array, k: Array, v: Array):
-    write = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
-    cache = LayerCache(
-        write(cache.k, k.astype(cache.k.dtype), write_at), write(cache.v, v.astype(cache.v.dtype), write_at)
-    )
-    return attention(q, cache.k, cache.v, ranges), cache
+def _attend_paged(windows: Sequence[Windows], pages: LayerPages, q: Array, k: Array, v: Array):
+    for w, new_k, new_v in zip(windows, _parted(k, windows), _parted(v, windows), strict=True):
+        pages = LayerPages(*write_pages(*pages, new_k, new_v, w.page_table, w.start, w.count))
+    parts = zip(windows, _parted(q, windows), strict=True)
+    return _joined([paged_attention(q, *pages, w.page_table, w.visible) for w, q in parts]), pages
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    """[N, W, ...] of each window as one row of tokens, [1, T, ...]."""
+    return jnp.concatenate([part.reshape(1, -1, *part.shape[2:]) for part in parts], axis=1)
+
+
+def _parted(x: Array, windows: Sequence[Windows]) -> list[Array]:
+    """The inverse of `_joined`."""
+    ends = np.cumsum([w.tokens.size for w in windows])
+    parts = jnp.split(x, ends[:-1], axis=1)
+    return [part.reshape(*w.tokens.shape, *x.shape[2:]) for part, w in zip(parts, windows, strict=True)]
 
 
 def _rematerialised(function: Callable, remat: Remat) -> Callable:

@@ -19,6 +19,10 @@ Strategy = Literal[
     "autoregressive",
     "semi_autoregressive",
 ]
+Schedule = Literal["released", "paper"]
+Confidence = Literal["pre_filter", "post_filter"]
+Score = Literal["probability", "margin", "neg_entropy"]
+EntropyRule = Literal["eb_sampler", "jetengine"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -39,6 +43,8 @@ class DecodingConfig:
         confidence_threshold: tau of the dynamic strategy.
         denoising_steps: T, at most S; None is S, one token a step.
         schedule: n_k over T steps: "released" is S // T and one more in the first S mod T steps, "paper" ceil(S / T).
+        repetition_penalty: logits of tokens in the prompt and committed so far are divided by it where positive and
+            multiplied where negative, before temperature (CTRL, arXiv 1909.05858); 1 changes nothing.
         temperature: 0 is greedy; otherwise temperature, then top_k, then top_p.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens until their probability passes p; 1 keeps all.
@@ -49,6 +55,10 @@ class DecodingConfig:
         entropy_rule: "eb_sampler" counts the entropies before each token (sum <= epsilon), "jetengine" its own
             too (sum < epsilon).
         factor: f of the "factor" strategy.
+        add_threshold: tau_add: where the window has room for one more block, it opens once this share of the last open
+            block is decoded. 1, the default, opens blocks one after another.
+        activate_threshold: tau_act: a block commits by the strategy once this share of the block before it is decoded;
+            until then, only what passes `confidence_threshold` (D2F, arXiv 2508.09192; it uses 0.1, 0.95, 0.9).
 
     Raises:
         ConfigError: an unknown name or a number out of range.
@@ -58,15 +68,18 @@ class DecodingConfig:
     strategy: Strategy = "low_confidence_dynamic"
     confidence_threshold: float = 0.9
     denoising_steps: int | None = None
-    schedule: Literal["released", "paper"] = "released"
+    schedule: Schedule = "released"
+    repetition_penalty: float = 1.0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    confidence: Literal["pre_filter", "post_filter"] = "pre_filter"
-    score: Literal["probability", "margin", "neg_entropy"] = "probability"
+    confidence: Confidence = "pre_filter"
+    score: Score = "probability"
     entropy_bound: float = 0.1
-    entropy_rule: Literal["eb_sampler", "jetengine"] = "eb_sampler"
+    entropy_rule: EntropyRule = "eb_sampler"
     factor: float = 1.0
+    add_threshold: float = 1.0
+    activate_threshold: float = 1.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -86,14 +99,15 @@ class DecodingConfig:
         for name in ("entropy_bound", "factor"):
             value = getattr(self, name)
             _require(is_number(value) and value >= 0, name, value, "a finite number >= 0")
+        for name in ("add_threshold", "activate_threshold"):
+            value = getattr(self, name)
+            _require(is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
+        penalty = self.repetition_penalty
+        _require(is_number(penalty) and 1e-3 <= penalty <= 1e3, "repetition_penalty", penalty, "1 (off) or 1e-3 to 1e3")
         tau = self.confidence_threshold
         _require(is_number(tau), "confidence_threshold", tau, "a finite number")
         if self.score != "neg_entropy":
             _require(0 <= tau <= 1, "confidence_threshold", tau, "a number in [0, 1]")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
 
     def resolve_block_size(self, model: ModelConfig) -> int:
         """S for this model: 1 for autoregressive decoding.
@@ -133,7 +147,8 @@ class Completion(NamedTuple):
         logprobs: of each token, under the raw distribution (temperature 1, no filter) when it was committed; nats.
         steps: the denoising forward, from 0, that committed each token.
         denoising_forwards: forwards that filled blocks.
-        commit_forwards: forwards that only wrote a finished block to the cache.
+        commit_forwards: forwards that only wrote a finished block to the cache; none where the next block's first
+            forward does that (`window_slots` of 2 or more).
         prefill_forwards: forwards that read the prompt.
     """
 

@@ -1,8 +1,6 @@
 """`generate`: prompts in, trimmed completions out."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,34 +8,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdar_jax.config import ModelConfig
-from sdar_jax.decoding.config import Completion, DecodingConfig, commit_schedule
-from sdar_jax.decoding.loop import DecodeState, Request, decode, prefix_length
-from sdar_jax.decoding.proposal import Knobs
-from sdar_jax.errors import DecodingError
-from sdar_jax.model import Model, unstack_layers
+from sdar_jax.decoding.buffer import BufferConfig, State, decode
+from sdar_jax.decoding.config import Completion, DecodingConfig
+from sdar_jax.decoding.forward import Reads
+from sdar_jax.decoding.rows import Rows, RowShape, make_row
+from sdar_jax.errors import DecodingError, is_int
+from sdar_jax.model import Model, empty_pages, unstack_layers
 
 Prompt = Sequence[int] | str
 _DEFAULT = DecodingConfig()
+_READS: dict[str, Reads] = {"autoregressive": "next_token", "semi_autoregressive": "canvas"}
+_ENDLESS = np.iinfo(np.int32).max
+# A forward over more of a prompt is no faster a token, and holds more in memory.
+_PREFILL_TOKENS = 512
+# Shorter chunks would save little and be more shapes to compile.
+_LEAST_CHUNK = 32
 
 
 def generate(
     model: Model,
     prompts: Sequence[Prompt],
-    config: DecodingConfig = _DEFAULT,
+    config: DecodingConfig | Sequence[DecodingConfig] = _DEFAULT,
     *,
     max_new_tokens: int,
     stop_token_ids: Sequence[int] | None = None,
     tokenizer: Any = None,
     seed: int = 0,
+    window_slots: int = 2,
 ) -> list[Completion]:
     """Decodes a batch of prompts of any lengths; greedy results do not depend on the batch.
 
     Args:
         prompts: token id lists, or texts (with `tokenizer`).
+        config: one for all, or one for each prompt, of one block size.
         max_new_tokens: at most this many a prompt.
         stop_token_ids: the output ends before the first of these; None is the model's own list, () none.
         tokenizer: a Hugging Face tokenizer; completions then have `text`.
         seed: prompt i samples with seed + i, whatever else is in the batch.
+        window_slots: K, blocks of a row that one forward may read. 1 spends a forward a block on its final keys; with 2
+            the next block's first forward writes them. Tokens are the same for any K unless a config's
+            `add_threshold` is below 1, which opens up to K blocks at once.
 
     Returns:
         One `Completion` a prompt, in order.
@@ -45,61 +55,44 @@ def generate(
     Raises:
         DecodingError: a prompt or number that cannot be served, or a model that lacks what the strategy needs.
     """
-    size = config.resolve_block_size(model.config)
-    config = dataclasses.replace(config, block_size=size)
     if isinstance(prompts, str):
         raise DecodingError(f"prompts is one text, {prompts[:20]!r}; give a list of prompts")
-    ids = [_to_ids(prompt, i, tokenizer) for i, prompt in enumerate(prompts)]
-    _check(ids, config, model.config, max_new_tokens)
-    _check_seed(seed, len(ids))
-    stops = model.config.stop_token_ids if stop_token_ids is None else _checked_stops(stop_token_ids, model.config)
+    configs = _one_each(config, len(prompts), model.config)
+    ids = [to_ids(prompt, i, tokenizer) for i, prompt in enumerate(prompts)]
+    check_prompts(ids, configs, model.config, max_new_tokens)
+    check_seed(seed, len(ids))
+    check_slots(window_slots)
+    stops = model.config.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model.config)
     if not ids:
         return []
-    request, prefill_length = _make_request(ids, config, size, model.config, max_new_tokens, stops)
-    state = _decode(
-        unstack_layers(model), request, _knobs(config, size, seed, len(ids)), _names(config), size, prefill_length
+    state, buffer = start_state(
+        model,
+        ids,
+        configs,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stops,
+        seed=seed,
+        window_slots=window_slots,
     )
-    prefilled = np.asarray(prefix_length(request, config)) > 0
-    return _completions(jax.device_get(state), np.asarray(request.prompt_length), prefilled, tokenizer)
+    return _completions(jax.device_get(decode(unstack_layers(model), state, _ENDLESS, buffer).rows), tokenizer)
 
 
-@partial(jax.jit, static_argnames=("config", "block_size", "prefill_length"))
-def _decode(model, request, knobs, config, block_size, prefill_length) -> DecodeState:
-    state = decode(model, request, knobs, config, block_size=block_size, prefill_length=prefill_length)
-    return state._replace(cache=[])
+def _one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig):
+    """A config a prompt, all with one block size and one way of reading; checked though there be no prompt."""
+    configs = [config] * count if isinstance(config, DecodingConfig) else list(config)
+    if len(configs) != count:
+        raise DecodingError(f"{len(configs)} configs are given for {count} prompts; give one, or one for each prompt")
+    if isinstance(config, DecodingConfig):
+        config.resolve_block_size(model)
+    kinds = {(each.resolve_block_size(model), _READS.get(each.strategy, "blocks")) for each in configs}
+    if len(kinds) > 1:
+        raise DecodingError(
+            f"configs of one batch differ in block size or kind of forward, {sorted(kinds)}; decode them apart"
+        )
+    return configs
 
 
-def _names(config: DecodingConfig) -> DecodingConfig:
-    """The config with its numbers, which travel as `Knobs`, set to fixed ones: what a compilation depends on."""
-    return dataclasses.replace(
-        config,
-        confidence_threshold=0.5,
-        denoising_steps=None,
-        schedule="released",
-        temperature=0.0 if config.greedy else 1.0,
-        top_k=min(config.top_k, 1),
-        top_p=1.0 if config.top_p == 1 else 0.5,
-        entropy_bound=0.0,
-        factor=0.0,
-    )
-
-
-def _knobs(config: DecodingConfig, block_size: int, seed: int, rows: int) -> Knobs:
-    each = lambda value, dtype=jnp.float32: jnp.full(rows, value, dtype)
-    schedule = commit_schedule(block_size, config.denoising_steps, config.schedule)
-    return Knobs(
-        temperature=each(config.temperature),
-        top_k=each(min(config.top_k, np.iinfo(np.int32).max), jnp.int32),
-        top_p=each(config.top_p),
-        threshold=each(config.confidence_threshold),
-        entropy_bound=each(config.entropy_bound),
-        factor=each(config.factor),
-        schedule=jnp.broadcast_to(jnp.asarray(schedule), (rows, block_size)),
-        seed=seed + jnp.arange(rows, dtype=jnp.int32),
-    )
-
-
-def _to_ids(prompt: Prompt, index: int, tokenizer: Any) -> np.ndarray:
+def to_ids(prompt: Prompt, index: int, tokenizer: Any) -> np.ndarray:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise DecodingError(f"prompt {index} is a text; give tokenizer=, or token ids")
@@ -120,10 +113,12 @@ def _to_ids(prompt: Prompt, index: int, tokenizer: Any) -> np.ndarray:
     return ids
 
 
-def _check(ids: list[np.ndarray], config: DecodingConfig, model: ModelConfig, max_new_tokens: int) -> None:
+def check_prompts(
+    ids: list[np.ndarray], configs: list[DecodingConfig], model: ModelConfig, max_new_tokens: int
+) -> None:
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
         raise DecodingError(f"max_new_tokens is {max_new_tokens!r}; give an integer >= 0")
-    for i, prompt in enumerate(ids):
+    for i, (prompt, config) in enumerate(zip(ids, configs, strict=True)):
         if prompt.size and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
             wrong = prompt[(prompt < 0) | (prompt >= model.vocab_size)][0]
             raise DecodingError(f"prompt {i} holds token id {wrong}; the vocabulary is 0 to {model.vocab_size - 1}")
@@ -134,12 +129,17 @@ def _check(ids: list[np.ndarray], config: DecodingConfig, model: ModelConfig, ma
             raise DecodingError(f"{total}; together at most max_position_embeddings {model.max_position_embeddings}")
 
 
-def _check_seed(seed: int, rows: int) -> None:
+def check_seed(seed: int, rows: int) -> None:
     if not isinstance(seed, int | np.integer) or not -(2**31) <= seed <= 2**31 - 1 - rows:
         raise DecodingError(f"seed is {seed!r}; give an integer of 31 bits, as prompt i uses seed + i")
 
 
-def _checked_stops(stop_token_ids: Sequence[int], model: ModelConfig) -> tuple[int, ...]:
+def check_slots(window_slots: int) -> None:
+    if not is_int(window_slots) or window_slots < 1:
+        raise DecodingError(f"window_slots is {window_slots!r}; give a positive integer")
+
+
+def checked_stops(stop_token_ids: Sequence[int], model: ModelConfig) -> tuple[int, ...]:
     known = range(model.vocab_size)
     listed = isinstance(stop_token_ids, Iterable) and not isinstance(stop_token_ids, str)
     stops: tuple[Any, ...] = tuple(stop_token_ids) if listed else (None,)
@@ -149,22 +149,68 @@ def _checked_stops(stop_token_ids: Sequence[int], model: ModelConfig) -> tuple[i
     return tuple(map(int, stops))
 
 
-def _make_request(ids, config: DecodingConfig, size: int, model: ModelConfig, max_new_tokens: int, stops):
-    """The padded canvas and its bounds; lengths are bucketed so that few shapes are ever compiled."""
-    lengths = np.array([len(p) for p in ids], np.int32)
-    limit = lengths + max_new_tokens
-    origin = lengths if config.strategy == "semi_autoregressive" and model.block_origin == "response" else 0 * lengths
-    origin = lengths if config.strategy == "autoregressive" else origin
-    first_block = origin + (lengths - origin) // size * size
-    canvas = origin + -(-(limit - origin) // size) * size
-    length = max(_bucket(int(canvas.max()), size), size)
-    tokens = np.full((len(ids), length), model.mask_token_id or 0, np.int32)
-    for row, prompt in zip(tokens, ids, strict=True):
-        row[: len(prompt)] = prompt
-    arrays = (tokens, lengths, limit, canvas, first_block, np.array(stops, np.int32).reshape(-1))
-    request = Request(*(jnp.asarray(x, jnp.int32) for x in arrays))
-    prefill = int(prefix_length(request, config).max())
-    return request, min(_bucket(prefill, size), length) if prefill else 0
+def start_state(
+    model: Model,
+    ids: Sequence[np.ndarray],
+    configs: Sequence[DecodingConfig],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    seed: int,
+    window_slots: int,
+    page_size: int | None = None,
+    prefill_tokens: int = _PREFILL_TOKENS,
+) -> tuple[State, BufferConfig]:
+    """A batch whose rows have all their pages from the first. Lengths are bucketed: few shapes are ever compiled."""
+    size = configs[0].resolve_block_size(model.config)
+    reads: Reads = _READS.get(configs[0].strategy, "blocks")
+    first = [_first_block(len(prompt), configs[0], size, model.config) for prompt in ids]
+    ends = [at + -(-(len(p) + max_new_tokens - at) // size) * size for at, p in zip(first, ids, strict=True)]
+    page_size = page_size or _page_size(size)
+    length = _bucket(max(1, *ends), size if reads == "canvas" else page_size)
+    pages = -(-length // page_size)
+    shape = RowShape(length, len(stop_ids), pages, size, window_slots if reads == "blocks" else 1)
+    rows = [
+        make_row(
+            prompt,
+            config,
+            shape,
+            first_block=at,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            mask_token_id=model.config.mask_token_id or 0,
+            seed=seed + i,
+            float_type=jnp.promote_types(model.embedding.dtype, jnp.float32),
+        )
+        for i, (prompt, config, at) in enumerate(zip(ids, configs, first, strict=True))
+    ]
+    batch = jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *rows)
+    table = jnp.arange(len(ids) * pages, dtype=jnp.int32).reshape(-1, pages)
+    batch = batch._replace(page_table=table, pages_end=jnp.full(len(ids), pages * page_size, jnp.int32))
+    pool = [] if reads == "canvas" else empty_pages(model.config, table.size, page_size, model.embedding.dtype)
+    prompt = 0 if reads == "canvas" else max(first) - (reads == "next_token")
+    chunk = min(_bucket(max(prompt, _LEAST_CHUNK), size), -(-prefill_tokens // size) * size)
+    config = BufferConfig(
+        block_size=size,
+        reads=reads,
+        prefill_rows=0 if reads == "canvas" else len(ids),
+        prefill_tokens=chunk,
+        decodes_beside_prefill=False,
+        widths=2,
+        stops_early=False,
+    )
+    return State(batch, pool), config
+
+
+def _first_block(prompt_length: int, config: DecodingConfig, size: int, model: ModelConfig) -> int:
+    """Where the first block to decode starts: blocks count from the sequence's first token, or the response's."""
+    canvas = config.strategy == "semi_autoregressive"
+    return prompt_length if canvas and model.block_origin == "response" else prompt_length // size * size
+
+
+def _page_size(block_size: int) -> int:
+    """Whole blocks, of 64 positions or more."""
+    return -(-64 // block_size) * block_size
 
 
 def _bucket(length: int, multiple: int) -> int:
@@ -173,25 +219,27 @@ def _bucket(length: int, multiple: int) -> int:
     return -(-(-(-length // step) * step) // multiple) * multiple
 
 
-def _completions(state: DecodeState, prompt_length: np.ndarray, prefilled: np.ndarray, tokenizer) -> list[Completion]:
-    completions = []
-    for row, start in enumerate(prompt_length.tolist()):
-        if state.failed[row]:
-            uncommitted = ~state.committed[row, start:]
-            end = start + int(uncommitted.argmax()) if uncommitted.any() else state.tokens.shape[1]
-        else:
-            end = int(state.end[row])
-        tokens = state.tokens[row, start:end].tolist()
-        completions.append(
-            Completion(
-                tokens=tokens,
-                text=tokenizer.decode(tokens) if tokenizer is not None else None,
-                finish_reason="error" if state.failed[row] else "stop" if state.stopped[row] else "length",
-                logprobs=state.logprob[row, start:end].tolist(),
-                steps=state.step[row, start:end].tolist(),
-                denoising_forwards=int(state.denoising_forwards[row]),
-                commit_forwards=int(state.commit_forwards[row]),
-                prefill_forwards=int(prefilled[row]),
-            )
-        )
-    return completions
+def _completions(rows: Rows, tokenizer: Any) -> list[Completion]:
+    return [completion(jax.tree.map(lambda x, i=i: x[i], rows), tokenizer) for i in range(len(rows.start))]
+
+
+def completion(row: Rows, tokenizer: Any) -> Completion:
+    """What one row, on the host, has generated."""
+    start = int(row.prompt_length)
+    end = start + _committed(np.asarray(row.committed[start:])) if row.failed else int(row.end)
+    tokens = row.tokens[start:end].tolist()
+    return Completion(
+        tokens=tokens,
+        text=tokenizer.decode(tokens) if tokenizer is not None else None,
+        finish_reason="error" if row.failed else "stop" if row.stopped else "length",
+        logprobs=row.logprob[start:end].tolist(),
+        steps=row.step[start:end].tolist(),
+        denoising_forwards=int(row.denoising_forwards),
+        commit_forwards=int(row.commit_forwards),
+        prefill_forwards=int(row.prefill_forwards),
+    )
+
+
+def _committed(committed: np.ndarray) -> int:
+    """How many there are before the first that is not."""
+    return len(committed) if committed.all() else int(committed.argmin())

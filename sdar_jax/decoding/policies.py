@@ -1,74 +1,71 @@
-"""Which proposals a step commits. Every policy commits at least one masked position of a row that has one."""
+"""Which proposals a step commits. Every policy commits at least one masked position of a block that has one."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from sdar_jax.decoding.config import DecodingConfig
-from sdar_jax.decoding.proposal import Knobs, Proposal
+from sdar_jax.decoding.knobs import ENTROPY_RULES, STRATEGIES, Knobs
+from sdar_jax.decoding.proposal import Proposal
 
 
 def select(
-    proposal: Proposal, masked: Bool[Array, "B S"], block_step: Int[Array, " B"], knobs: Knobs, config: DecodingConfig
-) -> Bool[Array, "B S"]:
-    """Positions to commit, among the masked ones; ties go to the leftmost.
+    proposal: Proposal,
+    masked: Bool[Array, "N S"],
+    block_step: Int[Array, " N"],
+    activated: Bool[Array, " N"],
+    knobs: Knobs,
+) -> Bool[Array, "N S"]:
+    """Positions of N blocks to commit, among the masked ones; ties go to the leftmost.
 
-    block_step: denoising steps that the open block has had, from 0: it indexes the schedule.
+    Args:
+        proposal: of the masked positions; what it holds elsewhere is not read.
+        block_step: denoising steps that each block has had since it was activated, from 0: it indexes the schedule.
+        activated: blocks that commit by their row's strategy; the others commit only what passes the threshold.
+        knobs: of each block's row.
     """
     last = knobs.schedule.shape[1] - 1
     wanted = jnp.take_along_axis(knobs.schedule, jnp.minimum(block_step, last)[:, None], axis=1)
-    return masked & _POLICIES[config.strategy](proposal, masked, wanted, knobs, config)
+    rank = _rank(proposal.score, masked)
+    static = rank < wanted
+    sure = masked & (proposal.score > knobs.confidence_threshold[:, None])
+    chosen = {
+        "sequential": jnp.cumsum(masked, axis=-1) <= wanted,
+        "low_confidence_static": static,
+        "low_confidence_dynamic": _dynamic(sure, static, masked, wanted),
+        "entropy_bounded": _entropy_bounded(proposal.entropy, masked, knobs),
+        "factor": _factor(proposal.score, masked, rank, knobs),
+        "autoregressive": masked,
+        "semi_autoregressive": static,
+    }
+    asked = [(knobs.strategy == STRATEGIES[name])[:, None] for name in chosen]
+    by_strategy = jnp.select(asked, list(chosen.values()), default=False)
+    return masked & jnp.where(activated[:, None], by_strategy, sure)
 
 
 def _rank(score: Array, masked: Array) -> Array:
-    """Place of each masked position by descending score, from 0; others, and not-a-numbers, come last."""
-    order = jnp.argsort(jnp.where(masked, -score, jnp.inf), axis=-1, stable=True)
-    order = jnp.take_along_axis(order, jnp.argsort(~jnp.take_along_axis(masked, order, axis=-1), stable=True), axis=-1)
-    return jnp.argsort(order, axis=-1)
+    """Place of each masked position by descending score, from 0, not-a-numbers last; of others, no meaning."""
+    score = jnp.where(jnp.isnan(score), -jnp.inf, score)
+    index = jnp.arange(score.shape[-1])
+    other, own = score[..., None, :], score[..., :, None]
+    ahead = (other > own) | ((other == own) & (index < index[:, None]))
+    return jnp.sum(ahead & masked[..., None, :], axis=-1)
 
 
-def _sequential(proposal, masked, wanted, knobs, config):
-    return jnp.cumsum(masked, axis=-1) <= wanted
-
-
-def _static(proposal, masked, wanted, knobs, config):
-    return _rank(proposal.score, masked) < wanted
-
-
-def _dynamic(proposal, masked, wanted, knobs, config):
-    sure = masked & (proposal.score > knobs.threshold[:, None])
+def _dynamic(sure: Array, static: Array, masked: Array, wanted: Array) -> Array:
     enough = sure.sum(axis=-1, keepdims=True) >= jnp.minimum(wanted, masked.sum(axis=-1, keepdims=True))
-    return jnp.where(enough, sure, _static(proposal, masked, wanted, knobs, config))
+    return jnp.where(enough, sure, static)
 
 
-def _entropy_bounded(proposal, masked, wanted, knobs, config):
-    rank = _rank(-proposal.entropy, masked)
-    entropy = jnp.where(masked, proposal.entropy, 0)
-    counted = rank[:, None, :] < rank[:, :, None] if config.entropy_rule == "eb_sampler" else _not_after(rank)
-    total = jnp.sum(jnp.where(counted, entropy[:, None, :], 0), axis=-1)
+def _entropy_bounded(entropy: Array, masked: Array, knobs: Knobs) -> Array:
+    rank = _rank(-entropy, masked)
+    counted = jnp.where(masked, entropy, 0)[:, None, :]
+    first = rank[:, None, :] < rank[:, :, None]
+    before = jnp.sum(jnp.where(first & masked[:, None, :], counted, 0), axis=-1)
+    through = before + jnp.where(masked, entropy, 0)
     bound = knobs.entropy_bound[:, None]
-    return (rank == 0) | (total <= bound if config.entropy_rule == "eb_sampler" else total < bound)
+    by_sampler = (knobs.entropy_rule == ENTROPY_RULES["eb_sampler"])[:, None]
+    return (rank == 0) | jnp.where(by_sampler, before <= bound, through < bound)
 
 
-def _not_after(rank: Array) -> Array:
-    return rank[:, None, :] <= rank[:, :, None]
-
-
-def _factor(proposal, masked, wanted, knobs, config):
-    rank = _rank(proposal.score, masked)
-    passes = masked & (proposal.score >= 1 - knobs.factor[:, None] / (rank + 2))
+def _factor(score: Array, masked: Array, rank: Array, knobs: Knobs) -> Array:
+    passes = masked & (score >= 1 - knobs.factor[:, None] / (rank + 2))
     return rank <= jnp.max(jnp.where(passes, rank, 0), axis=-1, keepdims=True)
-
-
-def _all(proposal, masked, wanted, knobs, config):
-    return masked
-
-
-_POLICIES = {
-    "sequential": _sequential,
-    "low_confidence_static": _static,
-    "low_confidence_dynamic": _dynamic,
-    "entropy_bounded": _entropy_bounded,
-    "factor": _factor,
-    "autoregressive": _all,
-    "semi_autoregressive": _static,
-}

@@ -1,105 +1,121 @@
-"""One proposed token for each position of a window, and how sure the model is of it."""
+"""One proposed token for each of a list of masked positions, and how sure the model is of it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from sdar_jax.decoding.config import DecodingConfig
-
-
-class Knobs(NamedTuple):
-    """The numbers of a `DecodingConfig`, one a row, so that changing them compiles nothing anew.
-
-    float32 [B] but top_k and seed (int32 [B]) and schedule (int32 [B, S]).
-    """
-
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    threshold: Float[Array, " B"]
-    entropy_bound: Float[Array, " B"]
-    factor: Float[Array, " B"]
-    schedule: Int[Array, "B S"]
-    seed: Int[Array, " B"]
+from sdar_jax.decoding.knobs import SCORES, STRATEGIES, Knobs
 
 
 class Proposal(NamedTuple):
-    """token: int32 [B, S], never the mask. score: what ranks it. entropy: nats. logprob: raw, nats. All [B, S].
+    """Of each position: token, never the mask; score, what ranks it; entropy, nats, where a row asks for it (zero if
+    none does); logprob, raw, nats; finite, whether the logits were numbers."""
 
-    finite: bool [B], whether the row's logits were numbers.
-    """
-
-    token: Int[Array, "B S"]
-    score: Float[Array, "B S"]
-    entropy: Float[Array, "B S"]
-    logprob: Float[Array, "B S"]
-    finite: Array
+    token: Int[Array, "*L"]
+    score: Float[Array, "*L"]
+    entropy: Float[Array, "*L"]
+    logprob: Float[Array, "*L"]
+    finite: Bool[Array, "*L"]
 
 
 def propose(
-    logits: Float[Array, "B S V"],
+    logits: Float[Array, "L V"],
     knobs: Knobs,
-    positions: Int[Array, "B S"],
-    step: Int[Array, " B"],
-    config: DecodingConfig,
+    positions: Int[Array, " L"],
+    step: Int[Array, " L"],
+    seen: Callable[[], Bool[Array, "L V"]] | None = None,
+    *,
     mask_token_id: int | None,
 ) -> Proposal:
-    """Greedy or sampled tokens with their confidence (semantics: temperature, then top-k, then top-p).
+    """Greedy or sampled tokens with their confidence (semantics: penalty, temperature, then top-k, then top-p).
 
-    Randomness is keyed by (seed, position, step) of the row alone. Of `config` only names and on/off are read; numbers
-    come from `knobs`.
+    Randomness is keyed by (seed, position, step) alone.
+
+    Args:
+        knobs: of each position's row.
+        seen: gives the tokens that the repetition penalty is for, if one is asked for; None is none.
     """
-    finite = jnp.isfinite(logits).all(axis=(1, 2))
+    finite = jnp.isfinite(logits).all(axis=-1)
     if mask_token_id is not None:
-        logits = logits.at[..., mask_token_id].set(-jnp.inf)
-    raw = jax.nn.log_softmax(logits)
-    if config.greedy:
-        token, distribution = jnp.argmax(logits, axis=-1), raw
-        confident = raw
-    else:
-        # From the largest down, so that a low temperature cannot overflow the quotient.
-        distribution = jax.nn.log_softmax(raw / knobs.temperature[:, None, None])
-        filtered = _filter(distribution, knobs, config)
-        token = _sample(filtered, knobs.seed, positions, step)
-        confident = jax.nn.log_softmax(filtered) if config.confidence == "post_filter" else distribution
+        logits = logits.at[:, mask_token_id].set(-jnp.inf)
+    token, score, entropy, logprob = jax.lax.cond(
+        _all_plain(knobs), _plain, lambda logits: _general(logits, knobs, positions, step, seen), logits
+    )
+    return Proposal(token, score, entropy, logprob, finite)
+
+
+def _all_plain(knobs: Knobs) -> Array:
+    """Whether every row is greedy, without penalty, and ranks by probability: what costs two passes over the logits."""
+    greedy = (knobs.temperature == 0) & (knobs.repetition_penalty == 1)
+    return (greedy & (knobs.score == SCORES["probability"]) & (knobs.strategy != STRATEGIES["entropy_bounded"])).all()
+
+
+def _plain(logits: Array) -> tuple[Array, Array, Array, Array]:
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logprob = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    return token, jnp.exp(logprob), jnp.zeros_like(logprob), logprob
+
+
+def _general(logits, knobs: Knobs, positions, step, seen) -> tuple[Array, Array, Array, Array]:
+    wanted = logits
+    if seen is not None:
+        some = (knobs.repetition_penalty != 1).any()
+        wanted = jax.lax.cond(some, lambda x: _penalised(x, knobs, seen()), lambda x: x, logits)
+    greedy = knobs.temperature == 0
+    # From the largest down, so that a low temperature cannot overflow the quotient.
+    distribution = jax.nn.log_softmax(jax.nn.log_softmax(wanted) / jnp.where(greedy, 1, knobs.temperature)[:, None])
+    filters = ~greedy & ((knobs.top_k > 0) | (knobs.top_p < 1))
+    filtered = jax.lax.cond(filters.any(), lambda x: _filter(x, knobs, filters), lambda x: x, distribution)
+    best = jnp.argmax(wanted, axis=-1).astype(jnp.int32)
+    draw = lambda: jnp.where(greedy, best, _sample(filtered, knobs.seed, positions, step))
+    token = jax.lax.cond(greedy.all(), lambda: best, draw)
+    after = (filters & (knobs.post_filter == 1))[:, None]
+    confident = jnp.where(after, jax.nn.log_softmax(filtered), distribution)
     entropy = -jnp.sum(jnp.exp(distribution) * jnp.where(jnp.isfinite(distribution), distribution, 0), axis=-1)
-    score = _score(confident, token, entropy, config)
-    return Proposal(token.astype(jnp.int32), score, entropy, _at(raw, token), finite)
+    return token, _score(confident, token, entropy, knobs), entropy, _at(jax.nn.log_softmax(logits), token)
+
+
+def _penalised(logits: Array, knobs: Knobs, seen: Array) -> Array:
+    penalty = knobs.repetition_penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def _at(log_probs: Array, token: Array) -> Array:
-    return jnp.take_along_axis(log_probs, token[..., None], axis=-1)[..., 0]
+    return jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
 
 
-def _score(log_probs: Array, token: Array, entropy: Array, config: DecodingConfig) -> Array:
-    if config.score == "neg_entropy":
-        return -entropy
-    if config.score == "margin":
+def _score(log_probs: Array, token: Array, entropy: Array, knobs: Knobs) -> Array:
+    """By the row's kind of score."""
+
+    def margin(log_probs):
         best, second = jnp.moveaxis(jax.lax.top_k(jnp.exp(log_probs), 2)[0], -1, 0)
         return best - second
-    return jnp.exp(_at(log_probs, token))
+
+    by_margin = knobs.score == SCORES["margin"]
+    margins = jax.lax.cond(by_margin.any(), margin, lambda log_probs: jnp.zeros_like(log_probs[:, 0]), log_probs)
+    score = jnp.where(by_margin, margins, jnp.exp(_at(log_probs, token)))
+    return jnp.where(knobs.score == SCORES["neg_entropy"], -entropy, score)
 
 
-def _filter(log_probs: Array, knobs: Knobs, config: DecodingConfig) -> Array:
-    """-inf for what top-k, then top-p, leave out; the token that crosses p stays."""
-    if config.top_k == 0 and config.top_p == 1:
-        return log_probs
+def _filter(log_probs: Array, knobs: Knobs, rows: Bool[Array, " L"]) -> Array:
+    """-inf for what top-k, then top-p, leave out in these rows; the token that crosses p stays."""
     descending = -jnp.sort(-log_probs, axis=-1)
     rank = jnp.arange(log_probs.shape[-1])
-    top_k = jnp.where(knobs.top_k == 0, rank.size, knobs.top_k)[:, None, None]
+    top_k = jnp.where(knobs.top_k == 0, rank.size, knobs.top_k)[:, None]
     kept = jnp.where(rank < top_k, jnp.exp(descending), 0)
     kept = kept / kept.sum(axis=-1, keepdims=True)
     before = jnp.cumsum(kept, axis=-1) - kept
-    stays = (rank < top_k) & ((before < knobs.top_p[:, None, None]) | (rank == 0))
+    stays = (rank < top_k) & ((before < knobs.top_p[:, None]) | (rank == 0))
     least = jnp.min(jnp.where(stays, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(log_probs >= least, log_probs, -jnp.inf)
+    return jnp.where(rows[:, None] & (log_probs < least), -jnp.inf, log_probs)
 
 
 def _sample(log_probs: Array, seed: Array, positions: Array, step: Array) -> Array:
     def one(seed, position, step, log_probs):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), step)
-        return jax.random.categorical(key, log_probs)
+        return jax.random.categorical(key, log_probs).astype(jnp.int32)
 
-    return jax.vmap(jax.vmap(one, (None, 0, None, 0)))(seed, positions, step, log_probs)
+    return jax.vmap(one)(seed, positions, step, log_probs)

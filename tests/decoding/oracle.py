@@ -107,6 +107,46 @@ def decode(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int
     return [], [], [], "length", 0, 0
 
 
+def decode_window(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops, slots: int):
+    """As `decode`, with up to `slots` blocks at once, by D2F's rule; the whole sequence is read each time."""
+    size = config.block_size or model.config.block_size
+    limit = len(prompt) + max_new_tokens
+    length = (math.ceil(limit / size) + slots) * size
+    sequence = list(prompt) + [model.config.mask_token_id] * (length - len(prompt))
+    known = [i < len(prompt) for i in range(length)]
+    start, steps, record = len(prompt) // size * size, [], {}
+    denoising, commits = 0, 0
+    while True:
+        blocks = [range(start + j * size, start + (j + 1) * size) for j in range(slots + 1)]
+        share = [sum(known[i] for i in block) / size for block in blocks]
+        window = range(start, start + len(steps) * size)
+        stopped = any(known[i] and len(prompt) <= i < limit and sequence[i] in stops for i in window)
+        follows = not steps or share[len(steps) - 1] >= config.add_threshold and not stopped
+        if len(steps) < slots and follows and start + len(steps) * size < limit:
+            steps.append(0)
+        complete = [share[j] == 1 for j in range(len(steps))]
+        probs = softmax(forward(model, sequence[: start + len(steps) * size], size))
+        for j, block in enumerate(blocks[: len(steps)]):
+            masked = [i for i in range(size) if not known[block[i]]]
+            best = probs[block.start : block.stop]
+            activated = j == 0 or share[j - 1] >= config.activate_threshold
+            chosen = choose(config, best, masked, steps[j], size) if masked and activated else []
+            if not activated:
+                chosen = [i for i in masked if best[i].max() > config.confidence_threshold]
+            for i in chosen:
+                token = int(best[i].argmax())
+                sequence[block[i]], known[block[i]] = token, True
+                record[block[i]] = (token, math.log(best[i].max()), denoising)
+            steps[j] += bool(masked) and activated
+        commits += all(complete)
+        denoising += not all(complete)
+        end, reason = _ended(sequence, known, len(prompt), start, len(steps) * size, limit, stops)
+        if reason:
+            return *_columns([record[i] for i in range(len(prompt), end)]), reason, denoising, commits
+        while complete and complete[0]:
+            complete, steps, start = complete[1:], steps[1:], start + size
+
+
 def _ended(sequence, known, prompt_length, start, size, limit, stops):
     for i in range(start, start + size):
         if not known[i]:

@@ -34,6 +34,9 @@ CONFIGS = [
     ({"top_p": 1.01}, "top_p is 1.01", "(0, 1]"),
     ({"top_p": "0.9"}, "top_p is '0.9'", "(0, 1]"),
     ({"entropy_bound": -1.0}, "entropy_bound is -1.0", ">= 0"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0", "1 (off)"),
+    ({"add_threshold": 1.1}, "add_threshold is 1.1", "[0, 1]"),
+    ({"activate_threshold": -0.1}, "activate_threshold is -0.1", "[0, 1]"),
     ({"factor": nan}, "factor is nan", "finite"),
 ]
 
@@ -68,6 +71,13 @@ REQUESTS = [
     ({"stop_token_ids": "5"}, "stop_token_ids is '5'", "list of token ids"),
     ({"stop_token_ids": ["<eos>"]}, "['<eos>']", "0 to 22"),
     ({"stop_token_ids": [23]}, "[23]", "0 to 22"),
+    ({"window_slots": 0}, "window_slots is 0", "positive integer"),
+    ({"config": [DecodingConfig()] * 2}, "2 configs are given for 1 prompts", "one for each"),
+    (
+        {"config": [DecodingConfig(), DecodingConfig(block_size=8)], "prompts": [[1], [2]]},
+        "differ",
+        "decode them apart",
+    ),
     ({"seed": 2**40}, f"seed is {2**40}", "31 bits"),
     ({"seed": 0.5}, "seed is 0.5", "integer"),
     ({"config": DecodingConfig(denoising_steps=5)}, "denoising_steps 5", "block_size 4"),

@@ -1,6 +1,7 @@
 """What `generate` promises: no batch effects, stops, trimming, one program, no surprise compilation."""
 
-import dataclasses
+import importlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig, generate
-from sdar_jax.decoding.generate import _decode, _knobs, _make_request, _names
+from sdar_jax.decoding import buffer
+from sdar_jax.decoding.buffer import advance, decode
+from sdar_jax.decoding.generate import start_state
 from sdar_jax.model import stack_layers
+from tests.decoding import oracle
 from tests.jaxprs import equations
-from tests.tiny import MASK, tiny_model
+from tests.tiny import MASK, VOCAB, tiny_model
+
+# The package's name for the module is the function's.
+generating = importlib.import_module("sdar_jax.decoding.generate")
 
 NEW = 10
 # Prompts that end on a block and inside one, and two that are alike; one needs a longer canvas and prefill than others.
@@ -115,7 +122,7 @@ def test_metrics(x64):
     config = DecodingConfig(strategy="low_confidence_static", denoising_steps=2)
     long, short, none = run([list(range(9)), [1, 2, 3], [1, 2, 3]], config)[:2] + run([[1]], config, max_new_tokens=0)
     # 9 + 10: three masks in the first block, then four, then three of the last four that are asked for.
-    assert (long.denoising_forwards, long.commit_forwards, long.prefill_forwards) == (6, 2, 1)
+    assert (long.denoising_forwards, long.commit_forwards, long.prefill_forwards) == (6, 0, 1)
     assert sorted(long.steps[:3]) == [0, 0, 1]
     assert [set(long.steps[i:j]) for i, j in ((0, 3), (3, 7), (7, 10))] == [{0, 1}, {2, 3}, {4, 5}]
     assert long.tokens_per_forward == 10 / long.denoising_forwards
@@ -181,33 +188,86 @@ def test_texts_and_ids(x64):
 
 
 def traced(config=GREEDY):
-    request, prefill = _make_request([np.arange(9)], config, 4, tiny_model(jnp.float32).config, NEW, (3,))
-    call = lambda model, request, knobs: _decode(model, request, knobs, _names(config), 4, prefill)
-    return equations(call, tiny_model(jnp.float32), request, _knobs(config, 4, 0, 1))
+    options = dict(max_new_tokens=NEW, stop_ids=(3,), seed=0, window_slots=2)
+    state, buffer = start_state(tiny_model(jnp.float32), [np.arange(9)], [config], **options)
+    call = lambda model, state: advance(model, state, 99, buffer)
+    return state.rows.tokens.aval, equations(call, tiny_model(jnp.float32), state)
 
 
 OTHERS = [DecodingConfig(strategy=name) for name in ("autoregressive", "semi_autoregressive")]
 
 
-@pytest.mark.parametrize("config", [GREEDY, SAMPLED, *OTHERS], ids=lambda config: config.strategy)
+@pytest.mark.parametrize("config", [GREEDY, *OTHERS], ids=lambda config: config.strategy)
 def test_decoding_is_one_loop_on_the_device(config):
     """One while loop carries the tokens, and nothing in it calls back to the host."""
-    config = dataclasses.replace(config, block_size=4)
-    names = [equation.primitive.name for equation in traced(config)]
-    assert names.count("while") == 1
+    tokens, found = traced(config)
+    found = list(found)
+    loops = [equation for equation in found if equation.primitive.name == "while"]
+    assert sum(tokens in [out.aval for out in equation.outvars] for equation in loops) == 1
+    names = [equation.primitive.name for equation in found]
     assert not [name for name in names if "callback" in name or "infeed" in name or "outfeed" in name]
 
 
-def test_numbers_compile_nothing_anew():
+def test_numbers_and_strategies_compile_nothing_anew():
     model = tiny_model(jnp.float32)
     first = DecodingConfig(confidence_threshold=0.5, temperature=0.7, top_k=5, top_p=0.9)
     generate(model, [POOL[1]], first, max_new_tokens=9, stop_token_ids=(3, 4), seed=1)
-    compiled = _decode._cache_size()
+    compiled = decode._cache_size()
     other = dict(confidence_threshold=0.9, temperature=1.3, top_k=2, top_p=0.5, entropy_bound=0.7, factor=2.0)
-    changed = DecodingConfig(**other, denoising_steps=2, schedule="paper")
+    changed = DecodingConfig(**other, denoising_steps=2, schedule="paper", repetition_penalty=1.2, score="margin")
     # A length in the same bucket is the same program too.
-    for prompt, new in ((POOL[1], 9), (POOL[1][:5], 7)):
-        generate(model, [prompt], changed, max_new_tokens=new, stop_token_ids=(7, 8), seed=5)
-    assert _decode._cache_size() == compiled
-    generate(model, [POOL[1]], DecodingConfig(strategy="sequential"), max_new_tokens=9, stop_token_ids=(3, 4))
-    assert _decode._cache_size() == compiled + 1
+    for prompt, new, config in ((POOL[1], 9, changed), (POOL[1][:5], 7, DecodingConfig(strategy="sequential"))):
+        generate(model, [prompt], config, max_new_tokens=new, stop_token_ids=(7, 8), seed=5)
+    assert decode._cache_size() == compiled
+
+
+MIXED = [
+    GREEDY,
+    DecodingConfig(temperature=1.0, top_k=9, denoising_steps=2),
+    DecodingConfig(strategy="entropy_bounded", entropy_bound=2.0, repetition_penalty=1.5),
+    DecodingConfig(strategy="factor", score="margin", add_threshold=0.3, activate_threshold=0.9),
+    DecodingConfig(strategy="sequential", temperature=0.7, top_p=0.9, confidence="post_filter", denoising_steps=3),
+]
+
+
+def test_mixed_configs_in_one_batch_equal_each_alone(x64):
+    together = run(POOL, MIXED, stops=(3,), window_slots=3)
+    for i, config in enumerate(MIXED):
+        (alone,) = run([POOL[i]], config, stops=(3,), seed=i, window_slots=3)
+        assert no_logprobs(together[i]) == no_logprobs(alone)
+        np.testing.assert_allclose(together[i].logprobs, alone.logprobs, rtol=1e-9)
+
+
+def test_repetition_penalty_counts_prompt_and_output(x64):
+    """Left to right, by the definition: logits of what is there so far are divided where positive, else multiplied."""
+    config = DecodingConfig(strategy="sequential", repetition_penalty=2.0)
+    plain, penalised = run([POOL[2]] * 2, [DecodingConfig(strategy="sequential"), config])
+    sequence = list(POOL[2])
+    for token, logprob in zip(penalised.tokens, penalised.logprobs, strict=True):
+        masks = [MASK] * (-len(sequence) % 4 or 4)
+        logits = oracle.forward(tiny_model(), sequence + masks, 4)[len(sequence)]
+        seen = np.isin(np.arange(VOCAB), sequence)
+        assert token == np.where(seen, np.where(logits < 0, logits * 2, logits / 2), logits).argmax()
+        np.testing.assert_allclose(np.exp(logprob), oracle.softmax(logits)[token], rtol=1e-9)
+        sequence.append(token)
+    assert penalised.tokens != plain.tokens
+
+
+@pytest.mark.parametrize("steps, size", [(1, 4), (2, 4), (4, 4), (3, 8)])
+def test_forwards_a_block(steps, size, x64):
+    """gamma where the next block's first forward commits, gamma + 1 where none does; nobody commits the last block."""
+    config = DecodingConfig(strategy="low_confidence_static", block_size=size, denoising_steps=steps)
+    for slots, commits in ((1, 4), (2, 0)):
+        (out,) = run([POOL[3] * 2], config, max_new_tokens=5 * size, window_slots=slots)
+        assert (out.denoising_forwards, out.commit_forwards, out.prefill_forwards) == (5 * steps, commits, 1)
+
+
+def test_a_strategy_that_gets_nowhere_fails(x64):
+    """A cap on forwards ends rows whose strategy commits nothing, and those alone."""
+    stuck = lambda proposal, masked, *args: masked & (jnp.arange(len(masked)) % 2 == 0)[:, None]
+    compiled = jax.jit(lambda *arguments: advance(*arguments), static_argnums=3)
+    with mock.patch.object(buffer, "select", stuck), mock.patch.object(generating, "decode", compiled):
+        healthy, failed = run([POOL[3]] * 2, window_slots=1)
+    assert healthy.finish_reason == "length" and len(healthy.tokens) == NEW
+    assert failed.finish_reason == "error" and failed.tokens == []
+    assert failed.denoising_forwards <= 2 * (NEW + 4) + 1

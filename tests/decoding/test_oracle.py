@@ -1,4 +1,4 @@
-"""The while loop equals a plain Python loop, in float64, for every strategy, block size, prompt tail and batch."""
+"""The block buffer equals a plain Python loop, in float64: strategies, block sizes, prompt tails, batches, windows."""
 
 import dataclasses
 
@@ -51,8 +51,8 @@ def random_prompts(seed: int, lengths=(1, 4, 7, 18)) -> list[list[int]]:
     return [random.integers(0, VOCAB, n).tolist() for n in lengths]
 
 
-def check(model, prompts, config, max_new_tokens=13, stops=STOPS):
-    got = generate(model, prompts, config, max_new_tokens=max_new_tokens, stop_token_ids=stops)
+def check(model, prompts, config, max_new_tokens=13, stops=STOPS, slots=2):
+    got = generate(model, prompts, config, max_new_tokens=max_new_tokens, stop_token_ids=stops, window_slots=slots)
     for prompt, completion in zip(prompts, got, strict=True):
         expected = oracle.decode(model, prompt, config, max_new_tokens, stops)
         tokens, logprobs, steps, reason, denoising, commits = expected
@@ -60,6 +60,8 @@ def check(model, prompts, config, max_new_tokens=13, stops=STOPS):
         assert completion.steps == steps
         np.testing.assert_allclose(completion.logprobs, logprobs, rtol=1e-9)
         assert completion.finish_reason == reason
+        # Fused, the next block's first forward does what a commit is for.
+        commits = commits if slots == 1 else 0
         assert (completion.denoising_forwards, completion.commit_forwards) == (denoising, commits)
     return got
 
@@ -67,6 +69,12 @@ def check(model, prompts, config, max_new_tokens=13, stops=STOPS):
 @pytest.mark.parametrize("config, size", list(cases()))
 def test_batch_equals_python_loop(config, size, x64):
     check(tiny_model(), random_prompts(size), fitted(config, size))
+
+
+@pytest.mark.parametrize("slots", [1, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.ci])])
+def test_other_windows_equal_the_python_loop(slots, x64):
+    """One slot pays a forward a block for its final keys; more slots than two are never open at once."""
+    check(tiny_model(), random_prompts(7), fitted(STRATEGIES[5], 4), slots=slots)
 
 
 def test_blocks_from_the_response_equal_the_python_loop(x64):
@@ -87,3 +95,27 @@ def test_unusual_masks_in_prompts_equal_the_python_loop(x64):
     mask = tiny_model().config.mask_token_id
     prompts = [[mask], [1, mask, 2, mask], [mask] * 7, [4, 9] * 9]
     check(tiny_model(), prompts, fitted(STRATEGIES[5], 4))
+
+
+EARLY = [
+    DecodingConfig(add_threshold=0.25, activate_threshold=0.75, confidence_threshold=0.3),
+    DecodingConfig(add_threshold=0.0, activate_threshold=1.0, confidence_threshold=0.2, strategy="sequential"),
+    DecodingConfig(add_threshold=0.5, activate_threshold=0.0, confidence_threshold=0.5, denoising_steps=2),
+    DecodingConfig(add_threshold=1.0, activate_threshold=0.5),
+]
+
+
+@pytest.mark.parametrize("slots", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_blocks_that_open_early_equal_the_python_loop(slots, x64):
+    """D2F's rule, each prompt with its own thresholds; some tokens are committed ahead of masks before their block."""
+    model, prompts = tiny_model(), random_prompts(8, lengths=(1, 4, 7, 18))
+    got = generate(model, prompts, EARLY, max_new_tokens=18, stop_token_ids=(3,), window_slots=slots)
+    ahead = 0
+    for prompt, config, completion in zip(prompts, EARLY, got, strict=True):
+        tokens, logprobs, steps, reason, *forwards = oracle.decode_window(model, prompt, config, 18, (3,), slots)
+        assert (completion.tokens, completion.steps, completion.finish_reason) == (tokens, steps, reason)
+        np.testing.assert_allclose(completion.logprobs, logprobs, rtol=1e-9)
+        assert [completion.denoising_forwards, completion.commit_forwards] == forwards
+        last = (len(prompt) + np.arange(len(steps))) // 4
+        ahead += any(steps[i] > steps[j] for i in range(len(steps)) for j in range(i, len(steps)) if last[i] < last[j])
+    assert ahead

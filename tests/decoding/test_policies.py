@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig
 from sdar_jax.decoding.config import commit_schedule
-from sdar_jax.decoding.generate import _knobs, _names
+from sdar_jax.decoding.knobs import make_knobs
 from sdar_jax.decoding.policies import select
 from sdar_jax.decoding.proposal import Proposal
 from sdar_jax.errors import DecodingError
@@ -55,9 +55,15 @@ def test_more_steps_than_positions_is_refused():
         DecodingConfig(denoising_steps=5).resolve_block_size(tiny_model(jnp.float32).config)
 
 
-@partial(jax.jit, static_argnames="names")
-def _select(proposal, masked, block_step, knobs, names):
-    return select(proposal, masked, block_step, knobs, names)
+_select = jax.jit(select)
+
+
+def selected(config: DecodingConfig, scores, entropy, masked, step: int, activated=True) -> np.ndarray:
+    row = lambda values, dtype: jnp.asarray([values], dtype)
+    score, uncertain = row(scores, jnp.float32), row(entropy, jnp.float32)
+    proposal = Proposal(row([0] * SIZE, jnp.int32), score, uncertain, score, row([True] * SIZE, bool))
+    knobs = jax.tree.map(lambda knob: knob[None], make_knobs(config, SIZE, 0))
+    return np.asarray(_select(proposal, row(masked, bool), jnp.int32([step]), jnp.array([activated]), knobs)[0])
 
 
 # Few values, so that ties are common; exact in float32, as the thresholds are.
@@ -82,15 +88,19 @@ CONFIGS = [
 @settings(max_examples=100)
 @given(scores=SCORES, entropy=SCORES, masked=MASKED, step=st.integers(0, 9))
 def test_strategies_equal_lists(config, scores, entropy, masked, step):
-    row = lambda values, dtype: jnp.asarray([values], dtype)
-    score, uncertain = row(scores, jnp.float32), row(entropy, jnp.float32)
-    proposal = Proposal(row([0] * SIZE, jnp.int32), score, uncertain, score, jnp.ones(1, bool))
-    got = _select(proposal, row(masked, bool), row(step, jnp.int32), _knobs(config, SIZE, 0, 1), _names(config))
+    got = selected(config, scores, entropy, masked, step)
     offsets = [i for i in range(SIZE) if masked[i]]
     wanted = oracle.n_k(SIZE, config.denoising_steps, config.schedule, step)
     expected = oracle.pick(config, scores, entropy, offsets, wanted) if offsets else []
     np.testing.assert_array_equal(np.flatnonzero(got), sorted(expected))
     assert bool(offsets) == bool(got.any())
+
+
+@pytest.mark.parametrize("config", CONFIGS[::3], ids=lambda config: config.strategy)
+@given(scores=SCORES, masked=MASKED)
+def test_a_block_that_is_not_activated_commits_only_what_is_sure(config, scores, masked):
+    sure = [m and score > config.confidence_threshold for m, score in zip(masked, scores, strict=True)]
+    np.testing.assert_array_equal(selected(config, scores, scores, masked, 0, activated=False), sure)
 
 
 def test_what_each_strategy_does():

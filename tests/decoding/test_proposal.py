@@ -11,23 +11,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig
-from sdar_jax.decoding.generate import _knobs, _names
+from sdar_jax.decoding.knobs import Knobs, make_knobs
 from sdar_jax.decoding.proposal import _filter, propose
 
 ROWS, SIZE, VOCAB, MASK = 3, 4, 9, 8
 
 
-@partial(jax.jit, static_argnames="names")
-def _propose(logits, knobs, positions, step, names):
-    return propose(logits, knobs, positions, step, names, MASK)
+_propose = jax.jit(partial(propose, mask_token_id=MASK))
+_propose_seen = jax.jit(lambda seen, *args: propose(*args, lambda: seen, mask_token_id=MASK))
 
 
-def proposed(logits, config: DecodingConfig, seed=0, step=0, positions=None):
-    """As `generate` calls it: numbers as knobs, only names static."""
+def knobs_of(configs: list[DecodingConfig], size: int, seed: int) -> Knobs:
+    """Of each position of each row; row i has seed + i."""
+    rows = [make_knobs(config, size, seed + i) for i, config in enumerate(configs) for _ in range(size)]
+    return jax.tree.map(lambda *each: np.stack(each), *rows)
+
+
+def proposed(logits, config: DecodingConfig | list[DecodingConfig], seed=0, step=0, positions=None, seen=None):
+    """Of logits [rows, size, V], as lists of positions; results [rows, size]."""
     rows, size = logits.shape[:2]
+    configs = config if isinstance(config, list) else [config] * rows
     positions = np.tile(np.arange(size, dtype=np.int32), (rows, 1)) if positions is None else positions
-    steps = np.full(rows, step, np.int32)
-    return _propose(logits, _knobs(config, size, seed, rows), positions, steps, _names(config))
+    arguments = (
+        logits.reshape(-1, VOCAB),
+        knobs_of(configs, size, seed),
+        positions.reshape(-1),
+        np.full(rows * size, step, np.int32),
+    )
+    out = _propose(*arguments) if seen is None else _propose_seen(seen.reshape(-1, VOCAB), *arguments)
+    return jax.tree.map(lambda x: x.reshape(rows, size), out)
 
 
 def random_logits(seed=0, rows=ROWS, size=SIZE) -> np.ndarray:
@@ -86,21 +98,20 @@ def test_top_k_then_top_p(seed, top_k, top_p):
     logits = banned(random_logits(seed))
     config = DecodingConfig(temperature=1.0, top_k=top_k, top_p=top_p)
     with jax.enable_x64(True):
-        log_probs = jax.nn.log_softmax(logits)
-        found = jax.jit(_filter, static_argnums=2)(log_probs, _knobs(config, SIZE, 0, ROWS), _names(config))
-    wanted = np.apply_along_axis(filtered, -1, softmax(logits), top_k, top_p)
-    if top_k == 0 and top_p == 1:
-        np.testing.assert_array_equal(found, log_probs)
-    else:
-        np.testing.assert_allclose(softmax(np.asarray(found)), wanted, rtol=1e-9)
+        log_probs = jax.nn.log_softmax(logits).reshape(-1, VOCAB)
+        some = np.arange(len(log_probs)) % 4 != 1
+        found = jax.jit(_filter)(log_probs, knobs_of([config] * ROWS, SIZE, 0), some)
+    wanted = np.apply_along_axis(filtered, -1, softmax(logits), top_k, top_p).reshape(-1, VOCAB)
+    np.testing.assert_array_equal(found[~some], log_probs[~some])
+    np.testing.assert_allclose(softmax(np.asarray(found))[some], wanted[some], rtol=1e-9)
 
 
 def test_top_k_of_equal_tokens_keeps_them_all():
     """Which of equals to leave out would be arbitrary."""
-    log_probs = jnp.log(jnp.array([[[0.3, 0.3, 0.3, 0.1]]]))
-    config = DecodingConfig(temperature=1.0, top_k=2)
-    kept = jnp.isfinite(_filter(log_probs, _knobs(config, 1, 0, 1), _names(config)))
-    np.testing.assert_array_equal(kept, [[[True, True, True, False]]])
+    log_probs = jnp.log(jnp.array([[0.3, 0.3, 0.3, 0.1]]))
+    knobs = knobs_of([DecodingConfig(temperature=1.0, top_k=2)], 1, 0)
+    kept = jnp.isfinite(_filter(log_probs, knobs, jnp.ones(1, bool)))
+    np.testing.assert_array_equal(kept, [[True, True, True, False]])
 
 
 @pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 4, 0.9), (2.0, 3, 1.0)])
@@ -184,4 +195,40 @@ def test_extreme_temperatures_stay_finite(temperature):
 def test_logits_that_are_no_numbers_are_told(bad):
     logits = random_logits().astype(np.float32)
     logits[1, 2, 3] = bad
-    np.testing.assert_array_equal(proposed(logits, DecodingConfig()).finite, [True, False, True])
+    finite = np.ones((ROWS, SIZE), bool)
+    finite[1, 2] = False
+    np.testing.assert_array_equal(proposed(logits, DecodingConfig()).finite, finite)
+
+
+def test_repetition_penalty(x64):
+    """CTRL's: logits of seen tokens divided where positive, else multiplied; the raw log-probability stays raw."""
+    logits = random_logits(8)
+    seen = np.random.default_rng(1).random(logits.shape) < 0.5
+    config = DecodingConfig(repetition_penalty=1.7)
+    out = proposed(logits, config, seen=seen)
+    probs = softmax(banned(np.where(seen, np.where(logits < 0, logits * 1.7, logits / 1.7), logits)))
+    np.testing.assert_array_equal(out.token, probs.argmax(-1))
+    np.testing.assert_allclose(out.score, probs.max(-1), rtol=1e-6)
+    raw = np.take_along_axis(softmax(banned(logits)), probs.argmax(-1)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(np.exp(out.logprob), raw, rtol=1e-9)
+    assert (out.token != proposed(logits, DecodingConfig(), seen=seen).token).any()
+
+
+def test_rows_of_different_configs_do_not_touch(x64):
+    """Each row of a mixed batch has what it has in a batch of its own kind."""
+    kinds = [
+        DecodingConfig(),
+        DecodingConfig(temperature=0.8),
+        DecodingConfig(temperature=1.2, top_k=3, top_p=0.8, confidence="post_filter"),
+        DecodingConfig(score="margin", confidence="post_filter"),
+        DecodingConfig(temperature=0.5, score="neg_entropy"),
+        DecodingConfig(strategy="entropy_bounded"),
+        DecodingConfig(repetition_penalty=2.0),
+    ]
+    logits, seen = random_logits(3, rows=len(kinds)), np.random.default_rng(2).random((len(kinds), SIZE, VOCAB)) < 0.5
+    mixed = proposed(logits, kinds, seen=seen)
+    for row, kind in enumerate(kinds):
+        alone = proposed(logits, kind, seen=seen)
+        np.testing.assert_array_equal(mixed.token[row], alone.token[row])
+        for name in ("score", "logprob"):
+            np.testing.assert_allclose(getattr(mixed, name)[row], getattr(alone, name)[row], rtol=1e-12)

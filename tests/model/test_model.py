@@ -11,8 +11,8 @@ from jaxtyping import Array
 
 from sdar_jax.config import ModelConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.model import LayerCache, Model, Stack, empty_cache, logits, stack_layers, unstack_layers
-from sdar_jax.visibility import Ranges, block_causal, decode_window, hybrid
+from sdar_jax.model import LayerPages, Model, Stack, Windows, empty_pages, logits, stack_layers, unstack_layers
+from sdar_jax.visibility import Ranges, block_causal, hybrid
 
 CONFIG = ModelConfig(40, 16, 24, 2, 4, 2, 8, qkv_bias=True, initializer_range=0.3)
 TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, 40, jnp.int32)
@@ -30,7 +30,7 @@ def copy(model: Model) -> Model:
 
 
 run_hidden = jax.jit(Model.hidden, static_argnames=("outputs", "remat", "compute_dtype"))
-run_cached = jax.jit(Model.hidden_cached)
+run_paged = jax.jit(Model.hidden_paged)
 run_logits = jax.jit(logits, static_argnames="block_size")
 
 
@@ -109,40 +109,52 @@ def test_the_last_layer_computes_only_outputs() -> None:
     assert flops(12) - flops(6) >= 6 * per_position
 
 
-@pytest.mark.parametrize(("block_size", "pieces"), [(1, [4, 1, 1]), (4, [8, 4])])
-def test_cached_in_pieces_equals_one_pass(block_size: int, pieces: list[int], x64: None) -> None:
-    """Whole blocks written piece by piece into a cache that holds rubbish."""
-    model, ranges = make(jnp.float64), block_causal(ONES, block_size)
-    expected = run_hidden(model, TOKENS, POSITIONS, ranges)
-    cache = [LayerCache(k + 9, v + 9) for k, v in empty_cache(model.config, 2, 20, jnp.float64)]
+TABLE = jnp.array([[5, 1, 3, 8], [2, 7, 0, 4]], jnp.int32)
+
+
+def rubbish_pages(dtype: jnp.dtype) -> list[LayerPages]:
+    """Nine pages of four positions."""
+    return [LayerPages(k + 9, v + 9) for k, v in empty_pages(CONFIG, 9, 4, dtype)]
+
+
+def windows(start: list[int], width: int, block_size: int, rows: slice = slice(None)) -> Windows:
+    """`width` tokens of each of these rows from `start`, block-causal."""
+    at = jnp.array(start, jnp.int32)
+    places = at[:, None] + jnp.arange(width, dtype=jnp.int32)
+    tokens = jnp.take_along_axis(TOKENS[rows], places, axis=1)
+    return Windows(tokens, at, jnp.full_like(at, width), (places // block_size + 1) * block_size, TABLE[rows])
+
+
+@pytest.mark.parametrize(("block_size", "pieces"), [(1, [5, 6, 1]), (4, [8, 4])])
+def test_paged_in_pieces_equals_one_pass(block_size: int, pieces: list[int], x64: None) -> None:
+    """Whole blocks written piece by piece into pages that hold rubbish."""
+    model, cache = make(jnp.float64), rubbish_pages(jnp.float64)
+    expected = run_hidden(model, TOKENS, POSITIONS, block_causal(ONES, block_size))
     start = 0
     for length in pieces:
-        own = slice(start, start + length)
-        seen = Ranges(ranges.start[:, own], ranges.end[:, own])
-        at = jnp.full(2, start, jnp.int32)
-        out, cache = run_cached(model, TOKENS[:, own], POSITIONS[:, own], cache, at, seen)
-        np.testing.assert_allclose(out, expected[:, own], rtol=1e-10, atol=1e-10)
+        (out,), cache = run_paged(model, [windows([start] * 2, length, block_size)], cache)
+        np.testing.assert_allclose(out, expected[:, start : start + length], rtol=1e-10, atol=1e-10)
         start += length
 
 
-def test_cached_rows_at_different_places(x64: None) -> None:
-    """Row 0 goes on from 4 cached tokens and row 1 from 8, in one call."""
-    model, starts = make(jnp.float64), jnp.array([4, 8], jnp.int32)
-    cache = empty_cache(model.config, 2, 16, jnp.float64)
+def test_windows_of_several_widths_in_one_forward(x64: None) -> None:
+    """Row 0 goes on from 4 tokens in the pages with two windows of 4; row 1 reads 8 at once, padded to 12."""
+    model = make(jnp.float64)
     expected = run_hidden(model, TOKENS, POSITIONS, block_causal(ONES, 4))
-    _, cache = run_cached(model, TOKENS, POSITIONS, cache, jnp.zeros(2, jnp.int32), block_causal(ONES, 4))
-    window = jnp.stack([TOKENS[0, 4:8], TOKENS[1, 8:12]])
-    places = starts[:, None] + jnp.arange(4, dtype=jnp.int32)
-    ranges = decode_window(starts, jnp.full(2, 4, jnp.int32), 4)
-    out, updated = run_cached(model, window, places, cache, starts, ranges)
-    np.testing.assert_allclose(out, jnp.stack([expected[0, 4:8], expected[1, 8:12]]), rtol=1e-10, atol=1e-10)
-    assert_trees_close(updated, cache, rtol=1e-10)
+    _, cache = run_paged(model, [windows([0], 4, 4, slice(1))], rubbish_pages(jnp.float64))
+    two = jax.tree.map(lambda *x: jnp.concatenate(x), *(windows([at], 4, 4, slice(1)) for at in (4, 8)))
+    long = windows([0], 12, 4, slice(1, 2))
+    short = long._replace(count=jnp.array([8], jnp.int32), visible=jnp.minimum(long.visible, 8))
+    (first, second), updated = run_paged(model, [two, short], cache)
+    np.testing.assert_allclose(first.reshape(8, -1), expected[0, 4:], rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(second[0, :8], expected[1, :8], rtol=1e-10, atol=1e-10)
+    # Row 1's third page, past its count, is as it was.
+    np.testing.assert_array_equal(updated[0].k[TABLE[1, 2]], 9)
 
 
-def test_the_cache_needs_layers_one_by_one() -> None:
-    cache, at = empty_cache(CONFIG, 2, 12, jnp.float32), jnp.zeros(2, jnp.int32)
+def test_pages_need_layers_one_by_one() -> None:
     with pytest.raises(ConfigError, match="decode with unstack_layers"):
-        stack_layers(make()).hidden_cached(TOKENS, POSITIONS, cache, at, block_causal(ONES, 4))
+        stack_layers(make()).hidden_paged([windows([0, 0], 4, 4)], rubbish_pages(jnp.float32))
 
 
 @pytest.mark.parametrize("stacked", [False, True])

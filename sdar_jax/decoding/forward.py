@@ -1,0 +1,201 @@
+"""The forwards of a turn, no wider than the state needs: packed slots, chunks of prompts, and the head on masks alone.
+
+What a turn has to do varies from one to the next, and shapes cannot: each width is a branch, compiled once, and a turn
+takes the narrowest that holds its work.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sdar_jax import visibility
+from sdar_jax.decoding.proposal import Proposal, propose
+from sdar_jax.decoding.rows import Rows, Window, take
+from sdar_jax.model import LayerPages, Model, Windows
+
+Reads = Literal["blocks", "next_token", "canvas"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BufferConfig:
+    """What a compilation depends on, besides the shapes of the state.
+
+    Attributes:
+        block_size: S.
+        reads: "blocks" in place, block-causally, from pages; "next_token", where the token before a position predicts
+            it (S = K = 1), from pages; the whole "canvas" each time, without pages (K = 1).
+        prefill_rows: rows whose prompts a forward may read; 0 where none has any to read.
+        prefill_tokens: of each, the most a forward reads; a multiple of S.
+        decodes_beside_prefill: whether other rows decode in forwards that read prompts, or wait.
+        widths: forwards are compiled for this many numbers of slots, up to all: more of them fit the work more closely,
+            and take longer to compile.
+        stops_early: whether `advance` returns when a row ends or starves.
+    """
+
+    block_size: int
+    reads: Reads = "blocks"
+    prefill_rows: int = 0
+    prefill_tokens: int = 0
+    decodes_beside_prefill: bool = True
+    widths: int = 4
+    stops_early: bool = True
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a complete block is read once more, for its keys: those of its last forward had masks in sight."""
+        return self.reads == "blocks"
+
+
+class Packed(NamedTuple):
+    """Hidden states of slots: hidden[i] is those of slot `index[i]`, counted row by row; rubbish from `count` on."""
+
+    hidden: Float[Array, "N S D"]
+    index: Int[Array, " N"]
+    count: Int[Array, ""]
+
+
+def prompt_left(rows: Rows, config: BufferConfig) -> Int[Array, " B"]:
+    """Positions to read before the row can decode; a next-token row reads the one before `start` as it decodes."""
+    if config.reads == "canvas":
+        return jnp.zeros_like(rows.start)
+    return rows.start - rows.cached - (config.reads == "next_token")
+
+
+def paged_forward(
+    model: Model,
+    rows: Rows,
+    cache: list[LayerPages],
+    window: Window,
+    live: Bool[Array, "B K"],
+    reads: Bool[Array, " B"],
+    config: BufferConfig,
+) -> tuple[Packed, list[LayerPages]]:
+    """Reads the live slots, and the next chunk of the prompts of rows in `reads`; writes their keys and values."""
+    index, count = _first(live)
+
+    def forward(slots: int, prompts: int, cache: list[LayerPages]):
+        groups = [_slots(rows, window, index[:slots], count, config)] if slots else []
+        groups += [_prompts(rows, reads, prompts, config)] if prompts else []
+        hidden, cache = model.hidden_paged(groups, cache)
+        shape = (index.size, config.block_size, hidden[0].shape[-1])
+        found = jnp.zeros(shape, hidden[0].dtype)
+        return found.at[:slots].set(hidden[0]) if slots else found, cache
+
+    widths = _widths(live.size, config.widths)
+    branches = [(width, 0) for width in widths]
+    branch = _narrowest(widths, count)
+    if config.prefill_rows:
+        branches.append((live.size if config.decodes_beside_prefill else 0, config.prefill_rows))
+        branch = jnp.where(reads.any(), len(widths), branch)
+    hidden, cache = _switch(branch, branches, forward, cache)
+    return Packed(hidden, index, count), cache
+
+
+def _slots(rows: Rows, window: Window, index: Array, count: Array, config: BufferConfig) -> Windows:
+    """The windows of some slots; those past `count` read and write nothing."""
+    slots, used = window.positions.shape[1], jnp.arange(index.size) < count
+    row, slot = index // slots, index % slots
+    start = rows.start[row] + slot * config.block_size - (config.reads == "next_token")
+    tokens = window.tokens.reshape(-1, config.block_size)[index]
+    if config.reads == "next_token":
+        tokens = take(rows.tokens[row], start[:, None], 0)
+    seen = jnp.where(used, start + config.block_size, 0)[:, None]
+    count_each = jnp.where(used, config.block_size, 0)
+    return Windows(tokens, start, count_each, jnp.broadcast_to(seen, tokens.shape), rows.page_table[row])
+
+
+def _prompts(rows: Rows, reads: Array, width: int, config: BufferConfig) -> Windows:
+    """The next chunk of each of the prompts to be read, block-causal."""
+    row, total = _first(reads)
+    row, used = row[:width], jnp.arange(width) < total
+    start = rows.cached[row]
+    left = jnp.where(used, prompt_left(rows, config)[row], 0)
+    index = jnp.arange(config.prefill_tokens, dtype=jnp.int32)
+    positions = start[:, None] + index
+    count = jnp.minimum(left, config.prefill_tokens)
+    block_end = (positions // config.block_size + 1) * config.block_size
+    visible = jnp.where(index < count[:, None], block_end, 0)
+    return Windows(take(rows.tokens[row], positions, 0), start, count, visible, rows.page_table[row])
+
+
+def canvas_forward(model: Model, rows: Rows, window: Window) -> Packed:
+    """The open blocks' hidden states: each row's canvas, prompt to last block, every position seeing all of it."""
+    size = window.positions.shape[-1]
+    index = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32), rows.tokens.shape)
+    end = rows.start + -(-(rows.limit - rows.start) // size) * size
+    inside = (index < end[:, None]).astype(jnp.int32)
+    hidden = model.hidden(rows.tokens, index, visibility.bidirectional(inside))
+    batch = rows.start.size
+    opened = jnp.take_along_axis(hidden, window.positions[:, 0, :, None], axis=1, mode="clip")
+    return Packed(opened, jnp.arange(batch, dtype=jnp.int32), jnp.int32(batch))
+
+
+def propose_masked(model: Model, rows: Rows, window: Window, masked: Bool[Array, "B K S"], packed: Packed) -> Proposal:
+    """A proposal for each masked position, [B, K, S]; zeros, and finite, elsewhere. The head runs on those alone."""
+    size = masked.shape[-1]
+    used = jnp.arange(packed.index.size) < packed.count
+    order, count = _first(masked.reshape(-1, size)[packed.index] & used[:, None])
+    kind = packed.hidden.dtype
+
+    def head(width: int, proposal: Proposal) -> Proposal:
+        if width == 0:
+            return proposal
+        used = jnp.arange(width) < count
+        # What pads the list repeats its first entry, and so asks for nothing that no row asks for.
+        source = jnp.where(used, order[:width], order[0])
+        place = packed.index[source // size] * size + source % size
+        row = place // (masked.size // masked.shape[0])
+        logits = model.unembed(packed.hidden.reshape(-1, packed.hidden.shape[-1])[source])
+        found = propose(
+            logits,
+            rows.knobs.at(row),
+            window.positions.reshape(-1)[place],
+            rows.denoising_forwards[row],
+            lambda: _seen(rows, logits.shape[-1])[row],
+            mask_token_id=model.config.mask_token_id,
+        )
+        to = jnp.where(used, place, masked.size)
+        return jax.tree.map(lambda all, new: all.at[to].set(new, mode="drop"), proposal, found)
+
+    # At most one block a row has masks, unless blocks open early.
+    one_block = masked.shape[0] * size
+    widths = [0, *_widths(one_block, 2), *([masked.size] if masked.size > one_block else [])]
+    none = _no_proposal(masked.size, jnp.promote_types(kind, jnp.float32))
+    proposal = _switch(_narrowest(widths, count), [(width,) for width in widths], head, none)
+    return jax.tree.map(lambda x: x.reshape(masked.shape), proposal)
+
+
+def _no_proposal(length: int, dtype) -> Proposal:
+    number = jnp.zeros(length, dtype)
+    return Proposal(jnp.zeros(length, jnp.int32), number, number, number, jnp.ones(length, bool))
+
+
+def _seen(rows: Rows, vocab_size: int) -> Bool[Array, "B V"]:
+    """The tokens of each row's prompt and of what it has committed."""
+    at = jnp.where(rows.committed, rows.tokens, vocab_size)
+    batch = jnp.arange(at.shape[0])[:, None]
+    return jnp.zeros((at.shape[0], vocab_size), bool).at[batch, at].set(True, mode="drop")
+
+
+def _first(wanted: Bool[Array, "..."]) -> tuple[Int[Array, " N"], Int[Array, ""]]:
+    """Indices into the flat array, those of wanted entries first and in order; and how many these are."""
+    flat = wanted.reshape(-1)
+    return jnp.argsort(~flat, stable=True).astype(jnp.int32), flat.sum(dtype=jnp.int32)
+
+
+def _widths(most: int, parts: int) -> list[int]:
+    """The sizes that lists of up to `most` are rounded up to: multiples of a part of it."""
+    return sorted({-(-most * part // parts) for part in range(1, parts + 1)})
+
+
+def _narrowest(widths: Sequence[int], count: Int[Array, ""]) -> Int[Array, ""]:
+    return jnp.searchsorted(jnp.asarray(widths, jnp.int32), count)
+
+
+def _switch(branch: Array, cases: Sequence[tuple], function: Callable, operand):
+    """function(*cases[branch], operand)."""
+    return jax.lax.switch(branch, [lambda x, case=case: function(*case, x) for case in cases], operand)

@@ -1,0 +1,155 @@
+"""What a batch of requests is while it decodes: arrays with one entry a row, which the host fills and reads."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sdar_jax.decoding.config import DecodingConfig
+from sdar_jax.decoding.knobs import Knobs, make_knobs
+
+_Number = Int[Array, "*B"]
+_Flag = Bool[Array, "*B"]
+
+
+class Rows(NamedTuple):
+    """The state of B rows; int32 or bool. One row, without the leading axis, is what `make_row` makes.
+
+    The window of a row is K slots of S positions from `start` on, `open` of them in use. Whether a position is masked
+    is state: `committed`, never a comparison with the mask id.
+
+    tokens: the prompt, then masks, then what was committed.
+    step: the row's denoising forward that committed each position, -1 for the prompt. logprob: of what it committed.
+    limit: prompt_length + max_new_tokens. stop_ids: padded with -1.
+    pages_end: positions that `page_table` covers.
+    start: of slot 0, where a block starts. cached: positions whose keys and values in the pages are final; a row reads
+        its prompt, in chunks, until that is all before `start`.
+    block_step: of each slot, the steps it has had since it was activated.
+    end: where the output ends, once it is known.
+    stopped, failed: why it is done: a stop token; logits that were no numbers, or a strategy that gets nowhere. done
+        with neither: the limit. An empty place in the batch is a row that is done.
+    starved: it waits for more pages.
+    """
+
+    tokens: Int[Array, "*B T"]
+    committed: Bool[Array, "*B T"]
+    step: Int[Array, "*B T"]
+    logprob: Float[Array, "*B T"]
+    prompt_length: _Number
+    limit: _Number
+    stop_ids: Int[Array, "*B stops"]
+    knobs: Knobs
+    page_table: Int[Array, "*B M"]
+    pages_end: _Number
+    start: _Number
+    open: _Number
+    cached: _Number
+    block_step: Int[Array, "*B K"]
+    denoising_forwards: _Number
+    commit_forwards: _Number
+    prefill_forwards: _Number
+    end: _Number
+    stopped: _Flag
+    failed: _Flag
+    done: _Flag
+    starved: _Flag
+
+
+class RowShape(NamedTuple):
+    """Sizes that all rows of a batch share, in entries: T, stop ids, pages a row may have, S, K."""
+
+    length: int
+    stops: int
+    pages: int
+    block_size: int
+    slots: int
+
+
+def make_row(
+    prompt: np.ndarray,
+    config: DecodingConfig,
+    shape: RowShape,
+    *,
+    first_block: int,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    mask_token_id: int,
+    seed: int,
+    float_type: np.dtype,
+) -> Rows:
+    """One row, numpy, with no pages and nothing cached; done where there is nothing to generate.
+
+    Args:
+        first_block: where its first block to decode starts.
+        float_type: of log-probabilities: what logits have.
+    """
+    number = lambda value: np.asarray(value, np.int32)
+    flag = lambda value: np.asarray(value, bool)
+    known, limit = len(prompt), len(prompt) + max_new_tokens
+    fields: dict[str, Any] = dict(
+        tokens=_padded(prompt, shape.length, mask_token_id),
+        committed=np.arange(shape.length) < known,
+        step=np.full(shape.length, -1, np.int32),
+        logprob=np.zeros(shape.length, float_type),
+        prompt_length=number(known),
+        limit=number(limit),
+        stop_ids=_padded(stop_ids, shape.stops, -1),
+        knobs=make_knobs(config, shape.block_size, seed),
+        page_table=np.zeros(shape.pages, np.int32),
+        pages_end=number(0),
+        start=number(first_block),
+        open=number(0),
+        cached=number(0),
+        block_step=np.zeros(shape.slots, np.int32),
+        denoising_forwards=number(0),
+        commit_forwards=number(0),
+        prefill_forwards=number(0),
+        end=number(limit),
+        stopped=flag(False),
+        failed=flag(False),
+        done=flag(max_new_tokens == 0),
+        starved=flag(False),
+    )
+    return Rows(**fields)
+
+
+def _padded(values: Sequence[int] | np.ndarray, length: int, fill: int) -> np.ndarray:
+    out = np.full(length, fill, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+class Window(NamedTuple):
+    """The K slots of each row, open or not.
+
+    positions: absolute. committed: false past the end of `tokens`. stops: a stop token that ends the row once every
+    position before it is committed.
+    """
+
+    positions: Int[Array, "B K S"]
+    tokens: Int[Array, "B K S"]
+    committed: Bool[Array, "B K S"]
+    stops: Bool[Array, "B K S"]
+
+    @property
+    def decoded(self) -> Int[Array, "B K"]:
+        """Committed positions of each slot."""
+        return self.committed.sum(axis=-1, dtype=jnp.int32)
+
+
+def window_of(rows: Rows, block_size: int) -> Window:
+    """The window at `start`, from the tokens as they are now."""
+    slots = rows.block_step.shape[1]
+    positions = rows.start[:, None] + jnp.arange(slots * block_size, dtype=jnp.int32)
+    tokens, committed = take(rows.tokens, positions, 0), take(rows.committed, positions, False)
+    stops = (tokens[..., None] == rows.stop_ids[:, None]).any(axis=-1) & committed
+    stops &= (positions >= rows.prompt_length[:, None]) & (positions < rows.limit[:, None])
+    by_slot = lambda x: x.reshape(-1, slots, block_size)
+    return Window(*map(by_slot, (positions, tokens, committed, stops)))
+
+
+def take(x: Array, positions: Int[Array, "B W"], fill: int | bool) -> Array:
+    """x[b, positions[b]], and `fill` past the end."""
+    return jnp.take_along_axis(x, positions, axis=1, mode="fill", fill_value=fill)

@@ -1,0 +1,200 @@
+"""What may change nothing: windows, pages, chunks, calls, neighbours that come and go; and what the host may do."""
+
+import dataclasses
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdar_jax import DecodingConfig
+from sdar_jax.decoding import forward
+from sdar_jax.decoding.buffer import State, advance, decode
+from sdar_jax.decoding.generate import _completions, start_state
+from sdar_jax.decoding.rows import Rows
+from tests.tiny import MASK, tiny_model
+
+NEW, STOPS = 14, (3, 5)
+CONFIGS = [
+    DecodingConfig(confidence_threshold=0.15),
+    DecodingConfig(strategy="low_confidence_static", denoising_steps=2),
+    DecodingConfig(temperature=1.0, top_k=9),
+    DecodingConfig(strategy="entropy_bounded", entropy_bound=3.0),
+]
+EARLY = DecodingConfig(add_threshold=0.25, activate_threshold=0.75, confidence_threshold=0.3)
+random = np.random.default_rng(0)
+PROMPTS = [random.integers(0, MASK, n) for n in (0, 6, 13, 27)]
+
+
+def start(configs=CONFIGS, prompts=PROMPTS, slots=2, seed=0, **options):
+    options = dict(max_new_tokens=NEW, stop_ids=STOPS, seed=seed, window_slots=slots) | options
+    return start_state(tiny_model(), prompts, configs, **options)
+
+
+def newly_compiled():
+    """`decode` of its own, so that what is patched for a test is compiled for it alone."""
+    return jax.jit(lambda *arguments: advance(*arguments), static_argnums=3)
+
+
+def finished(state: State, buffer, compiled=decode) -> Rows:
+    return jax.device_get(compiled(tiny_model(), state, 999, buffer).rows)
+
+
+def results(rows: Rows) -> list:
+    """All but log-probabilities, whose last bits depend on the width of a forward, and how the prompt was read."""
+    return [c._replace(logprobs=None, commit_forwards=0, prefill_forwards=0) for c in _completions(rows, None)]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with jax.enable_x64(True):
+        return results(finished(*start(slots=1)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(slots=3),
+        dict(page_size=4),
+        dict(page_size=16, prefill_tokens=8),
+        dict(prefill_tokens=4),
+        pytest.param(dict(slots=4), marks=pytest.mark.slow),
+        pytest.param(dict(page_size=8, prefill_tokens=12), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_windows_pages_and_chunks_change_nothing(change, expected, x64):
+    rows = finished(*start(**change))
+    assert results(rows) == expected
+    chunk = change.get("prefill_tokens", 512)
+    np.testing.assert_array_equal(rows.prefill_forwards, [-(-(len(p) // 4 * 4) // chunk) for p in PROMPTS])
+
+
+def test_widths_change_nothing(expected, x64):
+    """The widest forward alone, instead of the narrowest that is wide enough."""
+    with mock.patch.object(forward, "_widths", lambda most, parts: [most]):
+        assert results(finished(*start(), compiled=newly_compiled())) == expected
+
+
+@pytest.mark.parametrize("order", [[3, 0, 2, 1], [1, 1, 3, 3]])
+def test_order_and_neighbours_change_nothing(order, expected, x64):
+    rows = []
+    for i in order:
+        state, buffer = start()
+        rows.append(jax.tree.map(lambda x, i=i: x[i], state.rows))
+    mixed = jax.tree.map(lambda *each: jnp.stack(each), *rows)
+    mixed = mixed._replace(page_table=state.rows.page_table)
+    assert results(finished(State(mixed, state.cache), buffer)) == [expected[i] for i in order]
+
+
+def test_only_work_is_done(x64):
+    """A forward has as many slots as are open, in quarters of all; the head as many positions as are masked."""
+    widths = {"slots": [], "head": []}
+    narrowest = forward._narrowest
+
+    def record(sizes, count):
+        jax.debug.callback(lambda n, sizes=sizes: widths["head" if sizes[0] == 0 else "slots"].append(int(n)), count)
+        return narrowest(sizes, count)
+
+    with mock.patch.object(forward, "_narrowest", record):
+        config = DecodingConfig(strategy="sequential")
+        state, buffer = start([config] * 2, [PROMPTS[0], PROMPTS[0]], max_new_tokens=8)
+        buffer = dataclasses.replace(buffer, widths=4)
+        short = state.rows._replace(limit=jnp.array([8, 4]), end=jnp.array([8, 4]))
+        finished(State(short, state.cache), buffer, compiled=newly_compiled())
+    jax.effects_barrier()
+    # Two rows for four steps; then one alone, whose first block's last forward is the fifth.
+    assert widths["slots"] == [2, 2, 2, 2, 2, 1, 1, 1]
+    assert widths["head"] == [8, 6, 4, 2, 4, 3, 2, 1]
+
+
+_write = jax.jit(lambda rows, new, at: jax.tree.map(lambda x, value: x.at[at].set(value), rows, new))
+_read = jax.jit(lambda rows, at: jax.tree.map(lambda x: x[at], rows))
+
+
+class Host:
+    """A host that serves requests through fewer rows than there are, lends pages late and takes them back."""
+
+    def __init__(self, requests: list[int], seed: int, slots: int, page_size: int = 8):
+        self.random = np.random.default_rng(seed)
+        self.queue, self.done = list(requests), {}
+        options = dict(slots=slots, page_size=page_size, prefill_tokens=8)
+        self.fresh, self.buffer = start([*CONFIGS, EARLY], [*PROMPTS, PROMPTS[1]], **options)
+        beside = bool(self.random.integers(2))
+        changes = dict(prefill_rows=1, decodes_beside_prefill=beside, stops_early=True)
+        self.buffer = dataclasses.replace(self.buffer, **changes)
+        self.page_size, self.serving = page_size, {}
+        rows = jax.tree.map(lambda x: jnp.copy(x[:2]), self.fresh.rows)
+        table = jnp.asarray(self.random.permutation(rows.page_table.size).reshape(rows.page_table.shape), jnp.int32)
+        rows = rows._replace(page_table=table, done=jnp.ones(2, bool))
+        self.state = State(rows, jax.tree.map(lambda pages: jnp.copy(pages[: table.size]) + 9, self.fresh.cache))
+        self.waiting = []
+
+    def admit(self, row: int) -> None:
+        if self.waiting and (not self.queue or self.random.random() < 0.5):
+            request, saved = self.waiting.pop()
+            self.write(row, saved._replace(cached=jnp.int32(0)))
+        else:
+            request = self.queue.pop()
+            self.write(row, _read(self.fresh.rows, request))
+        self.serving[row] = request
+
+    def write(self, row: int, new: Rows) -> None:
+        new = new._replace(page_table=self.state.rows.page_table[row], pages_end=jnp.int32(0))
+        self.state = self.state._replace(rows=_write(self.state.rows, new, row))
+
+    def preempt(self, row: int) -> None:
+        saved = _read(self.state.rows, row)
+        self.waiting.append((self.serving.pop(row), saved))
+        self.state = self.state._replace(rows=self.state.rows._replace(done=self.state.rows.done.at[row].set(True)))
+
+    def serve(self) -> dict[int, Rows]:
+        while self.queue or self.waiting or self.serving:
+            for row in range(2):
+                if row not in self.serving and (self.queue or self.waiting):
+                    self.admit(row)
+            lend = self.state.rows.starved & (self.random.random(2) < 0.7)
+            rows = self.state.rows._replace(pages_end=self.state.rows.pages_end + self.page_size * lend)
+            turns = int(self.random.integers(1, 6))
+            self.state = decode(tiny_model(), State(rows, self.state.cache), turns, self.buffer)
+            self.drain()
+        return self.done
+
+    def drain(self) -> None:
+        for row, request in list(self.serving.items()):
+            if self.state.rows.done[row]:
+                self.done[request] = jax.device_get(_read(self.state.rows, row))
+                del self.serving[row]
+            elif self.random.random() < 0.1:
+                self.preempt(row)
+
+
+@pytest.mark.parametrize("slots", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_host_that_feeds_and_drains(slots, x64):
+    """Five requests through two rows, pages lent one by one and taken back: each as if it had been alone."""
+    state, buffer = start([*CONFIGS, EARLY], [*PROMPTS, PROMPTS[1]], slots=slots)
+    whole = results(finished(state, buffer))
+    for seed in range(2):
+        served = Host(list(range(5)), seed, slots).serve()
+        for request, row in served.items():
+            assert results(jax.tree.map(lambda x: x[None], row)) == [whole[request]]
+
+
+def test_a_call_ends_with_news(x64):
+    """Asked for many turns, it returns when a row ends or starves, and not again for the same news."""
+    config = DecodingConfig(strategy="low_confidence_static", denoising_steps=1)
+    state, buffer = start([config] * 3, [PROMPTS[0]] * 3, page_size=4, stop_ids=())
+    buffer = dataclasses.replace(buffer, stops_early=True)
+    rows = state.rows._replace(pages_end=jnp.array([16, 8, 16]), limit=jnp.array([12, 12, 4]))
+    run = partial(decode, tiny_model(), turns=99, config=buffer)
+    state = run(state=State(rows, state.cache))
+    assert (state.rows.done.tolist(), state.rows.starved.tolist()) == ([False, False, True], [False] * 3)
+    state = run(state=state)
+    assert (state.rows.done.tolist(), state.rows.starved.tolist()) == ([False, False, True], [False, True, False])
+    state = run(state=state)
+    assert (state.rows.done.tolist(), state.rows.starved.tolist()) == ([True, False, True], [False, True, False])
+    assert run(state=jax.tree.map(jnp.copy, state)).rows.denoising_forwards.tolist() == [3, 2, 1]
+    state = run(state=state._replace(rows=state.rows._replace(pages_end=jnp.full(3, 12))))
+    assert state.rows.done.all() and state.rows.denoising_forwards.tolist() == [3, 3, 1]
