@@ -12,7 +12,7 @@ Everything moves while a caller waits: in `stream`, `result` and `generate`.
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -243,7 +243,7 @@ class Engine:
     def stream(self, request_id: int, *, changes: bool = False) -> Iterator[Event]:
         """Finished blocks as they come, or every change of the open ones; then take `result`.
 
-        What is yielded does not depend on how many turns the device runs a call.
+        The changes do not depend on how many turns the device runs a call; of finished blocks an event may hold several.
         """
         request = self._known(request_id)
         told, forward = 0, 0
@@ -286,8 +286,9 @@ class Engine:
         if (config.strategy == "autoregressive") != self._autoregressive:
             kind = "an autoregressive" if self._autoregressive else "a diffusion"
             raise DecodingError(f"strategy {config.strategy!r} is not for {kind} model's engine; choose another")
-        if config.resolve_block_size(self._model.config) != size and config.block_size is not None:
+        if config.block_size not in (None, size):
             raise DecodingError(f"block_size is {config.block_size}, the engine's {size}; leave it None")
+        replace(config, block_size=size).resolve_block_size(self._model.config)
 
     def _make_row(self, ids: np.ndarray, config: DecodingConfig, max_new_tokens: int, stops, seed: int) -> Rows:
         size = self._shape.block_size

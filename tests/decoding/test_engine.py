@@ -168,6 +168,29 @@ def test_stop_strings(x64):
     assert none.tokens == free.tokens and none.finish_reason == "length"
 
 
+def test_autoregressive_models_are_served_too(x64):
+    """With a shared prefix and page pressure, as `generate` alone."""
+    model = tiny_model(objective="autoregressive", block_size=None, mask_token_id=None)
+    config = DecodingConfig(strategy="autoregressive")
+    served = Engine(model, batch_slots=2, pages=6, page_size=8, prefill_tokens=8)
+    prompts = [LONG[:17], LONG[:17], LONG[:20]]
+    got = served.generate(prompts, config, max_new_tokens=20, stop_token_ids=())
+    wanted = generate(model, prompts, config, max_new_tokens=20, stop_token_ids=())
+    assert [c.tokens for c in got] == [c.tokens for c in wanted]
+    assert served.stats().prefix_tokens > 0 and served.stats().preemptions > 0
+    with refused(DecodingError, "low_confidence_dynamic", "an autoregressive"):
+        served.submit(LONG[:3], DecodingConfig(), max_new_tokens=1)
+
+
+def test_the_engines_block_size_is_every_requests(x64):
+    """Where it is not the model's own, too."""
+    served = Engine(tiny_model(), batch_slots=1, pages=8, page_size=8, block_size=8)
+    config = DecodingConfig(strategy="low_confidence_static", denoising_steps=8)
+    (got,) = served.generate([LONG[:9]], config, max_new_tokens=9, stop_token_ids=())
+    wanted = alone(LONG[:9], DecodingConfig(8, "low_confidence_static", denoising_steps=8), 9, (), 0)
+    assert got.tokens == wanted.tokens
+
+
 def test_bad_requests_and_sizes(x64):
     served = engine(max_queue=1)
     submit = lambda prompt=(1,), config=CONFIGS[0], **options: served.submit(
