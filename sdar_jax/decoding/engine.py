@@ -243,7 +243,7 @@ class Engine:
     def stream(self, request_id: int, *, changes: bool = False) -> Iterator[Event]:
         """Finished blocks as they come, or every change of the open ones; then take `result`.
 
-        The changes do not depend on how many turns the device runs a call; of finished blocks an event may hold several.
+        Changes do not depend on how many turns the device runs a call; an event may hold several finished blocks.
         """
         request = self._known(request_id)
         told, forward = 0, 0
