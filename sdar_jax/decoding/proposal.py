@@ -101,16 +101,39 @@ def _score(log_probs: Array, token: Array, entropy: Array, knobs: Knobs) -> Arra
 
 
 def _filter(log_probs: Array, knobs: Knobs, rows: Bool[Array, " L"]) -> Array:
-    """-inf for what top-k, then top-p, leave out in these rows; the token that crosses p stays."""
-    descending = -jnp.sort(-log_probs, axis=-1)
-    rank = jnp.arange(log_probs.shape[-1])
-    top_k = jnp.where(knobs.top_k == 0, rank.size, knobs.top_k)[:, None]
-    kept = jnp.where(rank < top_k, jnp.exp(descending), 0)
-    kept = kept / kept.sum(axis=-1, keepdims=True)
-    before = jnp.cumsum(kept, axis=-1) - kept
-    stays = (rank < top_k) & ((before < knobs.top_p[:, None]) | (rank == 0))
-    least = jnp.min(jnp.where(stays, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(rows[:, None] & (log_probs < least), -jnp.inf, log_probs)
+    """-inf for what top-k, then top-p, leave out in these rows; the token that crosses p stays, and so do ties."""
+    bits = _ordered_bits(log_probs)
+    top_k = jnp.where(knobs.top_k == 0, log_probs.shape[-1], knobs.top_k)
+    in_top_k = bits >= _least_bits(bits, lambda above: above.sum(axis=-1) < top_k)[:, None]
+    probs = jnp.where(in_top_k, jnp.exp(log_probs), 0)
+    mass = knobs.top_p * probs.sum(axis=-1)
+    # With p = 1 rounding must leave out nothing.
+    crosses = lambda above: (jnp.where(above, probs, 0).sum(axis=-1) < mass) | (knobs.top_p == 1)
+    stays = in_top_k & (bits >= _least_bits(bits, crosses)[:, None])
+    return jnp.where(rows[:, None] & ~stays, -jnp.inf, log_probs)
+
+
+def _ordered_bits(x: Array) -> Array:
+    """Unsigned integers in the order of the floats, zeros of both signs apart."""
+    unsigned = jnp.uint32 if x.dtype == jnp.float32 else jnp.uint64
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    sign = jnp.array(1, unsigned) << (jnp.iinfo(unsigned).bits - 1)
+    return jnp.where(bits & sign, ~bits, bits | sign)
+
+
+def _least_bits(bits: Array, holds: Callable[[Array], Array]) -> Array:
+    """Of each row the least t for which `holds(bits > t)`, which is true from some t on: bisection, bit by bit.
+
+    A sort of a large vocabulary takes longer, and XLA minutes to compile for a TPU.
+    """
+    count = jnp.iinfo(bits.dtype).bits
+
+    def step(i: Array, least: Array) -> Array:
+        # The candidate has this bit clear and all lower ones set: where it holds, the bit of the least is clear.
+        bit = jnp.array(1, bits.dtype) << (count - 1 - i).astype(bits.dtype)
+        return jnp.where(holds(bits > (least | (bit - 1))[:, None]), least, least | bit)
+
+    return jax.lax.fori_loop(0, count, step, jnp.zeros(bits.shape[:1], bits.dtype))
 
 
 def _sample(log_probs: Array, seed: Array, positions: Array, step: Array) -> Array:
