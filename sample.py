@@ -1,30 +1,45 @@
 """Decode with a model: one prompt, a chat, or a file of prompts.
 
     python sample.py --model DIR --prompt "The capital of France is"
+    python sample.py --model DIR --prompt "The capital of France is" --watch
     python sample.py --model DIR --chat
     python sample.py --model DIR --input prompts.jsonl --output answers.jsonl
     python sample.py --model DIR --prompt-ids 5,9,12 --json
 
-An input line is {"prompt": text}, {"prompt_ids": [ids]} or {"messages": [...]}; what else it holds is copied to the
-output line. Lines that the output file already holds are not decoded again, so an interrupted run goes on.
+An input line is {"prompt": text}, {"prompt_ids": [ids]} or {"messages": [...]}, with "max_new_tokens" and "seed" of its
+own if it has them; what else it holds is copied to the output line. Lines that the output file already holds are not
+decoded again, so an interrupted run goes on, with the same results. Speeds go to stderr; they do not count compilation.
 """
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from sdar_jax import Completion, DecodingConfig, generate, load_pretrained
+from sdar_jax import Completion, DecodingConfig, Engine, generate, load_pretrained
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
-from sdar_jax.errors import DataError, DecodingError, SdarError
+from sdar_jax.decoding import Event
+from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, checked_stops, to_ids
+from sdar_jax.decoding.jsonl import answered, as_record, read_records
+from sdar_jax.decoding.speed import timed
+from sdar_jax.decoding.terminal import BlockText, watching
+from sdar_jax.errors import DataError, DecodingError, SdarError, is_int
 from sdar_jax.model import Model
 from sdar_jax.pretrained import model_directory
+
+PAGE = 64  # Positions of a page, at least: whole blocks.
+LEAST_LENGTH = 256  # An engine's requests may have this many tokens, at least; in a chat, more.
+CHAT_LENGTH = 2048
+AHEAD = 4  # Batches of a file under way: what an interruption can lose.
+INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +53,12 @@ class SampleConfig:
         chat: talk, one line a turn, through the model's chat template; ends with the input.
         input: a JSONL file of prompts; needs --output.
         output: the JSONL file that completions are added to.
-        batch_size: prompts of --input decoded together.
+        batch_size: prompts of --input decoded at once.
         max_new_tokens: at most this many tokens a completion.
         stop_token_ids: comma-separated ids that end a completion; by default the model's own, "" for none.
         seed: for sampling; prompt i uses seed + i.
+        watch: show every denoising step: in place on a terminal, colours from red to green by probability (NO_COLOR
+            leaves them out), else a line a step.
         json: print one JSON object a completion.
         dtype: of the weights: auto (bfloat16 on GPU and TPU, float32 on CPU) or a name.
         mask_token_id: where the model's config.json has none.
@@ -58,42 +75,139 @@ class SampleConfig:
     max_new_tokens: int = 256
     stop_token_ids: str | None = None
     seed: int = 0
+    watch: bool = False
     json: bool = False
     dtype: str = "auto"
     mask_token_id: int | None = None
     decoding: Annotated[DecodingConfig, tyro.conf.arg(name="")] = DecodingConfig()
 
 
+class Request(NamedTuple):
+    """One prompt, checked."""
+
+    ids: list[int]
+    max_new_tokens: int
+    seed: int
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) + self.max_new_tokens
+
+
 class Sampler:
-    """A loaded model with what every call of `generate` shares. `texts`: whether a tokenizer is needed."""
+    """A loaded model, and the engine that serves its requests. `texts`: whether a tokenizer is needed."""
 
     def __init__(self, config: SampleConfig, *, texts: bool):
         self.config = config
-        self.stop_token_ids = None if config.stop_token_ids is None else parse_ids(config.stop_token_ids)
+        stops = None if config.stop_token_ids is None else parse_ids(config.stop_token_ids)
         directory = model_directory(config.model)
-        self.tokenizer = load_tokenizer(directory) if texts else None
+        self.tokenizer: Any = load_tokenizer(directory) if texts else None
         self.model: Model = load_pretrained(
             directory,
             dtype=config.dtype,
             block_size=config.decoding.block_size,
             mask_token_id=config.mask_token_id,
         )
+        self.block_size = config.decoding.resolve_block_size(self.model.config)
+        self.stop_token_ids = None if stops is None else checked_stops(stops, self.model.config)
+        self.engine: Engine | None = None
+        self.engine_length = 0
 
-    def __call__(self, prompts: list, seed: int) -> list[Completion]:
-        return generate(
-            self.model,
-            prompts,
-            self.config.decoding,
-            max_new_tokens=self.config.max_new_tokens,
-            stop_token_ids=self.stop_token_ids,
-            tokenizer=self.tokenizer,
-            seed=seed,
-        )
+    @property
+    def canvas(self) -> bool:
+        """Whether there is no cache to keep in pages, and so no use for an engine."""
+        return self.config.decoding.strategy == "semi_autoregressive"
 
     def render(self, conversation: dict[str, Any]) -> list[int]:
         """Ids of {"messages": [...]}, up to where the assistant answers."""
-        assert self.tokenizer is not None
         return Encoder(self.tokenizer)(ChatRenderer(self.tokenizer).prompt(conversation))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """As text, or as comma-separated ids where there is no tokenizer."""
+        return ",".join(map(str, tokens)) if self.tokenizer is None else self.tokenizer.decode(list(tokens))
+
+    def request(self, prompt: Prompt, seed: int, max_new_tokens: int | None = None) -> Request:
+        """Raises DecodingError for one that cannot be served."""
+        new = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        ids = to_ids(prompt, 0, self.tokenizer)
+        check_prompts([ids], [self.config.decoding], self.model.config, new)
+        check_seed(seed, 1)
+        return Request(ids.tolist(), new, seed)
+
+    def prepare(self, slots: int, length: int) -> None:
+        """Makes and compiles an engine for so many requests of up to `length` tokens; none where none is of use."""
+        if self.canvas:
+            return
+        self.engine = None  # Its pages make room.
+        length = min(max(length, LEAST_LENGTH), self.model.config.max_position_embeddings)
+        page_size = -(-PAGE // self.block_size) * self.block_size
+        started = time.perf_counter()
+        self.engine = Engine(
+            self.model,
+            tokenizer=self.tokenizer,
+            batch_slots=slots,
+            pages=slots * -(-(length + self.block_size) // page_size),
+            page_size=page_size,
+            max_length=length,
+            max_queue=AHEAD * slots,
+            turns=1 if self.config.watch else 8,
+        )
+        self.engine_length = length
+        # From one page into the next; the second time, with a page that is shared in part and copied.
+        prompt = [0] * max(1, min(page_size - 1, length - 2))
+        for stops in (self.stop_token_ids, ()):
+            self.engine.generate([prompt], self.config.decoding, max_new_tokens=2, stop_token_ids=stops)
+        print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+    def submit(self, request: Request) -> int:
+        assert self.engine is not None
+        return self.engine.submit(
+            request.ids,
+            self.config.decoding,
+            max_new_tokens=request.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            seed=request.seed,
+        )
+
+    def answer(self, request: Request, show: Callable[[Event], None] = lambda event: None) -> Completion:
+        """Shows each event. Ctrl-C ends the request with what it has."""
+        if self.engine is None:
+            return next(self._generate([request]))
+        request_id = self.submit(request)
+        try:
+            for event in self.engine.stream(request_id, changes=self.config.watch):
+                show(event)
+            return self.engine.result(request_id)
+        except KeyboardInterrupt:
+            return self.engine.cancel(request_id)
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Of each request, in order; a bounded number of those behind it may be done and wait."""
+        if self.engine is None:
+            yield from self._generate(requests)
+            return
+        waiting: deque[int] = deque()
+        for request in requests:
+            if len(waiting) == AHEAD * self.config.batch_size:
+                yield self.engine.result(waiting.popleft())
+            waiting.append(self.submit(request))
+        for request_id in waiting:
+            yield self.engine.result(request_id)
+
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Batches of neighbours that `generate` takes together: of one length, with seeds that follow each other."""
+        together = itertools.groupby(enumerate(requests), lambda each: (each[1].max_new_tokens, each[1].seed - each[0]))
+        for (new, _), group in together:
+            for batch in itertools.batched((request for _, request in group), self.config.batch_size):
+                yield from generate(
+                    self.model,
+                    [request.ids for request in batch],
+                    self.config.decoding,
+                    max_new_tokens=new,
+                    stop_token_ids=self.stop_token_ids,
+                    tokenizer=self.tokenizer,
+                    seed=batch[0].seed,
+                )
 
 
 def parse_ids(text: str) -> list[int]:
@@ -104,33 +218,28 @@ def parse_ids(text: str) -> list[int]:
         raise DecodingError(f"{text!r} is not a list of token ids; write them as 5,9,12") from None
 
 
-def as_record(completion: Completion) -> dict[str, Any]:
-    """A completion as a JSON object; `text` only where there was a tokenizer."""
-    record = {**completion._asdict(), "tokens_per_forward": round(completion.tokens_per_forward, 4)}
-    return {key: value for key, value in record.items() if key != "text" or value is not None}
+def show_answer(sampler: Sampler, request: Request) -> Completion:
+    """Prints one answer and its speed: as text while it comes, as changes, or as one line of JSON."""
+    with timed(sampler.engine, 1) as done:
+        if sampler.config.json:
+            completion = sampler.answer(request)
+            print(json.dumps(as_record(completion), ensure_ascii=False), flush=True)
+        else:
+            view = (watching if sampler.config.watch else BlockText)(sampler.decode, sys.stdout)
+            completion = sampler.answer(request, view.show)
+            view.end(sampler.decode(completion.tokens))
+        done.append(completion)
+    return completion
 
 
-def speed(completions: list[Completion], seconds: float) -> str:
-    """Summary line: generated tokens, forwards by kind, tokens per forward and per second (compilation included)."""
-    tokens = sum(len(c.tokens) for c in completions)
-    denoising = sum(c.denoising_forwards for c in completions)
-    commits = sum(c.commit_forwards for c in completions)
-    rate = f"{tokens / denoising:.2f} tokens a forward, " if denoising else ""
-    forwards = f"{denoising} denoising and {commits} commit forwards"
-    return f"{tokens} tokens, {forwards}, {rate}{tokens / seconds:.1f} tokens/s with compilation"
-
-
-def sample_once(config: SampleConfig) -> None:
+def sample_once(config: SampleConfig) -> int:
     prompt = config.prompt if config.prompt_ids is None else parse_ids(config.prompt_ids)
+    assert prompt is not None
     sampler = Sampler(config, texts=config.prompt_ids is None)
-    started = time.perf_counter()
-    completions = sampler([prompt], config.seed)
-    if config.json:
-        print(json.dumps(as_record(completions[0]), ensure_ascii=False))
-        return
-    text = completions[0].text
-    print(text if text is not None else ",".join(map(str, completions[0].tokens)))
-    print(speed(completions, time.perf_counter() - started), file=sys.stderr)
+    request = sampler.request(prompt, config.seed)
+    sampler.prepare(1, request.length)
+    completion = show_answer(sampler, request)
+    return INTERRUPTED if completion.finish_reason == "cancelled" else 0
 
 
 def chat(config: SampleConfig) -> None:
@@ -138,11 +247,11 @@ def chat(config: SampleConfig) -> None:
     messages: list[dict[str, Any]] = []
     while (line := _read_turn()) is not None:
         messages.append({"role": "user", "content": line})
-        started = time.perf_counter()
-        completions = sampler([sampler.render({"messages": messages})], config.seed + len(messages))
-        answer = completions[0].text
-        print(json.dumps(as_record(completions[0]), ensure_ascii=False) if config.json else answer, flush=True)
-        print(speed(completions, time.perf_counter() - started), file=sys.stderr)
+        request = sampler.request(sampler.render({"messages": messages}), config.seed + len(messages))
+        # A conversation that has outgrown its engine gets a larger one, which has to read all of it again.
+        if sampler.engine_length < request.length:
+            sampler.prepare(1, max(CHAT_LENGTH, 2 * request.length))
+        answer = show_answer(sampler, request).text
         # A turn that says nothing belongs in no conversation, and neither does its question.
         messages = [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]
 
@@ -159,90 +268,43 @@ def sample_file(config: SampleConfig) -> None:
     if config.output is None:
         raise DecodingError("--input needs --output; name the file for the completions")
     records = list(read_records(config.input))
-    done = _answered(config.output, records)
+    first = answered(config.output, records)
     sampler = Sampler(config, texts=not all(isinstance(record.get("prompt_ids"), list) for record in records))
-    prompts = [_as_prompt(record, f"{config.input}:{number}", sampler) for number, record in enumerate(records, 1)]
-    finished: list[Completion] = []
-    started = time.perf_counter()
-    with config.output.open("a", encoding="utf-8") as file:
-        for first in range(done, len(records), config.batch_size):
-            chosen = slice(first, first + config.batch_size)
-            try:
-                completions = sampler(prompts[chosen], config.seed + first)
-            except DecodingError as error:
-                raise DataError(f"{config.input}, of the prompts from line {first + 1} on: {error}") from None
-            for record, completion in zip(records[chosen], completions, strict=True):
-                file.write(json.dumps({**record, **as_record(completion)}, ensure_ascii=False) + "\n")
+    requests = [_as_request(record, f"{config.input}:{i + 1}", i, sampler) for i, record in enumerate(records)]
+    records, requests = records[first:], requests[first:]
+    slots = min(config.batch_size, len(requests))
+    if requests:
+        sampler.prepare(slots, max(request.length for request in requests))
+    with config.output.open("a", encoding="utf-8") as file, timed(sampler.engine, slots) as done:
+        for record, completion in zip(records, sampler.answers(requests), strict=True):
+            file.write(json.dumps({**record, **as_record(completion)}, ensure_ascii=False) + "\n")
             file.flush()
-            finished += completions
-            print(f"{first + len(completions)}/{len(records)}", file=sys.stderr)
-    print(speed(finished, time.perf_counter() - started), file=sys.stderr)
+            done.append(completion)
+            print(f"{first + len(done)}/{first + len(records)}", file=sys.stderr)
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file. Raises DataError with file and line."""
+def _as_request(record: dict[str, Any], place: str, index: int, sampler: Sampler) -> Request:
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give a JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            # A lone surrogate can be read but not written again.
-            json.dumps(record, ensure_ascii=False).encode()
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error}); give one object a line") from None
-        if not isinstance(record, dict):
-            raise DataError(f'{path}:{number}: not an object; write it as {{"prompt": ...}}')
-        yield record
+        own = {name: record[name] for name in ("seed", "max_new_tokens") if name in record}
+        if wrong := [f'"{name}" is {value!r}' for name, value in own.items() if not is_int(value)]:
+            raise DataError(f"{wrong[0]}; give an integer")
+        return sampler.request(_as_prompt(record, sampler), **{"seed": sampler.config.seed + index, **own})
+    except (DataError, DecodingError) as error:
+        raise DataError(f"{place}: {str(error).replace('prompt 0 ', 'the prompt ')}") from None
 
 
-def _as_prompt(record: dict[str, Any], place: str, sampler: Sampler) -> str | list[int]:
+def _as_prompt(record: dict[str, Any], sampler: Sampler) -> Prompt:
     if isinstance(record.get("prompt_ids"), list):
         return record["prompt_ids"]
     if isinstance(record.get("prompt"), str):
         return record["prompt"]
     if "messages" not in record:
-        raise DataError(f'{place}: no prompt; give "prompt", "prompt_ids" or "messages"')
-    try:
-        return sampler.render(record)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from None
+        raise DataError('no prompt; give "prompt", "prompt_ids" or "messages"')
+    return sampler.render(record)
 
 
-def _answered(path: Path, records: list[dict[str, Any]]) -> int:
-    """How many records an output file answers already; a last line that an interruption cut short is removed.
-
-    Raises DataError, and leaves the file as it is, if it is not the output of these records.
-    """
-    try:
-        with path.open("ab+") as file:
-            file.seek(0)
-            *lines, cut = file.read().split(b"\n")
-            other = next((i for i, line in enumerate(lines) if not _answers(line, records[i : i + 1])), None)
-            if other is not None or cut[:1] not in (b"", b"{"):
-                place = f"{path}:{1 + (len(lines) if other is None else other)}"
-                raise DataError(f"{place}: not an answer to that line of the input; choose another --output")
-            file.truncate(sum(len(line) + 1 for line in lines))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}); choose another --output") from None
-    return len(lines)
-
-
-def _answers(line: bytes, asked: list[dict[str, Any]]) -> bool:
-    """Whether an output line holds all of the record that it should, and a completion."""
-    try:
-        answer = json.loads(line)
-    except ValueError:
-        return False
-    ours = {*Completion._fields, "tokens_per_forward"}
-    kept = {key: value for record in asked for key, value in record.items() if key not in ours}
-    if not asked or not isinstance(answer, dict):
-        return False
-    return ours - {"text"} <= set(answer) and kept.items() <= answer.items()
-
-
-def main(config: SampleConfig) -> None:
+def main(config: SampleConfig) -> int:
+    """Returns the exit status."""
     ways = {
         "--prompt": config.prompt is not None,
         "--prompt-ids": config.prompt_ids is not None,
@@ -254,17 +316,22 @@ def main(config: SampleConfig) -> None:
         raise DecodingError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(ways)}")
     if config.batch_size < 1:
         raise DecodingError(f"--batch-size is {config.batch_size}; give a positive integer")
-    if config.chat:
-        chat(config)
-    elif config.input is not None:
-        sample_file(config)
-    else:
-        sample_once(config)
+    if config.watch and (config.json or config.input is not None):
+        raise DecodingError("--watch shows one answer at a time, as text; leave out --json and --input")
+    if config.watch and config.decoding.strategy == "semi_autoregressive":
+        raise DecodingError("--watch follows the engine, which semi_autoregressive does not use; leave it out")
+    if config.prompt is not None or config.prompt_ids is not None:
+        return sample_once(config)
+    chat(config) if config.chat else sample_file(config)
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(SampleConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
+        sys.exit(main(tyro.cli(SampleConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))))
     except SdarError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.timing import Peer, compare, seconds
+from benchmarks.timing import TorchPeer, compare, seconds
 from sdar_jax import visibility
 from sdar_jax.attention import attention
 from sdar_jax.chips import peak_flops
@@ -123,7 +123,7 @@ def on_cpu(torch_python: str | None, pairs: int):
     *_, (_, function, args) = both_ways(ours, inputs)
     sizes = {"length": shape.length, "block_size": shape.block_size, "batch": 1}
     heads = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
-    with Peer(torch_python, "attention", **sizes, **heads) as peer:
+    with TorchPeer(torch_python, "attention", **sizes, **heads) as peer:
         ratio = compare(lambda: function(*args), lambda: peer.run().seconds, pairs)
     print(f"L = {shape.length}, S = {shape.block_size}, {shape.heads} heads of {shape.head_dim}, float32, ", end="")
     print(f"forward and backward: {ratio}")

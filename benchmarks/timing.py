@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 
@@ -39,10 +39,10 @@ class Measured(NamedTuple):
 
 
 class Peer:
-    """torch_peer.py doing one piece of work each time it is asked."""
+    """A program in PyTorch that does one piece of work each time it is asked; it prints "ready" when it can."""
 
-    def __init__(self, python: str, work: str, **arguments):
-        command = [python, str(PEER), work, json.dumps(arguments)]
+    def __init__(self, python: str, program: Path, *arguments: str):
+        command = [python, str(program), *arguments]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         assert process.stdin is not None and process.stdout is not None
@@ -50,21 +50,32 @@ class Peer:
         if self._line() != "ready":
             raise RuntimeError(f"{command[:3]} did not start; --torch-python takes a Python that has torch")
 
-    def run(self) -> Measured:
-        self.requests.write("\n")
+    def ask(self, request: str = "") -> str:
+        """Its answer, one line, to a line."""
+        self.requests.write(request + "\n")
         self.requests.flush()
-        took, memory = self._line().split()
-        return Measured(float(took), int(memory))
+        return self._line()
 
     def _line(self) -> str:
         return self.answers.readline().strip()
 
-    def __enter__(self) -> "Peer":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_):
         self.requests.close()
         self.process.wait()
+
+
+class TorchPeer(Peer):
+    """torch_peer.py doing `work`."""
+
+    def __init__(self, python: str, work: str, **arguments):
+        super().__init__(python, PEER, work, json.dumps(arguments))
+
+    def run(self) -> Measured:
+        took, memory = self.ask().split()
+        return Measured(float(took), int(memory))
 
 
 class Ratio(NamedTuple):

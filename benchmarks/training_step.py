@@ -11,7 +11,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 
-from benchmarks.timing import Peer, compare
+from benchmarks.timing import TorchPeer, compare
 from sdar_jax import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.model import Model, stack_layers
@@ -67,7 +67,7 @@ def main():
     for length in args.lengths:
         step, weights = our_step(length)
         work = {"length": length, "block_size": BLOCK_SIZE, "batch": 1, "mask_token_id": MASK, **NETWORK}
-        with Peer(args.torch_python, "training_step", **work) as peer:
+        with TorchPeer(args.torch_python, "training_step", **work) as peer:
             ratio = compare(step, lambda peer=peer: peer.run().seconds, args.pairs)
         print(f"L = {length}, {weights / 1e6:.0f}M weights: {ratio}", flush=True)
 

@@ -1,7 +1,8 @@
-"""Looking into what JAX is about to compile."""
+"""Looking into what JAX is about to compile, and how often it does."""
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 from jax.extend import core
@@ -28,3 +29,15 @@ def largest_array(function: Callable, *args) -> int:
     """Elements of the largest intermediate of a traced function."""
     shapes = [getattr(out.aval, "shape", ()) for equation in equations(function, *args) for out in equation.outvars]
     return max(math.prod(shape) for shape in shapes)
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Grows by one with each program that is compiled, large or small."""
+    found: list[str] = []
+    hear = lambda event, *_, **__: found.append(event) if event.endswith("backend_compile_duration") else None
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)

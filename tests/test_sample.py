@@ -2,17 +2,25 @@
 
 import contextlib
 import io
+import itertools
 import json
+import math
+import os
+import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 import sample
-from sdar_jax import DecodingConfig, generate, load_pretrained, save_pretrained
+from sdar_jax import DecodingConfig, Engine, generate, load_pretrained, save_pretrained
+from sdar_jax.decoding.terminal import MASKED, BlockText
 from tests.data.conftest import make_byte_tokenizer
 from tests.tiny import tiny_model
 
@@ -52,6 +60,14 @@ def run(monkeypatch, *arguments, stdin: str = "") -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """Of a process of its own, which finds what this one has compiled."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    return os.environ | cache
+
+
 @pytest.fixture
 def cli(monkeypatch, model_dir):
     return lambda *arguments, **options: run(monkeypatch, "--model", model_dir, *arguments, **options)
@@ -76,7 +92,8 @@ def test_prompt_ids_to_json(cli, model_dir):
 def test_prompt_ids_in_words(cli, model_dir):
     result = cli("--prompt-ids", "5,9,12", "--max-new-tokens", 6)
     assert result.out == ",".join(map(str, expected(model_dir, [[5, 9, 12]])[0].tokens)) + "\n"
-    assert "tokens a forward" in result.err
+    for part in ("compiled in", "prefill: 0 tokens", "at batch 1", "TGS", "TPF", "denoising", "commit forwards"):
+        assert part in result.err
 
 
 def test_prompt_and_decoding_options(cli, model_dir):
@@ -92,8 +109,85 @@ def test_block_size_and_mask_may_come_from_the_command_line(cli, model_dir):
     assert result.code == 0 and len(result.records[0]["tokens"]) <= 6
 
 
+def test_watching_prints_a_line_a_forward(cli, model_dir):
+    """Of which the last has no mask, and together commit all there is; then the text."""
+    options = ("--max-new-tokens", 13, "--stop-token-ids", "", "--strategy", "low_confidence_static")
+    result = cli("--prompt", "one two", "--watch", *options)
+    whole = json.loads(cli("--prompt", "one two", "--json", *options).out)
+    lines = [line.split("\t") for line in result.out.splitlines()[: whole["denoising_forwards"]]]
+    assert [int(forward) for forward, *_ in lines] == list(range(whole["denoising_forwards"]))
+    # The prompt ends one token before a block does, so the output's blocks have 1, 4, 4 and 4 tokens.
+    opened = [odds.split(" ") for *_, odds in lines]
+    assert [len(odds) for odds in opened] == [1] + [4] * 12
+    assert [odds.count(MASKED) for odds in opened] == [0] + [3, 2, 1, 0] * 3
+    last = [f"{math.exp(p):.2f}" for p in whole["logprobs"][-4:]]
+    assert opened[-1] == last
+    assert result.out.endswith(f"\n{whole['text']}\n") and "\x1b" not in result.out
+
+
+def test_watching_ids(cli, model_dir):
+    result = cli("--prompt-ids", "5,9,12", "--watch", "--max-new-tokens", 6)
+    (wanted,) = expected(model_dir, [[5, 9, 12]])
+    assert result.out.splitlines()[-1] == ",".join(map(str, wanted.tokens))
+    assert len(result.out.splitlines()) == wanted.denoising_forwards + 1
+
+
+def interrupt_at(monkeypatch, event: int) -> None:
+    """Ctrl-C while the event with that number is shown."""
+    seen, show = itertools.count(), BlockText.show
+
+    def interrupted(self, shown):
+        show(self, shown)
+        if next(seen) == event:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(BlockText, "show", interrupted)
+
+
+def test_ctrl_c_leaves_what_there_is(cli, monkeypatch):
+    options = ("--prompt", "one two", "--max-new-tokens", 40, "--stop-token-ids", "")
+    whole = cli(*options)
+    interrupt_at(monkeypatch, 1)
+    cut = cli(*options)
+    assert (whole.code, cut.code) == (0, 130) and "1 cancelled" in cut.err
+    assert 1 < len(cut.out) < len(whole.out) and whole.out.startswith(cut.out.removesuffix("\n"))
+
+
+def test_ctrl_c_ends_a_turn_and_not_the_chat(cli, monkeypatch):
+    interrupt_at(monkeypatch, 1)
+    result = cli("--chat", "--max-new-tokens", 40, "--stop-token-ids", "", stdin="hi\nand?\n")
+    assert result.code == 0 and "1 cancelled" in result.err and "1 length" in result.err
+
+
+@pytest.mark.parametrize("options", [("--prompt", "one two"), ("--input", "in.jsonl", "--output", "out.jsonl")])
+def test_what_has_no_cache_is_decoded_without_an_engine(cli, model_dir, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    texts = ["one two", "a", "b"]
+    write_lines(tmp_path / "in.jsonl", [{"prompt": texts[0]}, {"prompt": "a", "max_new_tokens": 3}, {"prompt": "b"}])
+    result = cli(*options, "--strategy", "semi_autoregressive", "--max-new-tokens", 6)
+    assert result.code == 0 and "compilation included" in result.err and "prefill" not in result.err
+    if "--input" in options:
+        counts = (6, 3, 6)
+        for i, answer in enumerate(read_lines(tmp_path / "out.jsonl")):
+            (wanted,) = expected(model_dir, texts[i : i + 1], counts[i], i, strategy="semi_autoregressive")
+            assert answer["tokens"] == wanted.tokens
+    else:
+        assert result.out == expected(model_dir, texts[:1], strategy="semi_autoregressive")[0].text + "\n"
+
+
+def test_autoregressive_models(monkeypatch, tmp_path):
+    model = tiny_model(jnp.float32, objective="autoregressive", block_size=None, mask_token_id=None)
+    save_pretrained(model, tmp_path / "ar")
+    options = ("--model", tmp_path / "ar", "--prompt-ids", "5,9,12", "--max-new-tokens", 6, "--json")
+    result = run(monkeypatch, *options, "--strategy", "autoregressive")
+    (wanted,) = generate(model, [[5, 9, 12]], DecodingConfig(strategy="autoregressive"), max_new_tokens=6)
+    assert result.records[0]["tokens"] == wanted.tokens and "prefill: 2 tokens" in result.err
+    assert_one_line(run(monkeypatch, *options), "block_size", "strategy='autoregressive'")
+
+
 CONVERSATION = {"messages": [{"role": "user", "content": "1+1"}]}
 INPUT = [{"prompt": "a\u2028b", "id": 7}, {"prompt_ids": [9, 8, 7]}, CONVERSATION, {"prompt": "c"}, {"prompt": "dd"}]
+INPUT[3] |= {"max_new_tokens": 2, "seed": 5}
 
 
 def write_lines(path: Path, records) -> Path:
@@ -106,7 +200,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def test_a_file_is_answered_line_by_line(cli, model_dir, tmp_path):
-    """With sampling: line i uses seed + i, in whichever batch it falls."""
+    """With sampling: line i uses seed + i, or its own, whatever is decoded beside it."""
     source, target = write_lines(tmp_path / "in.jsonl", INPUT), tmp_path / "out.jsonl"
     options = ("--max-new-tokens", 5, "--temperature", 1.0, "--seed", 11, "--stop-token-ids", "")
     result = cli("--input", source, "--output", target, "--batch-size", 2, *options)
@@ -118,7 +212,8 @@ def test_a_file_is_answered_line_by_line(cli, model_dir, tmp_path):
     model = load_pretrained(model_dir)
     for i, (record, answer) in enumerate(zip(INPUT, answers, strict=True)):
         config = DecodingConfig(temperature=1.0)
-        (alone,) = generate(model, [ids[i]], config, max_new_tokens=5, seed=11 + i, stop_token_ids=())
+        new, seed = record.get("max_new_tokens", 5), record.get("seed", 11 + i)
+        (alone,) = generate(model, [ids[i]], config, max_new_tokens=new, seed=seed, stop_token_ids=())
         assert {key: answer[key] for key in record} == record
         assert answer["tokens"] == alone.tokens
 
@@ -136,6 +231,53 @@ def test_an_interrupted_file_goes_on_where_it_stopped(cli, tmp_path):
     before = whole.read_bytes()
     cli("--input", source, "--output", whole, *options)
     assert whole.read_bytes() == before
+
+
+def test_ctrl_c_in_a_file_keeps_what_is_written(cli, tmp_path, monkeypatch):
+    """Long and short ones, so that later lines are done before earlier ones; at most 4 batches are under way."""
+    records = [{"prompt_ids": [i + 1], "max_new_tokens": 40 if i % 4 == 0 else 2} for i in range(14)]
+    source, whole, cut = write_lines(tmp_path / "in.jsonl", records), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    options = ("--temperature", 1.0, "--batch-size", 2, "--stop-token-ids", "")
+    cli("--input", source, "--output", whole, *options)
+    calls, result = itertools.count(1), Engine.result
+    most = []
+
+    def interrupted(self, request_id):
+        # Two of the calls warm up.
+        if next(calls) == 2 + 4:
+            raise KeyboardInterrupt
+        most.append(len(self._requests))
+        return result(self, request_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "result", interrupted)
+        stopped = cli("--input", source, "--output", cut, *options)
+    assert stopped.code == 130 and "3/14" in stopped.err and "Traceback" not in stopped.err
+    assert whole.read_bytes().startswith(cut.read_bytes()) and cut.read_bytes().count(b"\n") == 3
+    assert max(most) == 8
+    assert cli("--input", source, "--output", cut, *options).code == 0
+    assert [line["tokens"] for line in read_lines(cut)] == [line["tokens"] for line in read_lines(whole)]
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(model_dir, tmp_path, environment):
+    """SIGKILL in the middle of a file: what is written is whole lines, or one cut short, and the rest follows."""
+    records = [{"prompt_ids": [i % 200 + 1], "max_new_tokens": 150 - i % 100} for i in range(200)]
+    source, whole, cut = write_lines(tmp_path / "in.jsonl", records), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    command = [sys.executable, SCRIPT, "--model", str(model_dir), "--input", str(source), "--batch-size", "2"]
+    command += ["--temperature", "1.0", "--stop-token-ids", "", "--strategy", "sequential", "--output"]
+    process = subprocess.Popen([*command, str(cut)], stderr=subprocess.DEVNULL, env=environment)
+    while not (cut.exists() and cut.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = cut.read_bytes().count(b"\n")
+    assert 5 <= kept < 200
+    for target in (cut, whole):
+        done = subprocess.run([*command, str(target)], stderr=subprocess.DEVNULL, env=environment, timeout=500)
+        assert done.returncode == 0
+    assert [line["tokens"] for line in read_lines(cut)] == [line["tokens"] for line in read_lines(whole)]
 
 
 def test_ids_need_no_tokenizer(monkeypatch, model_dir, tmp_path):
@@ -160,14 +302,29 @@ def test_chat_remembers(cli, model_dir):
         assert record["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
 
 
+def test_a_turn_reads_nothing_that_an_earlier_one_did(cli):
+    """But for blocks of four that the earlier turn's end or this one's beginning cuts."""
+    result = cli("--chat", "--json", "--max-new-tokens", 40, "--stop-token-ids", "", stdin="hi\nand?\n")
+    first, second = (record["text"] for record in result.records)
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    encode = make_byte_tokenizer().encode
+    before = [*encode(turn.format("hi")), *result.records[0]["tokens"]]
+    now = encode(turn.format("hi") + first + "<|im_end|>\n" + turn.format("and?"))
+    same = next((i for i, (one, other) in enumerate(zip(before, now, strict=False)) if one != other), len(before))
+    read, shared = [int(number) for number in re.findall(r"prefill: (\d+) tokens.*; (\d+) more", result.err)[1]]
+    assert shared >= len(encode(turn.format("hi"))) // 4 * 4 >= 16
+    # The last block of an answer ends in no page.
+    assert shared == min(same, len(before) - 1) // 4 * 4 and read + shared == len(now) // 4 * 4
+
+
 def test_chat_that_is_no_text(cli):
     assert_one_line(cli("--chat", stdin="a\udcff\n"), "lone surrogate", "valid Unicode")
 
 
 def test_chat_forgets_a_turn_without_an_answer(cli):
-    """Every token is a stop: nothing is said, and the next turn is answered all the same."""
-    every = ",".join(map(str, range(TOKENIZER_SIZE)))
-    result = cli("--chat", "--json", "--max-new-tokens", 5, "--stop-token-ids", every, stdin="hi\nand?\n")
+    """Its first token is a stop: nothing is said, and the same question again is answered as if it were the first."""
+    first = cli("--chat", "--json", "--max-new-tokens", 5, "--stop-token-ids", "", stdin="hi\n").records[0]["tokens"][0]
+    result = cli("--chat", "--json", "--max-new-tokens", 5, "--stop-token-ids", first, stdin="hi\nhi\n")
     assert result.code == 0 and [record["tokens"] for record in result.records] == [[], []]
 
 
@@ -198,6 +355,10 @@ BAD_FLAGS = [
     (["--prompt", "a\udcff"], "lone surrogate at character 1", "valid Unicode"),
     (["--input", "in.jsonl"], "--input needs --output", "name the file"),
     (["--input", "missing.jsonl", "--output", "out.jsonl"], "missing.jsonl: cannot be read", "JSONL"),
+    (["--prompt-ids", "5", "--watch", "--json"], "--watch shows one answer", "leave out --json"),
+    (["--input", "in.jsonl", "--output", "out.jsonl", "--watch"], "--watch shows one answer", "--input"),
+    (["--prompt", "a", "--watch", "--strategy", "semi_autoregressive"], "--watch follows the engine", "leave it out"),
+    (["--prompt-ids", "5", "--stop-token-ids", "1,2,3,4,5,6,7,8,9"], "9 stop tokens", "at most 8"),
     (["--prompt-ids", "5", "--model", "nowhere"], "nowhere: no such directory", "hub id"),
 ]
 
@@ -224,7 +385,15 @@ BAD_FILES = [
     (b'{"text": "a"}\n', "in.jsonl:1: no prompt", '"messages"'),
     (b'{"prompt": "\\ud800"}\n', "in.jsonl:1: not JSON", "surrogates"),
     (b"\xff\n", "in.jsonl: cannot be read", "JSONL"),
-    (b'{"prompt_ids": [5]}\n{"prompt_ids": [999]}\n', "the prompts from line 1 on: prompt 1", "token id 999"),
+    (b'{"prompt_ids": [5]}\n{"prompt_ids": [999]}\n', "in.jsonl:2: the prompt holds", "token id 999"),
+    (
+        b'{"prompt_ids": [5]}\n{"prompt_ids": [' + b"5, " * 298 + b"5]}\n",
+        "in.jsonl:2: the prompt has 299 tokens",
+        "300",
+    ),
+    (b'{"prompt": "a", "max_new_tokens": "9"}\n', 'in.jsonl:1: "max_new_tokens" is', "integer"),
+    (b'{"prompt": "a", "seed": 1.5}\n', 'in.jsonl:1: "seed" is 1.5', "integer"),
+    (b'{"prompt": "a", "max_new_tokens": -1}\n', "in.jsonl:1: max_new_tokens is -1", ">= 0"),
     (b'{"messages": []}\n', 'in.jsonl:1: "messages" is missing, empty', "give"),
     (b'{"messages": [{"role": "user"}]}\n', "in.jsonl:1: messages[0] has content of type NoneType", "give a string"),
 ]
@@ -235,6 +404,7 @@ def test_bad_input_files(cli, content, value, fix, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(content)
     result = cli("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2)
     assert_one_line(result, value, fix)
+    assert not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -272,10 +442,11 @@ def test_no_chat_template(monkeypatch, model_dir, tmp_path):
     assert_one_line(run(monkeypatch, "--model", bare, "--chat", stdin="hi\n"), "no chat template", "set")
 
 
-def test_as_a_process(model_dir):
+def test_as_a_process(model_dir, environment):
     """One good run and one bad one from a shell: what is asked on stdout, what went wrong on stderr, and the code."""
     command = [sys.executable, SCRIPT, "--model", str(model_dir), "--json", "--max-new-tokens", "3", "--prompt-ids"]
-    run_with = lambda ids: subprocess.run([*command, ids], capture_output=True, text=True, timeout=300)
+    options = {"capture_output": True, "text": True, "timeout": 300, "env": environment}
+    run_with = lambda ids: subprocess.run([*command, ids], **options)
     good, bad = run_with("5,9"), run_with("x")
     assert good.returncode == 0 and len(json.loads(good.stdout)["tokens"]) <= 3
     assert (bad.returncode, bad.stdout) == (2, "")

@@ -1,7 +1,8 @@
 """Block-diffusion decoding."""
 
 from sdar_jax.decoding.config import Completion, DecodingConfig
-from sdar_jax.decoding.engine import Engine, Event
+from sdar_jax.decoding.engine import Engine
+from sdar_jax.decoding.events import Event
 from sdar_jax.decoding.generate import generate
 
 __all__ = ["Completion", "DecodingConfig", "Engine", "Event", "generate"]

@@ -16,18 +16,29 @@ block does that (commit fusion); and lower thresholds decode several blocks at o
 Rows that still have prompt to read take turns of up to `prefill_rows` x `prefill_tokens` of it in the same forward.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Bool, Int
 
-from sdar_jax.decoding.forward import BufferConfig, canvas_forward, paged_forward, prompt_left, propose_masked
+from sdar_jax.decoding.forward import (
+    BufferConfig,
+    canvas_forward,
+    paged_forward,
+    prompt_left,
+    prompt_windows,
+    propose_masked,
+)
 from sdar_jax.decoding.policies import select
 from sdar_jax.decoding.proposal import Proposal
 from sdar_jax.decoding.rows import Rows, Window, take, window_of
 from sdar_jax.model import LayerPages, Model
+from sdar_jax.sharding import PAGES, constrain, mesh_of, use
 
 
 class State(NamedTuple):
@@ -52,8 +63,15 @@ def advance(model: Model, state: State, turns: int | Int[Array, ""], config: Buf
         goes_on = (turn < turns) & ~idle.all()
         return goes_on & ~(idle & ~idle_before).any() if config.stops_early else goes_on
 
-    one = lambda carry: (carry[0] + 1, _turn(model, config, carry[1]))
+    one = lambda carry: (carry[0] + 1, _placed(_turn(model, config, carry[1])))
     return jax.lax.while_loop(goes_on, one, (jnp.int32(0), state))[1]
+
+
+def _placed(state: State) -> State:
+    """On a mesh: rows whole on every device, pages split by key-value heads."""
+    whole = lambda x: constrain(x, *[None] * x.ndim)
+    by_head = lambda x: constrain(x, *PAGES)
+    return State(jax.tree.map(whole, state.rows), jax.tree.map(by_head, state.cache))
 
 
 def _turn(model: Model, config: BufferConfig, state: State) -> State:
@@ -96,13 +114,14 @@ def _mark_starved(rows: Rows, config: BufferConfig) -> Rows:
 
 
 def _who_goes_on(rows: Rows, config: BufferConfig) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
-    """Rows that decode in this turn, and the first `prefill_rows` of those whose prompts are still to be read."""
+    """Rows that decode in this turn, and those whose prompts it reads: in order, as many as its windows serve."""
     can = ~rows.done & ~rows.starved
     prompts = can & (prompt_left(rows, config) > 0)
     decodes = can & ~prompts
     if not config.decodes_beside_prefill:
         decodes &= ~prompts.any()
-    return decodes, prompts & (jnp.cumsum(prompts) <= config.prefill_rows)
+    windows = jnp.cumsum(jnp.where(prompts, prompt_windows(rows, config), 0))
+    return decodes, prompts & (windows <= config.prefill_rows * config.chunk_windows)
 
 
 def _count_prompts(rows: Rows, reads: Bool[Array, " B"], config: BufferConfig) -> Rows:
@@ -186,4 +205,27 @@ def _finish(rows: Rows, block_size: int) -> Rows:
     )
 
 
-decode = partial(jax.jit, static_argnames="config", donate_argnames="state")(advance)
+class Decoder:
+    """`advance`, jitted, for one model, on the devices that hold it. One program serves all models of a shape."""
+
+    def __init__(self, model: Model, config: BufferConfig):
+        # Flattened once: that takes milliseconds, a forward of a small model's time.
+        self._weights, structure = jax.tree.flatten(model)
+        self._program = _program(structure, config)
+        self._mesh = mesh_of(model)
+
+    def __call__(self, state: State, turns: int | Int[Array, ""]) -> State:
+        """At most `turns` turns; `state` is donated."""
+        if self._mesh is not None:
+            # As the state comes back, or the next call would be compiled anew.
+            state = state._replace(rows=jax.device_put(state.rows, NamedSharding(self._mesh, PartitionSpec())))
+        with use(self._mesh):
+            return self._program(self._weights, state, turns)
+
+
+@lru_cache(maxsize=64)
+def _program(structure: PyTreeDef, config: BufferConfig) -> Callable[[list[Array], State, int | Array], State]:
+    def run(weights: list[Array], state: State, turns: int | Array) -> State:
+        return advance(jax.tree.unflatten(structure, weights), state, turns, config)
+
+    return jax.jit(run, donate_argnums=1)

@@ -6,88 +6,37 @@ device runs several turns a call and decides stops itself (`buffer.advance`); be
 ended, hands out pages, and lets new requests in. When pages run out, the request that came last gives up its row: its
 tokens stay, its keys are read again when it comes back, and its result is the same.
 
+Whatever interrupts a call loses nothing: `_start_over`.
+
 Everything moves while a caller waits: in `stream`, `result` and `generate`.
 """
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
-from sdar_jax.decoding.buffer import State, decode
-from sdar_jax.decoding.config import Completion, DecodingConfig
+from sdar_jax.decoding.buffer import Decoder, State
+from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
+from sdar_jax.decoding.events import Event, before_stop_string, ended_by_string, finished, snapshot
 from sdar_jax.decoding.forward import BufferConfig
-from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, check_slots, checked_stops, completion, to_ids
+from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, check_slots, checked_stops, to_ids
 from sdar_jax.decoding.pages import PagePool
+from sdar_jax.decoding.requests import Request, Stats, ended
 from sdar_jax.decoding.rows import Rows, RowShape, make_row
+from sdar_jax.decoding.updates import Flags, copy_page, end_row, flags, give_pages, put_row, row_at
 from sdar_jax.errors import DecodingError, is_int
-from sdar_jax.model import LayerPages, Model, empty_pages, unstack_layers
-
-_Index = int | Int[Array, ""]
+from sdar_jax.model import Model, empty_pages, unstack_layers
+from sdar_jax.sharding import mesh_of
 
 _STOPS = 8  # Stop tokens a request may have, in the shape of the batch.
-
-
-class Event(NamedTuple):
-    """Progress of a request.
-
-    start: place in the output of the first of `tokens`. tokens: finished ones; with `changes`, everything from `start`
-    to the end of the last open block, None where it is masked. forward: the denoising forward after which this held.
-    """
-
-    start: int
-    tokens: list[int | None]
-    forward: int
-
-
-class Stats(NamedTuple):
-    """Now: queued and running requests, free or evictable pages. Since the start: the rest.
-
-    turns: forwards of the batch. prefix_tokens: prompt positions that another request's pages served.
-    """
-
-    queued: int
-    running: int
-    pages_available: int
-    finished: int
-    preemptions: int
-    evictions: int
-    calls: int
-    prompt_tokens: int
-    prefix_tokens: int
-    generated_tokens: int
-
-
-class _Flags(NamedTuple):
-    """What the host reads after each call, [B] each."""
-
-    done: Any
-    starved: Any
-    cached: Any
-    start: Any
-    open: Any
-
-
-@dataclass
-class _Request:
-    """row: its state while it has no place on the device. pages: lent to it, in order. admitted: when it got a row."""
-
-    id: int
-    row: Rows
-    prompt: np.ndarray
-    stop_strings: tuple[str, ...]
-    place: int | None = None
-    pages: list[int] = field(default_factory=list)
-    admitted: int = 0
-    recorded: int = 0
-    result: Completion | None = None
 
 
 class Engine:
@@ -146,18 +95,31 @@ class Engine:
             reads="next_token" if self._autoregressive else "blocks",
             prefill_rows=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
+            widths=8,
         )
+        self._decode = Decoder(self._model, self._buffer)
         self._float = np.dtype(jnp.promote_types(model.embedding.dtype, jnp.float32))
-        idle = self._make_row(np.zeros(0, np.int32), DecodingConfig(), 0, (), 0)
-        batch = jax.tree.map(lambda x: jnp.asarray(np.stack([x] * batch_slots)), idle)
-        self._state = State(batch, empty_pages(config, pages, page_size, model.embedding.dtype))
-        self._places: list[_Request | None] = [None] * batch_slots
-        self._queue: deque[_Request] = deque()
-        self._requests: dict[int, _Request] = {}
+        self._places: list[Request | None] = [None] * batch_slots
+        self._requests: dict[int, Request] = {}
+        self._start_over()
         self._ids, self._clock = itertools.count(), itertools.count(1)
         self._counts = dict.fromkeys(
-            ("finished", "preemptions", "calls", "prompt_tokens", "prefix_tokens", "generated_tokens"), 0
+            (
+                "finished",
+                "cancelled",
+                "failed",
+                "restarts",
+                "preemptions",
+                "calls",
+                "prompt_tokens",
+                "prefix_tokens",
+                "generated_tokens",
+                "prefill_tokens",
+                "prefill_alone_tokens",
+            ),
+            0,
         )
+        self._prefill_alone_seconds = 0.0
 
     def submit(
         self,
@@ -179,6 +141,7 @@ class Engine:
         Raises:
             DecodingError: the queue is full, or the request cannot be served by this engine.
         """
+        self._settle()
         if len(self._queue) >= self._max_queue:
             raise DecodingError(f"the queue holds {len(self._queue)} requests, its max_queue; take results, or wait")
         model = self._model.config
@@ -197,12 +160,13 @@ class Engine:
         if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
             raise DecodingError(f"stop_strings is {stop_strings!r}; give a list of texts, none of them empty")
         row = self._make_row(ids, config, max_new_tokens, stops, seed)
-        request = _Request(next(self._ids), row, ids, tuple(stop_strings))
-        self._requests[request.id] = request
-        if max_new_tokens == 0:
-            self._finish(request, row, None)
-        else:
-            self._queue.append(request)
+        request = Request(next(self._ids), row, ids, tuple(stop_strings))
+        with self._changing():
+            if max_new_tokens == 0:
+                self._finish(request, row, None)
+            else:
+                self._queue.append(request)
+            self._requests[request.id] = request
         return request.id
 
     def result(self, request_id: int) -> Completion:
@@ -217,9 +181,10 @@ class Engine:
         """Ends a request with what it has, finish_reason "cancelled"; one that had ended gives its own completion."""
         request = self._known(request_id)
         if request.result is None:
-            if request.place is None:
-                self._queue.remove(request)
-            self._finish(request, self._leave(request), "cancelled")
+            with self._changing():
+                if request.place is None:
+                    self._queue.remove(request)
+                self._finish(request, self._leave(request), "cancelled")
         return self.result(request_id)
 
     def generate(
@@ -234,50 +199,100 @@ class Engine:
         """As `sdar_jax.generate`, beside whatever else the engine is doing; `options` are those of `submit`."""
         check_seed(seed, len(prompts))
         ids = []
-        for index, prompt in enumerate(prompts):
-            while len(self._queue) >= self._max_queue:
-                self._step()
-            ids.append(self.submit(prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options))
-        return [self.result(request_id) for request_id in ids]
+        try:
+            for index, prompt in enumerate(prompts):
+                while len(self._queue) >= self._max_queue:
+                    self._step()
+                ids.append(self.submit(prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options))
+            return [self.result(request_id) for request_id in ids]
+        except BaseException:
+            # Nobody else knows their ids.
+            for request_id in self._requests.keys() & set(ids):
+                self.cancel(request_id)
+            raise
 
     def stream(self, request_id: int, *, changes: bool = False) -> Iterator[Event]:
         """Finished blocks as they come, or every change of the open ones; then take `result`.
 
-        Changes do not depend on how many turns the device runs a call; an event may hold several finished blocks.
+        Changes do not depend on how many turns the device runs a call; an event may hold several finished blocks. What
+        may be part of a stop string is held back until it is decided.
         """
         request = self._known(request_id)
         told, forward = 0, 0
         while True:
+            self._settle()
             ended = request.result
-            row = request.row if request.place is None else self._fetch(request.place)
+            if request.place is not None:
+                # What was told is kept, should the device's state be lost.
+                request.row = self._fetch(request.place)
+            row = request.row
             end = int(row.end) if ended is not None else int(row.start) + int(row.open) * self._shape.block_size
             if changes:
                 for now in range(forward, int(row.denoising_forwards)):
-                    yield _snapshot(row, now)
+                    yield snapshot(row, now, self._shape.block_size)
                 forward = int(row.denoising_forwards)
             elif ended is not None:
-                tokens = ended.tokens[told:]
-                if tokens:
-                    yield Event(told, list(tokens), int(row.denoising_forwards))
+                if told < len(ended.tokens):
+                    yield finished(row, told, len(ended.tokens))
             else:
-                done = max(min(int(row.start), int(row.limit), end) - int(row.prompt_length), told)
-                if done > told and not request.stop_strings:
-                    at = int(row.prompt_length)
-                    yield Event(told, row.tokens[at + told : at + done].tolist(), int(row.denoising_forwards))
+                done = min(int(row.start), int(row.limit), end) - int(row.prompt_length)
+                if done > told and request.stop_strings:
+                    done = before_stop_string(row, done, request.stop_strings, self._tokenizer)
+                if done > told:
+                    yield finished(row, told, done)
                     told = done
             if ended is not None:
                 return
             self._step()
 
     def stats(self) -> Stats:
+        self._settle()
         running = sum(request is not None for request in self._places)
         now = {"queued": len(self._queue), "running": running, "pages_available": self._pool.available}
-        return Stats(**now, evictions=self._pool.evictions, **self._counts)
+        since = {"evictions": self._pool.evictions, "prefill_alone_seconds": self._prefill_alone_seconds}
+        return Stats(**now, **since, **self._counts)
 
-    def _known(self, request_id: int) -> _Request:
+    def _known(self, request_id: int) -> Request:
+        self._settle()
         if request_id not in self._requests:
             raise DecodingError(f"request {request_id!r} is unknown, or its result was taken; use an id from submit")
         return self._requests[request_id]
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """What runs in here changes the books and the device together, and is done whole or started over."""
+        self._settled = False
+        yield
+        self._settled = True
+
+    def _settle(self) -> None:
+        if not self._settled:
+            self._start_over()
+            self._counts["restarts"] += 1
+
+    def _start_over(self) -> None:
+        """Empties the device and the pool. Who has not ended waits again, as the host last saw it, in the old order.
+
+        A donated state is gone when its call is interrupted, and books may be half kept. What a request is, is not
+        touched by either, and going on from an earlier state of it gives the same result.
+        """
+        self._settled = False
+        waiting = [request for request in self._requests.values() if request.result is None]
+        for request in waiting:
+            request.place, request.pages, request.cached, request.recorded = None, [], 0, 0
+        self._queue = deque(sorted(waiting, key=lambda r: (not r.admitted, r.admitted, r.id)))
+        self._places = [None] * len(self._places)
+        self._pool.clear()
+        # The old pages go before there are new ones.
+        self._state = State(self._idle_rows(), [])
+        kind, mesh = self._model.embedding.dtype, mesh_of(self._model)
+        cache = empty_pages(self._model.config, *self._pool.sizes, kind, mesh)
+        self._state = self._state._replace(cache=cache)
+        self._settled = True
+
+    def _idle_rows(self) -> Rows:
+        idle = self._make_row(np.zeros(0, np.int32), DecodingConfig(), 0, (), 0)
+        return jax.tree.map(lambda x: jnp.asarray(np.stack([x] * len(self._places))), idle)
 
     def _check_config(self, config: DecodingConfig) -> None:
         size = self._shape.block_size
@@ -306,26 +321,52 @@ class Engine:
 
     def _step(self) -> None:
         """Lets in what fits, gives out pages, runs the device once, and takes out what ended."""
-        self._admit()
+        self._settle()
+        with self._changing():
+            self._admit()
         if not any(self._places):
             assert not self._queue, "a request that was accepted must fit when it is alone"
             return
-        self._state = decode(self._model, self._state, self._turns, self._buffer)
-        self._counts["calls"] += 1
-        flags = jax.device_get(_flags(self._state.rows))
+        # Where no row can decode yet it is one turn, so that the time of reading prompts is known.
+        alone = all(self._unread(request) for request in self._places if request is not None)
+        read, started = self._counts["prefill_tokens"], time.perf_counter()
+        found = self._call(1 if alone else self._turns)
+        seconds = time.perf_counter() - started
+        with self._changing():
+            self._drain(found)
+        if alone:
+            self._counts["prefill_alone_tokens"] += self._counts["prefill_tokens"] - read
+            self._prefill_alone_seconds += seconds
+
+    def _drain(self, flags: Flags) -> None:
         for request in [r for r in self._places if r is not None]:
             place = request.place
             cached = int(flags.cached[place])
+            unread, request.cached = self._unread(request), cached
+            self._counts["prefill_tokens"] += unread - self._unread(request)
             if cached > request.recorded:
                 self._record(request, cached)
             if flags.done[place]:
                 self._finish(request, self._leave(request), None)
             elif request.stop_strings:
                 self._stop_at_string(request)
-        starved = [r for r in self._places if r is not None and flags.starved[r.place]]
-        for request in sorted(starved, key=lambda r: r.admitted):
-            if request.place is not None:
-                self._give_pages(request, flags)
+        self._give_pages(flags)
+
+    def _call(self, turns: int) -> Flags:
+        with self._changing():
+            self._state = self._decode(self._state, turns)
+            self._counts["calls"] += 1
+        try:
+            found = jax.device_get(flags(self._state.rows))
+        except Exception:
+            # The device failed, and what it was to give is no longer there.
+            self._settled = False
+            raise
+        return found
+
+    def _unread(self, request: Request) -> int:
+        """Positions to read before the request can decode; an autoregressive row reads the last as it decodes."""
+        return max(int(request.row.start) - self._autoregressive - request.cached, 0)
 
     def _admit(self) -> None:
         """First come, first served: a request that does not fit yet is not overtaken."""
@@ -336,77 +377,98 @@ class Engine:
             self._queue.popleft()
             request.place, request.admitted = self._places.index(None), next(self._clock)
             self._places[request.place] = request
-            table = np.zeros(self._shape.pages, np.int32)
-            table[: len(request.pages)] = request.pages
-            end = np.asarray(len(request.pages) * self._pool.page_size, np.int32)
+            table, end = self._table(request)
             row = request.row._replace(page_table=table, pages_end=end)
-            self._state = self._state._replace(rows=_place(self._state.rows, request.place, row))
+            self._state = self._state._replace(rows=put_row(self._state.rows, request.place, row))
 
-    def _lend(self, request: _Request) -> bool:
+    def _table(self, request: Request | None) -> tuple[np.ndarray, np.ndarray]:
+        """A row's page table, and the positions it covers."""
+        pages = [] if request is None else request.pages
+        table = np.zeros(self._shape.pages, np.int32)
+        table[: len(pages)] = pages
+        return table, np.asarray(len(pages) * self._pool.page_size, np.int32)
+
+    def _lend(self, request: Request) -> bool:
         """Pages for what the request has and one block more, with what others recorded of its prefix; or False."""
         row, size, page_size = request.row, self._shape.block_size, self._pool.page_size
         # An autoregressive row reads the token before its first place as it decodes.
         prefix = self._pool.match(row.tokens[: int(row.start) - self._autoregressive].tolist())
         needs = min(int(row.start) + (int(row.open) + 1) * size, -(-int(row.limit) // size) * size)
         missing = -(-needs // page_size) - len(prefix.pages)
+        # Rows that run will want more: half a page each is left to them, or many would soon be preempted.
+        spare = sum(r is not None for r in self._places) // 2
         held = [*prefix.pages] + ([] if prefix.partial is None else [prefix.partial])
         self._pool.share(held)
-        own = self._pool.allocate(missing)
+        own = self._pool.allocate(missing, spare)
         if own is None and prefix.partial is not None:
             # The page to copy from may be the one that is missing.
             self._pool.release([prefix.partial])
             prefix = prefix._replace(partial=None, length=prefix.length - prefix.partial_length)
-            own = self._pool.allocate(missing)
+            own = self._pool.allocate(missing, spare)
         if own is None:
             self._pool.release(prefix.pages if prefix.partial is None else held)
             return False
         if prefix.partial is not None:
-            self._state = self._state._replace(cache=_copy_page(self._state.cache, prefix.partial, own[0]))
+            self._state = self._state._replace(cache=copy_page(self._state.cache, prefix.partial, own[0]))
             self._pool.release([prefix.partial])
         request.pages, request.recorded = [*prefix.pages, *own], 0
-        request.row = row._replace(cached=np.asarray(prefix.length, np.int32))
+        request.row, request.cached = row._replace(cached=np.asarray(prefix.length, np.int32)), prefix.length
         if not row.denoising_forwards:
             self._counts["prompt_tokens"] += len(request.prompt)
             self._counts["prefix_tokens"] += prefix.length
         return True
 
-    def _give_pages(self, request: _Request, flags: _Flags) -> None:
-        """One page more, taken if need be from the request that came last."""
+    def _give_pages(self, flags: Flags) -> None:
+        """Pages for rows that starve, if need be from the request that came last; and ahead, while some lie idle."""
+        running = sorted((r for r in self._places if r is not None), key=lambda r: r.admitted)
+        given = 0
+        for request in running:
+            if request.place is not None and flags.starved[request.place]:
+                given += self._give_page(request)
+        for request in running:
+            if request.place is not None and self._soon_starves(request, flags):
+                own = self._pool.allocate(1, len(running))
+                request.pages += own or []
+                given += own is not None
+        if given:
+            tables, ends = zip(*map(self._table, self._places), strict=True)
+            rows = give_pages(self._state.rows, np.stack(tables), np.stack(ends))
+            self._state = self._state._replace(rows=rows)
+
+    def _give_page(self, request: Request) -> bool:
         while (own := self._pool.allocate(1)) is None:
             last = max((r for r in self._places if r is not None), key=lambda r: r.admitted)
             self._preempt(last)
             if last is request:
-                return
+                return False
         request.pages += own
-        self._state = self._state._replace(
-            rows=_give_page(
-                self._state.rows,
-                request.place,
-                len(request.pages) - 1,
-                own[0],
-                len(request.pages) * self._pool.page_size,
-            )
-        )
+        return True
 
-    def _preempt(self, request: _Request) -> None:
+    def _soon_starves(self, request: Request, flags: Flags) -> bool:
+        """Whether the next call may come to positions that no page of the row covers."""
+        size, covered = self._shape.block_size, len(request.pages) * self._pool.page_size
+        most = int(flags.start[request.place]) + (int(flags.open[request.place]) + self._turns) * size
+        return covered < min(most, -(-int(request.row.limit) // size) * size)
+
+    def _preempt(self, request: Request) -> None:
         row = self._leave(request)
         request.row = row._replace(starved=np.asarray(False))
         self._queue.appendleft(request)
         self._counts["preemptions"] += 1
 
-    def _leave(self, request: _Request) -> Rows:
+    def _leave(self, request: Request) -> Rows:
         """The request's row, whose place and pages are free from now on."""
         if request.place is None:
             return request.row
         row = self._fetch(request.place)
         self._record(request, int(row.cached), np.asarray(row.tokens))
         self._pool.release(request.pages)
-        self._state = self._state._replace(rows=_end(self._state.rows, request.place))
+        self._state = self._state._replace(rows=end_row(self._state.rows, request.place))
         self._places[request.place] = None
         request.place, request.pages = None, []
         return row
 
-    def _record(self, request: _Request, cached: int, tokens: np.ndarray | None = None) -> None:
+    def _record(self, request: Request, cached: int, tokens: np.ndarray | None = None) -> None:
         """What the pages hold for good: prompt as it is read, the rest when the request leaves its row."""
         if tokens is None:
             tokens, cached = request.prompt, min(cached, len(request.prompt))
@@ -415,87 +477,19 @@ class Engine:
         request.recorded = max(request.recorded, whole)
 
     def _fetch(self, place: int) -> Rows:
-        return jax.device_get(_row(self._state.rows, place))
+        return jax.device_get(row_at(self._state.rows, place))
 
-    def _stop_at_string(self, request: _Request) -> None:
+    def _stop_at_string(self, request: Request) -> None:
         assert request.place is not None
         row = self._fetch(request.place)
-        if _ended_by_string(row, request.stop_strings, self._tokenizer) is not None:
+        if ended_by_string(row, request.stop_strings, self._tokenizer) is not None:
             self._finish(request, self._leave(request), None)
 
-    def _finish(self, request: _Request, row: Rows, reason: str | None) -> None:
+    def _finish(self, request: Request, row: Rows, reason: FinishReason | None) -> None:
         """Makes the completion of a row that left the device."""
-        done = completion(row, self._tokenizer)
-        if reason is not None:
-            done = completion(row._replace(failed=np.asarray(True)), self._tokenizer)._replace(finish_reason=reason)
-        if request.stop_strings and (cut := _ended_by_string(row, request.stop_strings, self._tokenizer)) is not None:
-            count, text = cut
-            done = done._replace(
-                tokens=done.tokens[:count],
-                logprobs=done.logprobs[:count],
-                steps=done.steps[:count],
-                text=text,
-                finish_reason="stop",
-            )
+        done = ended(request, row, reason, self._tokenizer)
         request.row, request.result = row, done
         self._counts["finished"] += 1
+        self._counts["cancelled"] += done.finish_reason == "cancelled"
+        self._counts["failed"] += done.finish_reason == "error"
         self._counts["generated_tokens"] += len(done.tokens)
-
-
-def _ended_by_string(row: Rows, strings: Sequence[str], tokenizer: Any) -> tuple[int, str] | None:
-    """How many tokens the output has up to the one that completes a stop string, and the text before it."""
-    start = int(row.prompt_length)
-    whole = row.committed[start : int(row.end)]
-    tokens = row.tokens[start : start + (len(whole) if whole.all() else int(whole.argmin()))].tolist()
-    if not any(s in tokenizer.decode(tokens) for s in strings):
-        return None
-    for count in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:count])
-        found = [text.index(s) for s in strings if s in text]
-        if found:
-            return count, text[: min(found)]
-    return None
-
-
-def _snapshot(row: Rows, forward: int) -> Event:
-    """The output as it was after one denoising forward: everything up to the last position that had been committed."""
-    start, limit = int(row.prompt_length), int(row.limit)
-    steps, committed = row.step[start:limit], row.committed[start:limit]
-    held = committed & (steps <= forward)
-    last = int(np.flatnonzero(held)[-1]) + 1 if held.any() else 0
-    tokens = [
-        int(token) if known else None for token, known in zip(row.tokens[start : start + last], held, strict=False)
-    ]
-    return Event(0, tokens, forward)
-
-
-@jax.jit
-def _flags(rows: Rows) -> _Flags:
-    return _Flags(*(getattr(rows, name) for name in _Flags._fields))
-
-
-@jax.jit
-def _row(rows: Rows, place: _Index) -> Rows:
-    return jax.tree.map(lambda x: x[place], rows)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _place(rows: Rows, place: _Index, row: Rows) -> Rows:
-    return jax.tree.map(lambda x, new: x.at[place].set(new), rows, row)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _give_page(rows: Rows, place: _Index, index: _Index, page: _Index, end: _Index) -> Rows:
-    table = rows.page_table.at[place, index].set(page)
-    ends = rows.pages_end.at[place].set(end)
-    return rows._replace(page_table=table, pages_end=ends, starved=rows.starved.at[place].set(False))
-
-
-@partial(jax.jit, donate_argnums=0)
-def _end(rows: Rows, place: _Index) -> Rows:
-    return rows._replace(done=rows.done.at[place].set(True), open=rows.open.at[place].set(0))
-
-
-@partial(jax.jit, donate_argnums=0)
-def _copy_page(cache: list[LayerPages], source: _Index, target: _Index) -> list[LayerPages]:
-    return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), cache)

@@ -19,6 +19,13 @@ from sdar_jax.model import LayerPages, Model, Windows
 
 Reads = Literal["blocks", "next_token", "canvas"]
 
+# Queries of a row that the paged kernels take at once.
+_WINDOW = 128
+# Positions whose logits are held at once, where there are more: 0.6 GB of float32 over a vocabulary of 152k.
+_PROPOSALS = 1024
+# Windows that a chunk of a prompt is read in beside decoding, so that a short prompt does not cost a whole chunk.
+_CHUNK_WINDOWS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class BufferConfig:
@@ -28,8 +35,9 @@ class BufferConfig:
         block_size: S.
         reads: "blocks" in place, block-causally, from pages; "next_token", where the token before a position predicts
             it (S = K = 1), from pages; the whole "canvas" each time, without pages (K = 1).
-        prefill_rows: rows whose prompts a forward may read; 0 where none has any to read.
-        prefill_tokens: of each, the most a forward reads; a multiple of S.
+        prefill_rows: a forward reads up to prefill_rows x prefill_tokens of prompts, of as many rows as that serves; 0
+            where none has any to read.
+        prefill_tokens: of one row, the most a forward reads; a multiple of S.
         decodes_beside_prefill: whether other rows decode in forwards that read prompts, or wait.
         widths: forwards are compiled for this many numbers of slots, up to all: more of them fit the work more closely,
             and take longer to compile.
@@ -43,6 +51,18 @@ class BufferConfig:
     decodes_beside_prefill: bool = True
     widths: int = 4
     stops_early: bool = True
+
+    @property
+    def prompt_window(self) -> int:
+        """Positions of each window that prompts are read in: whole blocks."""
+        parts = _CHUNK_WINDOWS if self.decodes_beside_prefill else 1
+        most = max(1, min(-(-self.prefill_tokens // parts), _WINDOW))
+        return -(-most // self.block_size) * self.block_size
+
+    @property
+    def chunk_windows(self) -> int:
+        """Windows that a row's longest chunk takes."""
+        return -(-self.prefill_tokens // self.prompt_window)
 
     @property
     def rewrites(self) -> bool:
@@ -76,21 +96,34 @@ def paged_forward(
 ) -> tuple[Packed, list[LayerPages]]:
     """Reads the live slots, and the next chunk of the prompts of rows in `reads`; writes their keys and values."""
     index, count = _first(live)
+    sizes = _window_sizes(rows, reads, config)
+    pieces, pieces_count = _first(sizes > 0)
 
     def forward(slots: int, prompts: int, cache: list[LayerPages]):
         groups = [_slots(rows, window, index[:slots], count, config)] if slots else []
-        groups += [_prompts(rows, reads, prompts, config)] if prompts else []
+        groups += [_prompts(rows, sizes, pieces[:prompts], config)] if prompts else []
         hidden, cache = model.hidden_paged(groups, cache)
         shape = (index.size, config.block_size, hidden[0].shape[-1])
         found = jnp.zeros(shape, hidden[0].dtype)
         return found.at[:slots].set(hidden[0]) if slots else found, cache
 
     widths = _widths(live.size, config.widths)
+    if config.decodes_beside_prefill:
+        # Rows out of step have few blocks more than rows open: there, more widths are worth it.
+        batch = live.shape[0]
+        widths = sorted({*widths, *(w for w in _widths(2 * batch, 16) if batch < w <= min(1.5 * batch, live.size))})
     branches = [(width, 0) for width in widths]
     branch = _narrowest(widths, count)
     if config.prefill_rows:
-        branches.append((live.size if config.decodes_beside_prefill else 0, config.prefill_rows))
-        branch = jnp.where(reads.any(), len(widths), branch)
+        beside = config.decodes_beside_prefill
+        most = min(config.prefill_rows, reads.size) * sizes.shape[1]
+        read_widths = _widths(most, 4) if beside else [most]
+        # Beside a prompt, decoding is as wide as most turns need, or as wide as it can be.
+        slots = sorted({widths[-1] * 3 // 4 or 1, widths[-1]}) if beside else [0]
+        branches += [(few, width) for few in slots for width in read_widths]
+        narrowest = _narrowest(read_widths, pieces_count) if beside else 0
+        wide = (count > slots[0]) * len(read_widths) if beside else 0
+        branch = jnp.where(reads.any(), len(widths) + wide + narrowest, branch)
     hidden, cache = _switch(branch, branches, forward, cache)
     return Packed(hidden, index, count), cache
 
@@ -108,15 +141,25 @@ def _slots(rows: Rows, window: Window, index: Array, count: Array, config: Buffe
     return Windows(tokens, start, count_each, jnp.broadcast_to(seen, tokens.shape), rows.page_table[row])
 
 
-def _prompts(rows: Rows, reads: Array, width: int, config: BufferConfig) -> Windows:
-    """The next chunk of each of the prompts to be read, block-causal."""
-    row, total = _first(reads)
-    row, used = row[:width], jnp.arange(width) < total
-    start = rows.cached[row]
-    left = jnp.where(used, prompt_left(rows, config)[row], 0)
-    index = jnp.arange(config.prefill_tokens, dtype=jnp.int32)
+def prompt_windows(rows: Rows, config: BufferConfig) -> Int[Array, " B"]:
+    """Windows that each row's prompt would take of the next forward."""
+    return -(-jnp.minimum(prompt_left(rows, config), config.prefill_tokens) // config.prompt_window)
+
+
+def _window_sizes(rows: Rows, reads: Array, config: BufferConfig) -> Int[Array, "B P"]:
+    """Positions in each of the windows that a forward reads of each prompt; 0 where there is none."""
+    wanted = jnp.where(reads, jnp.minimum(prompt_left(rows, config), config.prefill_tokens), 0)
+    offset = jnp.arange(config.chunk_windows, dtype=jnp.int32) * config.prompt_window
+    return jnp.clip(wanted[:, None] - offset, 0, config.prompt_window)
+
+
+def _prompts(rows: Rows, sizes: Int[Array, "B P"], pieces: Array, config: BufferConfig) -> Windows:
+    """These windows of prompts, counted row by row, block-causal."""
+    row, number = pieces // sizes.shape[1], pieces % sizes.shape[1]
+    start = rows.cached[row] + number * config.prompt_window
+    count = sizes[row, number]
+    index = jnp.arange(config.prompt_window, dtype=jnp.int32)
     positions = start[:, None] + index
-    count = jnp.minimum(left, config.prefill_tokens)
     block_end = (positions // config.block_size + 1) * config.block_size
     visible = jnp.where(index < count[:, None], block_end, 0)
     return Windows(take(rows.tokens[row], positions, 0), start, count, visible, rows.page_table[row])
@@ -139,14 +182,15 @@ def propose_masked(model: Model, rows: Rows, window: Window, masked: Bool[Array,
     size = masked.shape[-1]
     used = jnp.arange(packed.index.size) < packed.count
     order, count = _first(masked.reshape(-1, size)[packed.index] & used[:, None])
-    kind = packed.hidden.dtype
+    order = jnp.pad(order, (0, -order.size % _PROPOSALS))
+    none = _no_proposal(masked.size, jnp.promote_types(packed.hidden.dtype, jnp.float32))
 
-    def head(width: int, proposal: Proposal) -> Proposal:
+    def head(width: int, proposal: Proposal, first: int | Array = 0) -> Proposal:
         if width == 0:
             return proposal
-        used = jnp.arange(width) < count
+        used = first + jnp.arange(width) < count
         # What pads the list repeats its first entry, and so asks for nothing that no row asks for.
-        source = jnp.where(used, order[:width], order[0])
+        source = jnp.where(used, jax.lax.dynamic_slice_in_dim(order, first, width), order[0])
         place = packed.index[source // size] * size + source % size
         row = place // (masked.size // masked.shape[0])
         logits = model.unembed(packed.hidden.reshape(-1, packed.hidden.shape[-1])[source])
@@ -161,11 +205,14 @@ def propose_masked(model: Model, rows: Rows, window: Window, masked: Bool[Array,
         to = jnp.where(used, place, masked.size)
         return jax.tree.map(lambda all, new: all.at[to].set(new, mode="drop"), proposal, found)
 
-    # At most one block a row has masks, unless blocks open early.
-    one_block = masked.shape[0] * size
-    widths = [0, *_widths(one_block, 2), *([masked.size] if masked.size > one_block else [])]
-    none = _no_proposal(masked.size, jnp.promote_types(kind, jnp.float32))
-    proposal = _switch(_narrowest(widths, count), [(width,) for width in widths], head, none)
+    if masked.size > _PROPOSALS:
+        one_part = lambda i, proposal: head(_PROPOSALS, proposal, i * _PROPOSALS)
+        proposal = jax.lax.fori_loop(0, -(-count // _PROPOSALS), one_part, none)
+    else:
+        # At most one block a row has masks, unless blocks open early.
+        one_block = masked.shape[0] * size
+        widths = [0, *_widths(one_block, 2), *([masked.size] if masked.size > one_block else [])]
+        proposal = _switch(_narrowest(widths, count), [(width,) for width in widths], head, none)
     return jax.tree.map(lambda x: x.reshape(masked.shape), proposal)
 
 

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdar_jax.config import ModelConfig
-from sdar_jax.decoding.buffer import BufferConfig, State, decode
+from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig
 from sdar_jax.decoding.forward import Reads
 from sdar_jax.decoding.rows import Rows, RowShape, make_row
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
+from sdar_jax.sharding import mesh_of
 
 Prompt = Sequence[int] | str
 _DEFAULT = DecodingConfig()
@@ -74,7 +75,7 @@ def generate(
         seed=seed,
         window_slots=window_slots,
     )
-    return _completions(jax.device_get(decode(unstack_layers(model), state, _ENDLESS, buffer).rows), tokenizer)
+    return _completions(jax.device_get(Decoder(unstack_layers(model), buffer)(state, _ENDLESS).rows), tokenizer)
 
 
 def _one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig):
@@ -187,7 +188,9 @@ def start_state(
     batch = jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *rows)
     table = jnp.arange(len(ids) * pages, dtype=jnp.int32).reshape(-1, pages)
     batch = batch._replace(page_table=table, pages_end=jnp.full(len(ids), pages * page_size, jnp.int32))
-    pool = [] if reads == "canvas" else empty_pages(model.config, table.size, page_size, model.embedding.dtype)
+    pool = []
+    if reads != "canvas":
+        pool = empty_pages(model.config, table.size, page_size, model.embedding.dtype, mesh_of(model))
     prompt = 0 if reads == "canvas" else max(first) - (reads == "next_token")
     chunk = min(_bucket(max(prompt, _LEAST_CHUNK), size), -(-prefill_tokens // size) * size)
     config = BufferConfig(

@@ -54,12 +54,18 @@ class PagePool:
         if count < 1:
             raise ConfigError(f"pages is {count}; give at least 1")
         self.page_size, self.block_size = page_size, block_size
+        self.sizes = count, page_size
+        self.evictions = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Takes all pages back, and forgets what they hold."""
+        count, _ = self.sizes
         self._pages = [_Page() for _ in range(count)]
         self._free = list(range(count - 1, -1, -1))
         # Least recently used first, and a page always after those that continue it: they are released together.
         self._kept: dict[int, None] = {}
         self._first_block: dict[tuple[int | None, Tokens], set[int]] = {}
-        self.evictions = 0
 
     @property
     def available(self) -> int:
@@ -95,9 +101,12 @@ class PagePool:
             self._pages[page].users += 1
             self._kept.pop(page, None)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """Empty pages with one user each, evicting kept ones if need be; None, and nothing evicted, if too few."""
-        if count > self.available:
+    def allocate(self, count: int, spare: int = 0) -> list[int] | None:
+        """Empty pages with one user each, evicting kept ones if need be; None, and nothing evicted, if too few.
+
+        spare: pages that are to be available afterwards.
+        """
+        if count + spare > self.available:
             return None
         while len(self._free) < count:
             self._evict()

@@ -11,7 +11,7 @@ import pytest
 
 from sdar_jax import DecodingConfig
 from sdar_jax.decoding import forward
-from sdar_jax.decoding.buffer import State, advance, decode
+from sdar_jax.decoding.buffer import Decoder, State, advance
 from sdar_jax.decoding.generate import _completions, start_state
 from sdar_jax.decoding.rows import Rows
 from tests.tiny import MASK, tiny_model
@@ -158,7 +158,7 @@ class Host:
             lend = self.state.rows.starved & (self.random.random(2) < 0.7)
             rows = self.state.rows._replace(pages_end=self.state.rows.pages_end + self.page_size * lend)
             turns = int(self.random.integers(1, 6))
-            self.state = decode(tiny_model(), State(rows, self.state.cache), turns, self.buffer)
+            self.state = Decoder(tiny_model(), self.buffer)(State(rows, self.state.cache), turns)
             self.drain()
         return self.done
 

@@ -1,7 +1,5 @@
 """The engine gives every request what it would get alone, whatever the traffic; and all are accounted for."""
 
-import itertools
-
 import jax
 import numpy as np
 import pytest
@@ -96,20 +94,6 @@ def test_what_was_generated_is_shared_too(x64):
     before = served.stats().prefix_tokens
     served.generate([longer], CONFIGS[0], max_new_tokens=4, stop_token_ids=())
     assert served.stats().prefix_tokens - before >= 16
-
-
-def test_one_compilation_serves_all(x64):
-    """After the first request nothing is traced again: other lengths, configs, cancels, prefixes, page pressure."""
-    from sdar_jax.decoding.buffer import decode
-
-    served = engine(pages=7)
-    served.generate([LONG[:9], LONG[:9]], CONFIGS[0], max_new_tokens=9, stop_token_ids=())
-    before = decode._cache_size()
-    for prompt, config in itertools.product(PROMPTS, CONFIGS):
-        served.submit(prompt, config, max_new_tokens=7)
-    served.cancel(served.submit(LONG[:5], CONFIGS[1], max_new_tokens=7))
-    served.generate([LONG[:2]], CONFIGS[1], max_new_tokens=7)
-    assert decode._cache_size() == before
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])

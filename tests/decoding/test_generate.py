@@ -1,6 +1,6 @@
 """What `generate` promises: no batch effects, stops, trimming, one program, no surprise compilation."""
 
-import importlib
+from functools import lru_cache
 from unittest import mock
 
 import jax
@@ -12,15 +12,12 @@ from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig, generate
 from sdar_jax.decoding import buffer
-from sdar_jax.decoding.buffer import advance, decode
+from sdar_jax.decoding.buffer import advance
 from sdar_jax.decoding.generate import start_state
 from sdar_jax.model import stack_layers
 from tests.decoding import oracle
-from tests.jaxprs import equations
+from tests.jaxprs import compilations, equations
 from tests.tiny import MASK, VOCAB, tiny_model
-
-# The package's name for the module is the function's.
-generating = importlib.import_module("sdar_jax.decoding.generate")
 
 NEW = 10
 # Prompts that end on a block and inside one, and two that are alike; one needs a longer canvas and prefill than others.
@@ -212,13 +209,13 @@ def test_numbers_and_strategies_compile_nothing_anew():
     model = tiny_model(jnp.float32)
     first = DecodingConfig(confidence_threshold=0.5, temperature=0.7, top_k=5, top_p=0.9)
     generate(model, [POOL[1]], first, max_new_tokens=9, stop_token_ids=(3, 4), seed=1)
-    compiled = decode._cache_size()
     other = dict(confidence_threshold=0.9, temperature=1.3, top_k=2, top_p=0.5, entropy_bound=0.7, factor=2.0)
     changed = DecodingConfig(**other, denoising_steps=2, schedule="paper", repetition_penalty=1.2, score="margin")
     # A length in the same bucket is the same program too.
-    for prompt, new, config in ((POOL[1], 9, changed), (POOL[1][:5], 7, DecodingConfig(strategy="sequential"))):
-        generate(model, [prompt], config, max_new_tokens=new, stop_token_ids=(7, 8), seed=5)
-    assert decode._cache_size() == compiled
+    with compilations() as compiled:
+        for prompt, new, config in ((POOL[1], 9, changed), (POOL[1][:5], 7, DecodingConfig(strategy="sequential"))):
+            generate(model, [prompt], config, max_new_tokens=new, stop_token_ids=(7, 8), seed=5)
+    assert not compiled
 
 
 MIXED = [
@@ -265,8 +262,8 @@ def test_forwards_a_block(steps, size, x64):
 def test_a_strategy_that_gets_nowhere_fails(x64):
     """A cap on forwards ends rows whose strategy commits nothing, and those alone."""
     stuck = lambda proposal, masked, *args: masked & (jnp.arange(len(masked)) % 2 == 0)[:, None]
-    compiled = jax.jit(lambda *arguments: advance(*arguments), static_argnums=3)
-    with mock.patch.object(buffer, "select", stuck), mock.patch.object(generating, "decode", compiled):
+    programs = lru_cache(buffer._program.__wrapped__)
+    with mock.patch.object(buffer, "select", stuck), mock.patch.object(buffer, "_program", programs):
         healthy, failed = run([POOL[3]] * 2, window_slots=1)
     assert healthy.finish_reason == "length" and len(healthy.tokens) == NEW
     assert failed.finish_reason == "error" and failed.tokens == []

@@ -128,3 +128,14 @@ def test_a_sequence_finds_itself_again(tokens):
 def test_bad_sizes(count, page, words):
     with refused(ConfigError, *words):
         PagePool(count, page, 4)
+
+
+def test_pages_to_spare_and_a_pool_that_is_cleared():
+    pool = PagePool(4, PAGE, BLOCK)
+    assert pool.allocate(2, 3) is None and pool.available == 4
+    pages = pool.allocate(3, 1)
+    assert pages is not None and pool.allocate(1, 1) is None and pool.allocate(1) is not None
+    pool.record(pages, [1, 0] * PAGE)
+    pool.clear()
+    assert pool.available == 4 and pool.match([1, 0] * PAGE).length == 0
+    assert sorted(pool.allocate(4) or []) == [0, 1, 2, 3] and pool.evictions == 0

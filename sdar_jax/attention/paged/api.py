@@ -12,12 +12,13 @@ from functools import partial
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sdar_jax.attention import api
+from sdar_jax.attention.mesh import over_heads
 from sdar_jax.attention.paged import reference, xla
+from sdar_jax.chips import platform
 from sdar_jax.errors import ConfigError
 
 PagedImplementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
@@ -64,16 +65,24 @@ def paged_attention(
         implementation: "reference" (dense), "xla" (any backend), "mosaic_gpu" (Hopper), "mosaic_tpu", or None: the best
             for this backend and shape. `attention.api.override` is obeyed too ("chunked" there is "xla" here).
 
+    Under a mesh (`sharding.use`) each device computes its own key-value heads.
+
     Raises:
         ConfigError: shapes that do not fit; an implementation that is unknown, or cannot take these inputs.
     """
     _check_shapes(q, k_pages, v_pages, page_table, visible)
     visible = jnp.clip(visible, 0, page_table.shape[1] * k_pages.shape[2])
     inputs = (q, k_pages, v_pages, page_table, visible)
+    local = partial(_local, scale=q.shape[-1] ** -0.5 if scale is None else scale, implementation=implementation)
+    return over_heads(local, inputs, heads_at=(2, 1, 1, None, None), out_at=2, kv_heads=k_pages.shape[1])
+
+
+def _local(*inputs: Array, scale: float, implementation: PagedImplementation | None) -> Array:
+    """What one device computes, chosen by the shapes that it sees."""
     choice = _choose(inputs, implementation)
     forward = _module(choice.implementation).forward
     forward = partial(forward, interpret=True) if choice.interpret else forward
-    return forward(*inputs, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    return forward(*inputs, scale=scale)
 
 
 def _check_shapes(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
@@ -96,7 +105,7 @@ def _choose(inputs: tuple[Array, ...], implementation: PagedImplementation | Non
         return _checked(_Choice(implementation), inputs)
     if (override := api.overriding()) is not None:
         return _checked(_Choice(_OVERRIDES[override.implementation], override.interpret), inputs)
-    kernel = _KERNELS.get(jax.default_backend())
+    kernel = _KERNELS.get(platform())
     if kernel is not None and _module(kernel).unsupported(*inputs) is None:
         return _Choice(kernel)
     return _Choice("xla")

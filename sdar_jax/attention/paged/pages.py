@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from sdar_jax.attention.mesh import over_heads
+
 Pages = Float[Array, "P G page D"]
 
 # XLA takes many times as long to compile a larger scatter for a TPU: 20 s on v6e.
@@ -24,8 +26,15 @@ def write_pages(
     """The pages with `k[n, :count[n]]` and `v[n, :count[n]]` at positions `start[n]`, ... of sequence n.
 
     Nothing else changes: what lies past `count`, past the table or under an entry outside [0, P) is written nowhere. In
-    place where the pages are donated. Two sequences must not write the same position of the same page.
+    place where the pages are donated. Two sequences must not write the same position of the same page. Under a mesh
+    (`sharding.use`) each device writes its own key-value heads.
     """
+    operands = (k_pages, v_pages, k, v, page_table, start, count)
+    heads_at = (1, 1, 2, 2, None, None, None)
+    return over_heads(_write_both, operands, heads_at=heads_at, out_at=(1, 1), kv_heads=k_pages.shape[1])
+
+
+def _write_both(k_pages, v_pages, k, v, page_table, start, count):
     rows = _destinations(k_pages, k.shape[1], page_table, start, count)
     write = lambda pages, new: jax.lax.platform_dependent(
         pages, new.astype(pages.dtype), rows, tpu=_write_in_turns, default=_write
@@ -82,5 +91,8 @@ def unfolded(per_row: Shaped[Array, "N G rows D"], window: int) -> Shaped[Array,
 
 def gathered(pages: Pages, ids: Int[Array, "N M"]) -> Float[Array, "N G keys D"]:
     """Pages by id, joined along the keys; ids outside [0, P) read some page or other, never past the array."""
-    found = pages.at[ids].get(mode="clip").transpose(0, 2, 1, 3, 4)
-    return found.reshape(*found.shape[:2], -1, found.shape[-1])
+    total, kv_heads, page, dim = pages.shape
+    # Head by head, so that what is found need not be transposed.
+    at = jnp.clip(ids, 0, total - 1)[:, None] * kv_heads + jnp.arange(kv_heads, dtype=ids.dtype)[:, None]
+    found = pages.reshape(-1, page, dim).at[at].get(mode="promise_in_bounds")
+    return found.reshape(*found.shape[:2], -1, dim)

@@ -1,7 +1,8 @@
 """Paged attention in plain XLA, for CPUs and for what the kernels do not take.
 
 A loop over groups of pages with the online softmax (Milakov and Gimelshein, arXiv 1805.02867), as long as the longest
-row of a batch needs. A CPU takes the rows one by one, so that each costs its own length.
+row of a batch needs. A CPU takes the rows one by one, so that each costs its own length; all at once where each costs
+one group of pages, as small operations one after another would be most of the time.
 """
 
 from functools import partial
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sdar_jax.attention.paged.pages import folded, gathered, unfolded
+from sdar_jax.chips import platform
 
 # Keys a step: their float32 tiles of a dozen heads stay in a core's second-level cache.
 _KEYS = 256
+# Scores that a CPU holds at most of rows taken all at once.
+_SCORES = 2**22
 
 
 def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
@@ -27,16 +31,12 @@ def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible
     pages = min(max(1, _KEYS // page), page_table.shape[1])
     rows = _Rows(folded(q, kv_heads), jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages))), visible)
     attend = partial(_attend, k_pages, v_pages, pages, scale)
-    if _rows_one_by_one():
+    if _rows_one_by_one(rows, pages * page, one_step=rows.page_table.shape[1] == pages):
         one_by_one = jax.tree.map(lambda x: x[:, None], rows)
         out = jax.lax.map(attend, one_by_one)[:, 0]
     else:
         out = attend(rows)
     return unfolded(out, window).astype(q.dtype)
-
-
-def _rows_one_by_one() -> bool:
-    return jax.default_backend() == "cpu"
 
 
 class _Rows(NamedTuple):
@@ -45,6 +45,11 @@ class _Rows(NamedTuple):
     q: Array
     page_table: Array
     visible: Array
+
+
+def _rows_one_by_one(rows: _Rows, keys: int, one_step: bool) -> bool:
+    scores = rows.q.size // rows.q.shape[-1] * keys
+    return platform() == "cpu" and (not one_step or scores > _SCORES)
 
 
 class _State(NamedTuple):
@@ -73,10 +78,15 @@ def _attend(k_pages: Array, v_pages: Array, pages: int, scale: float, rows: _Row
         # Keys that nobody sees may be NaN, and 0 * NaN is NaN.
         v = jnp.where(index[:, None] < longest, v, 0)
         update = jnp.einsum("ngrk,ngkd->ngrd", exp.astype(v.dtype), v, preferred_element_type=accumulate)
-        return _State(state.out * shrink + update, largest, state.total * shrink + exp.sum(axis=-1, keepdims=True))
+        # A sum over the last axis would round by how many rows there are.
+        total = jnp.einsum("ngrk,ngko->ngro", exp, jnp.ones((*exp.shape[:2], keys, 1), accumulate))
+        return _State(state.out * shrink + update, largest, state.total * shrink + total)
 
     # The lowest finite number, not -inf: rows that see nothing must not compute inf - inf.
     largest = jnp.full((*rows.q.shape[:-1], 1), jnp.finfo(accumulate).min, accumulate)
     start = _State(jnp.zeros(rows.q.shape, accumulate), largest, jnp.zeros_like(largest))
-    end = jax.lax.fori_loop(0, -(-longest.max() // keys), step, start)
+    if rows.page_table.shape[1] == pages:
+        end = step(jnp.int32(0), start)
+    else:
+        end = jax.lax.fori_loop(0, -(-longest.max() // keys), step, start)
     return end.out / jnp.where(end.total == 0, 1, end.total)

@@ -1,0 +1,168 @@
+"""64 requests of mixed lengths through an engine of 8 rows, beside static batches of 8 with equal lengths.
+
+    python -m benchmarks.load [--pairs 5] [--turns 8] [--pages 56] [--seed 0]
+
+Pages are too few for 8 long rows, and one request in eight is cancelled when it is under way or still waits. The static
+batches (`generate`, eight prompts at a time) have as many prompt tokens, and generate as many, in all; they know of
+no stops, cancels or pages. Both decode the same model in turns, and each run has traffic of its own.
+"""
+
+import argparse
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdar_jax import DecodingConfig, ModelConfig, generate
+from sdar_jax.decoding.config import Completion
+from sdar_jax.decoding.engine import Engine
+from sdar_jax.model import Model, unstack_layers
+
+REQUESTS, ROWS, PAGE_SIZE, BLOCK_SIZE = 64, 8, 16, 4
+PROMPT, NEW = (4, 120), (16, 80)
+CONFIG = DecodingConfig()
+
+
+class Request(NamedTuple):
+    """cancelled: whether, at some time of the run, it is."""
+
+    prompt: list[int]
+    new: int
+    cancelled: bool
+
+
+class Served(NamedTuple):
+    """Of one run: seconds; completions, in the order of the requests; preemptions and evictions; compilations."""
+
+    seconds: float
+    completions: list[Completion]
+    preemptions: int
+    evictions: int
+    compilations: int
+
+
+class Compilations:
+    """Counts programs that XLA compiles from now on."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
+
+    def _hear(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def network() -> Model:
+    """31M weights, float32."""
+    config = ModelConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        num_layers=8,
+        intermediate_size=1408,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        qk_norm=True,
+        objective="block_diffusion",
+        block_size=BLOCK_SIZE,
+        mask_token_id=8191,
+        max_position_embeddings=512,
+    )
+    return Model(config, jax.random.key(0), jnp.float32)
+
+
+def traffic(random: np.random.Generator) -> list[Request]:
+    between = lambda low, high: int(random.integers(low, high + 1))
+    return [
+        Request(random.integers(0, 8000, between(*PROMPT)).tolist(), between(*NEW), bool(random.random() < 1 / 8))
+        for _ in range(REQUESTS)
+    ]
+
+
+def serve(engine: Engine, requests: list[Request], random: np.random.Generator, compiled: Compilations) -> Served:
+    """All are submitted at once; their streams are read in turn, and at an event of one another may be cancelled."""
+    before, counted = engine.stats(), compiled.count
+    start = time.perf_counter()
+    ids = [engine.submit(r.prompt, CONFIG, max_new_tokens=r.new, stop_token_ids=()) for r in requests]
+    unwanted = [request_id for request_id, request in zip(ids, requests, strict=True) if request.cancelled]
+    found: dict[int, Completion] = {}
+    for request_id in ids:
+        if request_id in found:
+            continue
+        for _ in engine.stream(request_id):
+            if unwanted and random.random() < 0.1:
+                other = unwanted.pop(int(random.integers(len(unwanted))))
+                found.setdefault(other, engine.cancel(other)) if other not in found else None
+                if other == request_id:
+                    break
+        if request_id not in found:
+            found[request_id] = engine.result(request_id)
+    seconds = time.perf_counter() - start
+    after = engine.stats()
+    check(requests, [found[i] for i in ids])
+    assert after.queued == after.running == 0 and after.pages_available == before.pages_available
+    assert after.finished - before.finished == len(requests)
+    return Served(
+        seconds,
+        [found[i] for i in ids],
+        preemptions=after.preemptions - before.preemptions,
+        evictions=after.evictions - before.evictions,
+        compilations=compiled.count - counted,
+    )
+
+
+def check(requests: list[Request], completions: list[Completion]) -> None:
+    """Every request is accounted for: whole, or cancelled with what it had."""
+    for request, completion in zip(requests, completions, strict=True):
+        whole = completion.finish_reason == "length" and len(completion.tokens) == request.new
+        part = request.cancelled and completion.finish_reason == "cancelled" and len(completion.tokens) <= request.new
+        assert whole or part, (request, completion)
+
+
+def static(model: Model, prompt: int, new: int, random: np.random.Generator) -> float:
+    """Seconds of as many requests, eight at a time, all of these lengths."""
+    start = time.perf_counter()
+    for _ in range(REQUESTS // ROWS):
+        prompts = random.integers(0, 8000, (ROWS, prompt)).tolist()
+        generate(model, prompts, CONFIG, max_new_tokens=new, stop_token_ids=())
+    return time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=8, help="forwards a call of the engine, at most")
+    parser.add_argument("--pages", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model, compiled = unstack_layers(network()), Compilations()
+    random = np.random.default_rng(args.seed)
+    sizes = dict(batch_slots=ROWS, pages=args.pages, page_size=PAGE_SIZE, max_length=PROMPT[1] + NEW[1])
+    engine = Engine(model, turns=args.turns, **sizes)
+    serve(engine, traffic(random), random, compiled)
+    prompt, new = sum(PROMPT) // 2, sum(NEW) // 2
+    static(model, prompt, new, random)
+    print(f"warm-up: {compiled.count} compilations", flush=True)
+    shares = []
+    for _ in range(args.pairs):
+        requests = traffic(random)
+        served = serve(engine, requests, random, compiled)
+        tokens = sum(len(c.tokens) for c in served.completions)
+        ours = tokens / served.seconds
+        theirs = REQUESTS * new / static(model, prompt, new, random)
+        shares.append(ours / theirs)
+        cancelled = sum(c.finish_reason == "cancelled" for c in served.completions)
+        print(
+            f"engine {ours:.1f} tokens/s ({tokens} tokens, {cancelled} cancelled, {served.preemptions} preemptions, "
+            f"{served.evictions} evictions, {served.compilations} compilations), static {theirs:.1f}: "
+            f"{ours / theirs:.3f}",
+            flush=True,
+        )
+    print(f"median {statistics.median(shares):.3f} ({min(shares):.3f} to {max(shares):.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""A request in an engine, its end, and what an engine counts."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sdar_jax.decoding.config import Completion, FinishReason
+from sdar_jax.decoding.events import ended_by_string
+from sdar_jax.decoding.generate import completion
+from sdar_jax.decoding.rows import Rows
+
+
+class Stats(NamedTuple):
+    """Now: queued and running requests, free or evictable pages. Since the start: the rest.
+
+    finished: requests that ended, `cancelled` ones and `failed` ones ("error") among them. restarts: times that the
+    device's state was built anew after an interruption. preemptions: times that a request gave up its row. evictions:
+    of pages that held a finished prefix. calls: of the device.
+    prefix_tokens: prompt positions that another request's pages served. prefill_tokens: positions that were read before
+    decoding, prompts and what a preempted request had. prefill_alone: of these, positions read by calls in which no row
+    decoded, and the wall time of those calls.
+    """
+
+    queued: int
+    running: int
+    pages_available: int
+    finished: int
+    cancelled: int
+    failed: int
+    restarts: int
+    preemptions: int
+    evictions: int
+    calls: int
+    prompt_tokens: int
+    prefix_tokens: int
+    generated_tokens: int
+    prefill_tokens: int
+    prefill_alone_tokens: int
+    prefill_alone_seconds: float
+
+
+@dataclass
+class Request:
+    """A request that was accepted, as the host knows it.
+
+    row: its state as the host last saw it; going on from there gives the same result.
+    place: its row of the batch, if it has one. pages: lent to it, in order.
+    admitted: when it got a row. cached: positions in the pages, as the host last saw them. recorded: of these, the
+        pool's.
+    """
+
+    id: int
+    row: Rows
+    prompt: np.ndarray
+    stop_strings: tuple[str, ...]
+    place: int | None = None
+    pages: list[int] = field(default_factory=list)
+    admitted: int = 0
+    cached: int = 0
+    recorded: int = 0
+    result: Completion | None = None
+
+
+def ended(request: Request, row: Rows, reason: FinishReason | None, tokenizer: Any) -> Completion:
+    """Its completion: what `row` has; with a reason, what it has without a gap, for that reason."""
+    done = completion(row, tokenizer)
+    if reason is not None:
+        done = completion(row._replace(failed=np.asarray(True)), tokenizer)._replace(finish_reason=reason)
+    if not request.stop_strings or (cut := ended_by_string(row, request.stop_strings, tokenizer)) is None:
+        return done
+    count, text = cut
+    return done._replace(
+        tokens=done.tokens[:count],
+        logprobs=done.logprobs[:count],
+        steps=done.steps[:count],
+        text=text,
+        finish_reason="stop",
+    )

@@ -1,0 +1,45 @@
+"""How fast requests were decoded, in words: prefill, tokens a second and a forward, forwards by kind."""
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from sdar_jax.decoding.config import Completion
+from sdar_jax.decoding.engine import Engine
+
+_PREFILL = ("prefix_tokens", "prefill_tokens", "prefill_alone_tokens", "prefill_alone_seconds")
+
+
+@contextlib.contextmanager
+def timed(engine: Engine | None, batch: int) -> Iterator[list[Completion]]:
+    """Prints the speed, to stderr, at which the completions that are added to its list were made."""
+    done: list[Completion] = []
+    before, started = engine and engine.stats(), time.perf_counter()
+    yield done
+    seconds = time.perf_counter() - started
+    if engine is not None and before is not None:
+        now = engine.stats()
+        spent = [now[i] - before[i] for i in map(now._fields.index, _PREFILL)]
+        print(prefill_speed(*spent), file=sys.stderr)
+    print(speed(done, seconds, batch) + (", compilation included" if engine is None else ""), file=sys.stderr)
+
+
+def prefill_speed(shared: int, read: int, alone: int, seconds: float) -> str:
+    """Positions read before decoding, and the speed of those that were read while no row decoded."""
+    rate = f" in {seconds:.3f} s, {alone / seconds:.0f} tokens/s" if alone else ""
+    told = f"{read} tokens{rate}" if alone == read else f"{read} tokens, {alone} of them with no row decoding{rate}"
+    return f"prefill: {told}; {shared} more from the cache"
+
+
+def speed(completions: Sequence[Completion], seconds: float, batch: int) -> str:
+    """TGS: generated tokens a second of wall time, prefill included. TPF: generated tokens a denoising forward."""
+    tokens = sum(len(c.tokens) for c in completions)
+    denoising = sum(c.denoising_forwards for c in completions)
+    commits = sum(c.commit_forwards for c in completions)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(c.finish_reason for c in completions).items())
+    rate = f", TPF {tokens / denoising:.2f}" if denoising else ""
+    forwards = f"{denoising} denoising and {commits} commit forwards"
+    done = f"{tokens} tokens ({reasons}) in {seconds:.3f} s"
+    return f"decoding: {done} at batch {batch}, TGS {tokens / seconds:.1f}{rate}, {forwards}"

@@ -1,0 +1,54 @@
+"""What the host reads of a batch on the device between calls, and what it changes there: each compiled once."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Int
+
+from sdar_jax.decoding.rows import Rows
+from sdar_jax.model import LayerPages
+
+_Index = int | Int[Array, ""]
+
+
+class Flags(NamedTuple):
+    """What the host reads after each call, [B] each."""
+
+    done: Any
+    starved: Any
+    cached: Any
+    start: Any
+    open: Any
+
+
+@jax.jit
+def flags(rows: Rows) -> Flags:
+    return Flags(*(getattr(rows, name) for name in Flags._fields))
+
+
+@jax.jit
+def row_at(rows: Rows, place: _Index) -> Rows:
+    return jax.tree.map(lambda x: x[place], rows)
+
+
+@partial(jax.jit, donate_argnums=0)
+def put_row(rows: Rows, place: _Index, row: Rows) -> Rows:
+    return jax.tree.map(lambda x, new: x.at[place].set(new), rows, row)
+
+
+@partial(jax.jit, donate_argnums=0)
+def give_pages(rows: Rows, table: Int[Array, "B M"], ends: Int[Array, " B"]) -> Rows:
+    """Page tables and what they cover, of all rows: those that starved may go on."""
+    starved = rows.starved & (ends <= rows.pages_end)
+    return rows._replace(page_table=table, pages_end=ends, starved=starved)
+
+
+@partial(jax.jit, donate_argnums=0)
+def end_row(rows: Rows, place: _Index) -> Rows:
+    return rows._replace(done=rows.done.at[place].set(True), open=rows.open.at[place].set(0))
+
+
+@partial(jax.jit, donate_argnums=0)
+def copy_page(cache: list[LayerPages], source: _Index, target: _Index) -> list[LayerPages]:
+    return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), cache)
