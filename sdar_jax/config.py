@@ -13,7 +13,7 @@ from sdar_jax.visibility import check_block_size
 
 Objective = Literal["autoregressive", "masked_diffusion", "block_diffusion"]
 BlockOrigin = Literal["sequence", "response"]
-Architecture = Literal["qwen3", "qwen2", "llama"]
+Architecture = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 
 # What Hugging Face calls each RoPE parameter is what we call it, so one list serves reading and writing.
@@ -91,6 +91,10 @@ class ModelConfig:
     diffusion; `block_origin` says from where blocks are counted when decoding: the first token of the "sequence"
     (SDAR) or of the "response" (LLaDA, D2F). `stop_token_ids` end a generation: generation_config.json's list.
 
+    A mixture of experts (`num_experts` > 0, architecture "qwen3_moe") has them in every layer, each of width
+    `moe_intermediate_size`; `intermediate_size` is then only carried. `norm_topk_prob`: the gates of a token's
+    `num_experts_per_token` experts add up to one. `router_aux_loss_coef`: of the balance loss in training.
+
     Raises:
         ConfigError: a field out of its range, or fields that contradict each other.
     """
@@ -112,6 +116,11 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     architecture: Architecture = "qwen3"
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.001
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     objective: Objective = "autoregressive"
@@ -141,6 +150,25 @@ class ModelConfig:
         for name, kind in (("objective", Objective), ("block_origin", BlockOrigin), ("architecture", Architecture)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; use one of {get_args(kind)}")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        sizes = {
+            name: getattr(self, name) for name in ("num_experts", "num_experts_per_token", "moe_intermediate_size")
+        }
+        sparse = self.architecture == "qwen3_moe"
+        if not sparse and any(size != 0 for size in sizes.values()):
+            raise ConfigError(f"architecture {self.architecture!r} has no experts; leave out {', '.join(sizes)}")
+        for name, size in sizes.items():
+            if sparse and (not is_int(size) or size < 1):
+                raise ConfigError(f"{name} is {size!r}; architecture 'qwen3_moe' needs a positive integer")
+        if self.num_experts_per_token > self.num_experts:
+            chosen = f"num_experts_per_token {self.num_experts_per_token} is more than num_experts {self.num_experts}"
+            raise ConfigError(f"{chosen}; give at most that many")
+        if sparse and self.mlp_bias:
+            raise ConfigError("mlp_bias is True; experts have none, leave it out")
+        if not is_number(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
+            raise ConfigError(f"router_aux_loss_coef is {self.router_aux_loss_coef!r}; give a number >= 0")
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -158,23 +186,26 @@ class ModelConfig:
         """
         config = source if isinstance(source, dict) else _read_config(Path(source))
         model_type = config.get("model_type")
-        if model_type == "sdar":
+        if model_type in _CONVERTED:
             defaults = {"objective": "block_diffusion"}
-            architecture = config.get("base_model_type", "qwen3")
+            architecture = config.get("base_model_type", _CONVERTED[model_type])
         else:
             defaults = {"objective": "autoregressive"}
             architecture = model_type
         if architecture not in get_args(Architecture):
-            raise ConfigError(f"model_type {model_type!r} is not supported; supported: sdar, qwen3, qwen2, llama")
+            supported = ", ".join((*_CONVERTED, *get_args(Architecture)))
+            raise ConfigError(f"model_type {model_type!r} is not supported; supported: {supported}")
         _refuse_unsupported(config)
         return cls(**_shape(config, architecture), **{k: config.get(k, v) for k, v in {**_PURPOSE, **defaults}.items()})
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json: a qwen3, qwen2 or llama one for an AR model, `model_type` sdar once converted."""
-        converted = self.objective != "autoregressive"
+        """config.json: its architecture's own for an AR model; once converted, `model_type` sdar or sdar_moe."""
+        model_type: str = self.architecture
+        if self.objective != "autoregressive":
+            model_type = "sdar_moe" if self.num_experts else "sdar"
         config = {
-            "architectures": ["SDARForCausalLM" if converted else _HF_CLASS[self.architecture]],
-            "model_type": "sdar" if converted else self.architecture,
+            "architectures": [_HF_CLASS[model_type]],
+            "model_type": model_type,
             "hidden_act": "silu",
             "attention_dropout": 0.0,
             "use_cache": True,
@@ -185,7 +216,10 @@ class ModelConfig:
             config["attention_bias"] = self.qkv_bias
         if self.architecture == "llama":
             config["mlp_bias"] = self.mlp_bias
-        if converted and self.architecture != "qwen3":
+        if self.num_experts:
+            config |= {theirs: getattr(self, ours) for ours, theirs in _HF_EXPERTS.items()}
+            config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        if _CONVERTED.get(model_type, self.architecture) != self.architecture:
             config["base_model_type"] = self.architecture
         purpose = {name: getattr(self, name) for name in _PURPOSE}
         changed = {name: value for name, value in purpose.items() if value != _PURPOSE[name]}
@@ -203,7 +237,16 @@ _SIZES = (
     "max_position_embeddings",
 )
 _PURPOSE = {"objective": "autoregressive", "block_size": None, "mask_token_id": None, "block_origin": "sequence"}
-_HF_CLASS = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
+# Model types of converted models, and the architecture that each has unless its config says otherwise.
+_CONVERTED = {"sdar": "qwen3", "sdar_moe": "qwen3_moe"}
+_HF_CLASS = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "sdar": "SDARForCausalLM",
+    "sdar_moe": "SDARMoeForCausalLM",
+}
 _HF_NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -218,6 +261,13 @@ _HF_NAMES = {
     "initializer_range": "initializer_range",
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
+}
+_HF_EXPERTS = {
+    "num_experts": "num_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "norm_topk_prob": "norm_topk_prob",
+    "router_aux_loss_coef": "router_aux_loss_coef",
 }
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -261,9 +311,10 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
+        **(_experts(config) if architecture == "qwen3_moe" else {}),
         "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope": RopeConfig.from_hf(config),
-        "qk_norm": architecture == "qwen3",
+        "qk_norm": architecture in ("qwen3", "qwen3_moe"),
         "qkv_bias": architecture == "qwen2" or bias,
         "output_bias": architecture != "qwen2" and bias,
         "mlp_bias": architecture == "llama" and config.get("mlp_bias", False),
@@ -275,6 +326,22 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "eos_token_id": eos[0] if isinstance(eos, list) else eos,
         "stop_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     }
+
+
+def _experts(config: dict[str, Any]) -> dict[str, Any]:
+    """Those of a mixture that has them in every layer."""
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    if step != 1:
+        raise ConfigError(f"decoder_sparse_step is {step!r}; only 1 is supported, experts in every layer")
+    if dense:
+        raise ConfigError(f"mlp_only_layers is {dense!r}; only an empty list is supported, experts in every layer")
+    # Transformers 5 writes num_local_experts.
+    found = {"num_experts": config.get("num_local_experts"), "norm_topk_prob": False, "router_aux_loss_coef": 0.001}
+    found |= {theirs: config[theirs] for theirs in _HF_EXPERTS.values() if theirs in config}
+    missing = [theirs for theirs in _HF_EXPERTS.values() if found.get(theirs) is None]
+    if missing:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
+    return {ours: found[theirs] for ours, theirs in _HF_EXPERTS.items()}
 
 
 def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool) -> ModelConfig:
@@ -292,5 +359,12 @@ PRESETS = {
     "qwen3-1.7b": _qwen3(2048, 28, 16, 8, 6144, tied=True),
     "qwen3-4b": _qwen3(2560, 36, 32, 8, 9728, tied=True),
     "qwen3-8b": _qwen3(4096, 36, 32, 8, 12288, tied=False),
+    "qwen3-30b-a3b": dataclasses.replace(
+        _qwen3(2048, 48, 32, 4, 6144, tied=False),
+        architecture="qwen3_moe",
+        num_experts=128,
+        num_experts_per_token=8,
+        moe_intermediate_size=768,
+    ),
 }
-PRESETS |= {f"sdar-{size}": _sdar(PRESETS[f"qwen3-{size}"]) for size in ("1.7b", "4b", "8b")}
+PRESETS |= {f"sdar-{size}": _sdar(PRESETS[f"qwen3-{size}"]) for size in ("1.7b", "4b", "8b", "30b-a3b")}

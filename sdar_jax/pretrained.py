@@ -9,7 +9,7 @@ import math
 import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,9 +47,16 @@ _PARTS = {
     "gate_up_bias": {"mlp.gate_proj.bias": _GATE, "mlp.up_proj.bias": _UP},
     "down": {"mlp.down_proj.weight": _ALL},
     "down_bias": {"mlp.down_proj.bias": _ALL},
+    "router": {"mlp.gate.weight": _ALL},
+    # One tensor for each expert: its number goes where the braces are, and indexes the first axis of ours.
+    "experts_gate_up": {"mlp.experts.{}.gate_proj.weight": _GATE, "mlp.experts.{}.up_proj.weight": _UP},
+    "experts_down": {"mlp.experts.{}.down_proj.weight": _ALL},
 }
+# The layout that transformers 5 computes in: all experts in one tensor, which it saves where it is told to.
+_FUSED = {"experts_gate_up": "mlp.experts.gate_up_proj", "experts_down": "mlp.experts.down_proj"}
 # How many leading axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
-_INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1, "head": 1}
+_INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1, "head": 1, "router": 1}
+_INPUT_AXES |= dict.fromkeys(_FUSED, 1)
 
 _GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -76,7 +83,9 @@ def load_pretrained(
     block_size: int | None = None,
     mask_token_id: int | None = None,
 ) -> Model:
-    """A qwen3, qwen2, llama or sdar model from a directory or the Hugging Face hub, its layers one by one.
+    """A model from a directory or the Hugging Face hub, its layers one by one.
+
+    Of `model_type` qwen3, qwen3_moe, qwen2, llama, sdar or sdar_moe.
 
     Args:
         dtype: of the weights: a name or type, or "auto": bfloat16 on GPU and TPU, float32 on CPU.
@@ -109,9 +118,10 @@ def save_pretrained(
 ) -> None:
     """Writes a directory that `load_pretrained` and transformers read; layers stacked or not.
 
-    An AR model becomes a qwen3, qwen2 or llama directory; a converted one has `model_type` sdar and its block_size and
-    mask_token_id. Tensor names are the released ones in both. The directory is whole or not there: it is written under
-    another name beside `path` first, and what `path` held is replaced only then.
+    An AR model becomes a qwen3, qwen3_moe, qwen2 or llama directory; a converted one has `model_type` sdar or sdar_moe
+    and its block_size and mask_token_id. Tensor names are the released ones in both, with a tensor for each matrix of
+    an expert. The directory is whole or not there: it is written under another name beside `path` first, and what
+    `path` held is replaced only then.
 
     Args:
         path: new, empty, or an earlier model directory.
@@ -145,6 +155,18 @@ def save_pretrained(
         shutil.rmtree(building, ignore_errors=True)
 
 
+class _Part(NamedTuple):
+    """Where a tensor of theirs, or an expert's row of a fused one, lies in a weight of ours.
+
+    expert: index on the weight's first axis, None where it has no experts. index: in the weight, or in that expert's.
+    """
+
+    name: str
+    index: Any
+    expert: int | None = None
+    fused: bool = False
+
+
 class _Weight(NamedTuple):
     """A weight of one layer, or of none: its field in `Model` or `Layer`, and its place in a stacked array.
 
@@ -156,13 +178,26 @@ class _Weight(NamedTuple):
     array: Any
     stacked_at: int | None = None
 
-    def parts(self) -> dict[str, Any]:
-        """Full Hugging Face names, and where in the weight each lies."""
-        return {self.prefix + name: index for name, index in _PARTS[self.field].items()}
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape if self.stacked_at is None else self.array.shape[1:]
 
-    def their_shape(self, index: Any) -> tuple[int, ...]:
-        shape = self.array.shape if self.stacked_at is None else self.array.shape[1:]
-        return _their_shape(np.broadcast_to(np.empty(()), shape)[index].shape, self.field)
+    def parts(self, found: Container[str] = ()) -> list[_Part]:
+        """Their full names; a fused tensor is taken for the experts if it is among those `found`."""
+        names = _PARTS[self.field]
+        if self.field not in _FUSED:
+            return [_Part(self.prefix + name, index) for name, index in names.items()]
+        fused = self.prefix + _FUSED[self.field]
+        experts = range(self.shape[0])
+        if fused in found:
+            return [_Part(fused, _ALL, expert, fused=True) for expert in experts]
+        parts = [(self.prefix + name, index, expert) for expert in experts for name, index in names.items()]
+        return [_Part(name.format(expert), index, expert) for name, index, expert in parts]
+
+    def their_shape(self, part: _Part) -> tuple[int, ...]:
+        shape = self.shape if part.expert is None else self.shape[1:]
+        theirs = _their_shape(np.broadcast_to(np.empty(()), shape)[part.index].shape, self.field)
+        return (self.shape[0], *theirs) if part.fused else theirs
 
 
 def _weights(model: Model) -> list[_Weight]:
@@ -262,8 +297,8 @@ def _supported(dtype: DTypeLike) -> np.dtype:
 
 def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
     """Names, shapes and types of the files against what the config implies; all that is wrong in one error."""
-    wanted = {name: weight.their_shape(index) for weight in weights for name, index in weight.parts().items()}
     found = set(tensors.names())
+    wanted = {part.name: weight.their_shape(part) for weight in weights for part in weight.parts(found)}
     # A tied model may carry its head as well.
     ignored = {name for name in found if _DERIVED.search(name)} | {"lm_head.weight"}
     shapes, types = [], []
@@ -288,31 +323,62 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
 
 
 def _load(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> jax.Array:
-    buffer = np.empty(weight.array.shape, weight.array.dtype)
-    for name, index in weight.parts().items():
-        part = buffer[index]
-        part[...] = _to_ours(tensors.read(name), weight.field, part.shape)
+    shape = weight.array.shape
     if place is None:
-        array = jnp.asarray(buffer)
+        array = jnp.asarray(_read(tensors, weight))
+    elif weight.field in _FUSED:
+        array = _load_experts(tensors, weight, place)
     else:
-        array = jax.make_array_from_callback(buffer.shape, place, lambda index: buffer[index])
+        buffer = _read(tensors, weight)
+        array = jax.make_array_from_callback(shape, place, lambda index: buffer[index])
     # Copies run in the background, and would keep the buffers of many weights alive.
     return array.block_until_ready()
 
 
+def _load_experts(tensors: TensorReader, weight: _Weight, place: Sharding) -> jax.Array:
+    """The experts of one device after another: of a large mixture a whole weight is gigabytes."""
+    shape, shards, held, buffer = weight.array.shape, [], None, np.empty(())
+    indices: dict[Any, Any] = dict(place.addressable_devices_indices_map(shape))
+    experts = {device: range(shape[0])[index[0]] for device, index in indices.items()}
+    for device in sorted(indices, key=lambda device: experts[device].start):
+        if experts[device] != held:
+            held, buffer = experts[device], _read(tensors, weight, experts[device])
+        shard = jax.device_put(buffer[:, *indices[device][1:]], device)
+        shards.append(shard.block_until_ready())
+    return jax.make_array_from_single_device_arrays(shape, place, shards)
+
+
+def _read(tensors: TensorReader, weight: _Weight, experts: range | None = None) -> np.ndarray:
+    """The weight, or these experts of it."""
+    shape = weight.array.shape if experts is None else (len(experts), *weight.array.shape[1:])
+    buffer, first = np.empty(shape, weight.array.dtype), experts.start if experts else 0
+    for part in weight.parts(tensors.names()):
+        if part.expert is None:
+            target = buffer[part.index]
+        elif experts is None or part.expert in experts:
+            target = buffer[part.expert - first][part.index]
+        else:
+            continue
+        theirs = tensors.read(part.name, part.expert if part.fused else None)
+        target[...] = _to_ours(theirs, weight.field, target.shape)
+    return buffer
+
+
 def _to_write(model: Model, cast: np.dtype | None) -> list[Tensor]:
     return [
-        Tensor(name, weight.their_shape(index), cast or _supported(weight.array.dtype), _reader(weight, index))
+        Tensor(part.name, weight.their_shape(part), cast or _supported(weight.array.dtype), _reader(weight, part))
         for weight in _weights(model)
-        for name, index in weight.parts().items()
+        for part in weight.parts()
     ]
 
 
-def _reader(weight: _Weight, index: Any) -> Callable[[], np.ndarray]:
+def _reader(weight: _Weight, part: _Part) -> Callable[[], np.ndarray]:
+    at = tuple(i for i in (weight.stacked_at, part.expert) if i is not None)
+
     def read() -> np.ndarray:
-        array = weight.array if weight.stacked_at is None else weight.array[weight.stacked_at]
+        array = weight.array[at] if at else weight.array
         # A JAX array keeps the host copy that is made of it: a device copy is read, and freed with it.
-        return _to_theirs(np.asarray(jnp.copy(array))[index], weight.field)
+        return _to_theirs(np.asarray(jnp.copy(array))[part.index], weight.field)
 
     return read
 

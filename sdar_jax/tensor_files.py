@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,16 +43,18 @@ class TensorReader:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def names(self) -> list[str]:
-        return list(self._files)
+    def names(self) -> Set[str]:
+        return self._files.keys()
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape, and the format's name for the type; reads no data."""
         header = self._files[name].get_slice(name)
         return tuple(header.get_shape()), header.get_dtype()
 
-    def read(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
+    def read(self, name: str, row: int | None = None) -> np.ndarray:
+        """The tensor, or a row of its first axis alone."""
+        file = self._files[name]
+        return file.get_tensor(name) if row is None else file.get_slice(name)[row]
 
     def _locate(self) -> dict[str, Any]:
         single, index = self.directory / WEIGHTS_FILE, self.directory / INDEX_FILE

@@ -21,6 +21,8 @@ PARAMETERS = {
     "sdar-1.7b": 1_720_574_976 + 151_936 * 2048,
     "sdar-4b": 4_022_468_096 + 151_936 * 2560,
     "sdar-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "sdar-30b-a3b": 30_532_122_624,
 }
 
 
@@ -42,6 +44,10 @@ ODD = {
         SMALL, architecture="llama", qk_norm=False, mlp_bias=True, max_position_embeddings=99, initializer_range=0.3
     ),
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_token": 3, "moe_intermediate_size": 10}
+ODD["qwen3_moe"] = dataclasses.replace(
+    SMALL, architecture="qwen3_moe", norm_topk_prob=False, router_aux_loss_coef=0.02, **EXPERTS
+)
 PURPOSES = [
     {},
     {"objective": "block_diffusion", "block_size": 8, "mask_token_id": 39},
@@ -56,7 +62,7 @@ def test_config_json_round_trip(name: str, purpose: dict) -> None:
     config = dataclasses.replace(ODD[name], **purpose)
     values = json.loads(json.dumps(config.to_hf()))
     assert ModelConfig.from_hf(values) == config
-    assert values["model_type"] == ("sdar" if purpose else name)
+    assert values["model_type"] == ({"qwen3_moe": "sdar_moe"}.get(name, "sdar") if purpose else name)
 
 
 def test_a_hosted_sdar_config() -> None:
@@ -75,6 +81,10 @@ def test_defaults_are_those_of_transformers() -> None:
     assert qwen3.head_dim == 128 and qwen3.qk_norm and not qwen3.qkv_bias and qwen3.rope == RopeConfig(1e4)
     llama = ModelConfig.from_hf({**small, "model_type": "llama", "num_attention_heads": 4})
     assert llama.head_dim == 4 and llama.num_kv_heads == 4 and not llama.qk_norm
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    mixture = ModelConfig.from_hf({**small, "model_type": "qwen3_moe", "num_attention_heads": 4, **experts})
+    assert mixture.head_dim == 4 and mixture.qk_norm and not mixture.norm_topk_prob
+    assert mixture.router_aux_loss_coef == 0.001
 
 
 GOOD = SMALL.to_hf()
@@ -108,6 +118,34 @@ def test_bad_config_json(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         ModelConfig.from_hf({**GOOD, **change})
     assert "\n" not in str(caught.value)
+
+
+BAD_EXPERTS = {
+    "sparse step": ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is supported, experts in every"),
+    "dense layers": ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only an empty list is supported"),
+    "none": ({"num_experts": 0}, "num_experts is 0; architecture 'qwen3_moe' needs a positive integer"),
+    "width": ({"moe_intermediate_size": "8"}, "moe_intermediate_size is '8'; architecture 'qwen3_moe' needs"),
+    "chosen": ({"num_experts_per_tok": 7}, "num_experts_per_token 7 is more than num_experts 6; give"),
+    "coefficient": ({"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1; give a number >= 0"),
+    "missing": ({"num_experts": None}, "config.json lacks num_experts; restore the file"),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(("change", "message"), BAD_EXPERTS.values(), ids=BAD_EXPERTS)
+def test_bad_mixtures(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelConfig.from_hf({**ODD["qwen3_moe"].to_hf(), **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_experts_of_a_dense_model_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="architecture 'qwen3' has no experts; leave out num_experts, num_experts_per"
+    ):
+        dataclasses.replace(SMALL, **EXPERTS)
+    with pytest.raises(ConfigError, match="mlp_bias is True; experts have none, leave it out"):
+        dataclasses.replace(ODD["qwen3_moe"], mlp_bias=True)
 
 
 def test_what_is_missing_is_listed() -> None:

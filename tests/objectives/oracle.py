@@ -54,6 +54,21 @@ def attended(q, k, v, mask):
     return jnp.stack(heads, axis=1)
 
 
+def feed_forward(h, gate_up, down):
+    gate, up = h @ gate_up[...][:, 0], h @ gate_up[...][:, 1]
+    return (gate / (1 + jnp.exp(-gate)) * up) @ down[...]
+
+
+def mixture(h, layer, config):
+    """Every expert on every token, times a gate that is zero for all but the token's own."""
+    odds = jnp.exp(h @ layer.router[...])
+    lowest = jnp.sort(odds, axis=-1)[:, -config.num_experts_per_token, None]
+    gates = jnp.where(odds >= lowest, odds, 0)
+    gates = gates / (gates if config.norm_topk_prob else odds).sum(-1, keepdims=True)
+    weights = zip(layer.experts_gate_up[...], layer.experts_down[...], strict=True)
+    return sum(gates[:, e, None] * feed_forward(h, *pair) for e, pair in enumerate(weights))
+
+
 def logits(model: Model, tokens, positions, mask):
     """[T, V] of one row [T] under an explicit mask [T, T]."""
     config = model.config
@@ -66,8 +81,7 @@ def logits(model: Model, tokens, positions, mask):
         mixed = attended(rotated(q, positions, config.rope.theta), rotated(k, positions, config.rope.theta), v, mask)
         x = x + mixed.reshape(len(tokens), -1) @ layer.output[...].reshape(-1, config.hidden_size)
         h = normed(x, layer.mlp_norm, config.rms_norm_eps)
-        gate, up = h @ layer.gate_up[...][:, 0], h @ layer.gate_up[...][:, 1]
-        x = x + (gate / (1 + jnp.exp(-gate)) * up) @ layer.down[...]
+        x = x + (feed_forward(h, layer.gate_up, layer.down) if layer.router is None else mixture(h, layer, config))
     head = model.embedding[...].T if model.head is None else model.head[...]
     return normed(x, model.final_norm, config.rms_norm_eps) @ head
 

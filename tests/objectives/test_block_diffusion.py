@@ -16,7 +16,7 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.model import stack_layers
 from tests.bad_input import refused
 from tests.objectives import oracle
-from tests.tiny import MASK, VOCAB, pack, segment_rows, tiny_model
+from tests.tiny import MASK, VOCAB, pack, segment_rows, tiny_mixture, tiny_model
 
 ROWS, LENGTH, COPIES = 2, 12, 8
 
@@ -49,6 +49,13 @@ def assert_close(found, expected):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-11)
     for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * float(abs(theirs).max() + 1))
+
+
+@pytest.mark.parametrize("normalised", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.ci])])
+def test_a_mixture_equals_every_expert_on_every_token(normalised, x64):
+    batch = *random_batch(0), pack([5, 4, -3], [12], length=LENGTH)
+    model = tiny_mixture(norm_topk_prob=normalised)
+    assert_close(ours(model, *batch, block_size=4), oracle.block_diffusion(model, *batch, block_size=4))
 
 
 @given(segment_rows(ROWS, LENGTH), st.sampled_from([(1, False), (4, True), (3, False)]), st.integers(0, 2**31))

@@ -5,7 +5,8 @@
 Needs torch and transformers; the stored files were made with torch 2.13 and transformers 4.52.4 (5.23 gives the same).
 Every config field that changes the numbers is off its default. Each directory is what `save_pretrained` of transformers
 writes, and holds outputs.npz as well: `tokens`, float32 `logits`, and one array for each gradient of the mean
-next-token cross-entropy, named as the weight.
+next-token cross-entropy, named as the weight. Mixtures of experts: also `aux_loss`, the balance loss, and the gradients
+are those of the cross-entropy plus router_aux_loss_coef times it.
 """
 
 import sys
@@ -13,7 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 COMMON = {"rms_norm_eps": 1e-3, "initializer_range": 0.05, "bos_token_id": 3, "eos_token_id": 5, "use_cache": False}
@@ -68,11 +78,35 @@ LLAMA = {
     "rope_theta": 900.0,
     "rope_scaling": dict(LLAMA3),
 }
+MOE = {
+    **SMALL,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "attention_bias": True,
+    "max_position_embeddings": 48,
+    "rope_theta": 700.0,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 10,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.5,
+}
+MOE_PLAIN = {
+    **MOE,
+    "attention_bias": False,
+    "num_experts": 4,
+    "num_experts_per_tok": 1,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": True,
+}
 CASES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**QWEN3), torch.float32, "5GB"),
     "qwen3-tied-yarn-bf16": (Qwen3ForCausalLM, Qwen3Config(**QWEN3_YARN), torch.bfloat16, "5GB"),
     "qwen2-tied-linear-f16": (Qwen2ForCausalLM, Qwen2Config(**QWEN2_LINEAR), torch.float16, "5GB"),
     "llama-llama3-sharded": (LlamaForCausalLM, LlamaConfig(**LLAMA), torch.float32, "30KB"),
+    "qwen3-moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**MOE), torch.float32, "5GB"),
+    "qwen3-moe-tied-bf16": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**MOE_PLAIN), torch.bfloat16, "5GB"),
 }
 ROPES = {
     "default": {},
@@ -94,11 +128,13 @@ def randomise(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def outputs(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-    logits = model(tokens).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    loss.backward()
+    sparse = isinstance(model, Qwen3MoeForCausalLM)
+    out = model(tokens, **({"output_router_logits": True} if sparse else {}))
+    loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    aux = {"aux_loss": out.aux_loss.detach().numpy()} if sparse else {}
+    (loss + model.config.router_aux_loss_coef * out.aux_loss if sparse else loss).backward()
     gradients = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
-    return {"tokens": tokens.int().numpy(), "logits": logits.detach().numpy(), **gradients}
+    return {"tokens": tokens.int().numpy(), "logits": out.logits.detach().numpy(), **aux, **gradients}
 
 
 def frequencies(scaling: dict) -> np.ndarray:

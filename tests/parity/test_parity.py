@@ -13,20 +13,30 @@ from jaxtyping import Array
 from safetensors.numpy import load_file
 
 from sdar_jax.config import ModelConfig, RopeConfig
+from sdar_jax.experts import balance_loss
 from sdar_jax.model import Model, logits, rope_frequencies, stack_layers
 from sdar_jax.pretrained import load_pretrained, save_pretrained
+from sdar_jax.visibility import causal
 
 pytestmark = pytest.mark.parity
 FIXTURES = Path(__file__).parent / "fixtures"
-NAMES = ["qwen3", "qwen3-tied-yarn-bf16", "qwen2-tied-linear-f16", "llama-llama3-sharded"]
+MIXTURES = ["qwen3-moe", "qwen3-moe-tied-bf16"]
+NAMES = ["qwen3", "qwen3-tied-yarn-bf16", "qwen2-tied-linear-f16", "llama-llama3-sharded", *MIXTURES]
 
 
 @partial(jax.jit, static_argnames="vocab_size")
-def loss(model: Model, tokens: Array, vocab_size: int) -> tuple[Array, Array]:
-    """Mean next-token cross-entropy, written out, and the logits."""
+def loss(model: Model, tokens: Array, vocab_size: int) -> tuple[Array, tuple[Array, Array]]:
+    """Mean next-token cross-entropy, written out, with a mixture's balance loss; the logits and that loss."""
     scores = logits(model, tokens, block_size=1)
     log_probs = jax.nn.log_softmax(scores[:, :-1])
-    return -(jax.nn.one_hot(tokens[:, 1:], vocab_size) * log_probs).sum(axis=-1).mean(), scores
+    entropy = -(jax.nn.one_hot(tokens[:, 1:], vocab_size) * log_probs).sum(axis=-1).mean()
+    balance = jnp.zeros(())
+    if model.config.num_experts:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        _, sums = model.hidden_and_routing(tokens, positions, causal(jnp.ones_like(tokens)))
+        assert sums is not None
+        balance = balance_loss(sums)
+    return entropy + model.config.router_aux_loss_coef * balance, (scores, balance)
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, name: str = "logits") -> None:
@@ -41,8 +51,10 @@ def test_logits_and_gradients(name: str, stacked: bool, tmp_path: Path) -> None:
     tokens = jnp.asarray(expected.pop("tokens"))
     model = load_pretrained(FIXTURES / name, dtype="float32")
     model = stack_layers(model) if stacked else model
-    gradient, scores = jax.grad(loss, has_aux=True)(model, tokens, model.config.vocab_size)
+    gradient, (scores, balance) = jax.grad(loss, has_aux=True)(model, tokens, model.config.vocab_size)
     assert_close(np.asarray(scores), expected.pop("logits"))
+    if name in MIXTURES:
+        assert_close(np.asarray(balance), expected.pop("aux_loss"), "balance loss")
     # A gradient has the shape of a model, so saving it gives it the names of Hugging Face.
     save_pretrained(gradient, tmp_path / "gradient")
     ours = load_file(tmp_path / "gradient" / "model.safetensors")
@@ -51,7 +63,7 @@ def test_logits_and_gradients(name: str, stacked: bool, tmp_path: Path) -> None:
         assert_close(ours[weight], theirs, weight)
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied-yarn-bf16", "qwen2-tied-linear-f16"])
+@pytest.mark.parametrize("name", ["qwen3-tied-yarn-bf16", "qwen2-tied-linear-f16", "qwen3-moe-tied-bf16"])
 def test_half_precision_weights_arrive_exactly(name: str) -> None:
     wide, own = (
         load_pretrained(FIXTURES / name, dtype=dtype)
@@ -75,6 +87,9 @@ CHANGES = [
     ("llama-llama3-sharded", {"rope_scaling.low_freq_factor": 1.0}),
     ("llama-llama3-sharded", {"rope_scaling.high_freq_factor": 4.0}),
     ("llama-llama3-sharded", {"rope_scaling.original_max_position_embeddings": 64}),
+    ("qwen3-moe", {"norm_topk_prob": False}),
+    ("qwen3-moe", {"num_experts_per_tok": 2}),
+    ("qwen3-moe-tied-bf16", {"norm_topk_prob": True}),
     ("qwen3-tied-yarn-bf16", {"rope_scaling.factor": 5.0}),
     ("qwen3-tied-yarn-bf16", {"rope_scaling.beta_fast": 32.0}),
     ("qwen3-tied-yarn-bf16", {"rope_scaling.beta_slow": 1.0}),

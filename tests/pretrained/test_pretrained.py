@@ -28,6 +28,9 @@ CONFIGS = {
     "llama": dataclasses.replace(SHAPE, architecture="llama", qk_norm=False, mlp_bias=True),
     "sdar": dataclasses.replace(SHAPE, objective="block_diffusion", block_size=4, mask_token_id=39),
 }
+EXPERTS = {"num_experts": 3, "num_experts_per_token": 2, "moe_intermediate_size": 10}
+CONFIGS["qwen3_moe"] = dataclasses.replace(SHAPE, architecture="qwen3_moe", **EXPERTS)
+CONFIGS["sdar_moe"] = dataclasses.replace(CONFIGS["sdar"], architecture="qwen3_moe", **EXPERTS)
 
 
 def make(name: str, dtype: jnp.dtype = jnp.float32) -> Model:
@@ -58,6 +61,25 @@ def test_round_trip(name: str, stacked: bool, tmp_path: Path) -> None:
     assert_same(load_pretrained(tmp_path / "model"), model)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == name
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_fused_experts_are_read_as_single_ones(tmp_path: Path) -> None:
+    """The layout of transformers 5's modules: [E, 2 F, D], gate above up, and [E, D, F]."""
+    model = make("qwen3_moe")
+    save_pretrained(model, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        single = [[tensors.pop(f"{prefix}.{e}.{x}_proj.weight") for e in range(3)] for x in ("gate", "up", "down")]
+        gate, up, down = map(np.stack, single)
+        assert gate.shape == (3, 10, 16) and down.shape == (3, 16, 10)
+        tensors |= {f"{prefix}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{prefix}.down_proj": down}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    assert_same(load_pretrained(tmp_path / "model"), model)
+    tensors[f"{prefix}.down_proj"] = down[:2]
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers.2.mlp.experts.down_proj is \[2, 16, 10\] and should be \[3, 16"):
+        load_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])

@@ -86,7 +86,7 @@ def mesh(*names: str) -> jax.sharding.Mesh:
     ("names", "rules", "message"),
     [
         (("data", "model"), {}, "mesh axis 'model' is unknown; use axes out of"),
-        (("fsdp",), {"embed": "expert"}, "mesh axis 'expert' is unknown; use axes out of"),
+        (("fsdp",), {"embed": "pipeline"}, "mesh axis 'pipeline' is unknown; use axes out of"),
         (("fsdp",), {"heads": "fsdp"}, r"logical axes \['heads'\] are unknown; rules may map"),
         (("fsdp",), {"embed": "fsdp", "mlp": "fsdp"}, "two axes of weight 'gate_up' map to mesh axis 'fsdp'; give"),
     ],

@@ -1,0 +1,10 @@
+"""Mixtures of experts: routing and its losses, and the experts' feed-forward on one device and over a mesh."""
+
+from sdar_jax.experts.mesh import expert_mlp as expert_mlp
+from sdar_jax.experts.routing import RouterSums as RouterSums
+from sdar_jax.experts.routing import Routing as Routing
+from sdar_jax.experts.routing import balance_loss as balance_loss
+from sdar_jax.experts.routing import max_load as max_load
+from sdar_jax.experts.routing import route as route
+from sdar_jax.experts.routing import router_sums as router_sums
+from sdar_jax.experts.routing import z_loss as z_loss

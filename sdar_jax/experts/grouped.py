@@ -1,0 +1,141 @@
+"""`grouped_dot`: a matmul whose rows come in groups, each with weights of its own."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Rows multiplied at once where there is no grouped kernel: about as many as a group has, between these.
+_FEWEST_ROWS, _MOST_ROWS = 8, 128
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_dot(
+    x: Float[Array, "M K"], weights: Float[Array, "G K N"], sizes: Int[Array, " G"], partly_filled: bool = False
+) -> Float[Array, "M N"]:
+    """Rows of x, sorted by group, each times the weights of its group.
+
+    On TPU XLA's kernel for `jax.lax.ragged_dot`. Elsewhere XLA computes that operation for every row and every group,
+    and holds as much; there a scan visits the tiles of rows that each group has.
+
+    Args:
+        sizes: how many rows each group has; M in all.
+        partly_filled: they may be fewer. The rows after the last group then give zero, and cost nothing.
+    """
+    tiled = partial(_tiled_dot, skipping=partly_filled)
+    ragged = _filled_dot if partly_filled else jax.lax.ragged_dot
+    return jax.lax.platform_dependent(x, weights, sizes, tpu=ragged, default=tiled)
+
+
+def _grouped_dot_fwd(x, weights, sizes, partly_filled):
+    return grouped_dot(x, weights, sizes, partly_filled), (x, weights, sizes)
+
+
+def _grouped_dot_bwd(partly_filled, residuals, d_out):
+    tiled = partial(_tiled_dot_gradients, skipping=partly_filled)
+    ragged = partial(_ragged_dot_gradients, _filled_dot if partly_filled else jax.lax.ragged_dot)
+    d_x, d_weights = jax.lax.platform_dependent(*residuals, d_out, tpu=ragged, default=tiled)
+    return d_x, d_weights, None
+
+
+grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
+
+
+def _filled_dot(x: Array, weights: Array, sizes: Array) -> Array:
+    """The kernel says nothing of rows after the last group, forward or backward."""
+    filled = jnp.arange(len(x))[:, None] < sizes.sum()
+    return jnp.where(filled, jax.lax.ragged_dot(jnp.where(filled, x, 0), weights, sizes), 0)
+
+
+def _ragged_dot_gradients(dot, x: Array, weights: Array, sizes: Array, d_out: Array) -> tuple[Array, Array]:
+    return jax.vjp(lambda x, weights: dot(x, weights, sizes), x, weights)[1](d_out)
+
+
+class _Visit(NamedTuple):
+    """Rows [start, end) of the tile that begins at row `tile` belong to `group`; none in visits that are not needed."""
+
+    tile: Int[Array, " V"]
+    group: Int[Array, " V"]
+    start: Int[Array, " V"]
+    end: Int[Array, " V"]
+
+
+def _tiled_dot(
+    x: Float[Array, "M K"], weights: Float[Array, "G K N"], sizes: Int[Array, " G"], *, skipping: bool
+) -> Float[Array, "M N"]:
+    size = _tile_size(len(x), len(sizes))
+    tiles = _whole_tiles(x, size)
+
+    def visit(out: Array, at: _Visit) -> Array:
+        part = _slice(tiles, at.tile, size) @ weights[at.group]
+        out_tile = jnp.where(_inside(at, size), part, _slice(out, at.tile, size))
+        return jax.lax.dynamic_update_slice_in_dim(out, out_tile, at.tile, 0)
+
+    out = jnp.zeros((len(tiles), weights.shape[-1]), x.dtype)
+    return _scan(visit, out, _visits(sizes, len(x), size), skipping)[: len(x)]
+
+
+def _tiled_dot_gradients(
+    x: Array, weights: Array, sizes: Array, d_out: Array, *, skipping: bool
+) -> tuple[Array, Array]:
+    size = _tile_size(len(x), len(sizes))
+    tiles, d_tiles = _whole_tiles(x, size), _whole_tiles(d_out, size)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+
+    def visit(total: Array, at: _Visit) -> Array:
+        own = jnp.where(_inside(at, size), _slice(tiles, at.tile, size), 0)
+        part = jnp.einsum("mk,mn->kn", own, _slice(d_tiles, at.tile, size), preferred_element_type=wide)
+        return total.at[at.group].add(part)
+
+    total = jnp.zeros(weights.shape, wide)
+    d_weights = _scan(visit, total, _visits(sizes, len(x), size), skipping)
+    return _tiled_dot(d_out, weights.swapaxes(1, 2), sizes, skipping=skipping), d_weights.astype(weights.dtype)
+
+
+def _scan(visit: Callable[[Array, _Visit], Array], carry: Array, visits: _Visit, skipping: bool) -> Array:
+    """All visits, or those with rows: a branch for each, which pays where most may have none."""
+
+    def step(carry: Array, at: _Visit):
+        if skipping:
+            return jax.lax.cond(at.end > at.start, visit, lambda carry, _: carry, carry, at), None
+        return visit(carry, at), None
+
+    return jax.lax.scan(step, carry, visits)[0]
+
+
+def _tile_size(rows: int, groups: int) -> int:
+    even = 1 << max(rows // groups - 1, 0).bit_length()
+    return min(rows, max(_FEWEST_ROWS, min(_MOST_ROWS, even)))
+
+
+def _whole_tiles(x: Array, size: int) -> Array:
+    return jnp.pad(x, [(0, -len(x) % size), (0, 0)])
+
+
+def _visits(sizes: Int[Array, " G"], rows: int, size: int) -> _Visit:
+    """Every tile of every group that has rows in it, and as many empty ones as the worst sizes would need."""
+    ends = jnp.cumsum(sizes)
+    starts = ends - sizes
+    first = starts // size
+    counts = jnp.where(sizes > 0, (ends - 1) // size - first + 1, 0)
+    before = jnp.cumsum(counts) - counts
+    number = jnp.arange(-(-rows // size) + min(len(sizes), rows) - 1, dtype=jnp.int32)
+    group = jnp.searchsorted(before + counts, number, side="right").astype(jnp.int32)
+    group = jnp.minimum(group, len(sizes) - 1)
+    needed = number < counts.sum()
+    tile = jnp.where(needed, first[group] + number - before[group], 0)
+    tile = (tile * size).astype(jnp.int32)
+    clip = lambda edge: jnp.where(needed, jnp.clip(edge[group] - tile, 0, size), 0).astype(jnp.int32)
+    return _Visit(tile, group, clip(starts), clip(ends))
+
+
+def _slice(x: Array, tile: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, tile, size, 0)
+
+
+def _inside(at: _Visit, size: int) -> Array:
+    row = jnp.arange(size)[:, None]
+    return (row >= at.start) & (row < at.end)

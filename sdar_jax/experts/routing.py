@@ -1,0 +1,72 @@
+"""Routing as transformers' Qwen3-MoE has it, and the losses that keep it even.
+
+Shapes: N tokens, E experts, k of them for each token, D hidden.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Routing(NamedTuple):
+    """Where tokens go. logits: float32 [N, E] (or wider). experts: int32 [N, k]. gates: [N, k], in the tokens' type."""
+
+    logits: Float[Array, "N E"]
+    experts: Int[Array, "N k"]
+    gates: Float[Array, "N k"]
+
+
+class RouterSums(NamedTuple):
+    """Sums over the tokens of a layer, float32; layers on a leading axis where there are several.
+
+    slots: how many token-expert pairs each expert got. probability: of each expert. squares: of the logits'
+    log-sum-exp. tokens: how many.
+    """
+
+    slots: Float[Array, "*layers E"]
+    probability: Float[Array, "*layers E"]
+    squares: Float[Array, "*layers"]
+    tokens: Float[Array, "*layers"]
+
+
+def route(x: Float[Array, "N D"], router: Float[Array, "D E"], *, top_k: int, renormalise: bool) -> Routing:
+    """Softmax over all experts in float32, the `top_k` highest, and their sum scaled to one if `renormalise`."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("nd,de->ne", x, router.astype(x.dtype), preferred_element_type=wide)
+    gates, experts = jax.lax.top_k(jax.nn.softmax(logits), top_k)
+    if renormalise:
+        gates = gates / gates.sum(axis=-1, keepdims=True)
+    return Routing(logits, experts, gates.astype(x.dtype))
+
+
+def router_sums(routing: Routing, counted: Bool[Array, " N"]) -> RouterSums:
+    """Over the tokens that are `counted`."""
+    counted = counted.astype(routing.logits.dtype)
+    chosen = jax.nn.one_hot(routing.experts, routing.logits.shape[-1], dtype=counted.dtype).sum(axis=1)
+    probability = jax.nn.softmax(routing.logits)
+    squares = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
+    return RouterSums(counted @ chosen, counted @ probability, counted @ squares, counted.sum())
+
+
+def balance_loss(sums: RouterSums) -> Float[Array, ""]:
+    """E sum_e f_e P_e over the tokens of all layers: f_e experts' share of pairs a token, P_e mean probability.
+
+    Equations (4) to (6) of Switch Transformer (arXiv 2101.03961) as transformers' `load_balancing_loss_func` has them:
+    k where the load is even. Gradients flow through P alone.
+    """
+    tokens = jnp.maximum(sums.tokens.sum(), 1)
+    slots, probability = (x.reshape(-1, x.shape[-1]).sum(axis=0) / tokens for x in (sums.slots, sums.probability))
+    return slots.size * slots @ probability
+
+
+def z_loss(sums: RouterSums) -> Float[Array, ""]:
+    """Mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906, equation 5), over all layers."""
+    return sums.squares.sum() / jnp.maximum(sums.tokens.sum(), 1)
+
+
+def max_load(sums: RouterSums) -> Float[Array, ""]:
+    """Pairs of the busiest expert of any layer, as a multiple of an even share."""
+    even = sums.slots.mean(axis=-1)
+    return jnp.max(sums.slots.max(axis=-1) / jnp.maximum(even, 1))

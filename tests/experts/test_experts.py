@@ -1,0 +1,130 @@
+"""Routing and the experts' matmuls against loops over tokens and experts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdar_jax.experts import balance_loss, expert_mlp, max_load, route, router_sums, z_loss
+from sdar_jax.experts.grouped import grouped_dot
+from sdar_jax.experts.mlp import mlp
+from sdar_jax.experts.routing import Routing
+from tests.experts import oracle
+
+D, F = 6, 4
+
+
+def drawn(seed: int, tokens: int, experts: int, top_k: int, dtype=jnp.float64):
+    """x, gates, gate_up and down, of some size; and experts of each token, no one twice."""
+    random = np.random.default_rng(seed)
+    shapes = ((tokens, D), (tokens, top_k), (experts, D, 2, F), (experts, F, D))
+    chosen = np.stack([random.permutation(experts)[:top_k] for _ in range(tokens)])
+    return chosen.astype(np.int32), *(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+
+
+def assert_same(ours, theirs, tolerance: float = 1e-11) -> None:
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 3), (7, 4, 2), (13, 3, 3), (150, 5, 1), (300, 2, 1)])
+def test_values_and_gradients_equal_the_loops(tokens: int, experts: int, top_k: int, skewed: bool, x64: None) -> None:
+    """Few tokens and many, more than a tile for an expert; skewed: the same experts for all, none for the others."""
+    chosen, *arrays = drawn(tokens, tokens, experts, top_k)
+    chosen = np.tile(chosen[:1], (tokens, 1)) if skewed else chosen
+
+    def run(function, experts_first):
+        loss = lambda x, *weights: (function(x, experts_first, *weights) ** 2).sum()
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))(*arrays)
+
+    if tokens > 50:
+        # The loops, unrolled, would compile for minutes: the same sum over all experts with gates that are zero.
+        assert_same(run(mlp, jnp.asarray(chosen)), run(_dense, chosen))
+    else:
+        assert_same(run(mlp, jnp.asarray(chosen)), run(oracle.expert_mlp, chosen))
+
+
+def _dense(x, experts, gates, gate_up, down):
+    scattered = jnp.zeros((len(x), len(gate_up))).at[jnp.arange(len(x))[:, None], experts].add(gates)
+    gate, up = (jnp.einsum("nd,edf->nef", x, gate_up[:, :, i]) for i in (0, 1))
+    return jnp.einsum("nef,efd,ne->nd", gate / (1 + jnp.exp(-gate)) * up, down, scattered)
+
+
+def test_others_experts_add_nothing(x64: None) -> None:
+    """What a device that holds experts 2 and 3 of 6 adds is the whole without the others' gates."""
+    chosen, x, gates, gate_up, down = drawn(0, 9, 6, 3)
+    kept = jnp.where((chosen >= 2) & (chosen < 4), gates, 0)
+
+    def share(x, gate_up, down):
+        return (mlp(x, jnp.asarray(chosen) - 2, gates, gate_up[2:4], down[2:4], partly=True) ** 2).sum()
+
+    def whole(x, gate_up, down):
+        return (oracle.expert_mlp(x, chosen, kept, gate_up, down) ** 2).sum()
+
+    ours, theirs = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(x, gate_up, down) for f in (share, whole))
+    assert_same(ours, theirs)
+
+
+def test_rows_after_the_last_group_are_zero(x64: None) -> None:
+    x, weights = jnp.ones((40, 3)), jnp.ones((2, 3, 5))
+    value, gradient = jax.value_and_grad(lambda x: grouped_dot(x, weights, jnp.array([9, 4]), True).sum())(x)
+    assert value == 13 * 3 * 5
+    np.testing.assert_array_equal(gradient, np.where(np.arange(40)[:, None] < 13, 5.0, 0.0) * np.ones((40, 3)))
+
+
+def test_a_token_does_not_depend_on_its_neighbours(x64: None) -> None:
+    chosen, x, gates, gate_up, down = drawn(1, 50, 4, 2)
+    together = mlp(x, jnp.asarray(chosen), gates, gate_up, down)
+    for i in (0, 17, 49):
+        alone = mlp(x[i : i + 1], jnp.asarray(chosen[i : i + 1]), gates[i : i + 1], gate_up, down)
+        np.testing.assert_allclose(alone[0], together[i], rtol=1e-13)
+
+
+def test_bfloat16_is_near_and_stays() -> None:
+    chosen, *arrays = drawn(2, 24, 4, 2, jnp.float32)
+    x, *rest = (array.astype(jnp.bfloat16) for array in arrays)
+    out = expert_mlp(x[None], jnp.asarray(chosen), *rest)
+    exact = oracle.expert_mlp(x.astype(jnp.float32), chosen, *(array.astype(jnp.float32) for array in rest))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out[0].astype(jnp.float32), exact, atol=0.03 * float(jnp.abs(exact).max()))
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_routing_is_softmax_then_top_k(renormalise: bool, x64: None) -> None:
+    random = np.random.default_rng(3)
+    x, router = random.normal(size=(9, D)), random.normal(size=(D, 5))
+    routing = route(jnp.asarray(x), jnp.asarray(router), top_k=3, renormalise=renormalise)
+    experts, gates = oracle.gates_of(x @ router, 3, renormalise)
+    np.testing.assert_array_equal(routing.experts, experts)
+    assert_same((routing.logits, routing.gates), (x @ router, gates), 1e-13)
+    half = route(jnp.asarray(x, jnp.bfloat16), jnp.asarray(router, jnp.bfloat16), top_k=3, renormalise=renormalise)
+    assert half.gates.dtype == jnp.bfloat16 and half.logits.dtype == jnp.float32
+
+
+def test_statistics_leave_padding_out(x64: None) -> None:
+    """And the losses over two layers are those of one long row of their tokens."""
+    random = np.random.default_rng(4)
+    logits, counted = random.normal(size=(2, 11, 4)), random.random((2, 11)) < 0.6
+    layers = []
+    for own, real in zip(logits, counted, strict=True):
+        experts, gates = oracle.gates_of(own, 2, True)
+        layers.append(router_sums(Routing(*map(jnp.asarray, (own, experts, gates))), jnp.asarray(real)))
+    sums = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
+    kept = logits[counted]
+    probabilities = np.exp(kept) / np.exp(kept).sum(-1, keepdims=True)
+    experts, _ = oracle.gates_of(kept, 2, True)
+    share = np.bincount(experts.ravel(), minlength=4) / len(kept)
+    squares = np.log(np.exp(kept).sum(-1)) ** 2
+    assert_same((balance_loss(sums), z_loss(sums)), (4 * share @ probabilities.mean(0), squares.mean()))
+    busiest = max(slots.max() / slots.mean() for slots in np.asarray(sums.slots))
+    assert max_load(sums) == pytest.approx(busiest) and sums.tokens.sum() == counted.sum()
+    nothing = jax.tree.map(jnp.zeros_like, sums)
+    assert balance_loss(nothing) == z_loss(nothing) == max_load(nothing) == 0
+
+
+def test_an_even_load_has_the_balance_loss_k(x64: None) -> None:
+    logits = jnp.zeros((6, 4))
+    experts = jnp.array([[0, 1], [2, 3], [1, 2], [3, 0], [0, 2], [1, 3]], jnp.int32)
+    sums = router_sums(Routing(logits, experts, jnp.ones((6, 2))), jnp.ones(6, bool))
+    assert balance_loss(sums) == pytest.approx(2) and max_load(sums) == pytest.approx(1)
