@@ -1,0 +1,81 @@
+"""Weight-only int8 for decoding: each matmul weight as integers with one float scale an output (qwix's QArray).
+
+A forward that is bound by reading weights reads half the bytes of bfloat16. Activations, norms, the embedding, routers,
+keys and values stay as they are. The product is scaled after the matmul, so that the integers go into it with no more
+than a conversion, which XLA fuses on GPU and TPU:
+
+    x W = (x Q) s        Q = round(W / s),  s = max |W| / 127.5 over each output's inputs
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from sdar_jax.errors import ConfigError
+
+# Axes of each weight (model.py) that are not summed over: one scale for each of their entries.
+_OUTPUTS = {
+    "qkv": (1, 2, 3),
+    "output": (3,),
+    "gate_up": (1, 2),
+    "down": (1,),
+    "head": (1,),
+}
+
+QArray = qwix.QArray
+
+
+def is_quantized(field: str) -> bool:
+    """Whether the weights of this name are stored as integers."""
+    return field in _OUTPUTS
+
+
+def quantize_weight(weight: Array, field: str) -> QArray:
+    """One weight; `field` is its name in `Model` or `Layer`."""
+    return _to_int8(weight, _OUTPUTS[field])
+
+
+@partial(jax.jit, static_argnums=1)
+def _to_int8(weight: Array, outputs: tuple[int, ...]) -> QArray:
+    # Scales take the type of what is quantised.
+    wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
+    return qwix.quantize(wide, jnp.int8, channelwise_axes=outputs)
+
+
+def quantize[Tree](model: Tree) -> Tree:
+    """The same model with its matmul weights in int8, for `generate`, `Engine`, `logits` and `nelbo`.
+
+    Shares what it leaves as it is with the given one. Not for training or `save_pretrained`: keep the float model.
+
+    Raises:
+        ConfigError: the layers are stacked for training.
+    """
+    flat, structure = jax.tree.flatten_with_path(model)
+    names = [[str(getattr(key, "name", "")) for key in path] for path, _ in flat]
+    if any("body" in each for each in names):
+        raise ConfigError("the layers are stacked for training; quantize unstack_layers(model)")
+    fields = [next((name for name in each if is_quantized(name)), None) for each in names]
+    leaves = [quantize_weight(x, field) if field else x for (_, x), field in zip(flat, fields, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def dot(spec: str, x: Array, weight: nnx.Param | Any, accumulate: DTypeLike | None = None) -> Array:
+    """einsum(spec, x, weight) in the type of x, or in `accumulate`. The axes of the result end in the outputs."""
+    weight = weight[...]
+    if not isinstance(weight, QArray):
+        return jnp.einsum(spec, x, weight.astype(x.dtype), preferred_element_type=accumulate)
+    product = jnp.einsum(spec, x, weight.qvalue.astype(x.dtype), preferred_element_type=accumulate)
+    operands, result = spec.split("->")
+    summed = tuple(i for i, axis in enumerate(operands.split(",")[1]) if axis not in result)
+    return (product * weight.scale.squeeze(summed)).astype(product.dtype)
+
+
+def dequantized(weight: Any) -> Array:
+    """The floats that a weight stands for; a float one is returned as it is."""
+    return qwix.dequantize(weight) if isinstance(weight, QArray) else weight

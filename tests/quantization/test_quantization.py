@@ -1,0 +1,71 @@
+"""Int8 weights: how far they are from the floats, and that every forward uses them as the floats they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdar_jax import DecodingConfig, Engine, generate, logits, nelbo
+from sdar_jax.errors import ConfigError
+from sdar_jax.model import stack_layers
+from sdar_jax.quantization import QArray, dequantized, dot, quantize, quantize_weight
+from tests.tiny import MASK, tiny_model
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
+
+
+def floats(model):
+    """The quantised model with the floats that its integers stand for."""
+    return jax.tree.map(dequantized, model, is_leaf=lambda x: isinstance(x, QArray))
+
+
+@pytest.mark.parametrize(
+    ("field", "spec", "shape"),
+    [
+        ("qkv", "btd,dgrk->btgrk", (12, 1, 3, 4)),
+        ("output", "btgrk,grkd->btd", (1, 2, 4, 12)),
+        ("gate_up", "btd,dcf->btcf", (12, 2, 5)),
+        ("down", "btf,fd->btd", (5, 12)),
+        ("head", "...d,dv->...v", (12, 7)),
+    ],
+)
+def test_each_weight(field, spec, shape):
+    """Within half a step of the float, a step being the largest of the output's inputs over 127.5."""
+    weight = jax.random.normal(jax.random.key(0), shape)
+    quantized = quantize_weight(weight, field)
+    assert quantized.qvalue.dtype == jnp.int8
+    # Integers end at 127, half a step short of the largest.
+    assert np.all(np.abs(dequantized(quantized) - weight) <= 0.5001 * quantized.scale)
+    inputs = spec.split(",")[0].removeprefix("...").removeprefix("bt")
+    x = jax.random.normal(jax.random.key(1), (2, 3, *shape[: len(inputs)]))
+    np.testing.assert_allclose(
+        dot(spec, x, quantized), jnp.einsum(spec, x, dequantized(quantized)), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_forwards_use_what_the_integers_stand_for(x64, tied):
+    model = quantize(tiny_model(tie_embeddings=tied))
+    assert model.layers[0].qkv[...].qvalue.dtype == jnp.int8
+    assert tied or model.head[...].qvalue.dtype == jnp.int8
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, MASK)
+    expected = logits(floats(model), tokens, block_size=4)
+    np.testing.assert_allclose(logits(model, tokens, block_size=4), expected, rtol=1e-9, atol=1e-9)
+    bounds = [nelbo(each, tokens, block_size=4, samples=2)[0] for each in (model, floats(model))]
+    np.testing.assert_allclose(*bounds, rtol=1e-6)
+    done, wanted = (generate(each, PROMPTS, max_new_tokens=9) for each in (model, floats(model)))
+    assert [c.tokens for c in done] == [c.tokens for c in wanted]
+    served = Engine(model, batch_slots=2, pages=16, page_size=8).generate(PROMPTS, DecodingConfig(), max_new_tokens=9)
+    assert [c.tokens for c in served] == [c.tokens for c in wanted]
+
+
+def test_close_to_the_float_model():
+    model = tiny_model(jnp.float32, initializer_range=0.1)
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, MASK)
+    exact, rounded = (logits(each, tokens, block_size=4) for each in (model, quantize(model)))
+    assert float(jnp.abs(rounded - exact).max()) < 0.05 * float(jnp.abs(exact).max())
+
+
+def test_stacked_layers_are_refused():
+    with pytest.raises(ConfigError, match="stacked for training; quantize unstack_layers"):
+        quantize(stack_layers(jax.tree.map(jnp.copy, tiny_model(jnp.float32))))
