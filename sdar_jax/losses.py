@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from sdar_jax.chips import platform
 from sdar_jax.errors import ConfigError
+from sdar_jax.sharding import carriers, current_mesh
 
 # Logits held at once, in numbers. On a CPU 16 MB of float32, which stay in its cache; on accelerators 1 GB, as each
 # chunk also reads and writes the head's whole gradient (docs/kernels.md).
@@ -20,30 +22,45 @@ _LOGITS_HELD_ELSEWHERE = 2**28
 class TokenScores(NamedTuple):
     """What each token scored, where its weight is not zero; zero and False elsewhere. No gradient flows through it.
 
-    nll: float32 [N] in nats. correct: bool [N], whether no token had a higher logit than the target.
+    nll: float32 [N] or [B, L], as the tokens, in nats. correct: bool, whether no token had a higher logit than the
+    target.
     """
 
-    nll: Float[Array, " N"]
-    correct: Bool[Array, " N"]
+    nll: Float[Array, "*N"]
+    correct: Bool[Array, "*N"]
 
 
 class LossSharding(NamedTuple):
     """How the loss is split over a mesh: hashable, for static arguments.
 
-    tokens: mesh axes that split the token axis of hidden, targets and weights. vocab: the axis that splits the head's
-    vocabulary, or None.
+    tokens: mesh axes that split the first axis of hidden, targets and weights. length: those that split the second,
+    where tokens are [B, L]. vocab: the axis that splits the head's vocabulary, or None. width: one of `tokens` that
+    splits the other side of the head, or None; the head is gathered over it, and its gradient scattered.
     """
 
     mesh: Mesh | AbstractMesh
     tokens: tuple[str, ...] = ()
     vocab: str | None = None
+    length: tuple[str, ...] = ()
+    width: str | None = None
+
+
+def loss_sharding(tokens: tuple[int, ...], head: tuple[int, ...], vocab_axis: int) -> LossSharding | None:
+    """How the mesh in force splits a loss over tokens [B, L] and a head of these shapes; None without a mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return None
+    batch = carriers("batch", tokens[0])
+    (vocab,) = carriers("vocab", head[vocab_axis]) or (None,)
+    (width,) = carriers("embed", head[1 - vocab_axis]) or (None,)
+    return LossSharding(mesh, batch, vocab, carriers("length", tokens[1]), width if width in batch else None)
 
 
 def linear_cross_entropy(
-    hidden: Float[Array, "N D"],
+    hidden: Float[Array, "*N D"],
     head: Float[Array, "D V"] | Float[Array, "V D"],
-    targets: Int[Array, " N"],
-    weights: Float[Array, " N"],
+    targets: Int[Array, "*N"],
+    weights: Float[Array, "*N"],
     *,
     vocab_axis: int = 1,
     chunk: int | None = None,
@@ -56,6 +73,7 @@ def linear_cross_entropy(
     is linear in its cotangent), and accumulated in float32. Differentiable once, in hidden and head.
 
     Args:
+        hidden, targets, weights: of tokens [N], or of rows of them [B, L].
         vocab_axis: the axis of `head` that is the vocabulary: 1, or 0 for tied embeddings.
         chunk: tokens whose logits are held at once; by default what fits 16 MB (1 GB on accelerators), at least 128.
         sharding: on a mesh, each device walks its own tokens and its own part of the vocabulary.
@@ -63,31 +81,31 @@ def linear_cross_entropy(
     Raises:
         ConfigError: tokens or vocabulary do not divide over the mesh axes that split them.
     """
-    split = _Split.of(sharding)
-    _check_divides("tokens", hidden.shape[0], split.token_parts)
-    _check_divides("vocabulary entries", head.shape[vocab_axis], split.vocab_parts)
-    if chunk is None:
-        held = _LOGITS_HELD.get(jax.default_backend(), _LOGITS_HELD_ELSEWHERE)
-        chunk = max(held // (head.shape[vocab_axis] // split.vocab_parts), 128)
-    chunk = min(chunk, hidden.shape[0] // split.token_parts)
-    total, nll, correct = _loss(hidden, head, targets, weights, vocab_axis, chunk, split)
+    token_parts, vocab_parts = _checked_parts(hidden, head, vocab_axis, sharding)
+    chunk = chunk or chunk_size(head.shape[vocab_axis] // vocab_parts)
+    chunk = min(chunk, math.prod(hidden.shape[:-1]) // token_parts)
+    total, nll, correct = _loss(hidden, head, targets, weights, vocab_axis, chunk, sharding)
     return total, TokenScores(jax.lax.stop_gradient(nll), correct)
 
 
-class _Split(NamedTuple):
-    """A LossSharding with its sizes; one part of each without a mesh."""
+def chunk_size(vocabulary: int) -> int:
+    """Tokens whose logits are held at once by default, for a device's part of the vocabulary."""
+    return max(_LOGITS_HELD.get(platform(), _LOGITS_HELD_ELSEWHERE) // vocabulary, 128)
 
-    sharding: LossSharding | None
-    token_parts: int = 1
-    vocab_parts: int = 1
 
-    @classmethod
-    def of(cls, sharding: LossSharding | None) -> "_Split":
-        if sharding is None:
-            return cls(None)
-        sizes = sharding.mesh.shape
-        token_parts = math.prod(sizes[axis] for axis in sharding.tokens)
-        return cls(sharding, token_parts, 1 if sharding.vocab is None else sizes[sharding.vocab])
+def _checked_parts(hidden: Array, head: Array, vocab_axis: int, sharding: LossSharding | None) -> tuple[int, int]:
+    """Into how many parts tokens and vocabulary are split."""
+    if sharding is None:
+        return 1, 1
+    size = lambda axes: math.prod(sharding.mesh.shape[axis] for axis in axes if axis is not None)
+    rows, columns, vocab, width = (
+        size(axes) for axes in (sharding.tokens, sharding.length, (sharding.vocab,), (sharding.width,))
+    )
+    _check_divides("tokens", hidden.shape[0], rows)
+    _check_divides("tokens a row", hidden.shape[-2], columns)
+    _check_divides("vocabulary entries", head.shape[vocab_axis], vocab)
+    _check_divides("columns of the head", head.shape[1 - vocab_axis], width)
+    return rows * columns, vocab
 
 
 def _check_divides(what: str, size: int, parts: int) -> None:
@@ -96,17 +114,17 @@ def _check_divides(what: str, size: int, parts: int) -> None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _loss(hidden, head, targets, weights, vocab_axis, chunk, split):
-    return _run(hidden, head, targets, weights, vocab_axis, chunk, split, gradients=False)[0]
+def _loss(hidden, head, targets, weights, vocab_axis, chunk, sharding):
+    return _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, gradients=False)[0]
 
 
-def _loss_fwd(hidden, head, targets, weights, vocab_axis, chunk, split):
-    out, gradients = _run(hidden, head, targets, weights, vocab_axis, chunk, split, gradients=True)
+def _loss_fwd(hidden, head, targets, weights, vocab_axis, chunk, sharding):
+    out, gradients = _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, gradients=True)
     like = jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype)
     return out, (gradients, like)
 
 
-def _loss_bwd(vocab_axis, chunk, split, residuals, cotangents):
+def _loss_bwd(vocab_axis, chunk, sharding, residuals, cotangents):
     gradients, like = residuals
     d_hidden, d_head = ((g * cotangents[0]).astype(x.dtype) for g, x in zip(gradients, like, strict=True))
     return d_hidden, d_head, None, None
@@ -115,21 +133,28 @@ def _loss_bwd(vocab_axis, chunk, split, residuals, cotangents):
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
-def _run(hidden, head, targets, weights, vocab_axis, chunk, split, *, gradients):
+def _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, *, gradients):
     """`_walk`, by each device over its part of tokens and vocabulary, where there is a mesh."""
-    walk = partial(_walk, vocab_axis=vocab_axis, chunk=chunk, gradients=gradients)
-    if split.sharding is None:
+    walk = partial(_walk_rows, vocab_axis=vocab_axis, chunk=chunk, gradients=gradients)
+    if sharding is None:
         return walk(hidden, head, targets, weights)
-    mesh, tokens, vocab = split.sharding
-    by_token = PartitionSpec(tokens or None)
-    by_vocab = PartitionSpec(*((vocab, None) if vocab_axis == 0 else (None, vocab)))
+    mesh, tokens, vocab, length, width = sharding
+    by_token = PartitionSpec(tokens or None, length or None) if length else PartitionSpec(tokens or None)
+    by_vocab = PartitionSpec(*((vocab, width) if vocab_axis == 0 else (width, vocab)))
     outs = (PartitionSpec(), by_token, by_token), (by_token, by_vocab) if gradients else ()
+    others = tuple(axis for axis in (*tokens, *length) if axis != width)
 
-    def walk_part(*operands):
-        (total, nll, correct), grads = walk(*operands, vocab=vocab)
+    def walk_part(hidden, head, targets, weights):
+        if width is not None:
+            head = jax.lax.all_gather(head.astype(hidden.dtype), width, axis=1 - vocab_axis, tiled=True)
+        (total, nll, correct), grads = walk(hidden, head, targets, weights, vocab=vocab)
         # The rest of the vocabulary adds to a token's gradient, the other tokens to that of the head.
-        grads = tuple(_psum(g, axes) for g, axes in zip(grads, (vocab, tokens), strict=False))
-        return (_psum(total, tokens), nll, correct), grads
+        if grads:
+            d_hidden, d_head = grads
+            if width is not None:
+                d_head = jax.lax.psum_scatter(d_head, width, scatter_dimension=1 - vocab_axis, tiled=True)
+            grads = _psum(d_hidden, vocab), _psum(d_head, others)
+        return (_psum(total, (*tokens, *length)), nll, correct), grads
 
     specs = (by_token, by_vocab, by_token, by_token)
     return jax.shard_map(walk_part, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=False)(
@@ -139,6 +164,16 @@ def _run(hidden, head, targets, weights, vocab_axis, chunk, split, *, gradients)
 
 def _psum(x: Array, axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.psum(x, axes) if axes else x
+
+
+def _walk_rows(hidden, head, targets, weights, vocab=None, **options):
+    """`_walk` over tokens [N] or [B, L], as they come."""
+    tokens = targets.shape
+    flat = hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1)
+    (total, nll, correct), grads = _walk(*flat, vocab, **options)
+    if grads:
+        grads = grads[0].reshape(hidden.shape), grads[1]
+    return (total, nll.reshape(tokens), correct.reshape(tokens)), grads
 
 
 def _walk(hidden, head, targets, weights, vocab=None, *, vocab_axis, chunk, gradients):
@@ -175,7 +210,8 @@ def _walk(hidden, head, targets, weights, vocab=None, *, vocab_axis, chunk, grad
 
     zeros = (jnp.zeros(hidden.shape, accumulate), jnp.zeros(head.shape, accumulate)) if gradients else (None, None)
     scores = jnp.zeros(tokens, accumulate), jnp.zeros(tokens, bool)
-    total, nll, correct, *grads = jax.lax.fori_loop(0, chunks, visit, (jnp.zeros((), accumulate), *scores, *zeros))
+    with jax.named_scope("loss"):
+        total, nll, correct, *grads = jax.lax.fori_loop(0, chunks, visit, (jnp.zeros((), accumulate), *scores, *zeros))
     return (total, nll, correct), tuple(grads) if gradients else ()
 
 

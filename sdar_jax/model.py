@@ -2,12 +2,18 @@
 
 Weights are stored [in, out] with the heads and the gate/up pair as axes of their own, so that one matmul makes q, k and
 v and every axis can be sharded. Shapes: B rows, T tokens, D hidden, G key-value heads, R query heads for each, K head
-dimension, F feed-forward, V vocabulary.
+dimension, F feed-forward, V vocabulary, E experts.
 
     qkv      [D, G, R + 2, K]    R queries, then the key, then the value
     output   [G, R, K, D]
     gate_up  [D, 2, F]
     down     [F, D]
+
+A mixture has, in every layer, instead of the last two:
+
+    router           [D, E]
+    experts_gate_up  [E, D, 2, F]
+    experts_down     [E, F, D]
 
 Training stacks the layers and scans them (`stack_layers`): all but the last, which may compute fewer outputs than
 inputs. Decoding holds them one by one, as a scan would copy each layer's weights out of the stack.
@@ -21,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -28,7 +35,11 @@ from sdar_jax import visibility
 from sdar_jax.attention import attention
 from sdar_jax.attention.paged import paged_attention, write_pages
 from sdar_jax.config import ModelConfig, RopeConfig
+from sdar_jax.embedding import embed
 from sdar_jax.errors import ConfigError
+from sdar_jax.experts import RouterSums, Routing, expert_mlp, route, router_sums
+from sdar_jax.quantization import dequantized, dot
+from sdar_jax.sharding import HIDDEN, PAGES, constrain, current_mesh, gathered, named, not_gathered
 from sdar_jax.visibility import Ranges
 
 Remat = Literal["none", "dots", "full"]
@@ -57,15 +68,18 @@ class Windows(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """One decoder layer. Biases and q/k norms are None where the config has none."""
+    """One decoder layer. Weights that its config has no use for are None: biases, norms, experts or the dense MLP."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike):
         c, groups = config, config.num_heads // config.num_kv_heads
         normal = partial(_normal, scale=c.initializer_range, dtype=dtype)
-        keys = jax.random.split(key, 4)
+        keys = jax.random.split(key, 5 if c.num_experts else 4)
         ones = lambda size: nnx.Param(jnp.ones(size, dtype))
         zeros = lambda wanted, *shape: nnx.Param(jnp.zeros(shape, dtype)) if wanted else None
+        matrix = lambda wanted, key, *shape: normal(key, *shape) if wanted else None
+        dense, sparse = c.num_experts == 0, c.num_experts > 0
         self.eps = c.rms_norm_eps
+        self.top_k, self.renormalise = c.num_experts_per_token, c.norm_topk_prob
         self.attention_norm = ones(c.hidden_size)
         self.qkv = normal(keys[0], c.hidden_size, c.num_kv_heads, groups + 2, c.head_dim)
         self.qkv_bias = zeros(c.qkv_bias, c.num_kv_heads, groups + 2, c.head_dim)
@@ -74,31 +88,39 @@ class Layer(nnx.Module):
         self.output = normal(keys[1], c.num_kv_heads, groups, c.head_dim, c.hidden_size)
         self.output_bias = zeros(c.output_bias, c.hidden_size)
         self.mlp_norm = ones(c.hidden_size)
-        self.gate_up = normal(keys[2], c.hidden_size, 2, c.intermediate_size)
+        self.gate_up = matrix(dense, keys[2], c.hidden_size, 2, c.intermediate_size)
         self.gate_up_bias = zeros(c.mlp_bias, 2, c.intermediate_size)
-        self.down = normal(keys[3], c.intermediate_size, c.hidden_size)
+        self.down = matrix(dense, keys[3], c.intermediate_size, c.hidden_size)
         self.down_bias = zeros(c.mlp_bias, c.hidden_size)
+        width = c.moe_intermediate_size
+        self.router = matrix(sparse, keys[-1], c.hidden_size, c.num_experts)
+        self.experts_gate_up = matrix(sparse, keys[2], c.num_experts, c.hidden_size, 2, width)
+        self.experts_down = matrix(sparse, keys[3], c.num_experts, width, c.hidden_size)
 
     def __call__(self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None):
-        """[B, T, D] -> ([B, outputs, D], the layer's pages). Only the first `outputs` positions are computed."""
+        """[B, T, D] -> ([B, outputs, D], the layer's pages, the routing of the B * outputs tokens or None).
+
+        Only the first `outputs` positions are computed.
+        """
         outputs = x.shape[1] if outputs is None else outputs
         with jax.named_scope("attention"):
             q, k, v = self.project(rms_norm(x, self.attention_norm, self.eps), rope, outputs)
             mixed, pages = attend(q, k, v)
             mixed = mixed.reshape(*mixed.shape[:2], *self.output.shape[:3])
-            x = x[:, :outputs] + _bias(_dot("btgrk,grkd->btd", mixed, self.output), self.output_bias)
+            x = x[:, :outputs] + _bias(dot("btghk,ghkd->btd", mixed, self.output), self.output_bias)
         with jax.named_scope("mlp"):
-            return x + self.mlp(rms_norm(x, self.mlp_norm, self.eps)), pages
+            mixed, routing = self.mlp(rms_norm(x, self.mlp_norm, self.eps))
+            return x + mixed, pages, routing
 
     def project(self, x: Array, rope: tuple[Array, Array], outputs: int) -> tuple[Array, Array, Array]:
         """Rotated queries [B, outputs, G R, K] and keys [B, T, G, K], and values [B, T, G, K]."""
         if outputs == x.shape[1]:
-            qkv = _bias(_dot("btd,dgrk->btgrk", x, self.qkv), self.qkv_bias)
+            qkv = _bias(dot("btd,dgrk->btgrk", x, self.qkv), self.qkv_bias)
             q, kv = qkv[..., :-2, :], qkv[..., -2:, :]
         else:
             bias = (None, None) if self.qkv_bias is None else (self.qkv_bias[:, :-2], self.qkv_bias[:, -2:])
-            q = _bias(_dot("btd,dgrk->btgrk", x[:, :outputs], self.qkv[:, :, :-2]), bias[0])
-            kv = _bias(_dot("btd,dgrk->btgrk", x, self.qkv[:, :, -2:]), bias[1])
+            q = _bias(dot("btd,dgrk->btgrk", x[:, :outputs], self.qkv[:, :, :-2]), bias[0])
+            kv = _bias(dot("btd,dgrk->btgrk", x, self.qkv[:, :, -2:]), bias[1])
         q = q.reshape(*q.shape[:2], -1, q.shape[-1])
         k, v = kv[..., 0, :], kv[..., 1, :]
         if self.q_norm is not None and self.k_norm is not None:
@@ -106,10 +128,18 @@ class Layer(nnx.Module):
         cos, sin = rope
         return rotate(q, cos[:, :outputs], sin[:, :outputs]), rotate(k, cos, sin), v
 
-    def mlp(self, x: Array) -> Array:
-        gate_up = _bias(_dot("btd,dcf->btcf", x, self.gate_up), self.gate_up_bias)
+    def mlp(self, x: Array) -> tuple[Array, Routing | None]:
+        if self.gate_up is None or self.down is None:
+            return self.mixture(x)
+        gate_up = _bias(dot("btd,dcf->btcf", x, self.gate_up), self.gate_up_bias)
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return _bias(_dot("btf,fd->btd", hidden, self.down), self.down_bias)
+        return _bias(dot("btf,fd->btd", hidden, self.down), self.down_bias), None
+
+    def mixture(self, x: Array) -> tuple[Array, Routing]:
+        held = (self.router, self.experts_gate_up, self.experts_down)
+        router, gate_up, down = (weight[...].astype(x.dtype) for weight in held if weight is not None)
+        routing = route(x.reshape(-1, x.shape[-1]), router, top_k=self.top_k, renormalise=self.renormalise)
+        return expert_mlp(x, routing.experts, routing.gates, gate_up, down), routing
 
 
 class Stack(nnx.Module):
@@ -127,14 +157,20 @@ class Model(nnx.Module):
         config: its shape and purpose.
         key: for the normal initialisation of scale `config.initializer_range`.
         dtype: of the weights.
+        stacked: layers as `stack_layers` gives them; quicker to compile than one by one.
     """
 
-    def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32, *, stacked: bool = False):
         normal = partial(_normal, scale=config.initializer_range, dtype=dtype)
         keys = jax.random.split(key, config.num_layers + 2)
         self.config = config
         self.embedding = normal(keys[0], config.vocab_size, config.hidden_size)
-        self.layers: nnx.List | Stack = nnx.List([Layer(config, key, dtype) for key in keys[2:]])
+        layer = lambda key: Layer(config, key, dtype)
+        if stacked:
+            body = jax.vmap(layer)(keys[2:-1]) if config.num_layers > 1 else None
+            self.layers: nnx.List | Stack = Stack(body, layer(keys[-1]))
+        else:
+            self.layers = nnx.List([layer(key) for key in keys[2:]])
         self.final_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
         self.head = None if config.tie_embeddings else normal(keys[1], config.hidden_size, config.vocab_size)
 
@@ -157,20 +193,43 @@ class Model(nnx.Module):
             remat: what the backward pass recomputes: "none", all but matmul outputs ("dots"), or whole layers ("full").
             compute_dtype: of activations and matmuls; the weights' own if None. Norms and softmax are float32.
         """
+        options = {"outputs": outputs, "remat": remat, "compute_dtype": compute_dtype}
+        return self.hidden_and_routing(tokens, positions, ranges, **options)[0]
+
+    def hidden_and_routing(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        ranges: Ranges,
+        *,
+        outputs: int | None = None,
+        remat: Remat = "none",
+        compute_dtype: DTypeLike | None = None,
+    ) -> tuple[Float[Array, "B outputs D"], RouterSums | None]:
+        """As `hidden`, and the statistics of each layer's router over the positions it computes that see anything.
+
+        None for a dense model.
+        """
         outputs = tokens.shape[1] if outputs is None else outputs
-        x = self.embed(tokens, compute_dtype)
+        x = constrain(self.embed(tokens, compute_dtype), *HIDDEN)
         rope = rope_tables(self.config, positions, x.dtype)
         full = _rematerialised(partial(_layer_forward, outputs=None), remat)
         last = _rematerialised(partial(_layer_forward, outputs=outputs), remat)
+        sums = []
         if isinstance(self.layers, Stack):
             if self.layers.body is not None:
-                x, _ = jax.lax.scan(lambda x, layer: (full(layer, x, rope, ranges), None), x, self.layers.body)
-            x = last(self.layers.last, x, rope, ranges)
+                x, stacked = jax.lax.scan(lambda x, layer: full(layer, x, rope, ranges), x, self.layers.body)
+                sums.append(stacked)
+            x, own = last(self.layers.last, x, rope, ranges)
+            sums.append(jax.tree.map(lambda leaf: leaf[None], own))
+            routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sums)
         else:
             for layer in list(self.layers)[:-1]:
-                x = full(layer, x, rope, ranges)
-            x = last(self.layers[-1], x, rope, ranges)
-        return rms_norm(x, self.final_norm, self.config.rms_norm_eps)
+                x, own = full(layer, x, rope, ranges)
+                sums.append(own)
+            x, own = last(self.layers[-1], x, rope, ranges)
+            routing = jax.tree.map(lambda *parts: jnp.stack(parts), *sums, own)
+        return rms_norm(x, self.final_norm, self.config.rms_norm_eps), routing
 
     def hidden_paged(
         self, windows: Sequence[Windows], cache: list[LayerPages]
@@ -194,30 +253,36 @@ class Model(nnx.Module):
         rope = rope_tables(self.config, _joined(positions), x.dtype)
         updated = []
         for layer, pages in zip(self.layers, cache, strict=True):
-            x, pages = layer(x, rope, partial(_attend_paged, windows, pages))
+            x, pages, _ = layer(x, rope, partial(_attend_paged, windows, pages))
             updated.append(pages)
         return _parted(rms_norm(x, self.final_norm, self.config.rms_norm_eps), windows), updated
 
     def embed(self, tokens: Int[Array, "B T"], compute_dtype: DTypeLike | None = None) -> Float[Array, "B T D"]:
         """Token embeddings, in the type that the rest of the forward computes in."""
-        return jnp.take(self.embedding[...], tokens, axis=0).astype(compute_dtype or self.embedding.dtype)
+        return embed(self.embedding[...], tokens, compute_dtype or self.embedding.dtype)
 
     def output_weights(self) -> tuple[Array, int]:
         """The output head and which of its axes is the vocabulary: [D, V] and 1, or the tied embedding [V, D] and 0."""
-        return (self.embedding[...], 0) if self.head is None else (self.head[...], 1)
+        if self.head is None:
+            return self.embedding[...], 0
+        return dequantized(self.head[...]), 1
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits, accumulated and returned in float32 (float64 for float64 weights)."""
-        weights, vocab_axis = self.output_weights()
-        spec = "...d,vd->...v" if vocab_axis == 0 else "...d,dv->...v"
         accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.einsum(spec, hidden, weights.astype(hidden.dtype), preferred_element_type=accumulate)
+        if self.head is None:
+            return dot("...d,vd->...v", hidden, self.embedding, accumulate)
+        return dot("...d,dv->...v", hidden, self.head, accumulate)
 
 
-def empty_pages(config: ModelConfig, pages: int, page_size: int, dtype: DTypeLike) -> list[LayerPages]:
-    """Zeros for `pages` of `page_size` positions in every layer."""
+def empty_pages(
+    config: ModelConfig, pages: int, page_size: int, dtype: DTypeLike, mesh: Mesh | None = None
+) -> list[LayerPages]:
+    """Zeros for `pages` of `page_size` positions in every layer, split over `mesh` by key-value heads."""
     shape = (pages, config.num_kv_heads, page_size, config.head_dim)
-    return [LayerPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
+    place = None if mesh is None else named(mesh, PAGES, shape)
+    zeros = partial(jnp.zeros, shape, dtype, device=place)
+    return [LayerPages(zeros(), zeros()) for _ in range(config.num_layers)]
 
 
 def rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:
@@ -347,9 +412,14 @@ def logits(
     return model.unembed(model.hidden(tokens, positions, visibility.block_causal(segment_ids, block_size)))
 
 
-def _layer_forward(layer: Layer, x: Array, rope: tuple[Array, Array], ranges: Ranges, outputs: int | None) -> Array:
+def _layer_forward(
+    layer: Layer, x: Array, rope: tuple[Array, Array], ranges: Ranges, outputs: int | None
+) -> tuple[Array, RouterSums | None]:
     seen = Ranges(ranges.start[:, :outputs], ranges.end[:, :outputs])
-    return layer(x, rope, lambda q, k, v: (attention(q, k, v, seen), None), outputs)[0]
+    layer = gathered(layer, x.dtype)
+    x, _, routing = layer(x, rope, lambda q, k, v: (attention(q, k, v, seen), None), outputs)
+    x = constrain(x, *HIDDEN)
+    return x, None if routing is None else router_sums(routing, (seen.end > seen.start).any(axis=-1).reshape(-1))
 
 
 def _attend_paged(windows: Sequence[Windows], pages: LayerPages, q: Array, k: Array, v: Array):
@@ -373,7 +443,7 @@ def _parted(x: Array, windows: Sequence[Windows]) -> list[Array]:
 
 def _rematerialised(function: Callable, remat: Remat) -> Callable:
     if remat == "none":
-        return function
+        return function if current_mesh() is None else jax.checkpoint(function, policy=not_gathered)
     policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
     if remat not in policies:
         raise ConfigError(f"remat {remat!r} is unknown; use one of ('none', 'dots', 'full')")
@@ -382,11 +452,6 @@ def _rematerialised(function: Callable, remat: Remat) -> Callable:
 
 def _normal(key: jax.Array, *shape: int, scale: float, dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(scale * jax.random.normal(key, shape, dtype))
-
-
-def _dot(spec: str, x: Array, weight: nnx.Param | Array) -> Array:
-    weight = weight[...].astype(x.dtype)
-    return jnp.einsum(spec, x, weight)
 
 
 def _bias(x: Array, bias: nnx.Param | Array | None) -> Array:

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from sdar_jax import visibility
 from sdar_jax.config import ModelConfig
 from sdar_jax.corruption import CorruptionConfig, corrupt
-from sdar_jax.errors import ConfigError
-from sdar_jax.losses import TokenScores, linear_cross_entropy
+from sdar_jax.errors import ConfigError, is_number
+from sdar_jax.experts import RouterSums, balance_loss, max_load, z_loss
+from sdar_jax.losses import TokenScores, linear_cross_entropy, loss_sharding
 from sdar_jax.model import Model, Remat
 from sdar_jax.visibility import Ranges
 
@@ -52,12 +53,24 @@ class Example(NamedTuple):
     count: Float[Array, " B"]
 
 
+class RouterMetrics(NamedTuple):
+    """A mixture's balance loss, z-loss and `max_load`, each times the examples' count. Float32 scalars."""
+
+    balance: Float[Array, ""]
+    z: Float[Array, ""]
+    max_load: Float[Array, ""]
+
+
 class LossMetrics(NamedTuple):
-    """Sums over the asked tokens, float32 scalars: cross-entropy in nats, right first guesses, and how many."""
+    """Sums over the asked tokens, float32 scalars: cross-entropy in nats, right first guesses, and how many.
+
+    router: None for dense models, and where it is not asked for.
+    """
 
     nll: Float[Array, ""]
     correct: Float[Array, ""]
     asked: Float[Array, ""]
+    router: RouterMetrics | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +80,22 @@ class ObjectiveConfig:
     Attributes:
         corruption: what diffusion masks; nothing for AR.
         normalizer: N: "response" counts the eligible tokens (SDAR), "masked" the masked ones, "weights" adds up w.
+        router_balance: coefficient of a mixture's balance loss; its model's `router_aux_loss_coef` if None.
+        router_z: of the router's z-loss.
     """
 
     corruption: CorruptionConfig = CorruptionConfig()
     normalizer: Literal["response", "masked", "weights"] = "response"
+    router_balance: float | None = None
+    router_z: float = 0.0
 
     def __post_init__(self):
         if self.normalizer not in ("response", "masked", "weights"):
             raise ConfigError(f"normalizer {self.normalizer!r} is unknown; use 'response', 'masked' or 'weights'")
+        for name in ("router_balance", "router_z"):
+            value = getattr(self, name)
+            if value is not None and (not is_number(value) or value < 0):
+                raise ConfigError(f"{name} is {value!r}; give a number >= 0")
 
 
 def check_objective(model: ModelConfig) -> None:
@@ -146,23 +167,55 @@ def block_diffusion_example(
     )
 
 
+def training_loss(
+    model: Model,
+    example: Example,
+    config: ObjectiveConfig,
+    *,
+    remat: Remat = "none",
+    compute_dtype: DTypeLike | None = None,
+) -> tuple[Float[Array, ""], LossMetrics]:
+    """`weighted_loss`, for a mixture plus the sum of `example.count` times the router's losses.
+
+    Divided by the sum of counts, a step of one micro-batch has exactly the router's losses on it, and a step of several
+    their mean weighted by count: they are functions of a micro-batch's statistics, and do not add up as tokens do.
+    """
+    total, scores, routing = _scored(model, example, remat=remat, compute_dtype=compute_dtype)
+    metrics = _metrics(scores, example)
+    if routing is None:
+        return total, metrics
+    balance, z, count = balance_loss(routing), z_loss(routing), example.count.sum()
+    coefficient = model.config.router_aux_loss_coef if config.router_balance is None else config.router_balance
+    router = RouterMetrics(*((count * x).astype(jnp.float32) for x in (balance, z, max_load(routing))))
+    return total + count * (coefficient * balance + config.router_z * z), metrics._replace(router=router)
+
+
 def weighted_loss(
     model: Model, example: Example, *, remat: Remat = "none", compute_dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, ""], LossMetrics]:
     """sum_i w_i CE_i over an example, float32, and its metrics. Divide by the sum of `example.count`."""
     total, scores = score_tokens(model, example, remat=remat, compute_dtype=compute_dtype)
-    asked = jnp.count_nonzero(example.weights)
-    metrics = LossMetrics(scores.nll.sum(), scores.correct.sum(), asked)
-    return total, LossMetrics(*(x.astype(jnp.float32) for x in metrics))
+    return total, _metrics(scores, example)
 
 
 def score_tokens(model: Model, example: Example, **options) -> tuple[Float[Array, ""], TokenScores]:
-    """As `weighted_loss`, with the score of each of the B * N outputs instead of their sums."""
-    outputs = example.targets.shape[1]
-    hidden = model.hidden(example.inputs, example.positions, example.ranges, outputs=outputs, **options)
+    """As `weighted_loss`, with the score of each of the [B, N] outputs instead of their sums."""
+    return _scored(model, example, **options)[:2]
+
+
+def _scored(model: Model, example: Example, **options) -> tuple[Array, TokenScores, RouterSums | None]:
+    read = example.inputs, example.positions, example.ranges
+    hidden, routing = model.hidden_and_routing(*read, outputs=example.targets.shape[1], **options)
     head, vocab_axis = model.output_weights()
-    flat = hidden.reshape(-1, hidden.shape[-1]), head, example.targets.reshape(-1), example.weights.reshape(-1)
-    return linear_cross_entropy(*flat, vocab_axis=vocab_axis)
+    split = loss_sharding(example.targets.shape, head.shape, vocab_axis)
+    asked = hidden, head, example.targets, example.weights
+    return *linear_cross_entropy(*asked, vocab_axis=vocab_axis, sharding=split), routing
+
+
+def _metrics(scores: TokenScores, example: Example) -> LossMetrics:
+    sums = scores.nll.sum(), scores.correct.sum(), jnp.count_nonzero(example.weights)
+    nll, correct, asked = (x.astype(jnp.float32) for x in sums)
+    return LossMetrics(nll, correct, asked)
 
 
 def block_diffusion_loss(

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sdar_jax.attention import chunked, reference
+from sdar_jax.attention.mesh import over_mesh
+from sdar_jax.chips import platform
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 
@@ -74,7 +76,8 @@ def attention(
     """softmax(q k^T scale) v over the keys that `ranges` lets each query see.
 
     Query head h reads key-value head h // (H / G). Scores and sums are float32 (float64 for float64 inputs). A query
-    that sees nothing gives zero. Differentiable once, in q, k and v.
+    that sees nothing gives zero. Differentiable once, in q, k and v. Under a mesh (`sharding.use`) each device computes
+    its own rows, heads and positions, and chooses by its own shapes.
 
     Args:
         scale: factor on the scores; 1 / sqrt(D) if None.
@@ -87,10 +90,17 @@ def attention(
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"{q.shape[2]} query heads do not divide over {k.shape[2]} key-value heads; use a multiple")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    return over_mesh(partial(_local, scale=factor, implementation=implementation), q, k, v, ranges)
+
+
+def _local(
+    q: Array, k: Array, v: Array, ranges: Ranges, *, scale: float, implementation: Implementation | None
+) -> Array:
+    """What one device computes, chosen by the shapes that it sees."""
     choice = choose(q, k, v, implementation)
     if choice.implementation == "reference":
-        return reference.forward(q, k, v, ranges, scale=factor)[0]
-    return _attend(q, k, v, ranges, factor, choice)
+        return reference.forward(q, k, v, ranges, scale=scale)[0]
+    return _attend(q, k, v, ranges, scale, choice)
 
 
 def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) -> Choice:
@@ -99,7 +109,7 @@ def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) 
         return _checked(Choice(implementation), q, k, v)
     if _override is not None:
         return _checked(_override, q, k, v)
-    kernel = _KERNELS.get(jax.default_backend())
+    kernel = _KERNELS.get(platform())
     queries, keys = q.shape[1], k.shape[1]
     dense = queries <= _DENSE_QUERIES or queries * keys <= _DENSE_SCORES
     if kernel is not None and not dense and _module(kernel).unsupported(q, k, v) is None:

@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
+from sdar_jax.chips import device, platform
 from sdar_jax.errors import ConfigError
 
 TABLE = Path(__file__).with_name("blocks.toml")
@@ -57,8 +56,8 @@ def blocks_for(implementation: str, kernel: str, head_dim: int) -> Blocks:
 
 
 def chip_here() -> str:
-    """The accelerator's `device_kind`; "any" on a CPU, which compiles for chips that are not here."""
-    return ANY_CHIP if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    """The `device_kind` of the accelerator that is here or compiled for; "any" on a CPU."""
+    return ANY_CHIP if platform() == "cpu" else device().device_kind
 
 
 def head_dims(implementation: str, kernel: str) -> list[int]:

@@ -19,6 +19,7 @@ from sdar_jax.objectives import (
     masked_diffusion_example,
     score_tokens,
 )
+from sdar_jax.sharding import mesh_of, use
 
 Tokens = Int[Array | np.ndarray, "B L"]
 Mask = Bool[Array | np.ndarray, "B L"]
@@ -65,7 +66,8 @@ def nelbo(
     batch = _batch(model.config, tokens, segment_ids, loss_mask)
     count = _count(batch.loss_mask)
     key = jax.random.key(seed)
-    sums = [_bound(model, batch, jax.random.fold_in(key, i), block_size) for i in range(samples)]
+    with use(mesh_of(model)):
+        sums = [_bound(model, batch, jax.random.fold_in(key, i), block_size) for i in range(samples)]
     estimates = np.array(sums, np.float64) / count
     # From the first: estimates that are all equal then have an error of zero, where their mean would leave a rounding.
     apart = estimates - estimates[0]
@@ -80,7 +82,8 @@ def autoregressive_nll(
     Arguments as for `nelbo`.
     """
     batch = _batch(model.config, tokens, segment_ids, loss_mask)
-    total, count = _exact(model, batch)
+    with use(mesh_of(model)):
+        total, count = _exact(model, batch)
     return float(total) / _count(count)
 
 
