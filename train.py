@@ -1,5 +1,8 @@
 """Trains a model as a YAML file says: `python train.py CONFIG.yaml [--field.path value ...]`; `--help` lists fields.
 
+With `--tiny` anywhere behind it, the same run on made-up inputs and so small that it ends within a minute on any
+machine, under run_dir + "-tiny" (`sdar_jax/training/tiny.py`).
+
 Started again, it goes on from the newest checkpoint of its run directory by itself. Exit status: 0 finished, 2 an error
 in what was given (one line on stderr), 128 + n stopped by signal n and saved (143 for SIGTERM, 130 for Ctrl-C).
 """
@@ -17,7 +20,7 @@ from sdar_jax.data import PackedDataset
 from sdar_jax.errors import DataError, SdarError
 from sdar_jax.evaluation import autoregressive_nll, nelbo
 from sdar_jax.model import Model
-from sdar_jax.training import EvalConfig, read_command_line, train
+from sdar_jax.training import EvalConfig, TrainConfig, read_command_line, tiny, train
 
 Rows = dict[str, np.ndarray]
 
@@ -28,11 +31,17 @@ def main() -> int:
     # Orbax logs what it also raises, a page of it, from several threads.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        outcome = train(read_command_line(sys.argv[1:]), make_evaluate=make_evaluate)
+        outcome = train(_config(sys.argv[1:]), make_evaluate=make_evaluate)
     except SdarError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 128 + outcome.signal if outcome.signal else 0
+
+
+def _config(arguments: list[str]) -> TrainConfig:
+    if "--tiny" not in arguments:
+        return read_command_line(arguments)
+    return read_command_line([argument for argument in arguments if argument != "--tiny"], change=tiny)
 
 
 def make_evaluate(config: EvalConfig, data: PackedDataset) -> Callable[[Model], dict[str, float]]:

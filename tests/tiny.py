@@ -36,6 +36,13 @@ def pack(*rows: Sequence[int], length: int) -> np.ndarray:
     return packed
 
 
+@cache
+def tiny_mixture(dtype: DTypeLike = jnp.float64, **changes) -> Model:
+    """As `tiny_model`, with two of five experts for a token."""
+    experts = {"architecture": "qwen3_moe", "num_experts": 5, "num_experts_per_token": 2, "moe_intermediate_size": 12}
+    return tiny_model.__wrapped__(dtype, **(experts | changes))
+
+
 @st.composite
 def segment_rows(draw, rows: int, length: int) -> np.ndarray:
     """Packed rows: documents and padding of any lengths, in any order, under any ids that tell neighbours apart."""

@@ -9,6 +9,7 @@ from sdar_jax.training.config import (
 )
 from sdar_jax.training.loop import Outcome, train
 from sdar_jax.training.reading import read_command_line, read_config
+from sdar_jax.training.tiny import tiny
 
 __all__ = [
     "CheckpointConfig",
@@ -19,5 +20,6 @@ __all__ = [
     "TrainConfig",
     "read_command_line",
     "read_config",
+    "tiny",
     "train",
 ]

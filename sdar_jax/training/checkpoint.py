@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 
 from sdar_jax.errors import CheckpointError
@@ -106,10 +105,11 @@ class Checkpoints:
         return Position(**self._manager.restore(self.latest, args=items)["position"])
 
     def state(self, like: TrainState) -> TrainState:
-        """Of the newest checkpoint, bit for bit, on the first device; `like` gives its structure, shapes and dtypes."""
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like._asdict())
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        """Of the newest checkpoint, bit for bit, whatever mesh it was saved from.
+
+        like: ShapeDtypeStructs, with the sharding that each array is to have.
+        """
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
         return TrainState(**self._manager.restore(self.latest, args=items)["state"])
 
     def _set_damaged_aside(self) -> None:

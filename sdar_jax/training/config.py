@@ -10,6 +10,7 @@ from sdar_jax.data import DataConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Remat
 from sdar_jax.objectives import ObjectiveConfig
+from sdar_jax.sharding import MeshConfig
 
 Schedule = Literal["constant", "cosine", "wsd"]
 
@@ -148,6 +149,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig | None = None
     """Evaluation during training; None is none."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices share the work; by default rows, weights and optimiser state are split over all of them."""
     seed: int = 0
     """Of the initial weights and of the corruption (data has its own)."""
     ema_decay: float | None = None

@@ -39,11 +39,12 @@ def training_flops(config: ModelConfig, done: Work) -> float:
         + 6 D V asked + 12 H K [ (layers - 1) pairs + output_pairs ]
 
     In the last layer, positions that are no outputs (the clean copy of the hybrid layout) need keys and values alone.
-    What `remat` computes again is not counted.
+    Of a mixture's layers the experts that a token goes to count, and the router. What `remat` computes again does not.
     """
     c = config
     kv_weights = 2 * c.hidden_size * c.num_kv_heads * c.head_dim
-    rest = 2 * c.hidden_size * c.num_heads * c.head_dim + 3 * c.hidden_size * c.intermediate_size
+    width = c.num_experts_per_token * c.moe_intermediate_size if c.num_experts else c.intermediate_size
+    rest = c.hidden_size * (2 * c.num_heads * c.head_dim + 3 * width + c.num_experts)
     inner, positions, outputs = c.num_layers - 1, float(done.positions), float(done.outputs)
     matmuls = (inner * (kv_weights + rest) + kv_weights) * positions + rest * outputs
     head = c.hidden_size * c.vocab_size * float(done.asked)

@@ -1,6 +1,6 @@
 """The training loop: dispatch a step, read the metrics of the one before it, save now and then.
 
-One device (`jax.devices()[0]`) computes. The host's only wait in the step path is for the metrics of step N - 1 while
+The devices of `config.mesh` compute. The host's only wait in the step path is for the metrics of step N - 1 while
 step N runs, so that packing the next batch, logging and most of saving take none of the device's time.
 """
 
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sdar_jax.data import PackedDataset, load_tokenizer
 from sdar_jax.errors import ConfigError, TrainingError
 from sdar_jax.model import Model
 from sdar_jax.objectives import Batch
 from sdar_jax.pretrained import save_pretrained
+from sdar_jax.sharding import batch_sharding, use
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import EvalConfig, TrainConfig
 from sdar_jax.training.reading import to_values
@@ -97,7 +98,8 @@ def _train(
     outputs = Trackers(run_dir, step=start, steps=config.steps, tensorboard=config.tensorboard)
     with closing(setup.data), outputs as trackers, Interrupts() as interrupts:
         loop = _Loop(config, setup, start, trackers, checkpoints, evaluate)
-        loop.run(interrupts)
+        with use(setup.mesh):
+            loop.run(interrupts)
     checkpoints.wait()
     if loop.done < config.steps:
         log.info("%s: stopped by a signal, saved at step %d; start it again to go on", run_dir, loop.done)
@@ -106,6 +108,13 @@ def _train(
     averaged = "" if config.ema_decay is None else " (the moving average of the weights)"
     log.info("%s: finished, model%s in %s", run_dir, averaged, run_dir / "model")
     return Outcome(loop.done, finished=True)
+
+
+def _placed(batch: dict[str, np.ndarray], rows: int, mesh: Mesh) -> Batch:
+    """A global batch of so many rows, of which this process has its share, over the devices."""
+    place = batch_sharding(mesh)
+    put = lambda x: jax.make_array_from_process_local_data(place, x, (rows, *x.shape[1:]))
+    return Batch(**{name: put(batch[name]) for name in Batch._fields if name in batch})
 
 
 class _Unread(NamedTuple):
@@ -164,7 +173,7 @@ class _Loop:
                 f"the data ended after {self.done} of {self._config.steps} steps; set steps to {self.done}, or give "
                 "more data or data.epochs"
             ) from None
-        arrays = Batch(**{name: jnp.asarray(batch[name]) for name in Batch._fields if name in batch})
+        arrays = _placed(batch, self._config.data.batch_size, self._setup.mesh)
         self._state, metrics = self._step(self._state, arrays)
         self._settle()
         self.done += 1

@@ -6,7 +6,7 @@ import difflib
 import io
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -18,6 +18,7 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.training.config import InitConfig, TrainConfig
 
 USAGE = "train.py CONFIG.yaml"
+_PROGRAM = f"{USAGE} [--tiny]"
 _EXAMPLE = TrainConfig(
     run_dir="runs/example",
     steps=1000,
@@ -26,14 +27,19 @@ _EXAMPLE = TrainConfig(
 )
 
 
-def read_command_line(arguments: Sequence[str]) -> TrainConfig:
+def read_command_line(
+    arguments: Sequence[str], *, change: Callable[[TrainConfig], TrainConfig] = lambda config: config
+) -> TrainConfig:
     """`CONFIG.yaml [--field.path value ...]`. `--help` prints every field, with its value in the file, and exits.
+
+    Args:
+        change: what becomes of the file's config before the options are applied to it.
 
     Raises:
         ConfigError: as `read_config`, an unknown option, or a value that does not fit.
     """
     if arguments and not arguments[0].startswith("-"):
-        return _override(read_config(arguments[0]), arguments[1:])
+        return _override(change(read_config(arguments[0])), arguments[1:])
     if {"-h", "--help"} & set(arguments):
         return _override(_EXAMPLE, ["--help"])
     raise ConfigError(f"no config file is given; write: {USAGE} [--field.path value ...]")
@@ -142,7 +148,7 @@ def _override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                TrainConfig, prog=USAGE, args=arguments, default=config, config=settings, use_underscores=True
+                TrainConfig, prog=_PROGRAM, args=arguments, default=config, config=settings, use_underscores=True
             )
     except SystemExit as stop:
         if stop.code == 0:

@@ -10,7 +10,7 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.reading import to_values
 
-# None of these changes what a run computes, but for rounding (micro_batch_size, remat).
+# None of these changes what a run computes, but for rounding (micro_batch_size, remat, mesh).
 _FREE = (
     "run_dir",
     "checkpoint.",
@@ -20,6 +20,7 @@ _FREE = (
     "peak_flops",
     "micro_batch_size",
     "remat",
+    "mesh.",
     "data.num_threads",
 )
 

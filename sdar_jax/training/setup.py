@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from sdar_jax.chips import peak_flops
@@ -16,6 +17,7 @@ from sdar_jax.data import DataConfig, PackedDataset, make_dataset
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.pretrained import load_pretrained, model_directory
+from sdar_jax.sharding import check_mesh, make_mesh, shardings
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.reading import from_values
@@ -26,6 +28,7 @@ from sdar_jax.training.trackers import Meter
 class Setup(NamedTuple):
     """A run where it starts or goes on. rebuild: weights by name -> model, its layers stacked."""
 
+    mesh: Mesh
     model: ModelConfig
     rebuild: Rebuild
     state: TrainState
@@ -36,30 +39,77 @@ class Setup(NamedTuple):
 def prepare(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoints: Checkpoints, position: Position | None
 ) -> Setup:
-    """From the newest checkpoint, whose `position` is given, or from the beginning if that is None."""
-    model_key, step_key = jax.random.split(jax.random.key(config.seed))
+    """From the newest checkpoint, whose `position` is given, or from the beginning if that is None.
+
+    Raises:
+        ConfigError: a mesh that does not divide devices, model or batch, or as `initial_model`.
+        CheckpointError, DataError: weights, checkpoint or data that cannot be read.
+    """
+    mesh = make_mesh(config.mesh)
     if position is None:
-        model = initial_model(config.model, tokenizer, model_key)
+        shape, rebuild, state = _first_state(config, tokenizer, mesh)
     else:
-        # Only the structure of these random weights is used.
-        model = Model(from_values(ModelConfig, position.model), model_key)
+        shape = from_values(ModelConfig, position.model)
+        check_run(config, shape, mesh)
+        rebuild, like = abstract_state(config, shape, mesh)
+        state = checkpoints.state(like)
+    data = open_dataset(config.data, tokenizer, shape)
+    peak = config.peak_flops or peak_flops(jax.devices()[0].device_kind)
+    meter = Meter(shape, peak and peak * mesh.size)
+    if position is not None:
+        data.set_state(position.data)
+        meter.set_state(position.meter)
+    return Setup(mesh, shape, rebuild, state, data, meter)
+
+
+def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """Raises ConfigError where `mesh` does not divide what a step of this run computes."""
+    length = config.data.sequence_length
+    noisy = config.data.noisy_length or length
+    hybrid = (config.model.objective or model.objective) == "block_diffusion"
+    lengths = (noisy + length, noisy) if hybrid else (length,)
+    check_mesh(mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths)
+
+
+def abstract_state(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> tuple[Rebuild, TrainState]:
+    """What a step takes besides its batch, as ShapeDtypeStructs with shardings; nothing is computed or held."""
+    weights, rebuild = model_weights(_abstract_model(model))
+    state = jax.eval_shape(partial(initial_state, config), weights, jax.random.key(0))
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return rebuild, jax.tree.map(place, state, shardings(state, mesh))
+
+
+def _abstract_model(config: ModelConfig) -> Model:
+    return jax.eval_shape(partial(Model, config, stacked=True), jax.random.key(0))
+
+
+def _first_state(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh
+) -> tuple[ModelConfig, Rebuild, TrainState]:
+    model_key, step_key = jax.random.split(jax.random.key(config.seed))
+    check_run(config, _starting_shape(config.model, tokenizer), mesh)
+    model = initial_model(config.model, tokenizer, model_key, mesh)
     weights, rebuild = model_weights(stack_layers(model))
-    data = open_dataset(config.data, tokenizer, model.config)
-    meter = Meter(model.config, config.peak_flops or peak_flops(jax.devices()[0].device_kind))
-    if position is None:
-        # Placed as a restored one is, or JAX would compile the step anew for a run that goes on.
-        state = jax.device_put(initial_state(config, weights, step_key), jax.devices()[0])
-        return Setup(model.config, rebuild, state, data, meter)
-    like = jax.eval_shape(partial(initial_state, config), weights, step_key)
-    for array in weights.values():
-        array.delete()
-    data.set_state(position.data)
-    meter.set_state(position.meter)
-    return Setup(model.config, rebuild, checkpoints.state(like), data, meter)
+    _, like = abstract_state(config, model.config, mesh)
+    # Donated: the state takes the weights over, and nothing is held twice.
+    start = jax.jit(
+        partial(initial_state, config), donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, like)
+    )
+    return model.config, rebuild, start(weights, step_key)
 
 
-def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: jax.Array) -> Model:
+def _starting_shape(config: InitConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    """Of the model that training starts from, before it is converted."""
+    if config.init_from is not None:
+        return ModelConfig.from_hf(model_directory(config.init_from))
+    shape = config.shape or ModelConfig.preset(config.preset or "")
+    return shape if shape.eos_token_id is not None else replace(shape, eos_token_id=tokenizer.eos_token_id)
+
+
+def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: jax.Array, mesh: Mesh) -> Model:
     """The model before the first step, float32: loaded or random, and converted where another objective is wanted.
+
+    Its weights are made or read where they belong: no device, and of loaded ones no host, holds all of them.
 
     Raises:
         ConfigError: a conversion that is not possible, or a vocabulary that is smaller than the tokenizer's.
@@ -67,12 +117,11 @@ def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: j
     """
     weights_key, mask_key = jax.random.split(key)
     if config.init_from is not None:
-        model = load_pretrained(config.init_from, dtype=jnp.float32)
+        model = load_pretrained(config.init_from, dtype=jnp.float32, mesh=mesh)
     else:
-        shape = config.shape or ModelConfig.preset(config.preset or "")
-        if shape.eos_token_id is None:
-            shape = replace(shape, eos_token_id=tokenizer.eos_token_id)
-        model = Model(shape, weights_key)
+        shape = _starting_shape(config, tokenizer)
+        places = shardings(_abstract_model(shape), mesh)
+        model = jax.jit(partial(Model, shape, stacked=True), out_shardings=places)(weights_key)
     if len(tokenizer) > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {model.config.vocab_size}; use the "

@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from sdar_jax import sharding
+from sdar_jax.chips import platform
 from sdar_jax.config import ModelConfig
 from sdar_jax.model import Model
-from sdar_jax.objectives import Batch, Example, LossMetrics, make_example, weighted_loss
+from sdar_jax.objectives import Batch, Example, LossMetrics, make_example, training_loss
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.flops import Work, work
 from sdar_jax.training.optimizer import Weights, adamw, learning_rate
@@ -47,8 +49,8 @@ Rebuild = Callable[[Weights], Model]
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def model_weights(model: Model) -> tuple[Weights, Rebuild]:
-    """The weights of a model by name, such as "layers.body.qkv", and the function that puts them back."""
+def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
+    """The weights of a model (or their shapes) by name, such as "layers.body.qkv", and what puts them back."""
     leaves, structure = jax.tree.flatten_with_path(model)
     names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
 
@@ -65,11 +67,11 @@ def initial_state(config: TrainConfig, weights: Weights, key: jax.Array) -> Trai
 
 
 def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step:
-    """The jitted step, on one device. The batch it is given is the whole one; the state is donated.
+    """The jitted step, on the mesh in force where it is called. The batch is the whole one; the state is donated.
 
     The corruption is drawn for the whole batch, which is then split into micro-batches, two views of a row together;
     gradients of the weighted sum add up in float32 and are divided once by the sum of counts. So `micro_batch_size`
-    changes nothing but memory, and rounding.
+    changes nothing but memory, and rounding; and a mixture's router losses, which are of each micro-batch.
 
     Where loss or gradient is not finite (`StepMetrics.finite` is False), or nothing is learned (count 0), weights,
     optimiser and average stay as they were and only `step` advances.
@@ -80,7 +82,7 @@ def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step
     parts = batch_size // (config.micro_batch_size or batch_size)
 
     def loss(weights: Weights, example: Example):
-        return weighted_loss(rebuild(weights), example, **options)
+        return training_loss(rebuild(weights), example, config.objective, **options)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -94,7 +96,7 @@ def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step
         updated = _update(state, gradients, lr, optimizer, config.ema_decay)
         state = jax.tree.map(partial(jnp.where, finite & (count > 0)), updated, state)
         measured = StepMetrics(total, count, scores, work(example), norm, lr, finite)
-        return state._replace(step=state.step + 1), measured
+        return sharding.constrain_weights(state._replace(step=state.step + 1)), measured
 
     return jax.jit(step, donate_argnums=0)
 
@@ -102,13 +104,13 @@ def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step
 def compute_dtype(config: TrainConfig) -> jnp.dtype | None:
     """What "auto" means on the default device; None is the weights' own."""
     if config.compute_dtype == "auto":
-        return None if jax.default_backend() == "cpu" else jnp.dtype(jnp.bfloat16)
+        return None if platform() == "cpu" else jnp.dtype(jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
 
 
 def _accumulate(loss: Callable, weights: Weights, example: Example, parts: int):
     """Gradients, loss and scores of the weighted sum, added up over equal slices of the rows."""
-    slices = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), example)
+    slices = jax.tree.map(lambda x: _sliced(x, parts), example)
     compute = jax.value_and_grad(loss, has_aux=True)
 
     def add(sums, part: Example):
@@ -117,7 +119,14 @@ def _accumulate(loss: Callable, weights: Weights, example: Example, parts: int):
 
     shapes = jax.eval_shape(lambda part: compute(weights, part), jax.tree.map(lambda x: x[0], slices))
     (total, scores), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, (gradients, total, scores), slices)[0]
+    return jax.lax.scan(add, (sharding.constrain_weights(gradients), total, scores), slices)[0]
+
+
+def _sliced(x: Array, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...]: of the rows of each device an equal share in every slice."""
+    devices = sharding.parts("batch", x.shape[0] // parts)
+    slices = x.reshape(devices, parts, -1, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
+    return sharding.constrain(slices, None, "batch")
 
 
 def _update(state: TrainState, gradients: Weights, lr: Array, optimizer, ema_decay: float | None) -> TrainState:

@@ -34,6 +34,9 @@ class _Sums(NamedTuple):
     correct: float = 0.0
     asked: float = 0.0
     grad_norm: float = 0.0
+    balance: float = 0.0
+    z: float = 0.0
+    max_load: float = 0.0
 
 
 class Meter:
@@ -57,7 +60,8 @@ class Meter:
     def add(self, metrics: StepMetrics, tokens: int) -> None:
         """One step's metrics, on the host, as soon as it has ended; `tokens`: clean ones, without padding."""
         scores, step = metrics.scores, metrics
-        new = (1, step.loss, step.count, scores.nll, scores.correct, scores.asked, step.grad_norm)
+        router = (0.0, 0.0, 0.0) if scores.router is None else scores.router
+        new = (1, step.loss, step.count, scores.nll, scores.correct, scores.asked, step.grad_norm, *router)
         self._sums = _Sums(*(a + float(b) for a, b in zip(self._sums, new, strict=True)))
         self._tokens += tokens
         self._learning_rate = float(step.learning_rate)
@@ -79,8 +83,10 @@ class Meter:
     def line(self) -> Line:
         """Averages since the last line, and starts anew.
 
-        loss: the objective, sum of weighted cross-entropy over its normaliser. nll: nats per predicted token,
-        unweighted; accuracy: of first guesses for them. grad_norm: mean, before clipping. tokens: seen since the start.
+        loss: the objective, sum of weighted cross-entropy over its normaliser, and what a mixture's router adds. nll:
+        nats per predicted token, unweighted; accuracy: of first guesses for them. grad_norm: mean, before clipping.
+        tokens: seen since the start. Of a mixture, averages over micro-batches: balance_loss, router_z_loss, and
+        max_load, the pairs of the busiest expert of any layer as a multiple of an even share.
         """
         sums, share = self._sums, lambda part, whole: part / whole if whole else None
         line: Line = {
@@ -92,6 +98,9 @@ class Meter:
             "tokens": self._tokens,
             "tokens_per_second": share(self._timed_tokens, self._seconds),
         }
+        if self._model.num_experts:
+            line |= {"balance_loss": share(sums.balance, sums.count), "router_z_loss": share(sums.z, sums.count)}
+            line["max_load"] = share(sums.max_load, sums.count)
         if self._peak:
             line["mfu"] = share(self._timed_flops, self._seconds * self._peak)
         self._sums = _Sums()

@@ -33,6 +33,12 @@ def opened(run_dir: Path, keep: int = 2) -> Checkpoints:
     return Checkpoints(run_dir, CheckpointConfig(every=1, keep=keep))
 
 
+def placed(state: TrainState) -> TrainState:
+    """Its shapes, on the one device."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+
+
 def assert_equal(a, b) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -47,7 +53,7 @@ def test_all_of_a_state_comes_back(ema, tmp_path):
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest == 3
         assert checkpoints.position() == make_position(3)
-        assert_equal(checkpoints.state(jax.eval_shape(partial(make_state, 0, ema))), make_state(3, ema))
+        assert_equal(checkpoints.state(placed(jax.eval_shape(partial(make_state, 0, ema)))), make_state(3, ema))
 
 
 def test_steps_that_go_on_do_not_reach_a_state_being_saved(tmp_path):
@@ -62,7 +68,7 @@ def test_steps_that_go_on_do_not_reach_a_state_being_saved(tmp_path):
             state = change(state)
         jax.block_until_ready(state)
     with opened(tmp_path) as checkpoints:
-        assert_equal(jax.device_get(checkpoints.state(state)), expected)
+        assert_equal(jax.device_get(checkpoints.state(placed(state))), expected)
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -124,7 +130,7 @@ def test_two_damaged_ones_leave_the_third_and_the_step_can_be_saved_again(saved)
         checkpoints.save(make_state(3), make_position(3))
     with opened(saved, keep=3) as checkpoints:
         assert checkpoints.latest == 3
-        assert_equal(checkpoints.state(make_state(0)), make_state(3))
+        assert_equal(checkpoints.state(placed(make_state(0))), make_state(3))
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(saved):

@@ -11,7 +11,7 @@ from sdar_jax.chips import peak_flops
 from sdar_jax.config import ModelConfig
 from sdar_jax.model import Model
 from sdar_jax.objectives import Batch, ObjectiveConfig, block_diffusion_example, make_example
-from sdar_jax.training.flops import training_flops, work
+from sdar_jax.training.flops import Work, training_flops, work
 
 SHAPE = ModelConfig(48, 24, 40, 3, 4, 2, 6, block_size=4, mask_token_id=47)
 ROWS, LENGTH = 2, 12
@@ -70,6 +70,16 @@ def test_only_visible_pairs_and_real_positions_are_work():
     noisy_pairs = 4 * 4
     assert (done.positions, done.outputs, done.asked) == (11 + 4, 4, 3)
     assert (done.pairs, done.output_pairs) == (clean_pairs + noisy_pairs, noisy_pairs)
+
+
+def test_a_mixture_computes_the_experts_that_are_chosen():
+    """6 FLOPs for each of the 3.04 billion weights that a token of 30B-A3B meets, without the embedding."""
+    config = ModelConfig.preset("qwen3-30b-a3b")
+    layer = 2 * 2048 * (32 + 4) * 128 + 2048 * 128 + 8 * 3 * 2048 * 768
+    active = 48 * layer + 2048 * 151936
+    done = Work(*(jnp.float32(x) for x in (1000, 1000, 0, 0, 1000)))
+    assert active == pytest.approx(3.04e9, rel=0.01)
+    assert training_flops(config, done) == pytest.approx(6 * active * 1000, rel=1e-9)
 
 
 def test_a_large_autoregressive_model_needs_six_flops_a_weight_and_token():

@@ -13,6 +13,7 @@ from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer
 from sdar_jax.errors import CheckpointError, ConfigError
 from sdar_jax.model import Model
 from sdar_jax.pretrained import save_pretrained
+from sdar_jax.sharding import MeshConfig, make_mesh
 from sdar_jax.training.config import InitConfig
 from sdar_jax.training.setup import initial_model, open_dataset, tokenizer_directory
 
@@ -34,14 +35,14 @@ def base(inputs, tmp_path_factory) -> Path:
     return path
 
 
-def start(tokenizer, **fields) -> Model:
+def start(tokenizer, key=KEY, **fields) -> Model:
     fields = {"tokenizer": "given"} | fields
-    return initial_model(InitConfig(**fields), tokenizer, KEY)
+    return initial_model(InitConfig(**fields), tokenizer, key, make_mesh(MeshConfig()))
 
 
 def test_random_weights_follow_the_key_and_know_the_end_of_text(tokenizer):
     one, same = (start(tokenizer, shape=SHAPE) for _ in range(2))
-    other = initial_model(InitConfig(shape=SHAPE, tokenizer="given"), tokenizer, jax.random.key(4))
+    other = start(tokenizer, jax.random.key(4), shape=SHAPE)
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert (one.embedding[...] != other.embedding[...]).any()
     assert one.config == replace(SHAPE, eos_token_id=0)

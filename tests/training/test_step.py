@@ -11,6 +11,7 @@ import pytest
 from sdar_jax.config import ModelConfig
 from sdar_jax.corruption import CorruptionConfig
 from sdar_jax.data import DataConfig, SourceConfig
+from sdar_jax.experts import balance_loss, max_load, z_loss
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, weighted_loss
 from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
@@ -128,6 +129,33 @@ def test_accumulation_changes_nothing(objective, complementary, x64):
         assert largest_difference(results[0][:2], other[:2]) < 1e-12
         assert abs(norm - other[2].grad_norm) < 1e-12 * norm
         assert results[0][2].scores.asked == other[2].scores.asked
+
+
+def test_a_mixture_s_losses_are_the_mean_of_its_micro_batches(x64):
+    """Weighted by count, each with the statistics of its own tokens, and reported beside the loss they are part of."""
+    experts = {"num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8, "initializer_range": 0.5}
+    model = dataclasses.replace(SHAPE, architecture="qwen3_moe", objective="autoregressive", **experts)
+    config = make_config(micro_batch_size=4)
+    config = dataclasses.replace(config, objective=ObjectiveConfig(router_balance=0.5, router_z=0.25))
+    weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), jnp.float64)))
+
+    @jax.jit
+    def expected(weights):
+        example = make_example(random_batch(), jax.random.key(0), config.objective, model)
+        total, routers = 0.0, 0.0
+        for part in (slice(0, 4), slice(4, 8)):
+            own = jax.tree.map(lambda x, part=part: x[part], example)
+            _, sums = rebuild(weights).hidden_and_routing(own.inputs, own.positions, own.ranges)
+            router = jnp.stack([balance_loss(sums), z_loss(sums), max_load(sums)]) * own.count.sum()
+            total += weighted_loss(rebuild(weights), own)[0] + 0.5 * router[0] + 0.25 * router[1]
+            routers += router
+        return total / example.count.sum(), routers
+
+    (value, routers), gradients = jax.value_and_grad(expected, has_aux=True)(weights)
+    _, metrics = fresh(config, model, jnp.float64)[1](initial_state(config, weights, jax.random.key(1)), random_batch())
+    assert abs(metrics.loss / metrics.count - value) < 1e-12 * value
+    assert abs(metrics.grad_norm - optax.tree.norm(gradients)) < 1e-9
+    np.testing.assert_allclose(jnp.stack(metrics.scores.router), routers, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from sdar_jax.config import ModelConfig
-from sdar_jax.objectives import LossMetrics
+from sdar_jax.objectives import LossMetrics, RouterMetrics
 from sdar_jax.training import trackers
 from sdar_jax.training.flops import Work, training_flops
 from sdar_jax.training.step import StepMetrics
@@ -41,6 +41,30 @@ def test_a_line_weighs_each_step_by_its_count():
     assert line["grad_norm"] == 3.0 and line["learning_rate"] == np.float32(1e-3) and line["tokens"] == 110
     meter.add(metrics(3, 1, 1, 1, 1, 1.0), tokens=10)
     assert meter.line()["loss"] == 3 and "mfu" not in line
+
+
+def test_a_mixture_s_line_has_its_router_s_losses():
+    shape = ModelConfig(
+        32,
+        16,
+        32,
+        2,
+        2,
+        1,
+        8,
+        architecture="qwen3_moe",
+        num_experts=4,
+        num_experts_per_token=2,
+        moe_intermediate_size=8,
+    )
+    meter = Meter(shape, None)
+    for count, values in ((4, (8, 2, 12)), (12, (24, 6, 20))):
+        step = metrics(10, count, 6, 1, 3, 2.0)
+        router = RouterMetrics(*(np.float32(x) for x in values))
+        meter.add(step._replace(scores=step.scores._replace(router=router)), tokens=60)
+    line = meter.line()
+    assert (line["balance_loss"], line["router_z_loss"], line["max_load"]) == (2.0, 0.5, 2.0)
+    assert "max_load" not in Meter(SHAPE, None).line()
 
 
 def test_a_line_without_a_predicted_token_has_no_averages():

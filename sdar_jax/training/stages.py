@@ -1,0 +1,57 @@
+"""What models a recipe begins and ends with, told from recipes alone: no weights are read, nothing is fetched."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from sdar_jax.config import PRESETS, ModelConfig
+from sdar_jax.errors import ConfigError
+from sdar_jax.training.config import InitConfig
+from sdar_jax.training.reading import read_config
+
+_RELEASED = re.compile(r"(qwen3|sdar)-[\d.]+b(-a\d+b)?")
+
+
+def starting_shape(config: InitConfig) -> ModelConfig:
+    """Of the model that training starts from, before it is converted.
+
+    Where `init_from` is set: of its config.json, if that is on this machine; of what the recipe configs/X.yaml trains,
+    for runs/X/model; or of the released Qwen3 or SDAR that a hub id names.
+
+    Raises:
+        ConfigError: none of these, or a recipe that cannot be read.
+    """
+    if config.init_from is None:
+        return config.shape or ModelConfig.preset(config.preset or "")
+    source = Path(config.init_from)
+    if (source / "config.json").is_file():
+        return ModelConfig.from_hf(source)
+    if source.parts[:1] == ("runs",) and source.name == "model":
+        return trained_shape(read_config(f"{Path('configs', *source.parts[1:-1])}.yaml").model)
+    released = _RELEASED.match(source.name.lower())
+    if released is None or released[0] not in PRESETS:
+        raise ConfigError(
+            f"model.init_from {config.init_from!r} is not on this machine, and its name says nothing of its shape; "
+            "give a directory, or the hub id of a Qwen3 or SDAR model"
+        )
+    return PRESETS[released[0]]
+
+
+def trained_shape(config: InitConfig) -> ModelConfig:
+    """Of the model that training ends with. Raises ConfigError as `starting_shape`.
+
+    Where the mask's id is not known before the tokenizer is, it is the vocabulary's last.
+    """
+    start = starting_shape(config)
+    objective = config.objective or start.objective
+    if objective == "autoregressive":
+        return start
+    known = (config.mask_token_id, start.mask_token_id, start.vocab_size - 1)
+    return replace(
+        start,
+        objective=objective,
+        block_size=config.block_size or start.block_size,
+        block_origin=config.block_origin or start.block_origin,
+        tie_embeddings=False,
+        mask_token_id=next(mask for mask in known if mask is not None),
+    )

@@ -1,0 +1,147 @@
+"""A recipe small enough for any machine: the same code path on made-up inputs. `python train.py CONFIG.yaml --tiny`.
+
+Sizes shrink, and nothing else: objective, corruption, normaliser, packing, formats of the data, optimiser and schedule,
+accumulation, remat, experts, the axes of the mesh as far as there are devices, checkpoints and export stay.
+"""
+
+import logging
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from sdar_jax.config import ModelConfig
+from sdar_jax.data import DataConfig
+from sdar_jax.errors import ConfigError
+from sdar_jax.model import Model
+from sdar_jax.pretrained import save_pretrained
+from sdar_jax.sharding import MESH_AXES, MeshConfig
+from sdar_jax.training.config import EvalConfig, InitConfig, OptimizerConfig, TrainConfig
+from sdar_jax.training.made_up import write_source, write_tokenizer
+from sdar_jax.training.stages import starting_shape, trained_shape
+
+log = logging.getLogger(__name__)
+
+_STEPS, _LAYERS, _WIDTH, _HEAD_DIM, _VOCABULARY = 4, 3, 64, 16, 320
+# The limits keep grouped queries, more experts than a token has, and what the axes of a mesh divide.
+_KV_HEADS, _GROUP, _EXPERTS, _EXPERTS_PER_TOKEN = 4, 2, 8, 4
+_LENGTH, _BLOCKS, _ROWS_PER_DEVICE = 128, 8, 2
+# The largest size of a mesh axis that divides what is left of a model.
+_AXIS_LIMITS = {"fsdp": _WIDTH, "expert": _EXPERTS, "context": _BLOCKS, "tensor": _KV_HEADS, "data": math.inf}
+
+
+def tiny(config: TrainConfig) -> TrainConfig:
+    """`config` with a few steps of a few short rows, and with inputs that are written here, under run_dir + "-tiny".
+
+    Made up are a tokenizer of bytes with a chat template, files in the formats of the sources, and, where `init_from`
+    is set, the model to start from: random, of the architecture, objective and block size that it would have. What an
+    earlier call left there is removed.
+
+    Raises:
+        ConfigError: a directory in the way, or as `starting_shape`.
+    """
+    trained, home = trained_shape(config.model), Path(f"{config.run_dir}-tiny")
+    _remove(home)
+    inputs, mesh = home / "inputs", _mesh(config.mesh, jax.device_count())
+    rows = max(_ROWS_PER_DEVICE, mesh.data * mesh.fsdp * mesh.expert)
+    parts = min(2, config.data.batch_size // (config.micro_batch_size or config.data.batch_size))
+    block_size = trained.block_size if trained.objective == "block_diffusion" else None
+    steps = min(_STEPS, config.steps)
+    small = replace(
+        config,
+        run_dir=str(home),
+        steps=steps,
+        model=_model(config.model, inputs),
+        data=_data(config.data, rows * parts, block_size or 1, inputs / "data"),
+        optimizer=_optimizer(config.optimizer, config.steps, steps),
+        checkpoint=replace(config.checkpoint, every=2),
+        eval=config.eval and _eval(config.eval, rows, block_size or 1, inputs / "held-out"),
+        mesh=mesh,
+        micro_batch_size=config.micro_batch_size and rows,
+        log_every=1,
+    )
+    log.info("tiny: %d steps, random weights, made-up data; all of it in %s", steps, home)
+    return small
+
+
+def _remove(home: Path) -> None:
+    """What an earlier call made; nothing else."""
+    if home.exists() and not (home / "inputs").is_dir():
+        raise ConfigError(f"{home} is in the way and not of an earlier --tiny; move it, or change run_dir")
+    shutil.rmtree(home, ignore_errors=True)
+
+
+def _model(config: InitConfig, inputs: Path) -> InitConfig:
+    """The tokenizer, and the model to start from where there is one, are written to `inputs`."""
+    tokenizer = write_tokenizer(inputs / "tokenizer")
+    shape = _shrunk(starting_shape(config), tokenizer)
+    changes = {
+        "tokenizer": config.tokenizer and str(inputs / "tokenizer"),
+        "mask_token_id": None if config.mask_token_id is None else len(tokenizer),
+    }
+    if config.init_from is None:
+        return replace(config, preset=None, shape=shape, **changes)
+    save_pretrained(Model(shape, jax.random.key(0)), inputs / "start", tokenizer_from=inputs / "tokenizer")
+    return replace(config, init_from=str(inputs / "start"), **changes)
+
+
+def _shrunk(shape: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    kv_heads = min(shape.num_kv_heads, _KV_HEADS)
+    return replace(
+        shape,
+        vocab_size=_VOCABULARY,
+        hidden_size=_WIDTH,
+        intermediate_size=2 * _WIDTH,
+        num_layers=min(shape.num_layers, _LAYERS),
+        num_heads=kv_heads * min(shape.num_heads // shape.num_kv_heads, _GROUP),
+        num_kv_heads=kv_heads,
+        head_dim=_HEAD_DIM,
+        num_experts=min(shape.num_experts, _EXPERTS),
+        num_experts_per_token=min(shape.num_experts_per_token, _EXPERTS_PER_TOKEN),
+        moe_intermediate_size=min(shape.moe_intermediate_size, _WIDTH),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        stop_token_ids=(tokenizer.eos_token_id,),
+        mask_token_id=None if shape.mask_token_id is None else len(tokenizer),
+    )
+
+
+def _data(config: DataConfig, batch_size: int, block_size: int, home: Path) -> DataConfig:
+    length = min(config.sequence_length, max(_LENGTH, _BLOCKS * block_size))
+    noisy = config.noisy_length
+    if noisy is not None:
+        noisy = min(length, math.ceil(length * noisy / config.sequence_length / block_size) * block_size)
+    sources = tuple(write_source(source, home / str(number), length) for number, source in enumerate(config.sources, 1))
+    return replace(config, sources=sources, sequence_length=length, noisy_length=noisy, batch_size=batch_size)
+
+
+def _eval(config: EvalConfig, rows: int, block_size: int, home: Path) -> EvalConfig:
+    return replace(config, data=_data(config.data, rows, block_size, home), every=2, rows=rows)
+
+
+def _optimizer(config: OptimizerConfig, steps: int, left: int) -> OptimizerConfig:
+    """Warm-up and decay keep their shares of the steps, and one step at least."""
+
+    def scaled(amount: float | int) -> int:
+        share = amount if amount < 1 else amount / steps
+        return max(1, int(share * left)) if amount else 0
+
+    return replace(config, warmup=scaled(config.warmup), decay=scaled(config.decay))
+
+
+def _mesh(config: MeshConfig, devices: int) -> MeshConfig:
+    """Axes doubled in turn, each up to its size in `config`, while there are devices; `data` takes what is left."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+
+    def can_double(axis: str) -> bool:
+        wanted = getattr(config, axis)
+        limit = min(math.inf if wanted == -1 else wanted, _AXIS_LIMITS[axis])
+        return 2 * sizes[axis] <= limit and devices % (2 * math.prod(sizes.values())) == 0
+
+    while growing := [axis for axis in _AXIS_LIMITS if can_double(axis)]:
+        sizes[min(growing, key=lambda axis: sizes[axis])] *= 2
+    sizes["data"] *= devices // math.prod(sizes.values())
+    return MeshConfig(**sizes)
