@@ -60,7 +60,7 @@ class SampleConfig:
         watch: show every denoising step: in place on a terminal, colours from red to green by probability (NO_COLOR
             leaves them out), else a line a step.
         json: print one JSON object a completion.
-        dtype: of the weights: auto (bfloat16 on GPU and TPU, float32 on CPU) or a name.
+        dtype: of the weights: auto (bfloat16 on GPU and TPU, float32 on CPU), int8, or a name.
         mask_token_id: where the model's config.json has none.
         decoding: how to decode.
     """

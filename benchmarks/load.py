@@ -1,10 +1,12 @@
-"""64 requests of mixed lengths through an engine of 8 rows, beside static batches of 8 with equal lengths.
+"""64 concurrent requests of mixed lengths through an engine of 8 rows, beside static batches of 8 with equal lengths.
 
-    python -m benchmarks.load [--pairs 5] [--turns 8] [--pages 56] [--seed 0]
+    python -m benchmarks.load [--requests 256] [--pairs 5] [--turns 8] [--pages 64] [--seed 0]
 
-Pages are too few for 8 long rows, and one request in eight is cancelled when it is under way or still waits. The static
-batches (`generate`, eight prompts at a time) have as many prompt tokens, and generate as many, in all; they know of
-no stops, cancels or pages. Both decode the same model in turns, and each run has traffic of its own.
+Whenever one of the 64 ends the next is submitted, until all have been: so the queue is full but for the end of a run,
+when the last rows finish alone. Pages are too few for 8 long rows, and one request in eight is cancelled when it is under
+way or still waits. The static batches (`generate`, eight prompts at a time) have as many prompt tokens, and generate as
+many, in all; they know of no stops, cancels or pages. Both decode the same model in turns, and each run has traffic of
+its own.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from sdar_jax.decoding.config import Completion
 from sdar_jax.decoding.engine import Engine
 from sdar_jax.model import Model, unstack_layers
 
-REQUESTS, ROWS, PAGE_SIZE, BLOCK_SIZE = 64, 8, 16, 4
+CONCURRENT, ROWS, PAGE_SIZE, BLOCK_SIZE = 64, 8, 16, 4
 PROMPT, NEW = (4, 120), (16, 80)
 CONFIG = DecodingConfig()
 
@@ -74,40 +76,62 @@ def network() -> Model:
     return Model(config, jax.random.key(0), jnp.float32)
 
 
-def traffic(random: np.random.Generator) -> list[Request]:
+def traffic(random: np.random.Generator, count: int) -> list[Request]:
     between = lambda low, high: int(random.integers(low, high + 1))
     return [
         Request(random.integers(0, 8000, between(*PROMPT)).tolist(), between(*NEW), bool(random.random() < 1 / 8))
-        for _ in range(REQUESTS)
+        for _ in range(count)
     ]
 
 
+class Clients:
+    """Submit `requests` in order, `CONCURRENT` at a time, read the oldest's stream, and cancel some at any moment."""
+
+    def __init__(self, engine: Engine, requests: list[Request], random: np.random.Generator):
+        self.engine, self.requests, self.random = engine, requests, random
+        self.ids: list[int] = []
+        self.found: dict[int, Completion] = {}
+
+    def run(self) -> list[Completion]:
+        for at in range(len(self.requests)):
+            self._submit()
+            if self.ids[at] not in self.found:
+                self._read(self.ids[at])
+        return [self.found[request_id] for request_id in self.ids]
+
+    def _submit(self) -> None:
+        while len(self.ids) < len(self.requests) and len(self.ids) - len(self.found) < CONCURRENT:
+            request = self.requests[len(self.ids)]
+            self.ids.append(self.engine.submit(request.prompt, CONFIG, max_new_tokens=request.new, stop_token_ids=()))
+
+    def _read(self, request_id: int) -> None:
+        for _ in self.engine.stream(request_id):
+            if self.random.random() < 0.1:
+                self._cancel_one()
+                if request_id in self.found:
+                    return
+        self.found[request_id] = self.engine.result(request_id)
+
+    def _cancel_one(self) -> None:
+        pairs = zip(self.ids, self.requests, strict=False)
+        unwanted = [request_id for request_id, r in pairs if r.cancelled and request_id not in self.found]
+        if unwanted:
+            request_id = unwanted[int(self.random.integers(len(unwanted)))]
+            self.found[request_id] = self.engine.cancel(request_id)
+
+
 def serve(engine: Engine, requests: list[Request], random: np.random.Generator, compiled: Compilations) -> Served:
-    """All are submitted at once; their streams are read in turn, and at an event of one another may be cancelled."""
     before, counted = engine.stats(), compiled.count
     start = time.perf_counter()
-    ids = [engine.submit(r.prompt, CONFIG, max_new_tokens=r.new, stop_token_ids=()) for r in requests]
-    unwanted = [request_id for request_id, request in zip(ids, requests, strict=True) if request.cancelled]
-    found: dict[int, Completion] = {}
-    for request_id in ids:
-        if request_id in found:
-            continue
-        for _ in engine.stream(request_id):
-            if unwanted and random.random() < 0.1:
-                other = unwanted.pop(int(random.integers(len(unwanted))))
-                found.setdefault(other, engine.cancel(other)) if other not in found else None
-                if other == request_id:
-                    break
-        if request_id not in found:
-            found[request_id] = engine.result(request_id)
+    completions = Clients(engine, requests, random).run()
     seconds = time.perf_counter() - start
     after = engine.stats()
-    check(requests, [found[i] for i in ids])
+    check(requests, completions)
     assert after.queued == after.running == 0 and after.pages_available == before.pages_available
     assert after.finished - before.finished == len(requests)
     return Served(
         seconds,
-        [found[i] for i in ids],
+        completions,
         preemptions=after.preemptions - before.preemptions,
         evictions=after.evictions - before.evictions,
         compilations=compiled.count - counted,
@@ -122,10 +146,10 @@ def check(requests: list[Request], completions: list[Completion]) -> None:
         assert whole or part, (request, completion)
 
 
-def static(model: Model, prompt: int, new: int, random: np.random.Generator) -> float:
+def static(model: Model, requests: int, prompt: int, new: int, random: np.random.Generator) -> float:
     """Seconds of as many requests, eight at a time, all of these lengths."""
     start = time.perf_counter()
-    for _ in range(REQUESTS // ROWS):
+    for _ in range(requests // ROWS):
         prompts = random.integers(0, 8000, (ROWS, prompt)).tolist()
         generate(model, prompts, CONFIG, max_new_tokens=new, stop_token_ids=())
     return time.perf_counter() - start
@@ -133,6 +157,7 @@ def static(model: Model, prompt: int, new: int, random: np.random.Generator) -> 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=256, help="in all, 64 at a time")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--turns", type=int, default=8, help="forwards a call of the engine, at most")
     parser.add_argument("--pages", type=int, default=64)
@@ -142,17 +167,17 @@ def main():
     random = np.random.default_rng(args.seed)
     sizes = dict(batch_slots=ROWS, pages=args.pages, page_size=PAGE_SIZE, max_length=PROMPT[1] + NEW[1])
     engine = Engine(model, turns=args.turns, **sizes)
-    serve(engine, traffic(random), random, compiled)
+    serve(engine, traffic(random, CONCURRENT), random, compiled)
     prompt, new = sum(PROMPT) // 2, sum(NEW) // 2
-    static(model, prompt, new, random)
+    static(model, ROWS, prompt, new, random)
     print(f"warm-up: {compiled.count} compilations", flush=True)
     shares = []
     for _ in range(args.pairs):
-        requests = traffic(random)
+        requests = traffic(random, args.requests)
         served = serve(engine, requests, random, compiled)
         tokens = sum(len(c.tokens) for c in served.completions)
         ours = tokens / served.seconds
-        theirs = REQUESTS * new / static(model, prompt, new, random)
+        theirs = args.requests * new / static(model, args.requests, prompt, new, random)
         shares.append(ours / theirs)
         cancelled = sum(c.finish_reason == "cancelled" for c in served.completions)
         print(

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from sdar_jax.config import ModelConfig
 from sdar_jax.errors import CheckpointError, ConfigError
 from sdar_jax.model import Model
+from sdar_jax.quantization import is_quantized, quantize_weight
 from sdar_jax.sharding import shardings
 from sdar_jax.tensor_files import INDEX_FILE, SUPPORTED_DTYPES, Tensor, TensorReader, listed, write_tensors
 
@@ -88,7 +89,8 @@ def load_pretrained(
     Of `model_type` qwen3, qwen3_moe, qwen2, llama, sdar or sdar_moe.
 
     Args:
-        dtype: of the weights: a name or type, or "auto": bfloat16 on GPU and TPU, float32 on CPU.
+        dtype: of the weights: a name or type, or "auto": bfloat16 on GPU and TPU, float32 on CPU. "int8" is for
+            decoding: matmul weights as integers (quantization.py), each as it is read, and the rest as "auto".
         mesh: places every weight as `sharding.shardings` says; the default device if None.
         block_size, mask_token_id: override, or supply, what config.json says.
 
@@ -98,13 +100,15 @@ def load_pretrained(
     """
     directory = model_directory(path_or_hub_id)
     config = _read_config(directory, {"block_size": block_size, "mask_token_id": mask_token_id})
-    skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), _resolved(dtype, mesh)))
+    int8 = dtype in ("int8", jnp.int8)
+    skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), _resolved("auto" if int8 else dtype, mesh)))
     structure = jax.tree.structure(skeleton)
     places = [None] * structure.num_leaves if mesh is None else jax.tree.leaves(shardings(skeleton, mesh))
     weights = _weights(skeleton)
     with TensorReader(directory) as tensors:
         _check(tensors, weights)
-        arrays = [_load(tensors, weight, place) for weight, place in zip(weights, places, strict=True)]
+        load = _load_int8 if int8 else _load
+        arrays = [load(tensors, weight, place) for weight, place in zip(weights, places, strict=True)]
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -132,8 +136,10 @@ def save_pretrained(
 
     Raises:
         CheckpointError: `path` holds something else, or cannot be written; what it held is then as it was.
-        ConfigError: a dtype that safetensors and transformers do not share.
+        ConfigError: a dtype that safetensors and transformers do not share, or int8 weights.
     """
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model)):
+        raise ConfigError("the weights are int8, which model directories do not hold; save the float model")
     path = Path(path).resolve()
     cast = None if dtype is None else _supported(dtype)
     tensors = _to_write(model, cast)
@@ -333,6 +339,11 @@ def _load(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> jax
         array = jax.make_array_from_callback(shape, place, lambda index: buffer[index])
     # Copies run in the background, and would keep the buffers of many weights alive.
     return array.block_until_ready()
+
+
+def _load_int8(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> Any:
+    array = _load(tensors, weight, place)
+    return jax.block_until_ready(quantize_weight(array, weight.field)) if is_quantized(weight.field) else array
 
 
 def _load_experts(tensors: TensorReader, weight: _Weight, place: Sharding) -> jax.Array:

@@ -1,8 +1,8 @@
 """Weight-only int8 for decoding: each matmul weight as integers with one float scale an output (qwix's QArray).
 
-A forward that is bound by reading weights reads half the bytes of bfloat16. Activations, norms, the embedding, routers,
-keys and values stay as they are. The product is scaled after the matmul, so that the integers go into it with no more
-than a conversion, which XLA fuses on GPU and TPU:
+A forward that is bound by reading weights reads half the bytes of bfloat16. Activations, norms, the embedding, keys
+and values, and the experts of a mixture with their routers stay as they are. The product is scaled after the matmul, so
+that the integers go into it with no more than a conversion, which XLA fuses on GPU and TPU:
 
     x W = (x Q) s        Q = round(W / s),  s = max |W| / 127.5 over each output's inputs
 """

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdar_jax.chips import platform
 from sdar_jax.decoding.buffer import Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
 from sdar_jax.decoding.events import Event, before_stop_string, ended_by_string, finished, snapshot
@@ -31,7 +32,7 @@ from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, check_
 from sdar_jax.decoding.pages import PagePool
 from sdar_jax.decoding.requests import Request, Stats, ended
 from sdar_jax.decoding.rows import Rows, RowShape, make_row
-from sdar_jax.decoding.updates import Flags, copy_page, end_row, flags, give_pages, put_row, row_at
+from sdar_jax.decoding.updates import Flags, changed_at, copy_page, end_row, flags, give_pages, put_row
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
 from sdar_jax.sharding import mesh_of
@@ -95,7 +96,7 @@ class Engine:
             reads="next_token" if self._autoregressive else "blocks",
             prefill_rows=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
-            widths=8,
+            widths=8 if platform() == "cpu" else 2,
         )
         self._decode = Decoder(self._model, self._buffer)
         self._float = np.dtype(jnp.promote_types(model.embedding.dtype, jnp.float32))
@@ -224,7 +225,7 @@ class Engine:
             ended = request.result
             if request.place is not None:
                 # What was told is kept, should the device's state be lost.
-                request.row = self._fetch(request.place)
+                request.row = self._fetch(request)
             row = request.row
             end = int(row.end) if ended is not None else int(row.start) + int(row.open) * self._shape.block_size
             if changes:
@@ -460,7 +461,7 @@ class Engine:
         """The request's row, whose place and pages are free from now on."""
         if request.place is None:
             return request.row
-        row = self._fetch(request.place)
+        row = self._fetch(request)
         self._record(request, int(row.cached), np.asarray(row.tokens))
         self._pool.release(request.pages)
         self._state = self._state._replace(rows=end_row(self._state.rows, request.place))
@@ -476,12 +477,14 @@ class Engine:
         self._pool.record(request.pages, tokens[:whole].tolist())
         request.recorded = max(request.recorded, whole)
 
-    def _fetch(self, place: int) -> Rows:
-        return jax.device_get(row_at(self._state.rows, place))
+    def _fetch(self, request: Request) -> Rows:
+        """Its row as the device has it."""
+        assert request.place is not None
+        return request.row._replace(**jax.device_get(changed_at(self._state.rows, request.place)))
 
     def _stop_at_string(self, request: Request) -> None:
         assert request.place is not None
-        row = self._fetch(request.place)
+        row = self._fetch(request)
         if ended_by_string(row, request.stop_strings, self._tokenizer) is not None:
             self._finish(request, self._leave(request), None)
 

@@ -40,7 +40,7 @@ class BufferConfig:
         prefill_tokens: of one row, the most a forward reads; a multiple of S.
         decodes_beside_prefill: whether other rows decode in forwards that read prompts, or wait.
         widths: forwards are compiled for this many numbers of slots, up to all: more of them fit the work more closely,
-            and take longer to compile.
+            and take longer to compile. That pays where a forward's time grows with its width: on a CPU.
         stops_early: whether `advance` returns when a row ends or starves.
     """
 
@@ -107,25 +107,30 @@ def paged_forward(
         found = jnp.zeros(shape, hidden[0].dtype)
         return found.at[:slots].set(hidden[0]) if slots else found, cache
 
-    widths = _widths(live.size, config.widths)
-    if config.decodes_beside_prefill:
-        # Rows out of step have few blocks more than rows open: there, more widths are worth it.
-        batch = live.shape[0]
-        widths = sorted({*widths, *(w for w in _widths(2 * batch, 16) if batch < w <= min(1.5 * batch, live.size))})
+    widths, beside = _slot_widths(live, config)
     branches = [(width, 0) for width in widths]
     branch = _narrowest(widths, count)
     if config.prefill_rows:
-        beside = config.decodes_beside_prefill
         most = min(config.prefill_rows, reads.size) * sizes.shape[1]
-        read_widths = _widths(most, 4) if beside else [most]
-        # Beside a prompt, decoding is as wide as most turns need, or as wide as it can be.
-        slots = sorted({widths[-1] * 3 // 4 or 1, widths[-1]}) if beside else [0]
-        branches += [(few, width) for few in slots for width in read_widths]
-        narrowest = _narrowest(read_widths, pieces_count) if beside else 0
-        wide = (count > slots[0]) * len(read_widths) if beside else 0
-        branch = jnp.where(reads.any(), len(widths) + wide + narrowest, branch)
+        read_widths = _widths(most, min(config.widths, 4)) if beside[-1] else [most]
+        branches += [(few, width) for few in beside for width in read_widths]
+        joint = (count > beside[0]) * len(read_widths) + _narrowest(read_widths, pieces_count)
+        branch = jnp.where(reads.any(), len(widths) + joint, branch)
     hidden, cache = _switch(branch, branches, forward, cache)
     return Packed(hidden, index, count), cache
+
+
+def _slot_widths(live: Array, config: BufferConfig) -> tuple[list[int], list[int]]:
+    """Numbers of slots that forwards are compiled for, alone and beside prompts."""
+    batch, most = live.shape[0], live.size
+    widths = _widths(most, config.widths)
+    if not config.decodes_beside_prefill:
+        return widths, [0]
+    if config.widths > 4:
+        # Rows out of step have few blocks more than rows open: there, more widths are worth it.
+        widths = sorted({*widths, *range(batch + 1, min(3 * batch // 2, most) + 1, -(-batch // 8))})
+    # Beside a prompt, decoding is as wide as most turns need, or as wide as it can be.
+    return widths, sorted({-(-most * 3 // 4), most})
 
 
 def _slots(rows: Rows, window: Window, index: Array, count: Array, config: BufferConfig) -> Windows:

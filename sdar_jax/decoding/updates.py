@@ -27,9 +27,14 @@ def flags(rows: Rows) -> Flags:
     return Flags(*(getattr(rows, name) for name in Flags._fields))
 
 
+# What the device does not change of a row, and the host has.
+_GIVEN = ("prompt_length", "limit", "stop_ids", "knobs", "page_table", "pages_end")
+
+
 @jax.jit
-def row_at(rows: Rows, place: _Index) -> Rows:
-    return jax.tree.map(lambda x: x[place], rows)
+def changed_at(rows: Rows, place: _Index) -> dict[str, Array]:
+    """A row's fields that the device changes."""
+    return {name: getattr(rows, name)[place] for name in Rows._fields if name not in _GIVEN}
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -34,11 +34,15 @@ def start(configs=CONFIGS, prompts=PROMPTS, slots=2, seed=0, **options):
 
 
 def newly_compiled():
-    """`decode` of its own, so that what is patched for a test is compiled for it alone."""
+    """`advance`, so that what is patched for a test is compiled for it alone."""
     return jax.jit(lambda *arguments: advance(*arguments), static_argnums=3)
 
 
-def finished(state: State, buffer, compiled=decode) -> Rows:
+def decoded(model, state: State, turns: int, buffer) -> State:
+    return Decoder(model, buffer)(state, turns)
+
+
+def finished(state: State, buffer, compiled=decoded) -> Rows:
     return jax.device_get(compiled(tiny_model(), state, 999, buffer).rows)
 
 
@@ -188,7 +192,7 @@ def test_a_call_ends_with_news(x64):
     state, buffer = start([config] * 3, [PROMPTS[0]] * 3, page_size=4, stop_ids=())
     buffer = dataclasses.replace(buffer, stops_early=True)
     rows = state.rows._replace(pages_end=jnp.array([16, 8, 16]), limit=jnp.array([12, 12, 4]))
-    run = partial(decode, tiny_model(), turns=99, config=buffer)
+    run = partial(Decoder(tiny_model(), buffer), turns=99)
     state = run(state=State(rows, state.cache))
     assert (state.rows.done.tolist(), state.rows.starved.tolist()) == ([False, False, True], [False] * 3)
     state = run(state=state)

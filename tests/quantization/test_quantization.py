@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdar_jax import DecodingConfig, Engine, generate, logits, nelbo
+from sdar_jax import DecodingConfig, Engine, generate, load_pretrained, logits, nelbo, save_pretrained
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import stack_layers
 from sdar_jax.quantization import QArray, dequantized, dot, quantize, quantize_weight
@@ -69,3 +69,17 @@ def test_close_to_the_float_model():
 def test_stacked_layers_are_refused():
     with pytest.raises(ConfigError, match="stacked for training; quantize unstack_layers"):
         quantize(stack_layers(jax.tree.map(jnp.copy, tiny_model(jnp.float32))))
+
+
+def test_directories(tmp_path):
+    """Each weight is quantised as it is read, to what `quantize` makes of it; a quantised model is not written."""
+    model = tiny_model(jnp.float32)
+    save_pretrained(model, tmp_path / "model")
+    loaded, expected = load_pretrained(tmp_path / "model", dtype="int8"), quantize(model)
+    assert jax.tree.structure(loaded) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ConfigError, match="weights are int8.*save the float model"):
+        save_pretrained(loaded, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
