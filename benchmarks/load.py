@@ -3,10 +3,10 @@
     python -m benchmarks.load [--requests 256] [--pairs 5] [--turns 8] [--pages 64] [--seed 0]
 
 Whenever one of the 64 ends the next is submitted, until all have been: so the queue is full but for the end of a run,
-when the last rows finish alone. Pages are too few for 8 long rows, and one request in eight is cancelled when it is under
-way or still waits. The static batches (`generate`, eight prompts at a time) have as many prompt tokens, and generate as
-many, in all; they know of no stops, cancels or pages. Both decode the same model in turns, and each run has traffic of
-its own.
+when the last rows finish alone. Pages are too few for 8 long rows, and one request in eight is cancelled when it is
+under way or still waits. The static batches (`generate`, eight prompts at a time) have as many prompt tokens, and
+generate as many, in all; they know of no stops, cancels or pages. Both decode the same model in turns, and each run has
+traffic of its own.
 """
 
 import argparse

@@ -1,8 +1,12 @@
 """Names of chips and topologies; that compilers take them is shown by tests/compile."""
 
+import importlib.util
+from types import SimpleNamespace
+
+import jax
 import pytest
 
-from sdar_jax.chips import CHIPS, peak_flops, topology
+from sdar_jax.chips import CHIPS, compiling_for, device, peak_flops, platform, topology
 from sdar_jax.errors import ConfigError
 from tests.bad_input import refused
 
@@ -11,6 +15,21 @@ from tests.bad_input import refused
 def test_unknown_topologies(name):
     with refused(ConfigError, repr(name), "'v5p:4x4x4'"):
         topology(name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "tpu"), ("h100:8", "cuda12")])
+def test_a_missing_compiler_is_told_with_what_brings_it(monkeypatch, name, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with refused(ConfigError, name.partition(":")[0], "make compilers", f"sdar-jax[{extra}]"):
+        topology(name)
+
+
+def test_what_is_traced_follows_the_chip_that_is_compiled_for():
+    chip = SimpleNamespace(platform="tpu", device_kind="TPU v5")
+    assert platform() == "cpu"
+    with compiling_for(chip):
+        assert platform() == "tpu" and device() is chip
+    assert platform() == "cpu" and device() is jax.devices()[0]
 
 
 def test_peaks_agree_with_the_chips():

@@ -114,7 +114,8 @@ def paged_forward(
         most = min(config.prefill_rows, reads.size) * sizes.shape[1]
         read_widths = _widths(most, min(config.widths, 4)) if beside[-1] else [most]
         branches += [(few, width) for few in beside for width in read_widths]
-        joint = (count > beside[0]) * len(read_widths) + _narrowest(read_widths, pieces_count)
+        narrowest = _narrowest(read_widths, pieces_count) if len(read_widths) > 1 else 0
+        joint = (count > beside[0]) * len(read_widths) + narrowest
         branch = jnp.where(reads.any(), len(widths) + joint, branch)
     hidden, cache = _switch(branch, branches, forward, cache)
     return Packed(hidden, index, count), cache

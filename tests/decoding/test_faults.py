@@ -137,9 +137,9 @@ class Interrupted(BaseException):
     """As KeyboardInterrupt, which pytest takes for its own."""
 
 
-def once(name: str, *, before: bool, at: int = 0):
-    """`name` of the engine raises in one call, before it does anything or when it has done it."""
-    real, calls = getattr(engine, name), []
+def once(place, name: str, *, before: bool, at: int = 0):
+    """`name` of the engine, or of its module, raises in one call, before it does anything or when it has done it."""
+    real, calls = getattr(place, name), []
 
     def call(*arguments):
         calls.append(None)
@@ -149,18 +149,18 @@ def once(name: str, *, before: bool, at: int = 0):
             jax.block_until_ready(real(*arguments))
         raise Interrupted(name)
 
-    return mock.patch.object(engine, name, call)
+    return mock.patch.object(place, name, call)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("name", ["decode", "flags", "put_row", "row_at", "give_pages", "end_row", "copy_page"])
+@pytest.mark.parametrize("name", ["_decode", "flags", "put_row", "changed_at", "give_pages", "end_row", "copy_page"])
 def test_an_interruption_loses_nothing(name, before, whole, x64):
     """State that was donated may be gone, books half kept: requests go on, and tokens that were told stand."""
     one = served()
     one.generate([PROMPTS[1]], CONFIG, max_new_tokens=1)
     ids = [submit(one, [*PROMPTS[1][:12], 7], 5), *(submit(one, prompt) for prompt in PROMPTS)]
     told, events = [], one.stream(ids[2])
-    with once(name, before=before), pytest.raises(Interrupted):
+    with once(one if name == "_decode" else engine, name, before=before), pytest.raises(Interrupted):
         for event in events:
             told += event.tokens
         for request_id in ids:
@@ -233,7 +233,7 @@ def test_a_device_that_fails_once(whole, x64):
     """An error that comes to light when results are fetched is the caller's to see; the next call starts over."""
     one = served()
     ids = [submit(one, prompt) for prompt in PROMPTS]
-    with once("flags", before=True, at=2), mock.patch.object(sys.modules[__name__], "Interrupted", RuntimeError):
+    with once(engine, "flags", before=True, at=2), mock.patch.object(sys.modules[__name__], "Interrupted", RuntimeError):
         with pytest.raises(RuntimeError):
             one.result(ids[0])
         assert [one.result(i).tokens for i in ids] == whole
