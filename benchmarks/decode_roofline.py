@@ -27,8 +27,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from sdar_jax import DecodingConfig, ModelConfig
-from sdar_jax.attention import api
-from sdar_jax.chips import CHIPS, Chip, topology
+from sdar_jax.chips import CHIPS, Chip, compiling_for, topology
 from sdar_jax.decoding.buffer import State, advance
 from sdar_jax.decoding.forward import BufferConfig
 from sdar_jax.decoding.rows import RowShape, make_row
@@ -153,13 +152,14 @@ def abstract_state(model: ModelConfig, batch: int, size: int, context: int) -> S
 
 def compile_for(chip: str, model: ModelConfig, batch: int, size: int, context: int):
     """The engine's program for one chip: jax.stages.Compiled."""
-    one = SingleDeviceSharding(topology("h200:1" if chip == "h200" else f"{chip}:2x2").devices[0])
+    device = topology(f"{chip}:{1 if CHIPS[chip].platform == 'gpu' else '2x2'}").devices[0]
+    one = SingleDeviceSharding(device)
     place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
     weights: Any = jax.eval_shape(partial(Model, model, jax.random.key(0), jnp.bfloat16))
     state, turns = abstract_state(model, batch, size, context), jax.ShapeDtypeStruct((), jnp.int32)
-    config = BufferConfig(block_size=size, prefill_rows=1, prefill_tokens=256)
-    program = jax.jit(partial(advance, config=config), donate_argnums=1)
-    with api.override("mosaic_gpu" if CHIPS[chip].platform == "gpu" else "mosaic_tpu"):
+    config = BufferConfig(block_size=size, prefill_rows=1, prefill_tokens=256, widths=2)
+    with compiling_for(device):
+        program = jax.jit(partial(advance, config=config), donate_argnums=1)
         return program.lower(place(weights), place(state), place(turns)).compile()
 
 

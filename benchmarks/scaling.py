@@ -104,7 +104,7 @@ def print_table(step: dict[str, Compiled], roof: dict[str, Roofline], sizes: lis
     print(f"\n{'Strong: the same batch' if strong else 'Weak: the same rows a device'}\n")
     print("| chip | devices | compute | memory | collectives | bound | MFU, all overlaps | MFU, nothing does |")
     print("|---|---|---|---|---|---|---|---|")
-    for chip, source in TAKEN_FROM.items():
+    for chip, source in _counted(roof):
         for devices in sizes:
             found = point(step[source], roof[source], chip, devices, strong=strong)
             if found is None:
@@ -117,9 +117,14 @@ def print_table(step: dict[str, Compiled], roof: dict[str, Roofline], sizes: lis
             print(f"| {chip} | {devices} | {told} | {bound} | {shares} |")
 
 
+def _counted(roof: dict[str, Roofline]) -> list[tuple[str, str]]:
+    """Chips, each with the one that its counts are taken from, where that took the step."""
+    return [(chip, source) for chip, source in TAKEN_FROM.items() if source in roof]
+
+
 def print_limits(step: dict[str, Compiled], roof: dict[str, Roofline]) -> None:
     """Powers of two up to 8192: where strong scaling ends, and what ends it."""
-    for chip, source in TAKEN_FROM.items():
+    for chip, source in _counted(roof):
         last, why = 0, "more than 8192 devices"
         for devices in (2**n for n in range(3, 14)):
             found = point(step[source], roof[source], chip, devices, strong=True)

@@ -3,29 +3,41 @@
 Peaks are the vendors' figures for one chip, dense, without sparsity.
 """
 
+import contextlib
+import importlib.util
 import re
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import jax
 from jax.experimental.topologies import TopologyDescription, get_topology_desc
 
 from sdar_jax.errors import ConfigError
 
 
 class Chip(NamedTuple):
-    """bf16_flops: FLOP/s of bfloat16 matmuls with float32 sums. memory: bytes of HBM. bandwidth: bytes/s of it."""
+    """bf16_flops: FLOP/s of bfloat16 matmuls with float32 sums. memory: bytes of HBM. bandwidth: bytes/s of it.
+
+    link: bytes/s, in one direction, of a GPU's NVLink or of one link of a TPU's torus. between: bytes/s of a device to
+    those of other hosts (InfiniBand) or other slices. ring: an axis of the torus is a closed ring where its length is a
+    multiple of this.
+    """
 
     platform: str
     bf16_flops: float
     memory: float
     bandwidth: float
+    link: float
+    between: float
+    ring: int = 0
 
 
 CHIPS = {
-    "h200": Chip("gpu", 989e12, 141e9, 4.8e12),
-    "h100": Chip("gpu", 989e12, 80e9, 3.35e12),
-    "v5p": Chip("tpu", 459e12, 95e9, 2.765e12),
-    "v6e": Chip("tpu", 918e12, 32e9, 1.64e12),
-    "v5e": Chip("tpu", 197e12, 16e9, 0.82e12),
+    "h200": Chip("gpu", 989e12, 141e9, 4.8e12, 450e9, 50e9),
+    "h100": Chip("gpu", 989e12, 80e9, 3.35e12, 450e9, 50e9),
+    "v5p": Chip("tpu", 459e12, 95e9, 2.765e12, 90e9, 6e9, ring=4),
+    "v6e": Chip("tpu", 918e12, 32e9, 1.64e12, 90e9, 6e9, ring=16),
+    "v5e": Chip("tpu", 197e12, 16e9, 0.82e12, 45e9, 6e9, ring=16),
 }
 
 # Dense bfloat16 FLOP/s by the start of JAX's device_kind, from the vendors' data sheets; the first that fits.
@@ -60,18 +72,32 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_
 """
 
 
+# The module of each platform's compiler, and the extra that installs it.
+_COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins", "cuda12")}
+
+
 def topology(name: str) -> TopologyDescription:
     """Devices to compile for: "v5p:2x2x1" and the like (libtpu's own names), "h200:8" (one host), "h200:4x8" (4 hosts).
 
     Needs libtpu for TPU, the CUDA plugin for GPU; the chips themselves need not be there.
 
     Raises:
-        ConfigError: a chip or shape that is not understood.
+        ConfigError: a chip or shape that is not understood, or that has no compiler here or none that takes it.
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     if match is None or match[1] not in CHIPS:
         raise ConfigError(f"topology {name!r} is unknown; use a chip of {tuple(CHIPS)} and a shape, as in 'v5p:4x4x4'")
-    chip, shape = match.groups()
+    module, extra = _COMPILERS[CHIPS[match[1]].platform]
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"no compiler for {match[1]} is here; run `make compilers`, or install sdar-jax[{extra}]")
+    try:
+        return _described(name, *match.groups())
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"topology {name!r} is not one that its compiler takes ({reason}); use another") from None
+
+
+def _described(name: str, chip: str, shape: str) -> TopologyDescription:
     if CHIPS[chip].platform == "tpu":
         return get_topology_desc(platform="tpu", topology_name=name)
     hosts, _, devices = shape.rpartition("x")
@@ -81,6 +107,33 @@ def topology(name: str) -> TopologyDescription:
     return get_topology_desc(
         platform="cuda", topology_name=chip, topology=f"1x{hosts or 1}x{devices}", target_config=config
     )
+
+
+_target: Any = None
+
+
+@contextlib.contextmanager
+def compiling_for(device: Any) -> Iterator[None]:
+    """What is traced inside is for such a device, of a `topology`, and not for those that are here.
+
+    Functions that were jitted and traced before keep what they chose.
+    """
+    global _target
+    before, _target = _target, device
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what to compute on, which choices of kernels and sizes go by."""
+    return jax.default_backend() if _target is None else _target.platform
+
+
+def device() -> Any:
+    """The first device to compute on; it can be asked for its properties alone."""
+    return jax.devices()[0] if _target is None else _target
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -18,12 +18,11 @@ Rows that still have prompt to read take turns of up to `prefill_rows` x `prefil
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Bool, Int
 
 from sdar_jax.decoding.forward import (
@@ -224,7 +223,7 @@ class Decoder:
 
 
 @lru_cache(maxsize=64)
-def _program(structure: PyTreeDef, config: BufferConfig) -> Callable[[list[Array], State, int | Array], State]:
+def _program(structure: Any, config: BufferConfig) -> Callable[[list[Array], State, int | Array], State]:
     def run(weights: list[Array], state: State, turns: int | Array) -> State:
         return advance(jax.tree.unflatten(structure, weights), state, turns, config)
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from sdar_jax.decoding.config import Completion
 from sdar_jax.decoding.engine import Engine
-
-_PREFILL = ("prefix_tokens", "prefill_tokens", "prefill_alone_tokens", "prefill_alone_seconds")
+from sdar_jax.decoding.requests import Stats
 
 
 @contextlib.contextmanager
@@ -20,14 +19,15 @@ def timed(engine: Engine | None, batch: int) -> Iterator[list[Completion]]:
     yield done
     seconds = time.perf_counter() - started
     if engine is not None and before is not None:
-        now = engine.stats()
-        spent = [now[i] - before[i] for i in map(now._fields.index, _PREFILL)]
-        print(prefill_speed(*spent), file=sys.stderr)
+        print(prefill_speed(before, engine.stats()), file=sys.stderr)
     print(speed(done, seconds, batch) + (", compilation included" if engine is None else ""), file=sys.stderr)
 
 
-def prefill_speed(shared: int, read: int, alone: int, seconds: float) -> str:
+def prefill_speed(before: Stats, now: Stats) -> str:
     """Positions read before decoding, and the speed of those that were read while no row decoded."""
+    read, shared = now.prefill_tokens - before.prefill_tokens, now.prefix_tokens - before.prefix_tokens
+    alone = now.prefill_alone_tokens - before.prefill_alone_tokens
+    seconds = now.prefill_alone_seconds - before.prefill_alone_seconds
     rate = f" in {seconds:.3f} s, {alone / seconds:.0f} tokens/s" if alone else ""
     told = f"{read} tokens{rate}" if alone == read else f"{read} tokens, {alone} of them with no row decoding{rate}"
     return f"prefill: {told}; {shared} more from the cache"

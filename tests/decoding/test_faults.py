@@ -233,7 +233,10 @@ def test_a_device_that_fails_once(whole, x64):
     """An error that comes to light when results are fetched is the caller's to see; the next call starts over."""
     one = served()
     ids = [submit(one, prompt) for prompt in PROMPTS]
-    with once(engine, "flags", before=True, at=2), mock.patch.object(sys.modules[__name__], "Interrupted", RuntimeError):
+    with (
+        once(engine, "flags", before=True, at=2),
+        mock.patch.object(sys.modules[__name__], "Interrupted", RuntimeError),
+    ):
         with pytest.raises(RuntimeError):
             one.result(ids[0])
         assert [one.result(i).tokens for i in ids] == whole

@@ -1,0 +1,108 @@
+"""Seconds that a collective takes at least, on the links between the devices of a group.
+
+Ring algorithms, at the links' full rate: an all-gather or reduce-scatter of B bytes over n devices sends B (n - 1) / n
+from each, an all-reduce twice that. On a TPU's torus a group uses every axis that it spans, both ways where the axis is
+a closed ring; an all-to-all is bound by the cut through the longest axis. GPUs use NVLink within a host and, where a
+group spans hosts, every member's own network card at the same time.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sdar_jax.chips import Chip
+from sdar_jax.planning.count import Traffic, group_list
+
+_ROUNDS = {"all-reduce": 2.0}
+_TO_ALL = ("all-to-all", "ragged-all-to-all")
+
+
+class Link(NamedTuple):
+    """A kind of collective along mesh axes, in a step. payload: as in `Counts`. sent: bytes that leave a device."""
+
+    kind: str
+    axes: str
+    payload: float
+    sent: float
+    seconds: float
+
+
+def links(payload: dict[Traffic, float], mesh: Mesh, chip: Chip) -> list[Link]:
+    """Every kind of collective along every set of mesh axes, the slowest first. Args: payload: as `Counts` has it."""
+    found: dict[tuple[str, str], np.ndarray] = {}
+    devices = list(mesh.devices.flat)
+    for traffic, size in payload.items():
+        groups = group_list(traffic.groups, len(devices))
+        sent = size * _ROUNDS.get(traffic.kind, 1.0) * _share(traffic.kind, groups.shape[1])
+        key = traffic.kind, axes_of(groups[0], mesh)
+        found[key] = found.get(key, np.zeros(3)) + [size, sent, seconds(traffic, size, devices, chip)]
+    rows = [Link(*key, *sums.tolist()) for key, sums in found.items() if sums[1] > 0]
+    return sorted(rows, key=lambda link: -link.seconds)
+
+
+def seconds(traffic: Traffic, payload: float, devices: list[Any], chip: Chip) -> float:
+    """Of the slowest of a collective's groups."""
+    groups = group_list(traffic.groups, len(devices))
+    if groups.shape[1] == 1:
+        return 0.0
+    one = _tpu_seconds if chip.platform == "tpu" else _gpu_seconds
+    alike = {_signature([devices[i] for i in group]): group for group in groups}
+    return max(one(traffic.kind, payload, [devices[i] for i in group], devices, chip) for group in alike.values())
+
+
+def _share(kind: str, size: int) -> float:
+    return 1.0 if kind == "collective-permute" else (size - 1) / size
+
+
+def axes_of(group: np.ndarray, mesh: Mesh) -> str:
+    """The mesh axes along which a group's members differ: "fsdp", or "fsdp x tensor"."""
+    at = np.array(np.unravel_index(group, mesh.devices.shape))
+    varying = [name for name, places in zip(mesh.axis_names, at, strict=True) if len(set(places.tolist())) > 1]
+    return " x ".join(varying)
+
+
+def along(axes: str, mesh: Mesh) -> str:
+    """The groups along such axes, as a program for this mesh would write them."""
+    sizes = ",".join(f"'{name}'={size}" for name, size in mesh.shape.items())
+    named = ",".join(f"'{name}'" for name in axes.split(" x "))
+    return f"mesh[{sizes}] {{{named}}}"
+
+
+def _signature(group: list[Any]) -> tuple:
+    """Equal for groups that lie alike, so that one of them is priced."""
+    first = group[0]
+    if hasattr(first, "coords"):
+        return tuple(tuple(np.subtract(device.coords, first.coords).tolist()) for device in group)
+    return tuple(device.process_index - first.process_index for device in group)
+
+
+def _gpu_seconds(kind: str, payload: float, group: list[Any], devices: list[Any], chip: Chip) -> float:
+    size, hosts = len(group), {device.process_index for device in group}
+    near = math.ceil(size / len(hosts))
+    rounds = _ROUNDS.get(kind, 1.0)
+    if kind == "collective-permute":
+        return payload / (chip.link if len(hosts) == 1 else chip.between)
+    within = rounds * payload * (near - 1) / near / chip.link
+    if kind in _TO_ALL:
+        return max(within, payload * (size - near) / size / chip.between)
+    return max(within, rounds * payload * (len(hosts) - 1) / len(hosts) / (near * chip.between))
+
+
+def _tpu_seconds(kind: str, payload: float, group: list[Any], devices: list[Any], chip: Chip) -> float:
+    spans = np.array([device.coords for device in group])
+    whole = np.array([device.coords for device in devices]).max(axis=0) + 1
+    extents = spans.max(axis=0) - spans.min(axis=0) + 1
+    ways = [2 if extent == full and full % chip.ring == 0 else 1 for extent, full in zip(extents, whole, strict=True)]
+    used = [(extent, way) for extent, way in zip(extents.tolist(), ways, strict=True) if extent > 1]
+    if not used:
+        return 0.0
+    # Groups that lie in each other's gaps share the links.
+    rate = chip.link * min(1.0, len(group) / math.prod(extent for extent, _ in used))
+    if kind == "collective-permute":
+        return payload / rate
+    if kind in _TO_ALL:
+        return payload * max(extent / (4 * way) for extent, way in used) / rate
+    sent = _ROUNDS.get(kind, 1.0) * payload * _share(kind, len(group))
+    return sent / (rate * sum(way for _, way in used))
