@@ -194,7 +194,7 @@ def test_bad_generation_config(single: Path, text: str, what: str) -> None:
     ("options", "match"),
     [
         ({"dtype": "float33"}, "dtype 'float33' is unknown; use one of"),
-        ({"dtype": "int8"}, "dtype 'int8' is not supported for weights; use one of"),
+        ({"dtype": "int4"}, "dtype 'int4' is not supported for weights; use one of"),
         ({"dtype": "float64"}, "dtype 'float64' needs 64-bit mode; set JAX_ENABLE_X64"),
         ({"block_size": -4}, "block_size is -4; give a positive"),
         ({"mask_token_id": 40}, "mask_token_id is 40; give"),

@@ -243,9 +243,9 @@ def test_one_tensor_is_read_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
     read = tensor_files.TensorReader.read
 
-    def watched(self: tensor_files.TensorReader, name: str) -> np.ndarray:
+    def watched(self: tensor_files.TensorReader, name: str, row: int | None = None) -> np.ndarray:
         assert all(reference() is None for reference in alive)
-        tensor = read(self, name)
+        tensor = read(self, name, row)
         alive.append(weakref.ref(tensor))
         return tensor
 
