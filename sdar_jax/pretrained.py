@@ -370,8 +370,9 @@ def _read(tensors: TensorReader, weight: _Weight, experts: range | None = None) 
             target = buffer[part.expert - first][part.index]
         else:
             continue
-        theirs = tensors.read(part.name, part.expert if part.fused else None)
-        target[...] = _to_ours(theirs, weight.field, target.shape)
+        # Nothing else holds a tensor: it is gone before the next is read.
+        row = part.expert if part.fused else None
+        target[...] = _to_ours(tensors.read(part.name, row), weight.field, target.shape)
     return buffer
 
 

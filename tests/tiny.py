@@ -22,7 +22,9 @@ def tiny_model(dtype: DTypeLike = jnp.float64, *, seed: int = 1, **changes) -> M
     fields = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4}
     fields |= {"num_kv_heads": 2, "head_dim": 8, "initializer_range": 0.5, "block_size": 4, "mask_token_id": MASK}
     fields |= {"objective": "block_diffusion"}
-    return Model(ModelConfig(**(fields | changes)), jax.random.key(seed), dtype)
+    # Cached: a first call from inside a trace must not keep its tracers.
+    with jax.ensure_compile_time_eval():
+        return Model(ModelConfig(**(fields | changes)), jax.random.key(seed), dtype)
 
 
 def pack(*rows: Sequence[int], length: int) -> np.ndarray:
