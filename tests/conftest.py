@@ -1,5 +1,6 @@
 """Settings of the whole suite: CPU backend, run-time checks of array shapes, compilation cache, hypothesis profiles."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# Compiled programs hold memory maps, and past 65,530 of a process (Linux's vm.max_map_count) XLA crashes.
+_MOST_MAPS = 30_000
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Now and then lets go of what earlier tests compiled."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(_tests) % 10 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
