@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -132,29 +133,34 @@ def test_watching_ids(cli, model_dir):
     assert len(result.out.splitlines()) == wanted.denoising_forwards + 1
 
 
-def interrupt_at(monkeypatch, event: int) -> None:
-    """Ctrl-C while the event with that number is shown."""
-    seen, show = itertools.count(), BlockText.show
+@pytest.fixture
+def interrupt_at(monkeypatch) -> Iterator[Callable[[int], None]]:
+    """Ctrl-C while the event with a given number is shown."""
+    seen, show, wanted = itertools.count(), BlockText.show, []
 
     def interrupted(self, shown):
         show(self, shown)
-        if next(seen) == event:
+        if next(seen) in wanted:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(BlockText, "show", interrupted)
+    # Python leaves Ctrl-C ignored where it was when it started, as in a shell's background jobs.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda event: wanted.append(next(seen) + event + 1)
+    signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_leaves_what_there_is(cli, monkeypatch):
+def test_ctrl_c_leaves_what_there_is(cli, interrupt_at):
     options = ("--prompt", "one two", "--max-new-tokens", 40, "--stop-token-ids", "")
     whole = cli(*options)
-    interrupt_at(monkeypatch, 1)
+    interrupt_at(1)
     cut = cli(*options)
     assert (whole.code, cut.code) == (0, 130) and "1 cancelled" in cut.err
     assert 1 < len(cut.out) < len(whole.out) and whole.out.startswith(cut.out.removesuffix("\n"))
 
 
-def test_ctrl_c_ends_a_turn_and_not_the_chat(cli, monkeypatch):
-    interrupt_at(monkeypatch, 1)
+def test_ctrl_c_ends_a_turn_and_not_the_chat(cli, interrupt_at):
+    interrupt_at(1)
     result = cli("--chat", "--max-new-tokens", 40, "--stop-token-ids", "", stdin="hi\nand?\n")
     assert result.code == 0 and "1 cancelled" in result.err and "1 length" in result.err
 
