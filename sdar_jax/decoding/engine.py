@@ -78,7 +78,8 @@ class Engine:
         self._autoregressive = config.objective == "autoregressive"
         kind = "autoregressive" if self._autoregressive else "low_confidence_dynamic"
         size = DecodingConfig(block_size, kind).resolve_block_size(config)
-        for name, value in (("batch_slots", batch_slots), ("max_queue", max_queue), ("turns", turns)):
+        sizes = {"batch_slots": batch_slots, "max_queue": max_queue, "turns": turns, "prefill_tokens": prefill_tokens}
+        for name, value in {**sizes, "max_length": 1 if max_length is None else max_length}.items():
             if not is_int(value) or value < 1:
                 raise DecodingError(f"{name} is {value!r}; give a positive integer")
         check_slots(window_slots)
@@ -222,19 +223,19 @@ class Engine:
         told, forward = 0, 0
         while True:
             self._settle()
-            ended = request.result
+            result = request.result
             if request.place is not None:
                 # What was told is kept, should the device's state be lost.
                 request.row = self._fetch(request)
             row = request.row
-            end = int(row.end) if ended is not None else int(row.start) + int(row.open) * self._shape.block_size
+            end = int(row.end) if result is not None else int(row.start) + int(row.open) * self._shape.block_size
             if changes:
                 for now in range(forward, int(row.denoising_forwards)):
                     yield snapshot(row, now, self._shape.block_size)
                 forward = int(row.denoising_forwards)
-            elif ended is not None:
-                if told < len(ended.tokens):
-                    yield finished(row, told, len(ended.tokens))
+            elif result is not None:
+                if told < len(result.tokens):
+                    yield finished(row, told, len(result.tokens))
             else:
                 done = min(int(row.start), int(row.limit), end) - int(row.prompt_length)
                 if done > told and request.stop_strings:
@@ -242,7 +243,7 @@ class Engine:
                 if done > told:
                     yield finished(row, told, done)
                     told = done
-            if ended is not None:
+            if result is not None:
                 return
             self._step()
 

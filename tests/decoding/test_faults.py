@@ -58,8 +58,9 @@ def test_what_cannot_be_served_is_refused(x64):
             submit(small, prompt, new)
     with refused(DecodingError, "30 tokens", "max_new_tokens is 20", "40"):
         submit(served(pages=5, max_length=None), [1] * 30, 20)
-    with refused(DecodingError, "max_queue is 0", "positive"):
-        served(max_queue=0)
+    for name in ("max_queue", "batch_slots", "turns", "prefill_tokens", "max_length"):
+        with refused(DecodingError, f"{name} is 0", "positive"):
+            served(**{name: 0})
     assert idle(small) and not small.stats().finished
     assert small.result(submit(small, [], 0)).tokens == small.result(submit(small, new=0)).tokens == []
 
