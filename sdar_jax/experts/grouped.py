@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from sdar_jax.chips import device, platform
 
 # Rows multiplied at once where there is no grouped kernel: about as many as a group has, between these.
 _FEWEST_ROWS, _MOST_ROWS = 8, 128
@@ -19,12 +22,16 @@ def grouped_dot(
     """Rows of x, sorted by group, each times the weights of its group.
 
     On TPU XLA's kernel for `jax.lax.ragged_dot`. Elsewhere XLA computes that operation for every row and every group,
-    and holds as much; there a scan visits the tiles of rows that each group has.
+    and holds as much: Hopper has kernels of our own (`mosaic_gpu.py`) for half precision, and on everything else a scan
+    visits the tiles of rows that each group has.
 
     Args:
         sizes: how many rows each group has; M in all.
         partly_filled: they may be fewer. The rows after the last group then give zero, and cost nothing.
     """
+    kernels = _kernels(x, weights)
+    if kernels is not None:
+        return kernels.product(x, weights, sizes)
     tiled = partial(_tiled_dot, skipping=partly_filled)
     ragged = _filled_dot if partly_filled else jax.lax.ragged_dot
     return jax.lax.platform_dependent(x, weights, sizes, tpu=ragged, default=tiled)
@@ -35,13 +42,27 @@ def _grouped_dot_fwd(x, weights, sizes, partly_filled):
 
 
 def _grouped_dot_bwd(partly_filled, residuals, d_out):
+    x, weights, sizes = residuals
+    kernels = _kernels(x, weights)
+    if kernels is not None:
+        return kernels.product(d_out, weights, sizes, transposed=True), kernels.weight_gradient(x, d_out, sizes), None
     tiled = partial(_tiled_dot_gradients, skipping=partly_filled)
     ragged = partial(_ragged_dot_gradients, _filled_dot if partly_filled else jax.lax.ragged_dot)
-    d_x, d_weights = jax.lax.platform_dependent(*residuals, d_out, tpu=ragged, default=tiled)
+    d_x, d_weights = jax.lax.platform_dependent(x, weights, sizes, d_out, tpu=ragged, default=tiled)
     return d_x, d_weights, None
 
 
 grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
+
+
+def _kernels(x: Array, weights: Array) -> ModuleType | None:
+    """Those for Hopper, where this is one and they take these operands."""
+    if platform() != "gpu" or device().compute_capability != "9.0":
+        return None
+    # Imported when it is asked for: not every platform's jaxlib carries its compiler.
+    from sdar_jax.experts import mosaic_gpu
+
+    return mosaic_gpu if mosaic_gpu.takes(x, weights) else None
 
 
 def _filled_dot(x: Array, weights: Array, sizes: Array) -> Array:
