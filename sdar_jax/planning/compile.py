@@ -115,21 +115,22 @@ def _held(tree: Any) -> float:
 def _memory(stats: Any, held: Memory) -> Memory:
     # What the compiler holds of the arguments is a little more than their elements: layouts are padded.
     padding = stats.argument_size_in_bytes - held.total
-    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    # Its temporaries add up to more than there are at any time: what is held at once is the peak, arguments included.
     return held._replace(
         batch=held.batch + max(padding, 0.0),
-        temporaries=float(stats.temp_size_in_bytes + new),
+        temporaries=float(stats.peak_memory_in_bytes - stats.argument_size_in_bytes),
         program=float(stats.generated_code_size_in_bytes),
     )
 
 
 def _refused(error: Exception, held: Memory) -> Memory:
-    """What the compiler says that the step would need."""
-    said = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+    """What the compiler says that the step would need: of all, or of temporaries where these alone are too many."""
+    said = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
     if said is None:
         raise error
-    needed = float(said[1]) * 1024 ** ("KMGT".index(said[2]) + 1)
-    return held._replace(temporaries=max(needed - held.total, 0.0))
+    size, unit = said[1] or said[3], said[2] or said[4]
+    needed = float(size) * 1024 ** ("KMGT".index(unit) + 1)
+    return held._replace(temporaries=max(needed - held.total, 0.0) if said[1] else needed)
 
 
 def _loss_rounds(config: TrainConfig, model: ModelConfig, mesh: Mesh, asked: Expected) -> Rounds:

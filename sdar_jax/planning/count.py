@@ -18,6 +18,7 @@ import numpy as np
 from sdar_jax.planning.hlo import Computation, Instruction, Program, parameters, trip_count
 
 _FLOATS = ("bf16", "f16", "f32")
+_GROUPED = re.compile(r"(^|/)(ragged-dot-[^/]*$|grouped_(product|weight_gradient)\b)")
 COLLECTIVES = (
     "all-gather",
     "reduce-scatter",
@@ -177,7 +178,7 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
-    """Of libtpu's kernel for `jax.lax.ragged_dot` and its derivatives, if all rows were filled."""
+    """Of libtpu's kernels for `jax.lax.ragged_dot`, or Hopper's of `experts`, if all rows were filled."""
     if not _is_grouped(instruction):
         return 0.0
     operands = (computation[name].arrays[0] for name in instruction.operands)
@@ -189,7 +190,7 @@ def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _is_grouped(instruction: Instruction) -> bool:
-    return instruction.opcode == "custom-call" and instruction.scope.rpartition("/")[2].startswith("ragged-dot-")
+    return instruction.opcode == "custom-call" and _GROUPED.search(instruction.scope) is not None
 
 
 def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:

@@ -11,7 +11,6 @@ from sdar_jax.planning.compile import Compiled, compile_step
 from sdar_jax.training import TrainConfig
 
 _LARGEST_SLICE = {"v5e": 256, "v6e": 256, "v5p": 8960}
-_DOUBLINGS = 3
 
 
 class Change(NamedTuple):
@@ -41,19 +40,22 @@ def nearest(step: Compiled, *, attempts: int = 6) -> tuple[Change | None, list[t
 def candidates(step: Compiled) -> Iterator[Change]:
     """Fewer rows at once, then more recomputed, then both; then more devices, where fsdp takes them.
 
-    Where weights and optimiser alone are too much, only more devices.
+    Devices whose share of weights, gradients and optimiser alone is too much are passed over.
     """
-    config, held = step.config, step.memory
-    if held.weights + held.optimizer + held.ema < step.chip.memory:
+    config = step.config
+    held = 2 * step.memory.weights + step.memory.optimizer + step.memory.ema
+    if held < step.chip.memory:
         yield from _same_devices(step)
     if config.mesh.fsdp != -1:
         config = replace(config, mesh=replace(config.mesh, fsdp=-1))
     name, shards = step.topology, step.mesh.size
-    for _ in range(_DOUBLINGS):
+    while True:
         name, shards = doubled(name), shards * 2
         rows = _rows(step) * shards // step.mesh.size
         if shards > _LARGEST_SLICE.get(name.partition(":")[0], math.inf) or config.data.batch_size % rows:
             return
+        if held * step.mesh.size / shards > step.chip.memory:
+            continue
         fsdp = "" if step.config.mesh.fsdp == -1 else " --mesh.fsdp -1"
         options = f"--topology {name}{fsdp} --remat full --micro_batch_size {rows}"
         yield Change(options, replace(config, remat="full", micro_batch_size=rows), name)

@@ -88,7 +88,7 @@ def _unknown(plan: dict[str, Any]) -> list[tuple[str, float]]:
 def _pace_lines(plan: dict[str, Any]) -> list[str]:
     lines = [f"bound by {plan['bound']}; {plan['token_budget'] / 1e9:g}B tokens, {plan['tokens_per_step']} a step"]
     lines.append(f"  {'':<22}{'step':>9}{'tokens/s':>12}{'MFU':>7}{'days':>9}{'device-hours':>14}")
-    for name, title in (("overlapped", "all overlaps (floor)"), ("serial", "nothing overlaps")):
+    for name, title in (("overlapped", "all overlaps"), ("serial", "nothing overlaps")):
         p = plan[name]
         lines.append(
             f"  {title:<22}{p['step_seconds']:8.3f}s{p['tokens_per_second']:12,.0f}{p['mfu']:7.1%}{p['days']:9.2f}"

@@ -158,3 +158,19 @@ def test_what_a_gpu_compiler_writes():
     found = count(parse(GPU))
     assert found.payload == {Traffic("all-gather", "[1,8]<=[8]"): 512 * 32 * 2}
     assert found.flops == 2 * 64 * 32 * 48
+
+
+def test_grouped_matmuls_count_their_filled_rows():
+    """64 rows, half of them filled, by 8 groups' weights [32, 48]; and of these the gradient."""
+    call = 'custom-call(%x, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/mlp/NAME/mpmd_map"}'
+    text = dedent(f"""
+        HloModule jit_step
+
+        ENTRY %main (x: bf16[64,32], w: bf16[8,32,48]) -> bf16[64,48] {{
+          %x = bf16[64,32]{{1,0}} parameter(0)
+          %w = bf16[8,32,48]{{2,1,0}} parameter(1)
+          %d = bf16[8,32,48]{{2,1,0}} {call.replace("NAME", "grouped_weight_gradient").replace("%w", "%out")}
+          ROOT %out = bf16[64,48]{{1,0}} {call.replace("NAME", "grouped_product")}
+        }}
+    """)
+    assert count(parse(text), routed=0.5).flops == 2 * (2 * 32 * 32 * 48)

@@ -12,15 +12,16 @@ from sdar_jax.chips import CHIPS
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.planning import Compiled, Memory
-from sdar_jax.planning.compile import _refused
+from sdar_jax.planning.compile import _memory, _refused
 from sdar_jax.planning.nearest import candidates, doubled
 from sdar_jax.planning.network import Link
 from sdar_jax.planning.report import table, values
 from sdar_jax.planning.roofline import Roofline
 from sdar_jax.planning.work import attention_flops, expected
-from sdar_jax.training import TrainConfig
+from sdar_jax.training import TrainConfig, read_command_line
 from sdar_jax.training.config import InitConfig
 from tests.bad_input import refused
+from tests.compilers import ROOT
 
 SHAPE = dataclasses.replace(
     ModelConfig.preset("sdar-1.7b"),
@@ -94,8 +95,24 @@ def test_the_least_change_is_tried_first():
     assert options(compiled(config(remat="full", micro_batch_size=8)))[0].startswith("--topology h200:2x8")
 
 
-def test_weights_that_do_not_fit_need_more_devices():
-    assert all(option.startswith("--topology") for option in options(compiled(config(), weights=60e9)))
+def test_weights_that_do_not_fit_need_as_many_devices_as_hold_them():
+    """Of 120 GB a device, with as much of gradients and twice of moments, an H200 holds the fourth part."""
+    assert [option.split()[1] for option in options(compiled(config(), weights=60e9))] == [
+        "h200:2x8",
+        "h200:4x8",
+        "h200:8x8",
+    ]
+    assert [option.split()[1] for option in options(compiled(config(), weights=120e9))] == ["h200:4x8", "h200:8x8"]
+
+
+@pytest.mark.parametrize("overrides", [[], ["--remat", "none"], ["--mesh.fsdp", "8"]])
+def test_a_change_is_what_its_options_say(overrides):
+    """What was compiled is what the command compiles when it is given them."""
+    command = [f"{ROOT}/configs/study2/8b_cpt.yaml", *overrides]
+    for change in candidates(compiled(read_command_line(command))):
+        options, rest = plan._parser().parse_known_args([*command, *change.options.split()])
+        assert read_command_line([options.config, *rest]) == change.config
+        assert (options.topology or "h200:8") == change.topology
 
 
 @pytest.mark.parametrize("objective", ["autoregressive", "masked_diffusion", "block_diffusion"])
@@ -142,5 +159,18 @@ def test_what_a_compiler_refuses_is_told_by_its_needs():
     said = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
     held = Memory(2e9, 4e9, 0.0, 1e6, 0.0, 0.0)
     assert math.isclose(_refused(RuntimeError(said), held).total, 20.5 * 1024**3)
+    said = (
+        "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (151.38G) "
+    )
+    said += "exceeds available HBM (15.75G). HLO module: jit_step."
+    assert math.isclose(_refused(RuntimeError(said), held).temporaries, 151.38 * 1024**3)
     with pytest.raises(RuntimeError, match="something else"):
         _refused(RuntimeError("something else"), held)
+
+
+def test_memory_is_what_is_held_at_once():
+    """Of 20 GB of arguments and temporaries, 12 at the peak; a tenth of a GB of the arguments is padding."""
+    sizes = {"argument_size": 1.6e9, "temp_size": 18.4e9, "peak_memory": 12e9, "generated_code_size": 1e8}
+    stats = SimpleNamespace(**{f"{name}_in_bytes": size for name, size in sizes.items()})
+    memory = _memory(stats, Memory(0.5e9, 1e9, 0.0, 0.0, 0.0, 0.0))
+    assert math.isclose(memory.total, 12.1e9) and math.isclose(memory.batch, 0.1e9)

@@ -1,15 +1,48 @@
-"""Every recipe compiles on the topology that it names, and fits."""
+"""Every recipe compiles on the topology that it names, and fits: each program that they share is compiled once."""
 
+import dataclasses
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
+from sdar_jax.plan import named_topology
+from sdar_jax.training import read_config
+from sdar_jax.training.stages import trained_shape
 from tests.compilers import ROOT, needs_compilers, run_python
 
-pytestmark = [needs_compilers, pytest.mark.slow]
+RECIPES = sorted(Path(ROOT, "configs").glob("study*/*.yaml"))
+# One of each family: 2B from scratch, dense, a mixture of experts, long rows. CI plans these.
+FAMILIES = ("study1/mdlm_pretrain", "study2/8b_cpt", "study2/30b-a3b_cpt", "study4/sci_cpt")
+slow = pytest.mark.slow
 
-RECIPES = sorted(path.relative_to(ROOT) for path in Path(ROOT, "configs").glob("study*/*.yaml"))
+
+def compiled_as(recipe: Path) -> tuple:
+    """Equal for recipes whose steps differ in numbers alone: of micro-batches, of a block's tokens, of the schedule."""
+    config, shape = read_config(recipe), trained_shape(read_config(recipe).model)
+    rows, batch = config.micro_batch_size or config.data.batch_size, config.data.batch_size
+    numbers = {"block_size": shape.block_size and 4, "max_position_embeddings": 1}
+    ids = {"bos_token_id": None, "eos_token_id": None, "stop_token_ids": ()}
+    return (
+        named_topology(recipe),
+        dataclasses.replace(shape, **numbers, **ids),
+        (config.data.sequence_length, config.data.noisy_length, rows, rows < batch),
+        (config.objective, config.mesh, config.remat, config.compute_dtype, config.ema_decay),
+    )
+
+
+def name(recipe: Path) -> str:
+    return f"{recipe.parent.name}/{recipe.stem}"
+
+
+def programs() -> list:
+    """A test's parameters: the recipes of each program, by the first of them."""
+    found = defaultdict(list)
+    for recipe in sorted(RECIPES, key=lambda recipe: name(recipe) not in FAMILIES):
+        found[compiled_as(recipe)].append(name(recipe))
+    return [pytest.param(r, id=r[0], marks=[pytest.mark.ci] * (r[0] in FAMILIES)) for r in found.values()]
+
 
 PLAN = """
 import sys
@@ -40,20 +73,31 @@ def shallow(recipe: str, topology: str) -> dict:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_recipe_fits_the_topology_that_it_names(recipe):
-    child = run_python(PLAN, str(recipe), "--json", "--attempts", "0", timeout=1800)
+@slow
+@needs_compilers
+@pytest.mark.parametrize("recipes", programs())
+def test_recipes_fit_the_topology_that_they_name(recipes):
+    child = run_python(PLAN, f"configs/{recipes[0]}.yaml", "--json", "--attempts", "0", timeout=1800)
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
     plan = json.loads(child.stdout)
     assert plan["fits"] and not plan["loops_of_unknown_length"]
 
 
+def test_every_recipe_is_among_them():
+    """Blocks of any size make one program; rows that give a noisy copy to some blocks alone make another."""
+    found = {program.id: program.values[0] for program in programs()}
+    assert sorted(recipe for recipes in found.values() for recipe in recipes) == sorted(map(name, RECIPES))
+    assert "study3/8b_block64" in found["study2/8b_sft"] and found["study2/8b_cpt"] == ["study2/8b_cpt"]
+
+
+@slow
+@needs_compilers
 @pytest.mark.parametrize(
     ("recipe", "topology"),
     [
-        pytest.param("configs/study2/8b_cpt.yaml", "h200:8", marks=pytest.mark.ci, id="dense"),
-        pytest.param("configs/study2/30b-a3b_cpt.yaml", "h200:8x8", marks=pytest.mark.ci, id="mixture"),
-        pytest.param("configs/study4/sci_cpt.yaml", "h200:8x8", marks=pytest.mark.ci, id="long"),
+        pytest.param("configs/study2/8b_cpt.yaml", "h200:8", id="dense"),
+        pytest.param("configs/study2/30b-a3b_cpt.yaml", "h200:8x8", id="mixture"),
+        pytest.param("configs/study4/sci_cpt.yaml", "h200:8x8", id="long"),
         pytest.param("configs/study2/8b_cpt.yaml", "v5p:4x4x4", id="dense on TPU"),
         pytest.param("configs/study2/30b-a3b_cpt.yaml", "v5p:4x4x4", id="mixture on TPU"),
     ],
@@ -71,6 +115,8 @@ def test_counted_flops_are_those_that_the_maths_needs(recipe, topology):
     assert plan["memory"]["total"] < plan["memory"]["available"]
 
 
+@slow
+@needs_compilers
 def test_two_compilers_are_counted_alike():
     """The same step on the same mesh: what NVIDIA's compiler fuses otherwise than libtpu computes no more or less."""
     gpu, tpu = (shallow("configs/study2/8b_cpt.yaml", name) for name in ("h200:8x8", "v5p:4x4x4"))
