@@ -5,6 +5,9 @@ machine, under run_dir + "-tiny" (`sdar_jax/training/tiny.py`).
 
 Started again, it goes on from the newest checkpoint of its run directory by itself. Exit status: 0 finished, 2 an error
 in what was given (one line on stderr), 128 + n stopped by signal n and saved (143 for SIGTERM, 130 for Ctrl-C).
+
+Started once a process under SLURM, Open MPI, on a TPU pod, or with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+JAX_PROCESS_ID set, the processes are one job (docs/scaling.md). They end together; 1: one of them was lost.
 """
 
 import contextlib
@@ -16,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from sdar_jax import processes
 from sdar_jax.data import PackedDataset
 from sdar_jax.errors import DataError, SdarError
 from sdar_jax.evaluation import autoregressive_nll, nelbo
@@ -31,7 +35,10 @@ def main() -> int:
     # Orbax logs what it also raises, a page of it, from several threads.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        outcome = train(_config(sys.argv[1:]), make_evaluate=make_evaluate)
+        with processes.joined():
+            if not processes.is_first():
+                logging.getLogger("sdar_jax").setLevel(logging.WARNING)
+            outcome = train(_config(sys.argv[1:]), make_evaluate=make_evaluate)
     except SdarError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ from huggingface_hub import snapshot_download
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from sdar_jax import processes
 from sdar_jax.config import ModelConfig
 from sdar_jax.errors import CheckpointError, ConfigError
 from sdar_jax.model import Model
@@ -125,7 +126,8 @@ def save_pretrained(
     An AR model becomes a qwen3, qwen3_moe, qwen2 or llama directory; a converted one has `model_type` sdar or sdar_moe
     and its block_size and mask_token_id. Tensor names are the released ones in both, with a tensor for each matrix of
     an expert. The directory is whole or not there: it is written under another name beside `path` first, and what
-    `path` held is replaced only then.
+    `path` held is replaced only then. Of a model on a mesh of several processes all call this: each tensor is gathered
+    in turn, and the first process writes it.
 
     Args:
         path: new, empty, or an earlier model directory.
@@ -143,6 +145,19 @@ def save_pretrained(
     path = Path(path).resolve()
     cast = None if dtype is None else _supported(dtype)
     tensors = _to_write(model, cast)
+    shared = not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model))
+    if not shared or processes.is_first():
+        _write_directory(path, model.config, tensors, tokenizer_from, max_shard_bytes)
+    else:
+        for tensor in tensors:
+            tensor.read()
+    if shared:
+        processes.barrier(f"saved {path}")
+
+
+def _write_directory(
+    path: Path, config: ModelConfig, tensors: list[Tensor], tokenizer_from: str | Path | None, max_shard_bytes: int
+) -> None:
     carried = _carried_files(path, tokenizer_from)
     _check_replaceable(path)
     building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -151,7 +166,7 @@ def save_pretrained(
         write_tensors(building, tensors, max_shard_bytes)
         for file in carried:
             shutil.copyfile(file, building / file.name)
-        _write_configs(building, model.config, tensors[0].dtype)
+        _write_configs(building, config, tensors[0].dtype)
         _replace_directory(building, path)
     except OSError as error:
         raise CheckpointError(
@@ -390,7 +405,7 @@ def _reader(weight: _Weight, part: _Part) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = weight.array[at] if at else weight.array
         # A JAX array keeps the host copy that is made of it: a device copy is read, and freed with it.
-        return _to_theirs(np.asarray(jnp.copy(array))[part.index], weight.field)
+        return _to_theirs(processes.on_host(jnp.copy(array))[part.index], weight.field)
 
     return read
 

@@ -51,8 +51,11 @@ class DataConfig:
     pad_to_block: fill each document up to a multiple of block_size with end-of-text tokens.
     pad_loss: let that filling be eligible wherever the document's own end-of-text token is.
     shuffle: in a new global order each epoch, drawn from `seed`. epochs: None repeats for ever.
+    shards: how many streams the records are dealt to; each fills its own part of every batch, and a process reads those
+        alone whose rows it computes. They fix the order of the data, the number of processes does not. A divisor of
+        batch_size; with more than one there are no epochs, as the streams would not end together.
     on_error: a malformed record stops the run ("fatal"), or is counted, logged and left out ("skip").
-    num_threads: threads that read and tokenise ahead; 0 works in the caller's thread.
+    num_threads: threads that read and tokenise ahead, at least one a shard; 0 works in the caller's thread.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -70,11 +73,12 @@ class DataConfig:
     epochs: int | None = None
     on_error: Literal["fatal", "skip"] = "fatal"
     num_threads: int = 4
+    shards: int = 1
 
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("sources is empty: name at least one source to read")
-        for name in ("sequence_length", "batch_size", "noisy_length", "epochs"):
+        for name in ("sequence_length", "batch_size", "noisy_length", "epochs", "shards"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("num_threads", self.num_threads, 0)
         _check_at_least("seed", self.seed, 0)
@@ -84,6 +88,10 @@ class DataConfig:
         _check_choice("too_long", self.too_long, ("drop", "cut"))
         _check_choice("on_error", self.on_error, ("fatal", "skip"))
         self._check_noisy_length()
+        if self.batch_size % self.shards:
+            raise ConfigError(f"shards={self.shards} does not divide batch_size={self.batch_size}: use a divisor of it")
+        if self.shards > 1 and self.epochs is not None:
+            raise ConfigError(f"shards={self.shards} with epochs={self.epochs}: streams end apart; leave epochs out")
 
     def _check_noisy_length(self):
         if self.noisy_length is None or self.noisy_length == self.sequence_length:

@@ -1,8 +1,8 @@
-"""From sources to batches: shuffled and mixed by grain, tokenised ahead in threads, packed, and cut by process."""
+"""From sources to batches: shuffled and mixed by grain, tokenised ahead in threads, packed, and cut by rows."""
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -30,14 +30,14 @@ def make_dataset(
     *,
     block_size: int | None,
     eos_token_id: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> "PackedDataset":
-    """An endless (or `epochs` long) iterator over this process' rows of each global batch.
+    """An endless (or `epochs` long) iterator over batches, or over these rows of each.
 
     block_size: the model's S; None (an autoregressive model) counts as 1. eos_token_id ends and pads documents.
+    rows: ascending, among batch_size; those that are given out. None: all.
 
-    A batch holds, for B = batch_size / process_count rows of L = sequence_length tokens:
+    A batch holds, for B rows of L = sequence_length tokens:
         tokens       int32 [B, L]   eos_token_id in padding
         segment_ids  int32 [B, L]   0 is padding, only at a row's end; 1, 2, ... count the row's documents, or are all 1
         loss_mask    bool  [B, L]   eligible tokens: they can be corrupted and carry loss
@@ -45,9 +45,10 @@ def make_dataset(
         noisy_index  int32 [B, Ln]  with noisy_length: ascending positions of every block that holds an eligible token,
                                     then -1; blocks of S are aligned to each segment's first token
 
-    Guarantee: every process packs the same stream and keeps rows [B * process_index, B * (process_index + 1)), so a
-    global batch and the saved state do not depend on the number of processes; a run may go on with another number. The
-    price is that each process reads and tokenises everything.
+    The records are dealt to `shards` streams: stream i of n takes draws i, i + n, ... of one order, and packs the rows
+    from batch_size / n * i on. Guarantee: neither a global batch nor the saved position depends on who gives out which
+    rows; a run may go on with another number of processes. Only streams whose rows are given out are read and
+    tokenised, and of each all of it: with one, every process reads everything.
 
     With `epochs`, the last rows are padded at their end and the last batch is filled up with rows of padding, so that
     no token is lost; then StopIteration. An epoch of several sources lasts until each record has been drawn at least
@@ -57,11 +58,12 @@ def make_dataset(
     on_error="fatal" iteration raises DataError at the first malformed record (restore a saved state to go on).
     """
     block_size = 1 if block_size is None else block_size
-    _check_numbers(config, block_size, process_index, process_count)
+    rows = range(config.batch_size) if rows is None else rows
+    _check_numbers(config, block_size, rows)
     sources = [Source(source) for source in config.sources]
     _check_sources(config, sources)
     maker = DocumentMaker(config, tokenizer, sources, block_size=block_size, eos_token_id=eos_token_id)
-    return PackedDataset(config, maker, sources, block_size, eos_token_id, process_index, process_count)
+    return PackedDataset(config, maker, sources, block_size, eos_token_id, rows)
 
 
 class PackedDataset(Iterator[dict[str, np.ndarray]]):
@@ -74,51 +76,50 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
         sources: list[Source],
         block_size: int,
         eos_token_id: int,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int],
     ):
         self._config, self._maker = config, maker
         self._layout = {"block_size": block_size, "eos_token_id": eos_token_id}
-        share = config.batch_size // process_count
-        self._rows = slice(share * process_index, share * (process_index + 1))
-        self._feed = DocumentFeed(config, maker, sources, report=process_index == 0)
-        self._packer = (
-            SplitPacker(self._feed, config.sequence_length)
-            if config.packing == "split"
-            else FitPacker(self._feed, config.sequence_length, config.noisy_length)
-        )
+        size = config.batch_size // config.shards
+        numbers = sorted({row // size for row in rows})
+        threads = math.ceil(config.num_threads / len(numbers))
+        self._shards = {
+            number: _Shard(
+                config, maker, sources, number, [row % size for row in rows if row // size == number], threads
+            )
+            for number in numbers
+        }
         self._order = {
             "records": [len(source) for source in sources],
             "weights": [source.weight for source in config.sources],
             "block_size": block_size,
             **{name: getattr(config, name) for name in POSITION_FIELDS},
+            **({"shards": config.shards} if config.shards > 1 else {}),
         }
 
     def __next__(self) -> dict[str, np.ndarray]:
-        rows: list[list[Piece]] = []
-        while len(rows) < self._config.batch_size:
-            try:
-                rows.append(self._packer.next_row())
-            except StopIteration:
-                if not rows:
-                    raise
-                rows += [[]] * (self._config.batch_size - len(rows))
-        return make_batch(rows[self._rows], self._config, **self._layout)
+        rows = [row for shard in self._shards.values() for row in shard.next_rows()]
+        return make_batch(rows, self._config, **self._layout)
 
     def get_state(self) -> dict[str, Any]:
-        """The position behind the last batch given out, the same on every process; JSON can hold it."""
-        return {"order": self._order, "feed": self._feed.get_state(), "open": self._packer.get_state()}
+        """The position behind the last batch given out; JSON can hold it.
+
+        With one shard it is the same on every process. With more it is of those that are read here: see `join_states`.
+        """
+        states = {str(number): shard.get_state() for number, shard in self._shards.items()}
+        return {"order": self._order, **(states["0"] if self._config.shards == 1 else {"shards": states})}
 
     def set_state(self, state: dict[str, Any]):
         """Goes on exactly where get_state was called. Raises DataError if data or order are not what they were then."""
-        for name, now in self._order.items():
-            if state["order"][name] != now:
+        then = {"shards": 1, **state["order"]}
+        for name, now in {"shards": 1, **self._order}.items():
+            if then[name] != now:
                 raise DataError(
-                    f"the saved position was taken with {name}={state['order'][name]}, this dataset has {now}: restore"
+                    f"the saved position was taken with {name}={then[name]}, this dataset has {now}: restore"
                     " what it was, or start the data afresh"
                 )
-        self._feed.set_state(state["feed"])
-        self._packer.set_state(state["open"], self._feed.reload)
+        for number, shard in self._shards.items():
+            shard.set_state(state if self._config.shards == 1 else state["shards"][str(number)])
 
     def describe(self, record_ids: Iterable[int] | np.ndarray) -> list[str]:
         """Each different record as "file:line" (parquet: "file:row", from 1), ascending, without padding's -1."""
@@ -126,33 +127,94 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
 
     @property
     def skipped(self) -> int:
-        return self._feed.counts["skipped"]
+        return self._count("skipped")
 
     @property
     def dropped(self) -> int:
-        return self._feed.counts["dropped"]
+        return self._count("dropped")
 
     @property
     def cut(self) -> int:
-        return self._feed.counts["cut"]
+        return self._count("cut")
+
+    def _count(self, kind: str) -> int:
+        return sum(shard.feed.counts[kind] for shard in self._shards.values())
 
     def close(self):
         """Ends the reading threads."""
-        self._feed.close()
+        for shard in self._shards.values():
+            shard.feed.close()
+
+
+def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One position of those that several processes, which together read all shards, have at the same batch."""
+    if "shards" not in states[0]:
+        return states[0]
+    shards = {number: shard for state in states for number, shard in state["shards"].items()}
+    return {**states[0], "shards": {number: shards[number] for number in sorted(shards, key=int)}}
+
+
+class _Shard:
+    """A stream of records, packed; of the rows that it fills in a batch, `rows` are given out (from 0)."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        maker: DocumentMaker,
+        sources: list[Source],
+        number: int,
+        rows: Sequence[int],
+        threads: int,
+    ):
+        self._size, self._rows = config.batch_size // config.shards, rows
+        self.feed = DocumentFeed(config, maker, sources, shard=number, threads=threads, report=rows[0] == 0)
+        self._packer = (
+            SplitPacker(self.feed, config.sequence_length)
+            if config.packing == "split"
+            else FitPacker(self.feed, config.sequence_length, config.noisy_length)
+        )
+
+    def next_rows(self) -> list[list[Piece]]:
+        rows: list[list[Piece]] = []
+        while len(rows) < self._size:
+            try:
+                rows.append(self._packer.next_row())
+            except StopIteration:
+                if not rows:
+                    raise
+                rows += [[]] * (self._size - len(rows))
+        return [rows[row] for row in self._rows]
+
+    def get_state(self) -> dict[str, Any]:
+        return {"feed": self.feed.get_state(), "open": self._packer.get_state()}
+
+    def set_state(self, state: dict[str, Any]):
+        self.feed.set_state(state["feed"])
+        self._packer.set_state(state["open"], self.feed.reload)
 
 
 class DocumentFeed(Iterator[tuple[int, Document]]):
     """(stream index, document), without the records that give none; these are counted, and the first few logged."""
 
-    def __init__(self, config: DataConfig, maker: DocumentMaker, sources: list[Source], *, report: bool):
+    def __init__(
+        self,
+        config: DataConfig,
+        maker: DocumentMaker,
+        sources: list[Source],
+        *,
+        shard: int,
+        threads: int,
+        report: bool,
+    ):
         records, self._epoch_length = _record_stream(config, [len(source) for source in sources])
+        records = records if config.shards == 1 else records[shard :: config.shards]
         self._outcomes = records.map(maker)
-        self._read_ahead = _read_ahead(self._outcomes, config.num_threads)
+        self._read_ahead = _read_ahead(self._outcomes, threads)
         self._fatal, self._report = config.on_error == "fatal", report
         self._index = 0
         self._fruitless = 0
         self.counts = {"skipped": 0, "dropped": 0, "cut": 0}
-        for failure in (failure for source in sources for failure in source.failures):
+        for failure in (failure for source in sources for failure in source.failures if shard == 0):
             self._note(Rejection(failure, malformed=True))
 
     def __next__(self) -> tuple[int, Document]:
@@ -226,18 +288,16 @@ def _read_ahead(outcomes: grain.MapDataset, num_threads: int) -> grain.DatasetIt
     return iter(outcomes.to_iter_dataset(options))
 
 
-def _check_numbers(config: DataConfig, block_size: int, process_index: int, process_count: int):
+def _check_numbers(config: DataConfig, block_size: int, rows: Sequence[int]):
     if block_size < 1:
         raise ConfigError(f"block_size={block_size}: give at least 1")
     if config.pad_to_block and config.sequence_length % block_size:
         raise ConfigError(
             f"sequence_length={config.sequence_length} is no multiple of block_size={block_size}, as pad_to_block needs"
         )
-    if not 0 <= process_index < process_count:
-        raise ConfigError(f"process_index={process_index} is not among {process_count} processes")
-    if config.batch_size % process_count:
+    if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < config.batch_size:
         raise ConfigError(
-            f"batch_size={config.batch_size} does not divide among {process_count} processes: use a multiple"
+            f"rows={list(rows)}: give ascending numbers from 0 to batch_size - 1, {config.batch_size - 1}"
         )
 
 

@@ -5,6 +5,9 @@
     checkpoints/STEP/sha256.json    a digest of each file of the two, as orbax does not notice flipped bits
 
 A checkpoint whose files do not match its digests is set aside in damaged/, and the one before it is used.
+
+Of several processes each writes its part of the state, and the first one the rest when all have; one that cannot write
+leaves no checkpoint. Each checks a part of the files when a run goes on.
 """
 
 import contextlib
@@ -13,12 +16,15 @@ import itertools
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
+from sdar_jax import processes
 from sdar_jax.errors import CheckpointError
 from sdar_jax.training.config import CheckpointConfig
 from sdar_jax.training.step import TrainState
@@ -50,7 +56,10 @@ class Checkpoints:
         self._damaged = run_dir / "damaged"
         self._saving = 0
         self._set_damaged_aside()
-        asynchronous = ocp.options.AsyncOptions(post_finalization_callback=self._write_digests)
+        asynchronous = ocp.options.AsyncOptions(
+            post_finalization_callback=self._write_digests,
+            barrier_sync_fn=_barrier if jax.process_count() > 1 else None,
+        )
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, cleanup_tmp_directories=True, async_options=asynchronous
         )
@@ -113,15 +122,18 @@ class Checkpoints:
         return TrainState(**self._manager.restore(self.latest, args=items)["state"])
 
     def _set_damaged_aside(self) -> None:
-        steps = sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+        steps = processes.from_first(
+            lambda: sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+        )
         damaged = list(itertools.takewhile(lambda step: not _is_whole(self.directory / str(step)), reversed(steps)))
         if damaged and len(damaged) == len(steps):
             raise CheckpointError(f"{self.directory}: every checkpoint is damaged; restore one or use a new run_dir")
-        for step in map(str, damaged):
+        for step in map(str, damaged if processes.is_first() else ()):
             shutil.rmtree(self._damaged / step, ignore_errors=True)
             self._damaged.mkdir(exist_ok=True)
             (self.directory / step).rename(self._damaged / step)
             log.warning("checkpoint %s is damaged and now in %s; going on from the one before it", step, self._damaged)
+        processes.barrier("damaged checkpoints are set aside")
 
     def _write_digests(self) -> None:
         """Called when all else is written and the directory still has its temporary name."""
@@ -131,10 +143,26 @@ class Checkpoints:
         (directory / _DIGESTS).write_text(json.dumps(digests))
 
 
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Of orbax's background threads, which also wait for each other where one of them has failed: that one does not.
+
+    The others do, until the failed process ends the job.
+    """
+    if (failure := sys.exception()) is not None:
+        raise failure
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 def _is_whole(directory: Path) -> bool:
+    """Each process looks at some of the files, and all say the same."""
+    return all(processes.gather(_is_part_whole(directory, jax.process_index(), jax.process_count())))
+
+
+def _is_part_whole(directory: Path, part: int, parts: int) -> bool:
     try:
         digests = json.loads((directory / _DIGESTS).read_text())
-        return bool(digests) and all(_digest(directory / name) == digest for name, digest in digests.items())
+        some = itertools.islice(digests.items(), part, None, parts)
+        return bool(digests) and all(_digest(directory / name) == digest for name, digest in some)
     except (OSError, ValueError, AttributeError):
         return False
 

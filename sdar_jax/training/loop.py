@@ -2,19 +2,25 @@
 
 The devices of `config.mesh` compute. The host's only wait in the step path is for the metrics of step N - 1 while
 step N runs, so that packing the next batch, logging and most of saving take none of the device's time.
+
+The processes of a job all run this loop, each with its rows of the data; the first one writes. A signal to one of them
+travels beside a step to all, and is read with that step's metrics: they stop behind the same one.
 """
 
 import logging
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
-from sdar_jax.data import PackedDataset, load_tokenizer
+from sdar_jax import processes
+from sdar_jax.data import PackedDataset, join_states, load_tokenizer
 from sdar_jax.errors import ConfigError, TrainingError
 from sdar_jax.model import Model
 from sdar_jax.objectives import Batch
@@ -24,10 +30,11 @@ from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import EvalConfig, TrainConfig
 from sdar_jax.training.reading import to_values
 from sdar_jax.training.resume import check_unchanged, write_config
+from sdar_jax.training.run_dir import occupied
 from sdar_jax.training.setup import Setup, open_dataset, prepare, tokenizer_directory
 from sdar_jax.training.signals import Interrupts
 from sdar_jax.training.step import StepMetrics, make_step
-from sdar_jax.training.trackers import Trackers
+from sdar_jax.training.trackers import Silent, Trackers
 
 log = logging.getLogger(__name__)
 
@@ -58,22 +65,19 @@ def train(config: TrainConfig, *, make_evaluate: MakeEvaluate | None = None) -> 
             only where `config.eval` is set.
 
     Raises:
-        ConfigError: values that cannot be honoured, or that differ from those the run was started with.
+        ConfigError: values that cannot be honoured, or that differ from those the run was started with; a run_dir
+            that another job uses.
         CheckpointError: weights or checkpoints that cannot be read. DataError: records that cannot be used.
         TrainingError: a loss or gradient that is not finite (nothing of it is saved), or data that ends too soon.
     """
     if config.eval is not None and make_evaluate is None:
         raise ConfigError("eval is set and train() has no make_evaluate; give one, or set eval to None")
     run_dir = Path(config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"run_dir {config.run_dir!r} cannot be made ({error.strerror}); choose another") from None
-    with Checkpoints(run_dir, config.checkpoint) as checkpoints:
+    with occupied(run_dir), Checkpoints(run_dir, config.checkpoint) as checkpoints:
         position = checkpoints.position()
         if position is not None:
             check_unchanged(position.config, config)
-        if (run_dir / "model").exists():
+        if processes.from_first((run_dir / "model").exists):
             log.info("%s is finished and its model in %s; nothing is left to do", run_dir, run_dir / "model")
             return Outcome(checkpoints.latest or config.steps, finished=True)
         return _train(config, run_dir, checkpoints, position, make_evaluate)
@@ -94,35 +98,52 @@ def _train(
         evaluate = make_evaluate(config.eval, open_dataset(config.eval.data, tokenizer, setup.model))
     start = checkpoints.latest or 0
     log.info("%s: %s step %d of %d", run_dir, "going on from" if start else "starting at", start, config.steps)
-    write_config(run_dir, config)
-    outputs = Trackers(run_dir, step=start, steps=config.steps, tensorboard=config.tensorboard)
+    if processes.is_first():
+        write_config(run_dir, config)
+        outputs = Trackers(run_dir, step=start, steps=config.steps, tensorboard=config.tensorboard)
+    else:
+        outputs = Silent()
     with closing(setup.data), outputs as trackers, Interrupts() as interrupts:
-        loop = _Loop(config, setup, start, trackers, checkpoints, evaluate)
+        loop = _Loop(config, setup, start, trackers, checkpoints, evaluate, interrupts)
         with use(setup.mesh):
-            loop.run(interrupts)
+            loop.run()
     checkpoints.wait()
     if loop.done < config.steps:
         log.info("%s: stopped by a signal, saved at step %d; start it again to go on", run_dir, loop.done)
-        return Outcome(loop.done, finished=False, signal=interrupts.received)
+        return Outcome(loop.done, finished=False, signal=loop.signal)
     save_pretrained(loop.model(), run_dir / "model", tokenizer_from=tokenizer_at)
     averaged = "" if config.ema_decay is None else " (the moving average of the weights)"
     log.info("%s: finished, model%s in %s", run_dir, averaged, run_dir / "model")
     return Outcome(loop.done, finished=True)
 
 
-def _placed(batch: dict[str, np.ndarray], rows: int, mesh: Mesh) -> Batch:
-    """A global batch of so many rows, of which this process has its share, over the devices."""
-    place = batch_sharding(mesh)
-    put = lambda x: jax.make_array_from_process_local_data(place, x, (rows, *x.shape[1:]))
+def _placed(batch: dict[str, np.ndarray], rows: list[int], batch_size: int, mesh: Mesh) -> Batch:
+    """A global batch over the devices; `batch` holds `rows` of it, which are those of this process' devices."""
+    place, at = batch_sharding(mesh), {row: i for i, row in enumerate(rows)}
+
+    def put(x: np.ndarray) -> jax.Array:
+        held = lambda index: x[[at[row] for row in range(batch_size)[index[0]]]]
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), place, held)
+
     return Batch(**{name: put(batch[name]) for name in Batch._fields if name in batch})
 
 
+@jax.jit
+def _over_all(segment_ids: Int[Array, "B L"], signals: Int[Array, " devices"]) -> tuple[Array, Array]:
+    """How many tokens are no padding, and the largest number of a signal."""
+    return jnp.count_nonzero(segment_ids), signals.max()
+
+
 class _Unread(NamedTuple):
-    """A dispatched step whose metrics have not been read."""
+    """A dispatched step whose metrics have not been read.
+
+    tokens: of the whole batch, without padding. signal: what a process had received before this step, or 0.
+    """
 
     step: int
     metrics: StepMetrics
-    tokens: int
+    tokens: Any
+    signal: Any
     record_ids: np.ndarray
 
 
@@ -137,18 +158,25 @@ class _Loop:
         trackers: Trackers,
         checkpoints: Checkpoints,
         evaluate: Evaluate | None,
+        interrupts: Interrupts,
     ):
         self.done, self._first = start, start + 1
+        self._interrupts, self._agreed = interrupts, 0
         self._config, self._setup, self._state = config, setup, setup.state
         self._trackers, self._checkpoints, self._evaluate = trackers, checkpoints, evaluate
         self._step = make_step(config, setup.model, setup.rebuild)
         self._unread: _Unread | None = None
         self._saved = start
 
-    def run(self, interrupts: Interrupts) -> None:
+    @property
+    def signal(self) -> int | None:
+        """The one that stops the run, the same on all processes."""
+        return self._interrupts.received if jax.process_count() == 1 else self._agreed or None
+
+    def run(self) -> None:
         """Until the last step or a signal; then everything is read and saved."""
         config = self._config
-        while self.done < config.steps and not interrupts.received:
+        while self.done < config.steps and not self.signal:
             self._advance()
             last = self.done == config.steps
             if self._evaluate and config.eval and (last or self.done % config.eval.every == 0):
@@ -173,26 +201,36 @@ class _Loop:
                 f"the data ended after {self.done} of {self._config.steps} steps; set steps to {self.done}, or give "
                 "more data or data.epochs"
             ) from None
-        arrays = _placed(batch, self._config.data.batch_size, self._setup.mesh)
+        arrays = _placed(batch, self._setup.rows, self._config.data.batch_size, self._setup.mesh)
         self._state, metrics = self._step(self._state, arrays)
+        tokens, signal = self._beside(batch, arrays)
         self._settle()
         self.done += 1
-        tokens = int(np.count_nonzero(batch["segment_ids"]))
-        self._unread = _Unread(self.done, metrics, tokens, batch["record_ids"])
+        self._unread = _Unread(self.done, metrics, tokens, signal, batch["record_ids"])
         if self.done == self._first:
             # Read at once, so that the clock starts when the first step has been compiled and run.
             self._settle()
+
+    def _beside(self, batch: dict[str, np.ndarray], arrays: Batch) -> tuple[Any, Any]:
+        """What `_Unread` says of this step's tokens and signals, which may still be on its way."""
+        if jax.process_count() == 1:
+            return np.count_nonzero(batch["segment_ids"]), 0
+        mesh, received = self._setup.mesh, np.full(1, self._interrupts.received or 0, np.int32)
+        one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        signals = jax.make_array_from_callback((mesh.size,), one_each, lambda _: received)
+        return _over_all(arrays.segment_ids, signals)
 
     def _settle(self) -> None:
         """Reads the metrics of the last dispatched step, if they have not been read."""
         if self._unread is None:
             return
         unread, self._unread = self._unread, None
-        metrics = jax.device_get(unread.metrics)
+        metrics, tokens, signal = jax.device_get((unread.metrics, unread.tokens, unread.signal))
         if not metrics.finite:
             raise self._not_finite(unread, metrics)
+        self._agreed = int(signal)
         meter = self._setup.meter
-        meter.add(metrics, unread.tokens)
+        meter.add(metrics, int(tokens))
         self._trackers.advance()
         if unread.step % self._config.log_every == 0 or unread.step == self._config.steps:
             self._trackers.train(unread.step, meter.line())
@@ -201,18 +239,20 @@ class _Loop:
         self._settle()
         if self._saved == self.done:
             return
-        data, meter = self._setup.data.get_state(), self._setup.meter.get_state()
+        data, meter = join_states(processes.gather(self._setup.data.get_state())), self._setup.meter.get_state()
         position = Position(data, meter, to_values(self._config), to_values(self._setup.model))
         self._checkpoints.save(self._state, position)
         self._saved = self.done
 
     def _not_finite(self, unread: _Unread, metrics: StepMetrics) -> TrainingError:
-        records = self._setup.data.describe(unread.record_ids)
+        found = processes.gather(self._setup.data.describe(unread.record_ids))
+        records = list(dict.fromkeys(record for records in found for record in records))
         named, rest = ", ".join(records[:_RECORDS_NAMED]), len(records) - _RECORDS_NAMED
         more = ""
         if rest > 0:
             file = Path(self._config.run_dir) / f"records-of-step-{unread.step}.txt"
-            file.write_text("\n".join(records) + "\n")
+            if processes.is_first():
+                file.write_text("\n".join(records) + "\n")
             more = f" and {rest} more, listed in {file}"
         last = self._checkpoints.directory / str(self._saved)
         good = f"the last good checkpoint is {last}" if self._saved else "there is no checkpoint yet"

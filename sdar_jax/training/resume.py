@@ -8,7 +8,7 @@ import yaml
 
 from sdar_jax.errors import ConfigError
 from sdar_jax.training.config import TrainConfig
-from sdar_jax.training.reading import to_values
+from sdar_jax.training.reading import from_values, to_values
 
 # None of these changes what a run computes, but for rounding (micro_batch_size, remat, mesh).
 _FREE = (
@@ -27,7 +27,8 @@ _FREE = (
 
 def check_unchanged(saved: dict[str, Any], config: TrainConfig) -> None:
     """Raises ConfigError that names each field that differs from the config a checkpoint was made with."""
-    before, now = _flat(saved), _flat(to_values(config))
+    # A field that there was not yet is at its default.
+    before, now = _flat(to_values(from_values(TrainConfig, saved))), _flat(to_values(config))
     changed = [
         f"{name} (was {json.dumps(before.get(name))}, is {json.dumps(now.get(name))})"
         for name in sorted(before.keys() | now.keys())

@@ -1,5 +1,6 @@
 """From a config to what a run needs: the tokenizer, the model it starts with, its data."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from sdar_jax.data import DataConfig, PackedDataset, make_dataset
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.pretrained import load_pretrained, model_directory
-from sdar_jax.sharding import check_mesh, make_mesh, shardings
+from sdar_jax.sharding import batch_sharding, check_mesh, make_mesh, shardings
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.reading import from_values
@@ -26,13 +27,17 @@ from sdar_jax.training.trackers import Meter
 
 
 class Setup(NamedTuple):
-    """A run where it starts or goes on. rebuild: weights by name -> model, its layers stacked."""
+    """A run where it starts or goes on.
+
+    rebuild: weights by name -> model, its layers stacked. rows: of each batch, those that `data` gives out here.
+    """
 
     mesh: Mesh
     model: ModelConfig
     rebuild: Rebuild
     state: TrainState
     data: PackedDataset
+    rows: list[int]
     meter: Meter
 
 
@@ -53,13 +58,20 @@ def prepare(
         check_run(config, shape, mesh)
         rebuild, like = abstract_state(config, shape, mesh)
         state = checkpoints.state(like)
-    data = open_dataset(config.data, tokenizer, shape)
+    rows = local_rows(mesh, config.data.batch_size)
+    data = open_dataset(config.data, tokenizer, shape, rows)
     peak = config.peak_flops or peak_flops(jax.devices()[0].device_kind)
     meter = Meter(shape, peak and peak * mesh.size)
     if position is not None:
         data.set_state(position.data)
         meter.set_state(position.meter)
-    return Setup(mesh, shape, rebuild, state, data, meter)
+    return Setup(mesh, shape, rebuild, state, data, rows, meter)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that this process' devices compute, ascending; others may compute the same."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for index in places.values() if index for row in range(batch_size)[index[0]]})
 
 
 def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
@@ -156,8 +168,10 @@ def tokenizer_directory(config: InitConfig) -> Path:
     return Path(config.tokenizer) if config.tokenizer else model_directory(config.init_from or "")
 
 
-def open_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> PackedDataset:
-    """This process' share of the data, laid out for the model.
+def open_dataset(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, rows: Sequence[int] | None = None
+) -> PackedDataset:
+    """The data, laid out for the model; of each batch these `rows`, all if None.
 
     Raises:
         ConfigError: neither model nor tokenizer has an end-of-text token, or as `make_dataset`. DataError: likewise.
@@ -172,6 +186,5 @@ def open_dataset(config: DataConfig, tokenizer: PreTrainedTokenizerBase, model: 
         tokenizer,
         block_size=model.block_size if model.objective == "block_diffusion" else None,
         eos_token_id=eos,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from transformers import PreTrainedTokenizerBase
 
+from sdar_jax import processes
 from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.errors import ConfigError
@@ -21,6 +22,7 @@ from sdar_jax.pretrained import save_pretrained
 from sdar_jax.sharding import MESH_AXES, MeshConfig
 from sdar_jax.training.config import EvalConfig, InitConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.made_up import write_source, write_tokenizer
+from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.stages import starting_shape, trained_shape
 
 log = logging.getLogger(__name__)
@@ -40,9 +42,15 @@ def tiny(config: TrainConfig) -> TrainConfig:
     is set, the model to start from: random, of the architecture, objective and block size that it would have. What an
     earlier call left there is removed.
 
+    Of several processes the first one writes.
+
     Raises:
         ConfigError: a directory in the way, or as `starting_shape`.
     """
+    return from_values(TrainConfig, processes.from_first(lambda: to_values(_made_up(config))))
+
+
+def _made_up(config: TrainConfig) -> TrainConfig:
     trained, home = trained_shape(config.model), Path(f"{config.run_dir}-tiny")
     _remove(home)
     inputs, mesh = home / "inputs", _mesh(config.mesh, jax.device_count())
@@ -115,7 +123,9 @@ def _data(config: DataConfig, batch_size: int, block_size: int, home: Path) -> D
     if noisy is not None:
         noisy = min(length, math.ceil(length * noisy / config.sequence_length / block_size) * block_size)
     sources = tuple(write_source(source, home / str(number), length) for number, source in enumerate(config.sources, 1))
-    return replace(config, sources=sources, sequence_length=length, noisy_length=noisy, batch_size=batch_size)
+    shards = math.gcd(config.shards, batch_size)
+    sizes = {"sequence_length": length, "noisy_length": noisy, "batch_size": batch_size}
+    return replace(config, sources=sources, shards=shards, **sizes)
 
 
 def _eval(config: EvalConfig, rows: int, block_size: int, home: Path) -> EvalConfig:

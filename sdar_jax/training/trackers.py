@@ -161,6 +161,25 @@ class Trackers:
                 self._board.add_scalar(f"{folder}/{name.removeprefix('eval_')}", value, step)
 
 
+class Silent(Trackers):
+    """Of a process that writes nothing, as another one does."""
+
+    def __init__(self):
+        pass
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def train(self, step: int, line: Line) -> None:
+        pass
+
+    def evaluation(self, step: int, line: Line) -> None:
+        pass
+
+
 def _keep_lines(path: Path, step: int) -> None:
     """Leaves the lines of steps up to `step`; a last line that a kill cut short goes too."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []

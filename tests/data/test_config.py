@@ -26,6 +26,9 @@ BAD_DATA = [
     ({"loss": "prompt"}, "loss='prompt'"),
     ({"too_long": "keep"}, "too_long='keep'"),
     ({"on_error": "ignore"}, "on_error='ignore'"),
+    ({"shards": 0}, "shards=0"),
+    ({"shards": 3}, "shards=3 does not divide batch_size=4"),
+    ({"shards": 2, "epochs": 1}, "shards=2 with epochs=1"),
 ]
 
 BAD_SOURCE = [
@@ -66,8 +69,9 @@ def test_bad_source_config(change, message):
     [
         ({}, {"block_size": 0}, "block_size=0"),
         ({"pad_to_block": True}, {"block_size": 5}, "sequence_length=32 is no multiple of block_size=5"),
-        ({}, {"process_index": 2, "process_count": 2}, "process_index=2"),
-        ({}, {"process_index": 0, "process_count": 3}, "batch_size=4 does not divide among 3"),
+        ({}, {"rows": [3, 4]}, r"rows=\[3, 4\]: give ascending numbers from 0 to batch_size - 1, 3"),
+        ({}, {"rows": [1, 0]}, "rows="),
+        ({}, {"rows": []}, "rows="),
     ],
 )
 def test_numbers_that_do_not_fit(write_jsonl, tokenizer, eos, change, numbers, message):

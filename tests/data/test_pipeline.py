@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_jax.data import DataConfig, SourceConfig, make_dataset
+from sdar_jax.data import DataConfig, SourceConfig, join_states, make_dataset
+from sdar_jax.data.documents import DocumentMaker
 from sdar_jax.errors import DataError
 from tests.data.conftest import EOS, make_byte_tokenizer
 from tests.data.test_packing import noisy_by_hand
@@ -167,26 +168,94 @@ def test_a_position_is_exact_although_threads_read_ahead(pairs, packing):
     check_restored(config, 4, before=5, elsewhere=2)
 
 
-@given(layout=layouts(), process_count=st.sampled_from([1, 2, 4]), later=st.sampled_from([1, 2, 4]))
-def test_processes_share_the_rows_of_the_same_global_batch(pairs, layout, process_count, later):
-    config, block_size = once(pairs, **layout[0], epochs=None), layout[1]
+def cuts(draw, batch_size):
+    """Rows of a batch as processes may have them: parts of any sizes, some by two."""
+    ends = sorted(draw(st.sets(st.integers(1, batch_size - 1), max_size=3))) + [batch_size]
+    parts = [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+    return parts + draw(st.lists(st.sampled_from(parts), max_size=1))
 
-    def share(count):
-        return [make(config, block_size=block_size, process_index=i, process_count=count) for i in range(count)]
 
-    def joined(shards):
-        batches = [next(shard) for shard in shards]
-        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+@given(layout=layouts(), shards=st.sampled_from([1, 2, 4, 8]), data=st.data())
+def test_neither_batches_nor_positions_depend_on_who_has_which_rows(pairs, layout, shards, data):
+    config = once(pairs, **layout[0] | {"batch_size": 8}, epochs=None, shards=shards)
+    block_size = layout[1]
 
-    whole, shards = make(config, block_size=block_size), share(process_count)
+    def check(parts, whole):
+        batch = next(whole)
+        for part in parts:
+            equal(next(part[1]), {name: array[part[0]] for name, array in batch.items()})
+
+    def opened():
+        return [(rows, make(config, block_size=block_size, rows=rows)) for rows in cuts(data.draw, 8)]
+
+    whole, parts = make(config, block_size=block_size), opened()
     for _ in range(2):
-        equal(next(whole), joined(shards))
-    states = [shard.get_state() for shard in shards]
-    assert all(state == whole.get_state() for state in states)
-    shards = share(later)
-    for shard in shards:
-        shard.set_state(states[0])
-    equal(next(whole), joined(shards))
+        check(parts, whole)
+    state = join_states([part.get_state() for _, part in parts])
+    assert state == whole.get_state() and json.loads(json.dumps(state)) == state
+    parts = opened()
+    for _, part in parts:
+        part.set_state(state)
+    check(parts, whole)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shards", [2, 4])
+def test_each_shard_packs_every_nth_record_of_one_order(shards, shuffle, pairs):
+    options = {"epochs": None, "shuffle": shuffle, "batch_size": 4, "packing": "split"}
+    dealt = make(once(pairs, **options, shards=shards))
+    order = first_records(make(once(pairs, **options)), 40 * shards)
+    size = 4 // shards
+    batches = [next(dealt) for _ in range(12)]
+    for number in range(shards):
+        mine = [batch["record_ids"][size * number : size * (number + 1)] for batch in batches]
+        ids = runs_of(i for rows in mine for i in rows.flat)
+        assert len(ids) > 5 and ids[:-1] == order[number::shards][: len(ids) - 1]
+
+
+def runs_of(ids):
+    """Without padding and repetition."""
+    return [int(i) for i, _ in itertools.groupby(i for i in ids if i >= 0)]
+
+
+def first_records(dataset, count):
+    """The first records, in the order in which they are drawn."""
+    found = []
+    while len(found) <= count:
+        found = runs_of([*found, *next(dataset)["record_ids"].flat])
+    return found[:count]
+
+
+def test_only_shards_whose_rows_are_wanted_are_read(pairs, monkeypatch):
+    read, plain = [], DocumentMaker.__call__
+    monkeypatch.setattr(DocumentMaker, "__call__", lambda maker, i: read.append(i) or plain(maker, i))
+    part = make(once(pairs, epochs=None, shuffle=False, batch_size=8, shards=4), rows=[2, 3])
+    for _ in range(6):
+        next(part)
+    assert set(part.get_state()["shards"]) == {"1"} and len(read) > 5
+    assert all(i % 4 == 1 for i in read)
+
+
+def test_one_shard_is_saved_as_ever(pairs):
+    dataset = make(once(pairs, epochs=None))
+    next(dataset)
+    state = dataset.get_state()
+    assert set(state) == {"order", "feed", "open"} and "shards" not in state["order"]
+
+
+@pytest.mark.parametrize(("then", "now"), [(1, 2), (2, 1), (4, 2)])
+def test_another_number_of_shards_is_another_order(then, now, pairs):
+    state = make(once(pairs, epochs=None, shards=then)).get_state()
+    with pytest.raises(DataError, match=f"shards={then}, this dataset has {now}"):
+        make(once(pairs, epochs=None, shards=now)).set_state(state)
+
+
+def test_threads_of_a_process_are_shared_by_its_shards(pairs):
+    before = threading.active_count()
+    many = make(once(pairs, epochs=None, batch_size=8, shards=8, num_threads=8))
+    equal(next(many), next(make(once(pairs, epochs=None, batch_size=8, shards=8))))
+    assert threading.active_count() <= before + 8
+    many.close()
 
 
 def test_threads_change_nothing(pairs):
@@ -396,7 +465,7 @@ def test_only_the_first_few_bad_records_are_reported(write_jsonl, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = make(config)
         list(dataset)
-        list(make(config, process_index=1, process_count=2))
+        list(make(config, rows=[2, 3]))
     assert dataset.skipped == 20
     assert len(caplog.records) == 5
     assert caplog.records[-1].getMessage().endswith("further ones are only counted")

@@ -210,7 +210,7 @@ def test_every_recipe_runs(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["study2/4b_cpt", "study2/30b-a3b_sft", "study4/sci_cpt", "study4/sci_sft"])
 def test_on_eight_devices(recipe, tmp_path):
-    """With the axes of its mesh: experts, positions, and what is left on fsdp."""
+    """With the axes of its mesh: positions, and what is left on fsdp."""
     printed = run_module("tests.recipes.on_mesh", recipe, tmp_path)
     used = json.loads(printed.splitlines()[-1])
     wanted = read_config(CONFIGS / f"{recipe}.yaml").mesh

@@ -120,7 +120,11 @@ def state_of(run_dir: Path) -> tuple[int | None, Any]:
     """The newest checkpoint's step, and all of its arrays."""
     with Checkpoints(run_dir, CheckpointConfig()) as checkpoints, ocp.StandardCheckpointer() as reader:
         step = checkpoints.latest
-        return step, reader.restore(checkpoints.directory / str(step) / "state")
+        path = checkpoints.directory / str(step) / "state"
+        # On one device, wherever they were saved from.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
+        return step, reader.restore(path, jax.tree.map(place, reader.metadata(path).item_metadata.tree))
 
 
 def assert_same_run(one: Path, other: Path) -> None:

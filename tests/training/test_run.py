@@ -16,7 +16,9 @@ from sdar_jax.errors import ConfigError, DataError, TrainingError
 from sdar_jax.model import stack_layers
 from sdar_jax.pretrained import load_pretrained
 from sdar_jax.training import Outcome, TrainConfig, read_config, train
-from sdar_jax.training.reading import from_values
+from sdar_jax.training.reading import from_values, to_values
+from sdar_jax.training.resume import check_unchanged
+from sdar_jax.training.run_dir import occupied
 from sdar_jax.training.step import model_weights
 from tests.training.conftest import assert_same_run, data_values, merged, metrics_of, run_values, state_of
 
@@ -118,6 +120,7 @@ def test_a_finished_run_does_nothing(undisturbed, inputs, caplog):
         ({"steps": 8}, r"steps \(was 6, is 8\)"),
         ({"seed": 1}, r"seed \(was 0, is 1\)"),
         ({"data": {"batch_size": 8}}, r"data\.batch_size \(was 4, is 8\)"),
+        ({"data": {"shards": 2}}, r"data\.shards \(was 1, is 2\)"),
         ({"optimizer": {"learning_rate": 0.02}}, r"optimizer\.learning_rate \(was 0\.01, is 0\.02\)"),
         ({"model": {"shape": {"num_layers": 3}}}, r"model\.shape\.num_layers \(was 1, is 3\)"),
         ({"ema_decay": None}, r"ema_decay \(was 0\.5, is null\)"),
@@ -224,6 +227,32 @@ def test_data_that_changed_under_a_run_is_noticed(inputs, tmp_path):
 def test_eval_needs_someone_who_evaluates(inputs, tmp_path):
     with pytest.raises(ConfigError, match="eval is set and train.. has no make_evaluate"):
         train(config_in(inputs, tmp_path / "run"))
+
+
+def test_a_run_from_before_a_field_goes_on_with_its_default(inputs, tmp_path):
+    config = config_in(inputs, tmp_path / "run")
+    saved = to_values(config)
+    del saved["data"]["shards"], saved["remat"], saved["seed"]
+    check_unchanged(saved, config)
+    with pytest.raises(ConfigError, match=r"seed \(was 0, is 3\)"):
+        check_unchanged(saved, config_in(inputs, tmp_path / "run", seed=3))
+
+
+def test_two_jobs_do_not_share_a_run_dir(inputs, tmp_path):
+    config = config_in(inputs, tmp_path / "run")
+    with occupied(tmp_path / "run"), pytest.raises(ConfigError, match="run_dir '.*' is in use by another job"):
+        train(config, make_evaluate=total_weight)
+    with occupied(tmp_path / "run"):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_shards_of_data_go_on_exactly(inputs, tmp_path):
+    changes = {"data": {"shards": 2}}
+    train(config_in(inputs, tmp_path / "whole", **changes), make_evaluate=total_weight)
+    config = config_in(inputs, tmp_path / "run", **changes)
+    train(config, make_evaluate=at_evaluation(1, terminate))
+    assert train(config, make_evaluate=total_weight).finished
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_run_dir_that_cannot_be_is_named(inputs, tmp_path):

@@ -1,0 +1,3 @@
+from tests.training.conftest import inputs
+
+__all__ = ["inputs"]
