@@ -157,7 +157,7 @@ def compile_for(chip: str, model: ModelConfig, batch: int, size: int, context: i
     place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
     weights: Any = jax.eval_shape(partial(Model, model, jax.random.key(0), jnp.bfloat16))
     state, turns = abstract_state(model, batch, size, context), jax.ShapeDtypeStruct((), jnp.int32)
-    config = BufferConfig(block_size=size, prefill_rows=1, prefill_tokens=256, widths=2)
+    config = BufferConfig(block_size=size, prefill_rows=1, prefill_tokens=256)
     with compiling_for(device):
         program = jax.jit(partial(advance, config=config), donate_argnums=1)
         return program.lower(place(weights), place(state), place(turns)).compile()

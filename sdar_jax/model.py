@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -100,33 +100,46 @@ class Layer(nnx.Module):
     def __call__(self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None):
         """[B, T, D] -> ([B, outputs, D], the layer's pages, the routing of the B * outputs tokens or None).
 
-        Only the first `outputs` positions are computed.
+        Only the first `outputs` positions are computed, or as many as `attend` gives.
         """
         outputs = x.shape[1] if outputs is None else outputs
         with jax.named_scope("attention"):
             q, k, v = self.project(rms_norm(x, self.attention_norm, self.eps), rope, outputs)
             mixed, pages = attend(q, k, v)
+            if not mixed.size:
+                return x[:, :0], pages, None
             mixed = mixed.reshape(*mixed.shape[:2], *self.output.shape[:3])
-            x = x[:, :outputs] + _bias(dot("btghk,ghkd->btd", mixed, self.output), self.output_bias)
+            x = x[:, : mixed.shape[1]] + _bias(dot("btghk,ghkd->btd", mixed, self.output), self.output_bias)
         with jax.named_scope("mlp"):
             mixed, routing = self.mlp(rms_norm(x, self.mlp_norm, self.eps))
             return x + mixed, pages, routing
 
     def project(self, x: Array, rope: tuple[Array, Array], outputs: int) -> tuple[Array, Array, Array]:
         """Rotated queries [B, outputs, G R, K] and keys [B, T, G, K], and values [B, T, G, K]."""
+        norms = None, None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = self.q_norm[...], self.k_norm[...]
         if outputs == x.shape[1]:
             qkv = _bias(dot("btd,dgrk->btgrk", x, self.qkv), self.qkv_bias)
-            q, kv = qkv[..., :-2, :], qkv[..., -2:, :]
+            # As one, queries and keys are half as many small operations, which is what a CPU's decoding waits for.
+            qk, v = qkv[..., :-1, :], qkv[..., -1, :]
+            joint = None if norms[0] is None else _rows_of(norms[0], qk.shape[-2] - 1, norms[1])
+            qk = self._rotated(qk, joint, rope)
+            q, k = qk[..., :-1, :], qk[..., -1, :]
         else:
             bias = (None, None) if self.qkv_bias is None else (self.qkv_bias[:, :-2], self.qkv_bias[:, -2:])
             q = _bias(dot("btd,dgrk->btgrk", x[:, :outputs], self.qkv[:, :, :-2]), bias[0])
             kv = _bias(dot("btd,dgrk->btgrk", x, self.qkv[:, :, -2:]), bias[1])
-        q = q.reshape(*q.shape[:2], -1, q.shape[-1])
-        k, v = kv[..., 0, :], kv[..., 1, :]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
-        cos, sin = rope
-        return rotate(q, cos[:, :outputs], sin[:, :outputs]), rotate(k, cos, sin), v
+            q, k = self._rotated(q, norms[0], rope), self._rotated(kv[..., :1, :], norms[1], rope)[..., 0, :]
+            v = kv[..., 1, :]
+        return q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v
+
+    def _rotated(self, heads: Array, norm: Array | None, rope: tuple[Array, Array]) -> Array:
+        """[B, T, G, R, K], normed if these layers do that, at the first T of the positions."""
+        if norm is not None:
+            heads = rms_norm(heads, norm, self.eps)
+        cos, sin = (table[:, : heads.shape[1]] for table in rope)
+        return rotate(heads.reshape(*heads.shape[:2], -1, heads.shape[-1]), cos, sin).reshape(heads.shape)
 
     def mlp(self, x: Array) -> tuple[Array, Routing | None]:
         if self.gate_up is None or self.down is None:
@@ -232,16 +245,20 @@ class Model(nnx.Module):
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps), routing
 
     def hidden_paged(
-        self, windows: Sequence[Windows], cache: list[LayerPages]
+        self, windows: Sequence[Windows], cache: list[LayerPages], wanted: int | None = None
     ) -> tuple[list[Float[Array, "N W D"]], list[LayerPages]]:
         """Final hidden states of windows of tokens, of one or more widths, over keys and values kept in pages.
 
         All keys and values are written before any are read, so windows of one sequence see each other. Matmuls run over
         the tokens of all windows as one. Needs layers one by one (`unstack_layers`).
 
+        Args:
+            wanted: only the first so many of `windows` need hidden states, the others leave the last layer with their
+                keys and values; None is all.
+
         Returns:
-            The hidden states of each of `windows`, rubbish past its `count`; and the pages, written in place where the
-            given ones are donated.
+            The hidden states of each that is wanted, rubbish past its `count`; and the pages, written in place where
+            the given ones are donated.
 
         Raises:
             ConfigError: the layers are stacked.
@@ -252,10 +269,11 @@ class Model(nnx.Module):
         x = self.embed(_joined([w.tokens for w in windows]))
         rope = rope_tables(self.config, _joined(positions), x.dtype)
         updated = []
-        for layer, pages in zip(self.layers, cache, strict=True):
-            x, pages, _ = layer(x, rope, partial(_attend_paged, windows, pages))
+        for i, (layer, pages) in enumerate(zip(self.layers, cache, strict=True)):
+            reading = windows[:wanted] if i == len(cache) - 1 else windows
+            x, pages, _ = layer(x, rope, partial(_attend_paged, windows, reading, pages))
             updated.append(pages)
-        return _parted(rms_norm(x, self.final_norm, self.config.rms_norm_eps), windows), updated
+        return _parted(rms_norm(x, self.final_norm, self.config.rms_norm_eps), windows[:wanted]), updated
 
     def embed(self, tokens: Int[Array, "B T"], compute_dtype: DTypeLike | None = None) -> Float[Array, "B T D"]:
         """Token embeddings, in the type that the rest of the forward computes in."""
@@ -281,11 +299,17 @@ def empty_pages(
     """Zeros for `pages` of `page_size` positions in every layer, split over `mesh` by key-value heads."""
     shape = (pages, config.num_kv_heads, page_size, config.head_dim)
     place = None if mesh is None else named(mesh, PAGES, shape)
+    return _zero_pages(config.num_layers, shape, jnp.dtype(dtype), place)
+
+
+# One program for all layers: dispatching a fill for each takes a small model's forward.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _zero_pages(layers: int, shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None) -> list[LayerPages]:
     zeros = partial(jnp.zeros, shape, dtype, device=place)
-    return [LayerPages(zeros(), zeros()) for _ in range(config.num_layers)]
+    return [LayerPages(zeros(), zeros()) for _ in range(layers)]
 
 
-def rms_norm(x: Array, weight: nnx.Param, eps: float) -> Array:
+def rms_norm(x: Array, weight: nnx.Param | Array, eps: float) -> Array:
     """x / rms(x) * weight over the last axis, in float32 until the scale is applied."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
@@ -422,22 +446,25 @@ def _layer_forward(
     return x, None if routing is None else router_sums(routing, (seen.end > seen.start).any(axis=-1).reshape(-1))
 
 
-def _attend_paged(windows: Sequence[Windows], pages: LayerPages, q: Array, k: Array, v: Array):
+def _attend_paged(windows: Sequence[Windows], reading: Sequence[Windows], pages: LayerPages, q, k, v):
+    """Writes the keys and values of all windows, and attends from the first of them, `reading`."""
     for w, new_k, new_v in zip(windows, _parted(k, windows), _parted(v, windows), strict=True):
         pages = LayerPages(*write_pages(*pages, new_k, new_v, w.page_table, w.start, w.count))
-    parts = zip(windows, _parted(q, windows), strict=True)
-    return _joined([paged_attention(q, *pages, w.page_table, w.visible) for w, q in parts]), pages
+    parts = zip(reading, _parted(q, reading), strict=True)
+    return _joined([paged_attention(q, *pages, w.page_table, w.visible) for w, q in parts], q[:, :0]), pages
 
 
-def _joined(parts: Sequence[Array]) -> Array:
-    """[N, W, ...] of each window as one row of tokens, [1, T, ...]."""
+def _joined(parts: Sequence[Array], none: Array | None = None) -> Array:
+    """[N, W, ...] of each window as one row of tokens, [1, T, ...]; `none`, where there are no windows."""
+    if not parts and none is not None:
+        return none
     return jnp.concatenate([part.reshape(1, -1, *part.shape[2:]) for part in parts], axis=1)
 
 
 def _parted(x: Array, windows: Sequence[Windows]) -> list[Array]:
-    """The inverse of `_joined`."""
-    ends = np.cumsum([w.tokens.size for w in windows])
-    parts = jnp.split(x, ends[:-1], axis=1)
+    """The inverse of `_joined`; what is left of the row, if `windows` are but the first of it, is left out."""
+    ends = np.cumsum([w.tokens.size for w in windows]).tolist()
+    parts = [x[:, end - w.tokens.size : end] for w, end in zip(windows, ends, strict=True)]
     return [part.reshape(*w.tokens.shape, *x.shape[2:]) for part, w in zip(parts, windows, strict=True)]
 
 
@@ -452,6 +479,11 @@ def _rematerialised(function: Callable, remat: Remat) -> Callable:
 
 def _normal(key: jax.Array, *shape: int, scale: float, dtype: DTypeLike) -> nnx.Param:
     return nnx.Param(scale * jax.random.normal(key, shape, dtype))
+
+
+def _rows_of(repeated: Array, times: int, last: Array) -> Array:
+    """[times + 1, K]: the one so many times, then the other."""
+    return jnp.concatenate([jnp.broadcast_to(repeated, (times, *repeated.shape)), last[None]])
 
 
 def _bias(x: Array, bias: nnx.Param | Array | None) -> Array:

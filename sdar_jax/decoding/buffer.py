@@ -13,7 +13,8 @@ the window. When the last slot is decoded (a share `add_threshold` of it) and th
 So K = 1 is the plain loop, with one more forward a block to write its keys; with K = 2 the first forward of the next
 block does that (commit fusion); and lower thresholds decode several blocks at once (D2F, arXiv 2508.09192).
 
-Rows that still have prompt to read take turns of up to `prefill_rows` x `prefill_tokens` of it in the same forward.
+Rows that still have prompt to read take turns of up to `prefill_rows` x `prefill_tokens` of it in the same forward. The
+last of it is read with the row's first block, which sees it as it sees the cache.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from sdar_jax.decoding.forward import (
 from sdar_jax.decoding.policies import select
 from sdar_jax.decoding.proposal import Proposal
 from sdar_jax.decoding.rows import Rows, Window, take, window_of
+from sdar_jax.decoding.updates import Flags, flags
 from sdar_jax.model import LayerPages, Model
 from sdar_jax.sharding import PAGES, constrain, mesh_of, use
 
@@ -48,7 +50,7 @@ class State(NamedTuple):
 
 
 def advance(model: Model, state: State, turns: int | Int[Array, ""], config: BufferConfig) -> State:
-    """At most `turns` turns: until no row can go on or, if asked to stop early, one has newly ended or starved.
+    """At most `turns` turns: until no row can go on or, if asked to stop early, an eighth has newly ended or starved.
 
     Every result is the same however turns are cut into calls. A row starves when its next block, or chunk of its
     prompt, needs positions past its `pages_end`; it goes on once the host has raised that.
@@ -60,7 +62,9 @@ def advance(model: Model, state: State, turns: int | Int[Array, ""], config: Buf
         turn, (rows, _) = carry
         idle = rows.done | rows.starved
         goes_on = (turn < turns) & ~idle.all()
-        return goes_on & ~(idle & ~idle_before).any() if config.stops_early else goes_on
+        # Of many rows some end in most turns, and the host's work takes longer than an idle row costs.
+        few = (idle & ~idle_before).sum() < -(-idle.size // 8)
+        return goes_on & few if config.stops_early else goes_on
 
     one = lambda carry: (carry[0] + 1, _placed(_turn(model, config, carry[1])))
     return jax.lax.while_loop(goes_on, one, (jnp.int32(0), state))[1]
@@ -76,7 +80,7 @@ def _placed(state: State) -> State:
 def _turn(model: Model, config: BufferConfig, state: State) -> State:
     decodes, reads = _who_goes_on(state.rows, config)
     # A row that waits opens nothing: its neighbours' prompts must not change when its blocks open.
-    rows = state.rows._replace(open=state.rows.open + (decodes & _wants_block(state.rows, config)))
+    rows = state.rows._replace(open=state.rows.open + (decodes & _wants_block(state.rows, config.block_size)))
     window = window_of(rows, config.block_size)
     live = decodes[:, None] & (jnp.arange(rows.block_step.shape[1]) < rows.open[:, None])
     masked = live[..., None] & ~window.committed
@@ -91,36 +95,41 @@ def _turn(model: Model, config: BufferConfig, state: State) -> State:
     return State(_mark_starved(_leave(rows, window, live, config), config), cache)
 
 
-def _wants_block(rows: Rows, config: BufferConfig) -> Bool[Array, " B"]:
+def _wants_block(rows: Rows, size: int) -> Bool[Array, " B"]:
     """Rows whose next block is to open: there is room, it is needed, and the last one is decoded far enough."""
-    size, slots = config.block_size, rows.block_step.shape[1]
+    slots = rows.block_step.shape[1]
     window = window_of(rows, size)
     last = jnp.maximum(rows.open - 1, 0)[:, None]
     share = jnp.take_along_axis(window.decoded, last, axis=1)[:, 0] / size
     follows = (share >= rows.knobs.add_threshold) & ~window.stops.any(axis=(1, 2))
     needed = rows.start + rows.open * size < rows.limit
-    return (rows.open < slots) & needed & ((rows.open == 0) | follows) & (prompt_left(rows, config) == 0)
+    return (rows.open < slots) & needed & ((rows.open == 0) | follows)
 
 
 def _mark_starved(rows: Rows, config: BufferConfig) -> Rows:
     if config.reads == "canvas":
         return rows
-    left = prompt_left(rows, config)
-    chunk = rows.cached + jnp.minimum(left, config.prefill_tokens)
     block = rows.start + (rows.open + 1) * config.block_size
-    needs = jnp.where(left > 0, chunk, jnp.where(_wants_block(rows, config), block, 0))
+    decodes = jnp.where(_wants_block(rows, config.block_size), block, 0)
+    needs = jnp.where(_reads_all(rows, config), decodes, rows.cached + config.prefill_tokens)
     return rows._replace(starved=~rows.done & (needs > rows.pages_end))
+
+
+def _reads_all(rows: Rows, config: BufferConfig) -> Bool[Array, " B"]:
+    """Rows that have no more of their prompt to read than one chunk: their first block is read with it."""
+    return prompt_left(rows, config) <= config.prefill_tokens
 
 
 def _who_goes_on(rows: Rows, config: BufferConfig) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
     """Rows that decode in this turn, and those whose prompts it reads: in order, as many as its windows serve."""
     can = ~rows.done & ~rows.starved
     prompts = can & (prompt_left(rows, config) > 0)
-    decodes = can & ~prompts
-    if not config.decodes_beside_prefill:
-        decodes &= ~prompts.any()
     windows = jnp.cumsum(jnp.where(prompts, prompt_windows(rows, config), 0))
-    return decodes, prompts & (windows <= config.prefill_rows * config.chunk_windows)
+    reads = prompts & (windows <= config.prefill_rows * config.chunk_windows)
+    decodes = can & _reads_all(rows, config) & (reads | ~prompts)
+    if not config.decodes_beside_prefill:
+        decodes &= (decodes | ~can).all()
+    return decodes, reads
 
 
 def _count_prompts(rows: Rows, reads: Bool[Array, " B"], config: BufferConfig) -> Rows:
@@ -213,8 +222,8 @@ class Decoder:
         self._program = _program(structure, config)
         self._mesh = mesh_of(model)
 
-    def __call__(self, state: State, turns: int | Int[Array, ""]) -> State:
-        """At most `turns` turns; `state` is donated."""
+    def __call__(self, state: State, turns: int | Int[Array, ""]) -> tuple[State, Flags]:
+        """At most `turns` turns, and what the host wants to know after them; `state` is donated."""
         if self._mesh is not None:
             # As the state comes back, or the next call would be compiled anew.
             state = state._replace(rows=jax.device_put(state.rows, NamedSharding(self._mesh, PartitionSpec())))
@@ -223,8 +232,9 @@ class Decoder:
 
 
 @lru_cache(maxsize=64)
-def _program(structure: Any, config: BufferConfig) -> Callable[[list[Array], State, int | Array], State]:
-    def run(weights: list[Array], state: State, turns: int | Array) -> State:
-        return advance(jax.tree.unflatten(structure, weights), state, turns, config)
+def _program(structure: Any, config: BufferConfig) -> Callable[[list[Array], State, int | Array], tuple[State, Flags]]:
+    def run(weights: list[Array], state: State, turns: int | Array) -> tuple[State, Flags]:
+        state = advance(jax.tree.unflatten(structure, weights), state, turns, config)
+        return state, flags(state.rows)
 
     return jax.jit(run, donate_argnums=1)

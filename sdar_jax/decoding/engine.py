@@ -32,7 +32,7 @@ from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, check_
 from sdar_jax.decoding.pages import PagePool
 from sdar_jax.decoding.requests import Request, Stats, ended
 from sdar_jax.decoding.rows import Rows, RowShape, make_row
-from sdar_jax.decoding.updates import Flags, changed_at, copy_page, end_row, flags, give_pages, put_row
+from sdar_jax.decoding.updates import Flags, changed_at, copy_page, end_row, give_pages, put_row
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
 from sdar_jax.sharding import mesh_of
@@ -97,7 +97,7 @@ class Engine:
             reads="next_token" if self._autoregressive else "blocks",
             prefill_rows=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
-            widths=8 if platform() == "cpu" else 2,
+            many_widths=platform() == "cpu",
         )
         self._decode = Decoder(self._model, self._buffer)
         self._float = np.dtype(jnp.promote_types(model.embedding.dtype, jnp.float32))
@@ -356,15 +356,14 @@ class Engine:
 
     def _call(self, turns: int) -> Flags:
         with self._changing():
-            self._state = self._decode(self._state, turns)
+            self._state, found = self._decode(self._state, turns)
             self._counts["calls"] += 1
         try:
-            found = jax.device_get(flags(self._state.rows))
+            return jax.device_get(found)
         except Exception:
             # The device failed, and what it was to give is no longer there.
             self._settled = False
             raise
-        return found
 
     def _unread(self, request: Request) -> int:
         """Positions to read before the request can decode; an autoregressive row reads the last as it decodes."""
@@ -481,7 +480,7 @@ class Engine:
     def _fetch(self, request: Request) -> Rows:
         """Its row as the device has it."""
         assert request.place is not None
-        return request.row._replace(**jax.device_get(changed_at(self._state.rows, request.place)))
+        return request.row._replace(**changed_at(self._state.rows, request.place))
 
     def _stop_at_string(self, request: Request) -> None:
         assert request.place is not None

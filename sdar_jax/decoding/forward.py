@@ -38,10 +38,10 @@ class BufferConfig:
         prefill_rows: a forward reads up to prefill_rows x prefill_tokens of prompts, of as many rows as that serves; 0
             where none has any to read.
         prefill_tokens: of one row, the most a forward reads; a multiple of S.
-        decodes_beside_prefill: whether other rows decode in forwards that read prompts, or wait.
-        widths: forwards are compiled for this many numbers of slots, up to all: more of them fit the work more closely,
-            and take longer to compile. That pays where a forward's time grows with its width: on a CPU.
-        stops_early: whether `advance` returns when a row ends or starves.
+        decodes_beside_prefill: whether other rows decode in forwards that read prompts, or all rows begin as one.
+        many_widths: whether forwards are compiled for many numbers of slots and prompt windows, or for few. Many fit
+            the work more closely, and take longer to compile: for CPUs, where a forward's time grows with its width.
+        stops_early: whether `advance` returns when an eighth of the rows, or more, have ended or starved.
     """
 
     block_size: int
@@ -49,7 +49,7 @@ class BufferConfig:
     prefill_rows: int = 0
     prefill_tokens: int = 0
     decodes_beside_prefill: bool = True
-    widths: int = 4
+    many_widths: bool = False
     stops_early: bool = True
 
     @property
@@ -102,17 +102,18 @@ def paged_forward(
     def forward(slots: int, prompts: int, cache: list[LayerPages]):
         groups = [_slots(rows, window, index[:slots], count, config)] if slots else []
         groups += [_prompts(rows, sizes, pieces[:prompts], config)] if prompts else []
-        hidden, cache = model.hidden_paged(groups, cache)
-        shape = (index.size, config.block_size, hidden[0].shape[-1])
-        found = jnp.zeros(shape, hidden[0].dtype)
+        hidden, cache = model.hidden_paged(groups, cache, wanted=1 if slots else 0)
+        found = jnp.zeros((index.size, config.block_size, model.config.hidden_size), model.embedding.dtype)
         return found.at[:slots].set(hidden[0]) if slots else found, cache
 
-    widths, beside = _slot_widths(live, config)
+    batch, each = live.shape
+    widths, beside = _slot_widths(batch, each, config)
     branches = [(width, 0) for width in widths]
     branch = _narrowest(widths, count)
     if config.prefill_rows:
         most = min(config.prefill_rows, reads.size) * sizes.shape[1]
-        read_widths = _widths(most, min(config.widths, 4)) if beside[-1] else [most]
+        eighths = (1, 2, 3, 4, 6, 8) if config.many_widths else (4, 8)
+        read_widths = _parts_of(most, eighths if config.decodes_beside_prefill else (8,))
         branches += [(few, width) for few in beside for width in read_widths]
         narrowest = _narrowest(read_widths, pieces_count) if len(read_widths) > 1 else 0
         joint = (count > beside[0]) * len(read_widths) + narrowest
@@ -121,17 +122,16 @@ def paged_forward(
     return Packed(hidden, index, count), cache
 
 
-def _slot_widths(live: Array, config: BufferConfig) -> tuple[list[int], list[int]]:
+def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int], list[int]]:
     """Numbers of slots that forwards are compiled for, alone and beside prompts."""
-    batch, most = live.shape[0], live.size
-    widths = _widths(most, config.widths)
-    if not config.decodes_beside_prefill:
-        return widths, [0]
-    if config.widths > 4:
-        # Rows out of step have few blocks more than rows open: there, more widths are worth it.
-        widths = sorted({*widths, *range(batch + 1, min(3 * batch // 2, most) + 1, -(-batch // 8))})
-    # Beside a prompt, decoding is as wide as most turns need, or as wide as it can be.
-    return widths, sorted({-(-most * 3 // 4), most})
+    most = batch * slots
+    if config.many_widths:
+        # Rows out of step have a few blocks more than rows: there, steps are small.
+        widths = sorted({min(width, most) for width in _parts_of(batch, (2, 4, 8, 9, 10, 11, 12))} | {most})
+    else:
+        widths = _parts_of(most, (4, 8))
+    # Beside prompts, decoding is as wide as most turns need, or as wide as it can be; or all rows begin.
+    return widths, _parts_of(most, (6, 8)) if config.decodes_beside_prefill else [batch]
 
 
 def _slots(rows: Rows, window: Window, index: Array, count: Array, config: BufferConfig) -> Windows:
@@ -217,7 +217,7 @@ def propose_masked(model: Model, rows: Rows, window: Window, masked: Bool[Array,
     else:
         # At most one block a row has masks, unless blocks open early.
         one_block = masked.shape[0] * size
-        widths = [0, *_widths(one_block, 2), *([masked.size] if masked.size > one_block else [])]
+        widths = [0, *_parts_of(one_block, (4, 8)), *([masked.size] if masked.size > one_block else [])]
         proposal = _switch(_narrowest(widths, count), [(width,) for width in widths], head, none)
     return jax.tree.map(lambda x: x.reshape(masked.shape), proposal)
 
@@ -240,9 +240,9 @@ def _first(wanted: Bool[Array, "..."]) -> tuple[Int[Array, " N"], Int[Array, ""]
     return jnp.argsort(~flat, stable=True).astype(jnp.int32), flat.sum(dtype=jnp.int32)
 
 
-def _widths(most: int, parts: int) -> list[int]:
-    """The sizes that lists of up to `most` are rounded up to: multiples of a part of it."""
-    return sorted({-(-most * part // parts) for part in range(1, parts + 1)})
+def _parts_of(whole: int, eighths: Sequence[int]) -> list[int]:
+    """So many eighths of it, rounded up: the sizes that lists are rounded up to."""
+    return sorted({-(-whole * part // 8) for part in eighths})
 
 
 def _narrowest(widths: Sequence[int], count: Int[Array, ""]) -> Int[Array, ""]:

@@ -75,7 +75,8 @@ def generate(
         seed=seed,
         window_slots=window_slots,
     )
-    return _completions(jax.device_get(Decoder(unstack_layers(model), buffer)(state, _ENDLESS).rows), tokenizer)
+    state, _ = Decoder(unstack_layers(model), buffer)(state, _ENDLESS)
+    return _completions(jax.device_get(state.rows), tokenizer)
 
 
 def _one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig):
@@ -185,9 +186,9 @@ def start_state(
         )
         for i, (prompt, config, at) in enumerate(zip(ids, configs, first, strict=True))
     ]
-    batch = jax.tree.map(lambda *each: jnp.asarray(np.stack(each)), *rows)
-    table = jnp.arange(len(ids) * pages, dtype=jnp.int32).reshape(-1, pages)
-    batch = batch._replace(page_table=table, pages_end=jnp.full(len(ids), pages * page_size, jnp.int32))
+    table = np.arange(len(ids) * pages, dtype=np.int32).reshape(-1, pages)
+    batch = jax.tree.map(lambda *each: np.stack(each), *rows)
+    batch = batch._replace(page_table=table, pages_end=np.full(len(ids), pages * page_size, np.int32))
     pool = []
     if reads != "canvas":
         pool = empty_pages(model.config, table.size, page_size, model.embedding.dtype, mesh_of(model))
@@ -199,10 +200,9 @@ def start_state(
         prefill_rows=0 if reads == "canvas" else len(ids),
         prefill_tokens=chunk,
         decodes_beside_prefill=False,
-        widths=2,
         stops_early=False,
     )
-    return State(batch, pool), config
+    return State(jax.device_put(batch), pool), config
 
 
 def _first_block(prompt_length: int, config: DecodingConfig, size: int, model: ModelConfig) -> int:

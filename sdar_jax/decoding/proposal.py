@@ -54,9 +54,15 @@ def _all_plain(knobs: Knobs) -> Array:
 
 
 def _plain(logits: Array) -> tuple[Array, Array, Array, Array]:
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logprob = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-    return token, jnp.exp(logprob), jnp.zeros_like(logprob), logprob
+    return _first_largest(logits), jnp.exp(logprob), jnp.zeros_like(logprob), logprob
+
+
+def _first_largest(logits: Array) -> Array:
+    """As argmax, but of a row with NaN the last token: two plain reductions, as a CPU does not vectorise argmax."""
+    last = logits.shape[-1] - 1
+    index = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(last + 1, dtype=jnp.int32), last)
+    return jnp.min(index, axis=-1)
 
 
 def _general(logits, knobs: Knobs, positions, step, seen) -> tuple[Array, Array, Array, Array]:
@@ -69,7 +75,7 @@ def _general(logits, knobs: Knobs, positions, step, seen) -> tuple[Array, Array,
     distribution = jax.nn.log_softmax(jax.nn.log_softmax(wanted) / jnp.where(greedy, 1, knobs.temperature)[:, None])
     filters = ~greedy & ((knobs.top_k > 0) | (knobs.top_p < 1))
     filtered = jax.lax.cond(filters.any(), lambda x: _filter(x, knobs, filters), lambda x: x, distribution)
-    best = jnp.argmax(wanted, axis=-1).astype(jnp.int32)
+    best = _first_largest(wanted)
     draw = lambda: jnp.where(greedy, best, _sample(filtered, knobs.seed, positions, step))
     token = jax.lax.cond(greedy.all(), lambda: best, draw)
     after = (filters & (knobs.post_filter == 1))[:, None]

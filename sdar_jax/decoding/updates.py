@@ -4,6 +4,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from sdar_jax.decoding.rows import Rows
@@ -22,19 +24,28 @@ class Flags(NamedTuple):
     open: Any
 
 
-@jax.jit
 def flags(rows: Rows) -> Flags:
     return Flags(*(getattr(rows, name) for name in Flags._fields))
 
 
 # What the device does not change of a row, and the host has.
 _GIVEN = ("prompt_length", "limit", "stop_ids", "knobs", "page_table", "pages_end")
+_ARRAYS = ("tokens", "committed", "step", "logprob", "block_step")
+_NUMBERS = tuple(name for name in Rows._fields if name not in _GIVEN + _ARRAYS)
+
+
+def changed_at(rows: Rows, place: int) -> dict[str, np.ndarray]:
+    """A row's fields that the device changes, on the host."""
+    arrays, numbers = jax.device_get(_packed_at(rows, place))
+    as_field = lambda name, value: value.astype(getattr(rows, name).dtype)
+    return arrays | {name: as_field(name, value) for name, value in zip(_NUMBERS, numbers, strict=True)}
 
 
 @jax.jit
-def changed_at(rows: Rows, place: _Index) -> dict[str, Array]:
-    """A row's fields that the device changes."""
-    return {name: getattr(rows, name)[place] for name in Rows._fields if name not in _GIVEN}
+def _packed_at(rows: Rows, place: _Index) -> tuple[dict[str, Array], Array]:
+    """Its numbers and flags as one array: each array that the host reads takes time of its own."""
+    numbers = jnp.stack([getattr(rows, name)[place].astype(jnp.int32) for name in _NUMBERS])
+    return {name: getattr(rows, name)[place] for name in _ARRAYS}, numbers
 
 
 @partial(jax.jit, donate_argnums=0)

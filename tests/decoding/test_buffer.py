@@ -39,7 +39,7 @@ def newly_compiled():
 
 
 def decoded(model, state: State, turns: int, buffer) -> State:
-    return Decoder(model, buffer)(state, turns)
+    return Decoder(model, buffer)(state, turns)[0]
 
 
 def finished(state: State, buffer, compiled=decoded) -> Rows:
@@ -78,7 +78,7 @@ def test_windows_pages_and_chunks_change_nothing(change, expected, x64):
 
 def test_widths_change_nothing(expected, x64):
     """The widest forward alone, instead of the narrowest that is wide enough."""
-    with mock.patch.object(forward, "_widths", lambda most, parts: [most]):
+    with mock.patch.object(forward, "_parts_of", lambda whole, eighths: [whole]):
         assert results(finished(*start(), compiled=newly_compiled())) == expected
 
 
@@ -105,7 +105,7 @@ def test_only_work_is_done(x64):
     with mock.patch.object(forward, "_narrowest", record):
         config = DecodingConfig(strategy="sequential")
         state, buffer = start([config] * 2, [PROMPTS[0], PROMPTS[0]], max_new_tokens=8)
-        buffer = dataclasses.replace(buffer, widths=4)
+        buffer = dataclasses.replace(buffer, many_widths=True)
         short = state.rows._replace(limit=jnp.array([8, 4]), end=jnp.array([8, 4]))
         finished(State(short, state.cache), buffer, compiled=newly_compiled())
     jax.effects_barrier()
@@ -162,7 +162,7 @@ class Host:
             lend = self.state.rows.starved & (self.random.random(2) < 0.7)
             rows = self.state.rows._replace(pages_end=self.state.rows.pages_end + self.page_size * lend)
             turns = int(self.random.integers(1, 6))
-            self.state = Decoder(tiny_model(), self.buffer)(State(rows, self.state.cache), turns)
+            self.state, _ = Decoder(tiny_model(), self.buffer)(State(rows, self.state.cache), turns)
             self.drain()
         return self.done
 
@@ -192,7 +192,7 @@ def test_a_call_ends_with_news(x64):
     state, buffer = start([config] * 3, [PROMPTS[0]] * 3, page_size=4, stop_ids=())
     buffer = dataclasses.replace(buffer, stops_early=True)
     rows = state.rows._replace(pages_end=jnp.array([16, 8, 16]), limit=jnp.array([12, 12, 4]))
-    run = partial(Decoder(tiny_model(), buffer), turns=99)
+    run = partial(decoded, tiny_model(), turns=99, buffer=buffer)
     state = run(state=State(rows, state.cache))
     assert (state.rows.done.tolist(), state.rows.starved.tolist()) == ([False, False, True], [False] * 3)
     state = run(state=state)

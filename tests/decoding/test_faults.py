@@ -154,14 +154,17 @@ def once(place, name: str, *, before: bool, at: int = 0):
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("name", ["_decode", "flags", "put_row", "changed_at", "give_pages", "end_row", "copy_page"])
+@pytest.mark.parametrize(
+    "name", ["_decode", "device_get", "put_row", "changed_at", "give_pages", "end_row", "copy_page"]
+)
 def test_an_interruption_loses_nothing(name, before, whole, x64):
     """State that was donated may be gone, books half kept: requests go on, and tokens that were told stand."""
     one = served()
     one.generate([PROMPTS[1]], CONFIG, max_new_tokens=1)
     ids = [submit(one, [*PROMPTS[1][:12], 7], 5), *(submit(one, prompt) for prompt in PROMPTS)]
     told, events = [], one.stream(ids[2])
-    with once(one if name == "_decode" else engine, name, before=before), pytest.raises(Interrupted):
+    place = {"_decode": one, "device_get": jax}.get(name, engine)
+    with once(place, name, before=before), pytest.raises(Interrupted):
         for event in events:
             told += event.tokens
         for request_id in ids:
@@ -171,7 +174,7 @@ def test_an_interruption_loses_nothing(name, before, whole, x64):
     told = [t for event in one.stream(ids[2]) for t in event.tokens]
     assert told == whole[1] and [one.result(i).tokens for i in ids[1:]] == whole
     assert one.result(ids[0]).tokens == wanted([*PROMPTS[1][:12], 7], 5)
-    assert idle(one) and one.stats().restarts == (name != "flags")
+    assert idle(one) and one.stats().restarts == (name != "device_get")
 
 
 def interrupt_line(number: int):
@@ -235,7 +238,7 @@ def test_a_device_that_fails_once(whole, x64):
     one = served()
     ids = [submit(one, prompt) for prompt in PROMPTS]
     with (
-        once(engine, "flags", before=True, at=2),
+        once(jax, "device_get", before=True, at=2),
         mock.patch.object(sys.modules[__name__], "Interrupted", RuntimeError),
     ):
         with pytest.raises(RuntimeError):
