@@ -188,6 +188,10 @@ class _Part(NamedTuple):
     fused: bool = False
 
 
+# What a device holds of a weight: a range of each axis.
+_Region = tuple[range, ...]
+
+
 class _Weight(NamedTuple):
     """A weight of one layer, or of none: its field in `Model` or `Layer`, and its place in a stacked array.
 
@@ -215,9 +219,12 @@ class _Weight(NamedTuple):
         parts = [(self.prefix + name, index, expert) for expert in experts for name, index in names.items()]
         return [_Part(name.format(expert), index, expert) for name, index, expert in parts]
 
-    def their_shape(self, part: _Part) -> tuple[int, ...]:
+    def our_shape(self, part: _Part) -> tuple[int, ...]:
         shape = self.shape if part.expert is None else self.shape[1:]
-        theirs = _their_shape(np.broadcast_to(np.empty(()), shape)[part.index].shape, self.field)
+        return np.broadcast_to(np.empty(()), shape)[part.index].shape
+
+    def their_shape(self, part: _Part) -> tuple[int, ...]:
+        theirs = _their_shape(self.our_shape(part), self.field)
         return (self.shape[0], *theirs) if part.fused else theirs
 
 
@@ -344,16 +351,20 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
 
 
 def _load(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> jax.Array:
+    """A weight where it belongs. This process reads what its devices hold of it."""
     shape = weight.array.shape
     if place is None:
-        array = jnp.asarray(_read(tensors, weight))
-    elif weight.field in _FUSED:
-        array = _load_experts(tensors, weight, place)
-    else:
-        buffer = _read(tensors, weight)
-        array = jax.make_array_from_callback(shape, place, lambda index: buffer[index])
-    # Copies run in the background, and would keep the buffers of many weights alive.
-    return array.block_until_ready()
+        (whole,) = _read(tensors, weight, [tuple(map(range, shape))])
+        # Copies run in the background, and would keep the buffers of many weights alive.
+        return jnp.asarray(whole).block_until_ready()
+    indices: dict[Any, Any] = dict(place.addressable_devices_indices_map(shape))
+    regions = {
+        device: tuple(range(n)[i] for n, i in zip(shape, index, strict=True)) for device, index in indices.items()
+    }
+    distinct = list(dict.fromkeys(regions.values()))
+    buffers = dict(zip(distinct, _read(tensors, weight, distinct), strict=True))
+    shards = [jax.device_put(buffers[region], device) for device, region in regions.items()]
+    return jax.make_array_from_single_device_arrays(shape, place, shards).block_until_ready()
 
 
 def _load_int8(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> Any:
@@ -361,34 +372,32 @@ def _load_int8(tensors: TensorReader, weight: _Weight, place: Sharding | None) -
     return jax.block_until_ready(quantize_weight(array, weight.field)) if is_quantized(weight.field) else array
 
 
-def _load_experts(tensors: TensorReader, weight: _Weight, place: Sharding) -> jax.Array:
-    """The experts of one device after another: of a large mixture a whole weight is gigabytes."""
-    shape, shards, held, buffer = weight.array.shape, [], None, np.empty(())
-    indices: dict[Any, Any] = dict(place.addressable_devices_indices_map(shape))
-    experts = {device: range(shape[0])[index[0]] for device, index in indices.items()}
-    for device in sorted(indices, key=lambda device: experts[device].start):
-        if experts[device] != held:
-            held, buffer = experts[device], _read(tensors, weight, experts[device])
-        shard = jax.device_put(buffer[:, *indices[device][1:]], device)
-        shards.append(shard.block_until_ready())
-    return jax.make_array_from_single_device_arrays(shape, place, shards)
-
-
-def _read(tensors: TensorReader, weight: _Weight, experts: range | None = None) -> np.ndarray:
-    """The weight, or these experts of it."""
-    shape = weight.array.shape if experts is None else (len(experts), *weight.array.shape[1:])
-    buffer, first = np.empty(shape, weight.array.dtype), experts.start if experts else 0
+def _read(tensors: TensorReader, weight: _Weight, regions: list[_Region]) -> list[np.ndarray]:
+    """These regions of a weight; each tensor is read once for all of them."""
+    buffers = [np.empty([len(axis) for axis in region], weight.array.dtype) for region in regions]
     for part in weight.parts(tensors.names()):
-        if part.expert is None:
-            target = buffer[part.index]
-        elif experts is None or part.expert in experts:
-            target = buffer[part.expert - first][part.index]
-        else:
+        pairs = zip(buffers, regions, strict=True)
+        held = [_of_part(part, *pair) for pair in pairs if part.expert is None or part.expert in pair[1][0]]
+        if not held:
             continue
-        # Nothing else holds a tensor: it is gone before the next is read.
-        row = part.expert if part.fused else None
-        target[...] = _to_ours(tensors.read(part.name, row), weight.field, target.shape)
-    return buffer
+        tensor = tensors.read(part.name, part.expert if part.fused else None)
+        ours = _to_ours(tensor, weight.field, weight.our_shape(part))
+        for target, index in held:
+            target[...] = ours[index]
+        # It is gone before the next one is read.
+        del tensor, ours
+    return buffers
+
+
+def _of_part(part: _Part, buffer: np.ndarray, region: _Region) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Where a region's buffer holds a part, and which of the part it is."""
+    if part.expert is not None:
+        buffer, region = buffer[part.expert - region[0].start], region[1:]
+    index = [slice(axis.start, axis.stop) for axis in region]
+    if part.index is not _ALL:
+        # The axis that parts lie along is never split.
+        index[-2:-1] = [] if isinstance(part.index[-2], int) else [slice(None)]
+    return buffer[part.index], tuple(index)
 
 
 def _to_write(model: Model, cast: np.dtype | None) -> list[Tensor]:

@@ -269,9 +269,10 @@ class _Link:
     def __init__(self, place: _Place, lines: dict[int, socket.socket]):
         self._place, self._lines = place, lines
         self._ending = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="processes", daemon=True)
 
     def watch(self) -> None:
-        threading.Thread(target=self._watch, name="processes", daemon=True).start()
+        self._thread.start()
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -290,9 +291,12 @@ class _Link:
         selector.unregister(key.fileobj)
 
     def leave(self) -> None:
-        """Says good-bye: this process may end now."""
+        """Says good-bye, and hears that of the others: this process may end now."""
         for line in self._lines.values():
             _send(line, {})
+        self._thread.join(_ANSWER_SECONDS)
+        for line in () if self._thread.is_alive() else self._lines.values():
+            line.close()
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process and with it the job."""

@@ -30,7 +30,7 @@ from sdar_jax.decoding.events import Event, before_stop_string, ended_by_string,
 from sdar_jax.decoding.forward import BufferConfig
 from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, check_slots, checked_stops, to_ids
 from sdar_jax.decoding.pages import PagePool
-from sdar_jax.decoding.requests import Request, Stats, ended
+from sdar_jax.decoding.requests import COUNTS, Request, Stats, ended
 from sdar_jax.decoding.rows import Rows, RowShape, make_row
 from sdar_jax.decoding.updates import Flags, changed_at, copy_page, end_row, give_pages, put_row
 from sdar_jax.errors import DecodingError, is_int
@@ -105,22 +105,7 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._start_over()
         self._ids, self._clock = itertools.count(), itertools.count(1)
-        self._counts = dict.fromkeys(
-            (
-                "finished",
-                "cancelled",
-                "failed",
-                "restarts",
-                "preemptions",
-                "calls",
-                "prompt_tokens",
-                "prefix_tokens",
-                "generated_tokens",
-                "prefill_tokens",
-                "prefill_alone_tokens",
-            ),
-            0,
-        )
+        self._counts = dict.fromkeys(COUNTS, 0)
         self._prefill_alone_seconds = 0.0
 
     def submit(
@@ -390,22 +375,28 @@ class Engine:
         return table, np.asarray(len(pages) * self._pool.page_size, np.int32)
 
     def _lend(self, request: Request) -> bool:
-        """Pages for what the request has and one block more, with what others recorded of its prefix; or False."""
-        row, size, page_size = request.row, self._shape.block_size, self._pool.page_size
+        """Pages for what the request has and one block more, with what others recorded of its prefix; or False.
+
+        While others lie idle, as many as its first call may come to.
+        """
+        row, page_size = request.row, self._pool.page_size
         # An autoregressive row reads the token before its first place as it decodes.
         prefix = self._pool.match(row.tokens[: int(row.start) - self._autoregressive].tolist())
-        needs = min(int(row.start) + (int(row.open) + 1) * size, -(-int(row.limit) // size) * size)
-        missing = -(-needs // page_size) - len(prefix.pages)
+        missing, ahead = (
+            -(-self._reach(row, int(row.start), int(row.open), blocks) // page_size) - len(prefix.pages)
+            for blocks in (1, self._turns)
+        )
         # Rows that run will want more: half a page each is left to them, or many would soon be preempted.
-        spare = sum(r is not None for r in self._places) // 2
+        running = sum(r is not None for r in self._places)
+        lend = lambda: self._pool.allocate(ahead, 2 * running) or self._pool.allocate(missing, running // 2)
         held = [*prefix.pages] + ([] if prefix.partial is None else [prefix.partial])
         self._pool.share(held)
-        own = self._pool.allocate(missing, spare)
+        own = lend()
         if own is None and prefix.partial is not None:
             # The page to copy from may be the one that is missing.
             self._pool.release([prefix.partial])
             prefix = prefix._replace(partial=None, length=prefix.length - prefix.partial_length)
-            own = self._pool.allocate(missing, spare)
+            own = lend()
         if own is None:
             self._pool.release(prefix.pages if prefix.partial is None else held)
             return False
@@ -447,9 +438,14 @@ class Engine:
 
     def _soon_starves(self, request: Request, flags: Flags) -> bool:
         """Whether the next call may come to positions that no page of the row covers."""
-        size, covered = self._shape.block_size, len(request.pages) * self._pool.page_size
-        most = int(flags.start[request.place]) + (int(flags.open[request.place]) + self._turns) * size
-        return covered < min(most, -(-int(request.row.limit) // size) * size)
+        start, opened = int(flags.start[request.place]), int(flags.open[request.place])
+        covered = len(request.pages) * self._pool.page_size
+        return covered < self._reach(request.row, start, opened, self._turns)
+
+    def _reach(self, row: Rows, start: int, opened: int, blocks: int) -> int:
+        """The end of the positions of a row with so many blocks open, once so many more have opened."""
+        size = self._shape.block_size
+        return min(start + (opened + blocks) * size, -(-int(row.limit) // size) * size)
 
     def _preempt(self, request: Request) -> None:
         row = self._leave(request)

@@ -18,8 +18,8 @@ class Stats(NamedTuple):
     device's state was built anew after an interruption. preemptions: times that a request gave up its row. evictions:
     of pages that held a finished prefix. calls: of the device.
     prefix_tokens: prompt positions that another request's pages served. prefill_tokens: positions that were read before
-    decoding, prompts and what a preempted request had. prefill_alone: of these, positions read by calls in which no row
-    decoded, and the wall time of those calls.
+    decoding, prompts and what a preempted request had. prefill_alone: of these, positions read by calls before which no
+    row could decode, and the wall time of those calls: of one forward, with the first blocks of those it serves.
     """
 
     queued: int
@@ -38,6 +38,11 @@ class Stats(NamedTuple):
     prefill_tokens: int
     prefill_alone_tokens: int
     prefill_alone_seconds: float
+
+
+# What an engine adds up itself.
+_OTHERS = ("queued", "running", "pages_available", "evictions", "prefill_alone_seconds")
+COUNTS = tuple(name for name in Stats._fields if name not in _OTHERS)
 
 
 @dataclass

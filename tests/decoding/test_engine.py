@@ -62,8 +62,8 @@ def test_everyone_gets_what_they_would_get_alone(pages, traffic, turns):
 
 
 def test_requests_give_up_their_pages_and_come_back(x64):
-    """Two that need 5 and 6 of 7 pages."""
-    served = engine(pages=7)
+    """Two that need 5 and 6 of 7 pages, and are lent no page before they need it."""
+    served = engine(pages=7, turns=1)
     wanted = [alone(p, CONFIGS[2], 20, (), 0).tokens for p in (LONG[:17], LONG[::-1][:26])]
     got = served.generate([LONG[:17], LONG[::-1][:26]], CONFIGS[2], max_new_tokens=20, stop_token_ids=())
     assert [c.tokens for c in got] == wanted

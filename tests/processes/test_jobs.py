@@ -95,8 +95,10 @@ def assert_close_run(one: Path, other: Path) -> None:
     with Checkpoints(one, CheckpointConfig()) as ours, Checkpoints(other, CheckpointConfig()) as theirs:
         assert ours.latest == theirs.latest
         assert ours.position().data == theirs.position().data
-    for name, weight in state_of(one)[1]["weights"].items():
-        np.testing.assert_allclose(weight, state_of(other)[1]["weights"][name], rtol=1e-3, atol=1e-4, err_msg=name)
+    weights, expected = state_of(one)[1]["weights"], state_of(other)[1]["weights"]
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        np.testing.assert_allclose(weight, expected[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.fixture(scope="module")
