@@ -123,7 +123,7 @@ def attend(case: Case, implementation, keys=256, one_by_one=True, scale=None):
 
 @pytest.mark.parametrize(
     ("implementation", "keys", "one_by_one"),
-    [("reference", 1, True), ("xla", 5, True), ("xla", 8, False), ("xla", 256, True)],
+    [("reference", 1, True), ("xla", 5, True), ("xla", 8, False), ("xla", 256, True), ("xla", 256, False)],
 )
 @given(
     shape=st.sampled_from(SHAPES),
@@ -208,9 +208,23 @@ def assert_rows_are_independent(case: Case, call) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 4, 32])
-def test_a_row_does_not_depend_on_its_neighbours(window):
+@pytest.mark.parametrize(("keys", "one_by_one"), [(16, True), (256, False)])
+def test_a_row_does_not_depend_on_its_neighbours(window, keys, one_by_one):
     case = random_case(Shape(3, window, 4, 2, 16, 8, 8), 11, lengths=[64, 33, 7], block=4)
-    assert_rows_are_independent(case, lambda case: attend(case.cast(jnp.float32), "xla", 16))
+    assert_rows_are_independent(case, lambda case: attend(case.cast(jnp.float32), "xla", keys, one_by_one))
+
+
+@pytest.mark.parametrize(
+    ("pages", "window", "at_once"), [(4, 4, True), (5, 4, False), (4, 2**12, False)], ids=["", "longer", "wider"]
+)
+def test_a_cpu_takes_rows_at_once_where_each_is_one_short_step(pages, window, at_once):
+    rows = []
+    attended = lambda *arguments: rows.append(arguments[-1].q.shape[0]) or real(*arguments)
+    real = xla._attend
+    case = random_case(Shape(3, window, 4, 2, 8, 64, pages), 0)
+    with mock.patch.object(xla, "_attend", attended):
+        jax.eval_shape(lambda case: paged_attention(*case, implementation="xla"), case.cast(jnp.float32))
+    assert rows == [3 if at_once else 1]
 
 
 def interpreted(case: Case, implementation: str, scale: float | None = None) -> np.ndarray:
