@@ -49,7 +49,8 @@ def recorded(run: Callable[[], list[Completion]]) -> tuple[list[Completion], Rec
         return propose(logits, knobs, positions, step, *rest, **options)
 
     compiled = jax.jit(lambda *arguments: advance(*arguments), static_argnums=3)
-    with mock.patch.object(forward, "propose", watched), mock.patch.object(generating, "decode", compiled):
+    decoder = lambda model, config: lambda state, turns: (compiled(model, state, turns, config), None)
+    with mock.patch.object(forward, "propose", watched), mock.patch.object(generating, "Decoder", decoder):
         completions = run()
         jax.effects_barrier()
     return completions, found

@@ -36,7 +36,7 @@ def model_of(shape: str, seed: int):
 def serve(shape: str, seed: int, count: int, copies: mock.Mock) -> None:
     random = np.random.default_rng([seed, count])
     model = model_of(shape, seed)
-    served = Engine(model, max_length=LENGTH, turns=int(random.integers(1, 12)), **SHAPES[shape])
+    served = Engine(model, max_length=LENGTH, turns=int(random.integers(1, 5)), **SHAPES[shape])
     stems = random.integers(0, MASK, (3, LONGEST_PROMPT))
     caller = Caller(served, [random_request(random, model, stems) for _ in range(count)], random)
     with mock.patch.object(engine, "copy_page", copies):
