@@ -136,6 +136,13 @@ def device() -> Any:
     return jax.devices()[0] if _target is None else _target
 
 
+def not_hopper() -> str | None:
+    """Why kernels for Hopper cannot run on the GPU to compute on; None if they can, or if it is no GPU."""
+    if platform() != "gpu" or (capability := device().compute_capability) == "9.0":
+        return None
+    return f"the GPU has compute capability {capability}, not 9.0 (Hopper)"
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a known accelerator, by its `jax.Device.device_kind`; None for any other device."""
     return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)

@@ -1,7 +1,7 @@
 """What a query may see: two half-open key ranges a row, for every paradigm.
 
-`Ranges` is the only thing the attention room is told. Training AR, MDLM or block diffusion, prefilling and decoding
-differ in these integers and in nothing else. No function here builds an array with both a query and a key axis.
+`Ranges` is the only thing `attention` is told. Training AR, MDLM or block diffusion and scoring differ in these
+integers and in nothing else. No function here builds an array with both a query and a key axis.
 
     causal          block-causal, S = 2      hybrid, L = 4, S = 2, rows and columns [noisy | clean]
     1 0 0 0         1 1 0 0                  1 1 0 0 | 0 0 0 0
@@ -147,12 +147,3 @@ def _indexed_noisy(document_start, block_start, block_end, noisy_index):
     nothing = jnp.zeros_like(index)
     hide = lambda pair: tuple(jnp.where(used, bound, nothing) for bound in pair)
     return hide(noisy), hide(before)
-
-
-def decode_window(start: Int[Array, " B"], length: Int[Array, " B"], window: int) -> Ranges:
-    """Queries of one window a row, all of which see keys [0, start + length) of that row's cache.
-
-    The window's own keys are written at [start, start + length) first: inside, it is bidirectional.
-    """
-    end = jnp.broadcast_to((start + length)[:, None], (start.shape[0], window))
-    return _one_range(jnp.zeros_like(end), end)

@@ -13,16 +13,15 @@ Kernels also take `interpret=True`, which runs them on a CPU.
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdar_jax.attention import chunked, reference
+from sdar_jax.attention import reference
+from sdar_jax.attention.implementations import Choice, Implementations
 from sdar_jax.attention.mesh import over_mesh
-from sdar_jax.chips import platform
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 
@@ -32,15 +31,7 @@ Implementation = Literal["reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
 _DENSE_QUERIES = 16
 _DENSE_SCORES = 128 * 256
 
-_KERNELS: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
-
-
-class Choice(NamedTuple):
-    """Who computes, and whether a kernel runs in its interpreter."""
-
-    implementation: Implementation
-    interpret: bool = False
-
+_OP = Implementations("attention", "sdar_jax.attention", get_args(Implementation))
 
 _override: Choice | None = None
 
@@ -105,60 +96,29 @@ def _local(
 
 def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) -> Choice:
     """The named implementation, the override's, or the best of those that can; a named one that cannot raises."""
-    if implementation is not None:
-        return _checked(Choice(implementation), q, k, v)
-    if _override is not None:
-        return _checked(_override, q, k, v)
-    kernel = _KERNELS.get(platform())
+    asked_for = _OP.asked_for(implementation, _override, q, k, v)
+    if asked_for is not None:
+        return asked_for
     queries, keys = q.shape[1], k.shape[1]
-    dense = queries <= _DENSE_QUERIES or queries * keys <= _DENSE_SCORES
-    if kernel is not None and not dense and _module(kernel).unsupported(q, k, v) is None:
-        return Choice(kernel)
-    return Choice("reference" if dense else "chunked")
-
-
-def _checked(choice: Choice, q: Array, k: Array, v: Array) -> Choice:
-    if choice.implementation not in get_args(Implementation):
-        names = get_args(Implementation)
-        raise ConfigError(f"attention implementation {choice.implementation!r} is unknown; use one of {names}")
-    reason = _module(choice.implementation).unsupported(q, k, v)
-    if reason is not None:
-        raise ConfigError(f"attention implementation {choice.implementation!r}: {reason}")
-    return choice
-
-
-def _module(implementation: str) -> ModuleType:
-    # Kernels are imported when they are asked for: not every platform's jaxlib carries every compiler.
-    if implementation == "mosaic_gpu":
-        from sdar_jax.attention import mosaic_gpu
-
-        return mosaic_gpu
-    if implementation == "mosaic_tpu":
-        from sdar_jax.attention import mosaic_tpu
-
-        return mosaic_tpu
-    return {"reference": reference, "chunked": chunked}[implementation]
-
-
-def _bind(choice: Choice, function: str):
-    bound = getattr(_module(choice.implementation), function)
-    return partial(bound, interpret=True) if choice.interpret else bound
+    if queries <= _DENSE_QUERIES or queries * keys <= _DENSE_SCORES:
+        return Choice("reference")
+    return _OP.kernel(q, k, v) or Choice("chunked")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q: Array, k: Array, v: Array, ranges: Ranges, scale: float, choice: Choice) -> Array:
-    return _bind(choice, "forward")(q, k, v, ranges, scale=scale)[0]
+    return _OP.function(choice, "forward")(q, k, v, ranges, scale=scale)[0]
 
 
 def _attend_fwd(q, k, v, ranges, scale, choice):
-    out, logsumexp = _bind(choice, "forward")(q, k, v, ranges, scale=scale)
+    out, logsumexp = _OP.function(choice, "forward")(q, k, v, ranges, scale=scale)
     return out, (q, k, v, ranges, out, logsumexp)
 
 
 def _attend_bwd(scale, choice, residuals, d_out):
     q, k, v, ranges, out, logsumexp = residuals
     d_out = jnp.asarray(d_out, q.dtype)
-    return *_bind(choice, "backward")(q, k, v, ranges, out, logsumexp, d_out, scale=scale), None
+    return *_OP.function(choice, "backward")(q, k, v, ranges, out, logsumexp, d_out, scale=scale), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sdar_jax.chips import device, platform
+from sdar_jax.chips import not_hopper, platform
 
 # Rows multiplied at once where there is no grouped kernel: about as many as a group has, between these.
 _FEWEST_ROWS, _MOST_ROWS = 8, 128
@@ -57,7 +57,7 @@ grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
 
 def _kernels(x: Array, weights: Array) -> ModuleType | None:
     """Those for Hopper, where this is one and they take these operands."""
-    if platform() != "gpu" or device().compute_capability != "9.0":
+    if platform() != "gpu" or not_hopper():
         return None
     # Imported when it is asked for: not every platform's jaxlib carries its compiler.
     from sdar_jax.experts import mosaic_gpu

@@ -16,16 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from sdar_jax.attention.mosaic_gpu.layout import CONSUMERS, WARPGROUP_ROWS
-from sdar_jax.attention.mosaic_gpu.pipeline import (
-    COMPILER_PARAMS,
-    TILE,
-    WARPGROUPS,
-    filled,
-    interpreted,
-    roles,
-    wait_until_free,
-)
+from sdar_jax.mosaic_gpu import CONSUMERS, TILE, WARPGROUP_ROWS, filled, launch, roles, wait_until_free
 
 ROWS = CONSUMERS * WARPGROUP_ROWS
 COLUMNS = 128
@@ -57,12 +48,12 @@ def product(
     span = groups(first).astype(jnp.int32), groups(jnp.minimum(first + ROWS, ends[-1]) - 1).astype(jnp.int32)
     own = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, COLUMNS), x.dtype)
     weight_tile = (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
-    out = _launch(
+    out = launch(
         partial(_product, transposed=transposed),
         (jnp.pad(x, ((0, rows - len(x)), (0, 0))), weights, ends, *span),
         jax.ShapeDtypeStruct((rows, columns), x.dtype),
         (own, _Slots.scratch((WARPGROUP_ROWS, DEPTH), weight_tile, x.dtype)),
-        (rows // ROWS, columns // COLUMNS),
+        {"row": rows // ROWS, "column": columns // COLUMNS},
         "grouped_product",
         interpret,
     )
@@ -77,12 +68,12 @@ def weight_gradient(
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     shape = len(sizes), x.shape[1], d_out.shape[1]
     own = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, COLUMNS), x.dtype)
-    return _launch(
+    return launch(
         _weight_gradient,
         (jnp.pad(x, missing), jnp.pad(d_out, missing), ends - sizes.astype(jnp.int32), ends),
         jax.ShapeDtypeStruct(shape, x.dtype),
         (own, _Slots.scratch((DEPTH, WARPGROUP_ROWS), (DEPTH, COLUMNS), x.dtype)),
-        (shape[0], shape[1] // ROWS, shape[2] // COLUMNS),
+        {"group": shape[0], "row": shape[1] // ROWS, "column": shape[2] // COLUMNS},
         "grouped_weight_gradient",
         interpret,
     )
@@ -141,21 +132,6 @@ class _Slots(NamedTuple):
             return total[...]
 
         return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, COLUMNS)))
-
-
-def _launch(body, operands, out_type, scratch, grid: tuple[int, ...], name: str, interpret: bool) -> Array:
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("group", "row", "column")[-len(grid) :],
-        num_threads=WARPGROUPS,
-        thread_name="warpgroup",
-        compiler_params=COMPILER_PARAMS,
-        interpret=interpreted(interpret),
-        kernel_name=name,
-    )(*operands)
 
 
 def _product(x, weights, ends, first_group, last_group, out, own, slots: _Slots, *, transposed: bool):

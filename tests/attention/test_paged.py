@@ -2,6 +2,7 @@
 
 import contextlib
 from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -359,10 +360,26 @@ def test_bad_shapes():
         paged_attention(*case._replace(visible=case.visible[:, :3]))
 
 
+@pytest.mark.parametrize(("capability", "implementation"), [("9.0", "mosaic_gpu"), ("8.0", "xla")])
+def test_gpus_before_hopper_get_xla(capability, implementation):
+    chip = SimpleNamespace(compute_capability=capability, device_kind="some chip")
+    like = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
+    case = like(2, 8, 4, 128), like(9, 2, 16, 128), like(9, 2, 16, 128), jnp.zeros((2, 4), int), jnp.zeros((2, 8), int)
+    chosen = mock.patch(f"sdar_jax.attention.paged.{implementation}.forward", side_effect=InterruptedError)
+    with mock.patch.object(jax, "default_backend", lambda: "gpu"), mock.patch.object(jax, "devices", lambda: [chip]):
+        with chosen, pytest.raises(InterruptedError):
+            paged_attention(*case)
+        if implementation == "xla":
+            with refused(ConfigError, "mosaic_gpu", capability):
+                paged_attention(*case, implementation="mosaic_gpu")
+
+
 def test_unknown_implementation():
     case = random_case(SHAPES[0], 4).cast(jnp.float32)
     with refused(ConfigError, "'chunked'", "'reference', 'xla'"):
         paged_attention(*case, implementation="chunked")
+    with refused(ConfigError, "'dense'", "'reference', 'xla'"), api.override("dense"):
+        paged_attention(*case)
 
 
 @given(st.data(), st.sampled_from([(1, 4), (6, 4), (9, 2), (128, 16)]), st.integers(0, 2**32 - 1))

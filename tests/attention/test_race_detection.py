@@ -39,7 +39,7 @@ SIGNS = ("RACE DETECTED", "arrier", "Not all copy_smem_to_gmem", "before the pro
 def line_of(eqn) -> str:
     """The functions and lines of the kernels that an equation comes from, innermost first."""
     frames = source_info_util.user_frames(eqn.source_info.traceback)
-    frames = [frame for frame in frames if "mosaic_gpu/" in frame.file_name]
+    frames = [frame for frame in frames if "sdar_jax/" in frame.file_name]
     return "".join(f"{f.function_name}: {linecache.getline(f.file_name, f.start_line).lstrip()}" for f in frames)
 
 

@@ -22,7 +22,6 @@ BLOCK_SIZES = st.sampled_from([1, 2, 3, 4, 16, None])
 block_causal = partial(jax.jit, static_argnums=1)(visibility.block_causal)
 causal, bidirectional = jax.jit(visibility.causal), jax.jit(visibility.bidirectional)
 segments = jax.jit(visibility.segments)
-decode_window = partial(jax.jit, static_argnums=2)(visibility.decode_window)
 hybrid = partial(jax.jit, static_argnums=1)(visibility.hybrid)
 packed_rows = segment_rows(ROWS, LENGTH)
 
@@ -152,13 +151,6 @@ def test_segments(segment_ids):
             members = [k for k, other in enumerate(at) if same_document(place, other)]
             bounds = (members[0], members[-1] + 1) if members else (found.start[row, i],) * 2
             assert (found.start[row, i], found.end[row, i]) == bounds
-
-
-@given(st.lists(st.integers(0, 6), min_size=3, max_size=3), st.lists(st.integers(0, 6), min_size=3, max_size=3))
-def test_decode_window(start, length):
-    ranges = decode_window(np.array(start, np.int32), np.array(length, np.int32), 4)
-    for row, seen in enumerate(dense(ranges, LENGTH)):
-        np.testing.assert_array_equal(seen, [[key < start[row] + length[row] for key in range(LENGTH)]] * 4)
 
 
 def test_nothing_has_a_query_and_a_key_axis():

@@ -12,7 +12,7 @@ from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
 from sdar_jax.attention.mosaic_gpu.forward import outputs
 from sdar_jax.attention.mosaic_gpu.key_gradients import key_gradients
 from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals, query_gradient
-from sdar_jax.chips import device, platform
+from sdar_jax.chips import not_hopper
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 
@@ -31,8 +31,8 @@ def unsupported(q: Array, k: Array, v: Array) -> str | None:
         return f"head sizes are {q.shape[-1]} and {v.shape[-1]}; use one of {sizes} for both, or 'chunked'"
     if 0 in (*q.shape, *k.shape):
         return f"shapes {q.shape} and {k.shape} are empty; use 'chunked'"
-    if platform() == "gpu" and (capability := device().compute_capability) != "9.0":
-        return f"the GPU has compute capability {capability}, not 9.0 (Hopper); use 'chunked'"
+    if reason := not_hopper():
+        return f"{reason}; use 'chunked'"
     return None
 
 

@@ -15,17 +15,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from sdar_jax.attention.blocks import Blocks
-from sdar_jax.attention.mosaic_gpu.layout import CONSUMERS, ROW_TILE, WARPGROUP_ROWS, Problem, visits_of_queries
-from sdar_jax.attention.mosaic_gpu.pipeline import (
+from sdar_jax.attention.mosaic_gpu.layout import ROW_TILE, Problem, visits_of_queries
+from sdar_jax.attention.mosaic_gpu.pipeline import KeyTiles, RowProgram, masked_unless_full
+from sdar_jax.mosaic_gpu import (
+    CONSUMERS,
     LOG2E,
     ROWS,
     TILE,
-    KeyTiles,
-    RowProgram,
+    WARPGROUP_ROWS,
     along,
     filled,
     launch,
-    masked_unless_full,
     plus_product,
     roles,
 )
@@ -64,7 +64,7 @@ def outputs(
             jax.ShapeDtypeStruct((problem.batch, problem.folded_heads, rows), jnp.float32),
         ),
         (own, KeyTiles.scratch(blocks, problem.dim, k.dtype)),
-        (problem.batch, problem.folded_heads, rows // ROW_TILE),
+        {"batch": problem.batch, "head": problem.folded_heads, "tile": rows // ROW_TILE},
         "range_attention_forward",
         interpret,
     )

@@ -16,20 +16,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from sdar_jax.attention.blocks import Blocks
-from sdar_jax.attention.mosaic_gpu.layout import CONSUMERS, ROW_TILE, WARPGROUP_ROWS, Problem, visits_of_keys
-from sdar_jax.attention.mosaic_gpu.pipeline import (
+from sdar_jax.attention.mosaic_gpu.layout import ROW_TILE, Problem, visits_of_keys
+from sdar_jax.attention.mosaic_gpu.pipeline import masked_unless_full
+from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals
+from sdar_jax.mosaic_gpu import (
     COLUMNS,
+    CONSUMERS,
     LOG2E,
     TILE,
+    WARPGROUP_ROWS,
     along,
     filled,
     launch,
-    masked_unless_full,
     plus_product,
     roles,
     wait_until_free,
 )
-from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals
 from sdar_jax.visibility import Ranges
 
 
@@ -121,7 +123,7 @@ def key_gradients(
         operands,
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         (own, _RowTiles.scratch(blocks, problem.dim, q.dtype)),
-        (problem.batch, problem.kv_heads, -(-problem.keys // ROW_TILE)),
+        {"batch": problem.batch, "head": problem.kv_heads, "tile": -(-problem.keys // ROW_TILE)},
         "range_attention_dkv",
         interpret,
     )

@@ -15,11 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sdar_jax.attention.tiles import tile_kinds, visit_lists
+from sdar_jax.mosaic_gpu import CONSUMERS, WARPGROUP_ROWS
 from sdar_jax.visibility import Ranges
 
-CONSUMERS = 2
-# Rows of a wgmma: what one consumer warpgroup multiplies at a time.
-WARPGROUP_ROWS = 64
 # Query rows or keys of a program.
 ROW_TILE = CONSUMERS * WARPGROUP_ROWS
 

@@ -16,17 +16,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from sdar_jax.attention.blocks import Blocks
-from sdar_jax.attention.mosaic_gpu.layout import CONSUMERS, ROW_TILE, WARPGROUP_ROWS, Problem, visits_of_queries
-from sdar_jax.attention.mosaic_gpu.pipeline import (
+from sdar_jax.attention.mosaic_gpu.layout import ROW_TILE, Problem, visits_of_queries
+from sdar_jax.attention.mosaic_gpu.pipeline import KeyTiles, RowProgram, masked_unless_full
+from sdar_jax.mosaic_gpu import (
+    CONSUMERS,
     LOG2E,
     ROWS,
     TILE,
-    KeyTiles,
-    RowProgram,
+    WARPGROUP_ROWS,
     along,
     filled,
     launch,
-    masked_unless_full,
     plus_product,
     roles,
 )
@@ -67,6 +67,7 @@ def query_gradient(
     """dQ, [B, Q, H, D]."""
     problem = Problem.of(q, k)
     lists = visits_of_queries(problem, ranges, blocks.key_tile)
+    tiles = problem.padded_rows(lists.rows) // ROW_TILE
     rows = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, problem.dim), q.dtype)
     own = _Own(
         rows,
@@ -91,7 +92,7 @@ def query_gradient(
         operands,
         jax.ShapeDtypeStruct((problem.batch, problem.folded_heads, problem.rows, problem.dim), q.dtype),
         (own, KeyTiles.scratch(blocks, problem.dim, k.dtype)),
-        (problem.batch, problem.folded_heads, problem.padded_rows(lists.rows) // ROW_TILE),
+        {"batch": problem.batch, "head": problem.folded_heads, "tile": tiles},
         "range_attention_dq",
         interpret,
     )

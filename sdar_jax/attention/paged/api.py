@@ -9,33 +9,21 @@ Kernels also take `interpret=True`, which runs them on a CPU.
 """
 
 from functools import partial
-from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sdar_jax.attention import api
+from sdar_jax.attention.implementations import Choice, Implementations
 from sdar_jax.attention.mesh import over_heads
-from sdar_jax.attention.paged import reference, xla
-from sdar_jax.chips import platform
 from sdar_jax.errors import ConfigError
 
 PagedImplementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 
-# What `attention.api.override` names, in this room's terms.
-_OVERRIDES: dict[api.Implementation, PagedImplementation] = {
-    "reference": "reference",
-    "chunked": "xla",
-    "mosaic_gpu": "mosaic_gpu",
-    "mosaic_tpu": "mosaic_tpu",
-}
-_KERNELS: dict[str, PagedImplementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
-
-
-class _Choice(NamedTuple):
-    implementation: PagedImplementation
-    interpret: bool = False
+_OP = Implementations("paged attention", "sdar_jax.attention.paged", get_args(PagedImplementation))
+# What `attention.api.override` names otherwise.
+_OVERRIDES = {"chunked": "xla"}
 
 
 def paged_attention(
@@ -79,9 +67,7 @@ def paged_attention(
 
 def _local(*inputs: Array, scale: float, implementation: PagedImplementation | None) -> Array:
     """What one device computes, chosen by the shapes that it sees."""
-    choice = _choose(inputs, implementation)
-    forward = _module(choice.implementation).forward
-    forward = partial(forward, interpret=True) if choice.interpret else forward
+    forward = _OP.function(_choose(inputs, implementation), "forward")
     return forward(*inputs, scale=scale)
 
 
@@ -100,35 +86,9 @@ def _check_shapes(q: Array, k_pages: Array, v_pages: Array, page_table: Array, v
         )
 
 
-def _choose(inputs: tuple[Array, ...], implementation: PagedImplementation | None) -> _Choice:
-    if implementation is not None:
-        return _checked(_Choice(implementation), inputs)
-    if (override := api.overriding()) is not None:
-        return _checked(_Choice(_OVERRIDES[override.implementation], override.interpret), inputs)
-    kernel = _KERNELS.get(platform())
-    if kernel is not None and _module(kernel).unsupported(*inputs) is None:
-        return _Choice(kernel)
-    return _Choice("xla")
-
-
-def _checked(choice: _Choice, inputs: tuple[Array, ...]) -> _Choice:
-    names = get_args(PagedImplementation)
-    if choice.implementation not in names:
-        raise ConfigError(f"paged attention implementation {choice.implementation!r} is unknown; use one of {names}")
-    reason = _module(choice.implementation).unsupported(*inputs)
-    if reason is not None:
-        raise ConfigError(f"paged attention implementation {choice.implementation!r}: {reason}")
-    return choice
-
-
-def _module(implementation: str) -> ModuleType:
-    # Kernels are imported when they are asked for: not every platform's jaxlib carries every compiler.
-    if implementation == "mosaic_gpu":
-        from sdar_jax.attention.paged import mosaic_gpu
-
-        return mosaic_gpu
-    if implementation == "mosaic_tpu":
-        from sdar_jax.attention.paged import mosaic_tpu
-
-        return mosaic_tpu
-    return {"reference": reference, "xla": xla}[implementation]
+def _choose(inputs: tuple[Array, ...], implementation: PagedImplementation | None) -> Choice:
+    override = api.overriding()
+    if override is not None:
+        name = override.implementation
+        override = override._replace(implementation=_OVERRIDES.get(name, name))
+    return _OP.asked_for(implementation, override, *inputs) or _OP.kernel(*inputs) or Choice("xla")

@@ -9,7 +9,6 @@ The number of parts depends on shapes alone, the number of sequences among them:
 neighbours, but may differ between calls with another batch size.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,19 +21,27 @@ from jaxtyping import Array
 
 from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
 from sdar_jax.attention.paged.pages import folded, unfolded
+from sdar_jax.chips import not_hopper
+from sdar_jax.mosaic_gpu import (
+    LOG2E,
+    ROWS,
+    TILE,
+    WARPGROUP_ROWS,
+    along,
+    filled,
+    launch,
+    plus_product,
+    roles,
+    wait_until_free,
+)
 
-# exp2 and log2 are what the hardware has; scores are kept in units of log 2.
-_LOG2E = math.log2(math.e)
-# Registers a thread: multiples of 8, and no more than 65,536 / 128 = 512 over two consumers and the producer. One
-# consumer would do without, but then ptxas crashes for pages of 64 and more.
-_CONSUMER_REGISTERS, _PRODUCER_REGISTERS = 232, 40
-_TILE = plgpu.Layout.WGMMA
-_ROWS = _TILE.reduce(1)
+# Of a thread of a consumer and of the producer, which looks pages up: multiples of 8, two consumers' and the producer's
+# at most 512. One consumer would do without, but then ptxas crashes for pages of 64 and more.
+_REGISTERS = 232, 40
 
 _NAME = "mosaic_gpu"
 # Up to as many rows as one warpgroup takes, and more.
 _NARROW, _WIDE = "paged", "paged_wide"
-_WARPGROUP_ROWS = 64
 _SMS = 132
 # A part shorter than this many key tiles costs more in its start and its merging than it gains.
 _TILES_A_PART = 4
@@ -53,7 +60,7 @@ def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, vis
         return f"takes pages of 16, 32, 64 or 128 positions, not {k_pages.shape[2]}"
     if q.shape[1] > 128:
         return f"takes windows of up to 128 queries, not {q.shape[1]}"
-    return None
+    return not_hopper()
 
 
 class _Problem(NamedTuple):
@@ -74,16 +81,16 @@ class _Problem(NamedTuple):
         batch, window, heads, dim = q.shape
         _, kv_heads, page, _ = k_pages.shape
         rows = heads // kv_heads * window
-        blocks = blocks or blocks_for(_NAME, _NARROW if rows <= _WARPGROUP_ROWS else _WIDE, dim)
-        consumers = blocks.query_tile // _WARPGROUP_ROWS
-        programs = batch * kv_heads * pl.cdiv(rows, consumers * _WARPGROUP_ROWS)
+        blocks = blocks or blocks_for(_NAME, _NARROW if rows <= WARPGROUP_ROWS else _WIDE, dim)
+        consumers = blocks.query_tile // WARPGROUP_ROWS
+        programs = batch * kv_heads * pl.cdiv(rows, consumers * WARPGROUP_ROWS)
         longest = pl.cdiv(page_table.shape[1] * page, blocks.key_tile)
         parts = max(1, min(_SMS // programs, longest // _TILES_A_PART))
         return cls(batch, kv_heads, rows, dim, page, blocks.key_tile, blocks.stages, consumers, parts)
 
     @property
     def row_tile(self) -> int:
-        return self.consumers * _WARPGROUP_ROWS
+        return self.consumers * WARPGROUP_ROWS
 
     @property
     def padded_rows(self) -> int:
@@ -134,7 +141,8 @@ def forward(
     limit = jnp.tile(visible, (1, problem.rows // window))
     limit = jnp.pad(limit, ((0, 0), (0, problem.padded_rows - problem.rows)))
     rows = folded(q, problem.kv_heads)
-    out, logsumexp = _call(problem, scale, interpret)(rows, k_pages, v_pages, page_table, limit, visible.max(axis=1))
+    operands = rows, k_pages, v_pages, page_table, limit, visible.max(axis=1)
+    out, logsumexp = _call(problem, operands, scale, interpret)
     return unfolded(_merged(out, logsumexp[..., : problem.rows]).astype(q.dtype), window)
 
 
@@ -148,66 +156,43 @@ def _merged(out: Array, logsumexp: Array) -> Array:
     return (out * weight[..., None]).sum(axis=0) / jnp.where(total == 0, 1, total)[..., None]
 
 
-def _call(problem: _Problem, scale: float, interpret: bool):
+def _call(problem: _Problem, operands: tuple[Array, ...], scale: float, interpret: bool) -> tuple[Array, Array]:
     parts, batch, kv_heads, dim = problem.parts, problem.batch, problem.kv_heads, problem.dim
     dtype = jnp.bfloat16
     out_dtype = dtype if parts == 1 else jnp.float32
     consumers, stages = problem.consumers, problem.stages
     tiles = plgpu.SMEM((stages, problem.key_tile, dim), dtype)
     shared = _Shared(
-        plgpu.SMEM((consumers, _WARPGROUP_ROWS, dim), dtype),
+        plgpu.SMEM((consumers, WARPGROUP_ROWS, dim), dtype),
         tiles,
         tiles,
-        plgpu.SMEM((consumers, _WARPGROUP_ROWS), jnp.int32),
-        plgpu.SMEM((consumers, _WARPGROUP_ROWS, dim), out_dtype),
-        plgpu.SMEM((consumers, _WARPGROUP_ROWS), jnp.float32),
+        plgpu.SMEM((consumers, WARPGROUP_ROWS), jnp.int32),
+        plgpu.SMEM((consumers, WARPGROUP_ROWS, dim), out_dtype),
+        plgpu.SMEM((consumers, WARPGROUP_ROWS), jnp.float32),
     )
-    filled = plgpu.Barrier(num_arrivals=problem.copies, num_barriers=stages)
-    released = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
+    ready = plgpu.Barrier(num_arrivals=problem.copies, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
     barriers = _Barriers(
         plgpu.Barrier(num_arrivals=2, num_barriers=consumers),
-        filled,
-        filled,
-        released,
-        released,
+        ready,
+        ready,
+        free,
+        free,
         plgpu.Barrier(num_arrivals=consumers),
     )
-    return plgpu.kernel(
-        partial(_kernel, problem=problem, scale=scale * _LOG2E),
-        out_type=(
+    return launch(
+        partial(_kernel, problem=problem, scale=scale * LOG2E),
+        operands,
+        (
             jax.ShapeDtypeStruct((parts, batch, kv_heads, problem.rows, dim), out_dtype),
             jax.ShapeDtypeStruct((parts, batch, kv_heads, problem.padded_rows), jnp.float32),
         ),
-        scratch_types=(shared, barriers),
-        grid=(batch, kv_heads, parts, problem.padded_rows // problem.row_tile),
-        grid_names=("sequence", "head", "part", "tile"),
-        num_threads=consumers + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-        kernel_name="paged_attention",
+        (shared, barriers),
+        {"sequence": batch, "head": kv_heads, "part": parts, "tile": problem.padded_rows // problem.row_tile},
+        "paged_attention",
+        interpret,
+        consumers,
     )
-
-
-def _slot_of(step: Array, stages: int) -> Array:
-    return lax.rem(step, jnp.int32(stages))
-
-
-def _acquire_free(free: Any, step: Array, stages: int) -> None:
-    """Waits until the consumers are done with what the slot held. The first round finds every slot empty."""
-
-    @pl.when(step >= stages)
-    def _():
-        plgpu.barrier_wait(free.at[_slot_of(step, stages)])
-
-
-def _full(value: float, shape: tuple[int, ...], layout: Any) -> Array:
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-
-
-def _along_rows(x: Array, shape: tuple[int, ...]) -> Array:
-    """A value a row, over a tile."""
-    return lax.broadcast_in_dim(x, shape, [0])
 
 
 def _kernel(
@@ -215,17 +200,14 @@ def _kernel(
     *, problem: _Problem, scale: float,
 ):  # fmt: skip
     sequence, head, part, tile = (lax.axis_index(name) for name in ("sequence", "head", "part", "tile"))
-    warpgroup = lax.axis_index("warpgroup")
     longest = longest_ref[sequence]
     tiles = pl.cdiv(longest, jnp.int32(problem.key_tile))
     tiles_a_part = pl.cdiv(tiles, jnp.int32(problem.parts))
     first = part * tiles_a_part
     count = jnp.clip(tiles - first, 0, tiles_a_part)
 
-    @pl.when(warpgroup < problem.consumers)
-    def _():
-        plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
-        rows = pl.ds(tile * problem.row_tile + warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
+    def consume(warpgroup):
+        rows = pl.ds(tile * problem.row_tile + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         mine = _Shared(shared.q.at[warpgroup], shared.k, shared.v, *(x.at[warpgroup] for x in shared[3:]))
         ready = barriers.q_ready.at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[sequence, head, rows], mine.q, ready)
@@ -233,7 +215,7 @@ def _kernel(
         plgpu.barrier_wait(ready)
         out, largest, total = _attend(mine, barriers, problem, first, count, longest, scale)
         seen = total > 0
-        out = out * _along_rows(jnp.where(seen, 1 / total, 0), out.shape)
+        out = out * along(jnp.where(seen, 1 / total, 0), out.shape, 0)
         mine.out[...] = out.astype(mine.out.dtype)
         mine.logsumexp[...] = jnp.where(seen, largest + jnp.log2(total), -jnp.inf)
         plgpu.commit_smem()
@@ -241,9 +223,7 @@ def _kernel(
         plgpu.copy_smem_to_gmem(mine.logsumexp, logsumexp_ref.at[part, sequence, head, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == problem.consumers)
-    def _():
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+    def produce():
         last_page = pl.cdiv(longest, jnp.int32(problem.page)) - 1
         sources = (
             (k_pages, shared.k, barriers.k_ready, barriers.k_free),
@@ -252,13 +232,15 @@ def _kernel(
 
         @pl.loop(0, count)
         def _(step):
-            slot = _slot_of(step, problem.stages)
+            slot = lax.rem(step, problem.stages)
             pieces = [_piece(table_ref, sequence, last_page, first + step, i, problem) for i in range(problem.copies)]
             for source, smem, ready, free in sources:
-                _acquire_free(free, step, problem.stages)
+                wait_until_free(free, step, problem.stages)
                 for i, (page, keys) in enumerate(pieces):
                     to = smem.at[slot, pl.ds(i * keys.size, keys.size)]
                     plgpu.copy_gmem_to_smem(source.at[page, head, keys], to, ready.at[slot])
+
+    roles(consume, produce, problem.consumers, _REGISTERS)
 
 
 def _piece(table_ref, sequence, last_page, tile, i: int, problem: _Problem):
@@ -276,9 +258,8 @@ def _zero_unseen(v_smem, barrier, seen: Array) -> None:
 
     @pl.when(lax.axis_index("warpgroup") == 0)
     def _():
-        layout = _TILE
-        values = plgpu.load(v_smem, layout=layout)
-        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout)
+        values = plgpu.load(v_smem, layout=TILE)
+        key = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=TILE)
         v_smem[...] = jnp.where(key < seen, values, jnp.zeros_like(values))
         plgpu.commit_smem()
 
@@ -290,11 +271,11 @@ def _attend(
     shared: _Shared, barriers: _Barriers, problem: _Problem, first: Array, count: Array, longest: Array, scale: float
 ):
     """Unnormalised output [64, D], largest score in units of log 2 and sum of exponentials [64] of the rows."""
-    shape = (_WARPGROUP_ROWS, problem.key_tile)
+    shape = (WARPGROUP_ROWS, problem.key_tile)
 
     def visit(step, carry):
         out, largest, total = carry
-        slot = _slot_of(step, problem.stages)
+        slot = lax.rem(step, problem.stages)
         plgpu.barrier_wait(barriers.k_ready.at[slot])
 
         def product(scores):
@@ -303,16 +284,14 @@ def _attend(
 
         scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape))
         plgpu.barrier_arrive(barriers.k_free.at[slot])
-        keys = (first + step) * problem.key_tile + plgpu.broadcasted_iota(
-            jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA
-        )
-        limit = _along_rows(plgpu.load(shared.limit, layout=_ROWS), shape)
+        keys = (first + step) * problem.key_tile + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+        limit = along(plgpu.load(shared.limit, layout=ROWS), shape, 0)
         scores = jnp.where(keys < limit, scores * scale, -jnp.inf)
         peak = jnp.maximum(largest, scores.max(axis=1))
-        exp = jnp.exp2(scores - _along_rows(peak, shape))
+        exp = jnp.exp2(scores - along(peak, shape, 0))
         shrink = jnp.exp2(largest - peak)
         total = total * shrink + exp.sum(axis=1)
-        out = out * _along_rows(shrink, out.shape)
+        out = out * along(shrink, out.shape, 0)
         weights = exp.astype(shared.q.dtype)
         plgpu.barrier_wait(barriers.v_ready.at[slot])
         seen = longest - (first + step) * problem.key_tile
@@ -321,16 +300,14 @@ def _attend(
         def _():
             _zero_unseen(shared.v.at[slot], barriers.v_zeroed, seen)
 
-        out = pl.run_state(lambda out: plgpu.wgmma(out, weights, shared.v.at[slot]))(
-            plgpu.WGMMAAccumulatorRef.init(out)
-        )
+        out = plus_product(out, weights, shared.v.at[slot])
         plgpu.barrier_arrive(barriers.v_free.at[slot])
         return out, peak, total
 
     start = (
-        _full(0.0, (_WARPGROUP_ROWS, problem.dim), _TILE),
+        filled(0.0, (WARPGROUP_ROWS, problem.dim), TILE),
         # The lowest finite number, not -inf: rows that see nothing must not compute inf - inf.
-        _full(float(jnp.finfo(jnp.float32).min), (_WARPGROUP_ROWS,), _ROWS),
-        _full(0.0, (_WARPGROUP_ROWS,), _ROWS),
+        filled(float(jnp.finfo(jnp.float32).min), (WARPGROUP_ROWS,), ROWS),
+        filled(0.0, (WARPGROUP_ROWS,), ROWS),
     )
     return lax.fori_loop(0, count, visit, start)

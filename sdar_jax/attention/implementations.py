@@ -1,0 +1,62 @@
+"""Implementations of an op: modules of one package, one of which computes a call."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import NamedTuple
+
+from jaxtyping import Array
+
+from sdar_jax.chips import platform
+from sdar_jax.errors import ConfigError
+
+_KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+
+
+class Choice(NamedTuple):
+    """Who computes, and whether a kernel runs in its interpreter."""
+
+    implementation: str
+    interpret: bool = False
+
+
+class Implementations(NamedTuple):
+    """op: in words. package: where there is a module for each of the names.
+
+    Each has `unsupported(*inputs) -> str | None`, which says why it cannot take these shapes and types.
+    """
+
+    op: str
+    package: str
+    names: tuple[str, ...]
+
+    def asked_for(self, name: str | None, override: Choice | None, *inputs: Array) -> Choice | None:
+        """The named one, or the override's, if any.
+
+        Raises:
+            ConfigError: it is unknown, or cannot take these inputs.
+        """
+        choice = override if name is None else Choice(name)
+        if choice is None:
+            return None
+        if choice.implementation not in self.names:
+            raise ConfigError(f"{self.op} implementation {choice.implementation!r} is unknown; use one of {self.names}")
+        reason = self._module(choice.implementation).unsupported(*inputs)
+        if reason is not None:
+            raise ConfigError(f"{self.op} implementation {choice.implementation!r}: {reason}")
+        return choice
+
+    def kernel(self, *inputs: Array) -> Choice | None:
+        """The platform's kernel, if there is one and it takes these inputs."""
+        name = _KERNELS.get(platform())
+        return Choice(name) if name is not None and self._module(name).unsupported(*inputs) is None else None
+
+    def function(self, choice: Choice, name: str) -> Callable:
+        """What the chosen module calls `name`."""
+        function = getattr(self._module(choice.implementation), name)
+        return partial(function, interpret=True) if choice.interpret else function
+
+    def _module(self, name: str) -> ModuleType:
+        # Imported when it is asked for: not every platform's jaxlib carries every compiler.
+        return importlib.import_module(f"{self.package}.{name}")
