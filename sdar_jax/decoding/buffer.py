@@ -37,7 +37,7 @@ from sdar_jax.decoding.forward import (
 from sdar_jax.decoding.policies import select
 from sdar_jax.decoding.proposal import Proposal
 from sdar_jax.decoding.rows import Rows, Window, take, window_of
-from sdar_jax.decoding.updates import Flags, flags
+from sdar_jax.decoding.updates import Changed, changed
 from sdar_jax.model import LayerPages, Model
 from sdar_jax.sharding import PAGES, constrain, mesh_of, use
 
@@ -50,21 +50,22 @@ class State(NamedTuple):
 
 
 def advance(model: Model, state: State, turns: int | Int[Array, ""], config: BufferConfig) -> State:
-    """At most `turns` turns: until no row can go on or, if asked to stop early, an eighth has newly ended or starved.
+    """At most `turns` turns: until no row can go on or, if asked to stop early, an eighth of those at once cannot.
 
     Every result is the same however turns are cut into calls. A row starves when its next block, or chunk of its
     prompt, needs positions past its `pages_end`; it goes on once the host has raised that.
     """
     state = State(_mark_starved(state.rows, config), state.cache)
-    idle_before = state.rows.done | state.rows.starved
+    at_once = config.at_once(state.rows.done.size)
+    # Of many rows some end in most turns, and the host's work takes longer than a missing row costs.
+    enough = -(-at_once // 8)
+    missing = lambda rows: jnp.maximum(at_once - (~(rows.done | rows.starved)).sum(), 0)
+    before = missing(state.rows)
 
     def goes_on(carry: tuple[Array, State]) -> Array:
         turn, (rows, _) = carry
-        idle = rows.done | rows.starved
-        goes_on = (turn < turns) & ~idle.all()
-        # Of many rows some end in most turns, and the host's work takes longer than an idle row costs.
-        few = (idle & ~idle_before).sum() < -(-idle.size // 8)
-        return goes_on & few if config.stops_early else goes_on
+        goes_on = (turn < turns) & ~(rows.done | rows.starved).all()
+        return goes_on & (missing(rows) - before < enough) if config.stops_early else goes_on
 
     one = lambda carry: (carry[0] + 1, _placed(_turn(model, config, carry[1])))
     return jax.lax.while_loop(goes_on, one, (jnp.int32(0), state))[1]
@@ -89,7 +90,7 @@ def _turn(model: Model, config: BufferConfig, state: State) -> State:
     else:
         packed, cache = paged_forward(model, rows, state.cache, window, live, reads, config)
         rows = _count_prompts(rows, reads, config)
-    proposal = propose_masked(model, rows, window, masked, packed)
+    proposal = propose_masked(model, rows, window, masked, packed, config)
     rows = _commit(rows, window, masked, proposal)
     rows = _finish(_count(rows, live, masked), config.block_size)
     return State(_mark_starved(_leave(rows, window, live, config), config), cache)
@@ -127,6 +128,9 @@ def _who_goes_on(rows: Rows, config: BufferConfig) -> tuple[Bool[Array, " B"], B
     windows = jnp.cumsum(jnp.where(prompts, prompt_windows(rows, config), 0))
     reads = prompts & (windows <= config.prefill_rows * config.chunk_windows)
     decodes = can & _reads_all(rows, config) & (reads | ~prompts)
+    if (at_once := config.at_once(decodes.size)) < decodes.size:
+        before = decodes & (rows.admitted < rows.admitted[:, None])
+        decodes &= before.sum(axis=1) < at_once
     if not config.decodes_beside_prefill:
         decodes &= (decodes | ~can).all()
     return decodes, reads
@@ -222,7 +226,7 @@ class Decoder:
         self._program = _program(structure, config)
         self._mesh = mesh_of(model)
 
-    def __call__(self, state: State, turns: int | Int[Array, ""]) -> tuple[State, Flags]:
+    def __call__(self, state: State, turns: int | Int[Array, ""]) -> tuple[State, Changed]:
         """At most `turns` turns, and what the host wants to know after them; `state` is donated."""
         if self._mesh is not None:
             # As the state comes back, or the next call would be compiled anew.
@@ -232,9 +236,11 @@ class Decoder:
 
 
 @lru_cache(maxsize=64)
-def _program(structure: Any, config: BufferConfig) -> Callable[[list[Array], State, int | Array], tuple[State, Flags]]:
-    def run(weights: list[Array], state: State, turns: int | Array) -> tuple[State, Flags]:
+def _program(
+    structure: Any, config: BufferConfig
+) -> Callable[[list[Array], State, int | Array], tuple[State, Changed]]:
+    def run(weights: list[Array], state: State, turns: int | Array) -> tuple[State, Changed]:
         state = advance(jax.tree.unflatten(structure, weights), state, turns, config)
-        return state, flags(state.rows)
+        return state, changed(state.rows)
 
     return jax.jit(run, donate_argnums=1)

@@ -32,7 +32,7 @@ from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, check_
 from sdar_jax.decoding.pages import PagePool
 from sdar_jax.decoding.requests import COUNTS, Request, Stats, ended
 from sdar_jax.decoding.rows import Rows, RowShape, make_row
-from sdar_jax.decoding.updates import Flags, changed_at, copy_page, end_row, give_pages, put_row
+from sdar_jax.decoding.updates import Seen, copy_page, end_row, give_pages, put_row
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
 from sdar_jax.sharding import mesh_of
@@ -46,7 +46,7 @@ class Engine:
     Args:
         model: a diffusion model, or an autoregressive one, which then serves strategy "autoregressive" alone.
         tokenizer: for prompts and completions as text, and for stop strings.
-        batch_slots: rows decoded at once.
+        batch_slots: rows decoded at once; a quarter more may stand by, their prompts read.
         pages, page_size: of the cache; page_size is a multiple of the block size.
         block_size: S; None is the model's own.
         window_slots: K, blocks of a row that a forward may read: 2 fuses a block's last write with the next's start.
@@ -98,10 +98,11 @@ class Engine:
             prefill_rows=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
             many_widths=platform() == "cpu",
+            rows_at_once=batch_slots,
         )
         self._decode = Decoder(self._model, self._buffer)
         self._float = np.dtype(jnp.promote_types(model.embedding.dtype, jnp.float32))
-        self._places: list[Request | None] = [None] * batch_slots
+        self._places: list[Request | None] = [None] * (batch_slots + -(-batch_slots // 4))
         self._requests: dict[int, Request] = {}
         self._start_over()
         self._ids, self._clock = itertools.count(), itertools.count(1)
@@ -311,40 +312,42 @@ class Engine:
         self._settle()
         with self._changing():
             self._admit()
-        if not any(self._places):
-            assert not self._queue, "a request that was accepted must fit when it is alone"
-            return
-        # Where no row can decode yet it is one turn, so that the time of reading prompts is known.
-        alone = all(self._unread(request) for request in self._places if request is not None)
-        read, started = self._counts["prefill_tokens"], time.perf_counter()
-        found = self._call(1 if alone else self._turns)
+            if not any(self._places):
+                assert not self._queue, "a request that was accepted must fit when it is alone"
+                return
+            # Where no row can decode yet it is one turn, so that the time of reading prompts is known.
+            alone = all(self._unread(request) for request in self._places if request is not None)
+            read, started = self._counts["prefill_tokens"], time.perf_counter()
+            self._start_call(1 if alone else self._turns)
+        self._wait()
         seconds = time.perf_counter() - started
         with self._changing():
-            self._drain(found)
+            self._drain()
         if alone:
             self._counts["prefill_alone_tokens"] += self._counts["prefill_tokens"] - read
             self._prefill_alone_seconds += seconds
 
-    def _drain(self, flags: Flags) -> None:
+    def _drain(self) -> None:
         for request in [r for r in self._places if r is not None]:
-            place = request.place
-            cached = int(flags.cached[place])
+            cached = self._last(request, "cached")
             unread, request.cached = self._unread(request), cached
             self._counts["prefill_tokens"] += unread - self._unread(request)
             if cached > request.recorded:
                 self._record(request, cached)
-            if flags.done[place]:
+            if self._last(request, "done"):
                 self._finish(request, self._leave(request), None)
             elif request.stop_strings:
                 self._stop_at_string(request)
-        self._give_pages(flags)
+        self._give_pages()
 
-    def _call(self, turns: int) -> Flags:
-        with self._changing():
-            self._state, found = self._decode(self._state, turns)
-            self._counts["calls"] += 1
+    def _start_call(self, turns: int) -> None:
+        self._state, found = self._decode(self._state, turns)
+        self._seen = Seen(found)
+        self._counts["calls"] += 1
+
+    def _wait(self) -> None:
         try:
-            return jax.device_get(found)
+            self._seen.wait()
         except Exception:
             # The device failed, and what it was to give is no longer there.
             self._settled = False
@@ -364,7 +367,7 @@ class Engine:
             request.place, request.admitted = self._places.index(None), next(self._clock)
             self._places[request.place] = request
             table, end = self._table(request)
-            row = request.row._replace(page_table=table, pages_end=end)
+            row = request.row._replace(page_table=table, pages_end=end, admitted=np.asarray(request.admitted, np.int32))
             self._state = self._state._replace(rows=put_row(self._state.rows, request.place, row))
 
     def _table(self, request: Request | None) -> tuple[np.ndarray, np.ndarray]:
@@ -375,28 +378,21 @@ class Engine:
         return table, np.asarray(len(pages) * self._pool.page_size, np.int32)
 
     def _lend(self, request: Request) -> bool:
-        """Pages for what the request has and one block more, with what others recorded of its prefix; or False.
-
-        While others lie idle, as many as its first call may come to.
-        """
+        """Pages for what the request has and one block more, with what others recorded of its prefix; or False."""
         row, page_size = request.row, self._pool.page_size
         # An autoregressive row reads the token before its first place as it decodes.
         prefix = self._pool.match(row.tokens[: int(row.start) - self._autoregressive].tolist())
-        missing, ahead = (
-            -(-self._reach(row, int(row.start), int(row.open), blocks) // page_size) - len(prefix.pages)
-            for blocks in (1, self._turns)
-        )
+        missing = -(-self._reach(row, int(row.start), int(row.open), 1) // page_size) - len(prefix.pages)
         # Rows that run will want more: half a page each is left to them, or many would soon be preempted.
-        running = sum(r is not None for r in self._places)
-        lend = lambda: self._pool.allocate(ahead, 2 * running) or self._pool.allocate(missing, running // 2)
+        spare = sum(r is not None for r in self._places) // 2
         held = [*prefix.pages] + ([] if prefix.partial is None else [prefix.partial])
         self._pool.share(held)
-        own = lend()
+        own = self._pool.allocate(missing, spare)
         if own is None and prefix.partial is not None:
             # The page to copy from may be the one that is missing.
             self._pool.release([prefix.partial])
             prefix = prefix._replace(partial=None, length=prefix.length - prefix.partial_length)
-            own = lend()
+            own = self._pool.allocate(missing, spare)
         if own is None:
             self._pool.release(prefix.pages if prefix.partial is None else held)
             return False
@@ -410,15 +406,15 @@ class Engine:
             self._counts["prefix_tokens"] += prefix.length
         return True
 
-    def _give_pages(self, flags: Flags) -> None:
+    def _give_pages(self) -> None:
         """Pages for rows that starve, if need be from the request that came last; and ahead, while some lie idle."""
         running = sorted((r for r in self._places if r is not None), key=lambda r: r.admitted)
         given = 0
         for request in running:
-            if request.place is not None and flags.starved[request.place]:
+            if request.place is not None and self._last(request, "starved"):
                 given += self._give_page(request)
         for request in running:
-            if request.place is not None and self._soon_starves(request, flags):
+            if request.place is not None and self._soon_starves(request):
                 own = self._pool.allocate(1, len(running))
                 request.pages += own or []
                 given += own is not None
@@ -436,9 +432,9 @@ class Engine:
         request.pages += own
         return True
 
-    def _soon_starves(self, request: Request, flags: Flags) -> bool:
+    def _soon_starves(self, request: Request) -> bool:
         """Whether the next call may come to positions that no page of the row covers."""
-        start, opened = int(flags.start[request.place]), int(flags.open[request.place])
+        start, opened = self._last(request, "start"), self._last(request, "open")
         covered = len(request.pages) * self._pool.page_size
         return covered < self._reach(request.row, start, opened, self._turns)
 
@@ -460,7 +456,8 @@ class Engine:
         row = self._fetch(request)
         self._record(request, int(row.cached), np.asarray(row.tokens))
         self._pool.release(request.pages)
-        self._state = self._state._replace(rows=end_row(self._state.rows, request.place))
+        if not row.done:
+            self._state = self._state._replace(rows=end_row(self._state.rows, request.place))
         self._places[request.place] = None
         request.place, request.pages = None, []
         return row
@@ -473,10 +470,15 @@ class Engine:
         self._pool.record(request.pages, tokens[:whole].tolist())
         request.recorded = max(request.recorded, whole)
 
-    def _fetch(self, request: Request) -> Rows:
-        """Its row as the device has it."""
+    def _last(self, request: Request, name: str) -> int:
+        """A number of its row as the last call left it."""
         assert request.place is not None
-        return request.row._replace(**changed_at(self._state.rows, request.place))
+        return self._seen.number(name, request.place)
+
+    def _fetch(self, request: Request) -> Rows:
+        """Its row as the last call left it."""
+        assert request.place is not None
+        return self._seen.row(request.row, request.place)
 
     def _stop_at_string(self, request: Request) -> None:
         assert request.place is not None

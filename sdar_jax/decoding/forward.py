@@ -41,7 +41,10 @@ class BufferConfig:
         decodes_beside_prefill: whether other rows decode in forwards that read prompts, or all rows begin as one.
         many_widths: whether forwards are compiled for many numbers of slots and prompt windows, or for few. Many fit
             the work more closely, and take longer to compile: for CPUs, where a forward's time grows with its width.
-        stops_early: whether `advance` returns when an eighth of the rows, or more, have ended or starved.
+        rows_at_once: rows that decode in one forward, the first admitted; the others stand by with their prompts read,
+            and one begins when another ends, without waiting for the host. None is all.
+        stops_early: whether `advance` returns when, of the rows at once, an eighth or more are missing: have ended or
+            starved, and none stands by.
     """
 
     block_size: int
@@ -50,7 +53,12 @@ class BufferConfig:
     prefill_tokens: int = 0
     decodes_beside_prefill: bool = True
     many_widths: bool = False
+    rows_at_once: int | None = None
     stops_early: bool = True
+
+    def at_once(self, rows: int) -> int:
+        """How many of so many rows decode in one forward."""
+        return rows if self.rows_at_once is None else min(self.rows_at_once, rows)
 
     @property
     def prompt_window(self) -> int:
@@ -106,8 +114,7 @@ def paged_forward(
         found = jnp.zeros((index.size, config.block_size, model.config.hidden_size), model.embedding.dtype)
         return found.at[:slots].set(hidden[0]) if slots else found, cache
 
-    batch, each = live.shape
-    widths, beside = _slot_widths(batch, each, config)
+    widths, beside = _slot_widths(config.at_once(live.shape[0]), live.shape[1], config)
     branches = [(width, 0) for width in widths]
     branch = _narrowest(widths, count)
     if config.prefill_rows:
@@ -183,7 +190,9 @@ def canvas_forward(model: Model, rows: Rows, window: Window) -> Packed:
     return Packed(opened, jnp.arange(batch, dtype=jnp.int32), jnp.int32(batch))
 
 
-def propose_masked(model: Model, rows: Rows, window: Window, masked: Bool[Array, "B K S"], packed: Packed) -> Proposal:
+def propose_masked(
+    model: Model, rows: Rows, window: Window, masked: Bool[Array, "B K S"], packed: Packed, config: BufferConfig
+) -> Proposal:
     """A proposal for each masked position, [B, K, S]; zeros, and finite, elsewhere. The head runs on those alone."""
     size = masked.shape[-1]
     used = jnp.arange(packed.index.size) < packed.count
@@ -216,8 +225,9 @@ def propose_masked(model: Model, rows: Rows, window: Window, masked: Bool[Array,
         proposal = jax.lax.fori_loop(0, -(-count // _PROPOSALS), one_part, none)
     else:
         # At most one block a row has masks, unless blocks open early.
-        one_block = masked.shape[0] * size
-        widths = [0, *_parts_of(one_block, (4, 8)), *([masked.size] if masked.size > one_block else [])]
+        at_once = config.at_once(masked.shape[0])
+        one_block, most = at_once * size, at_once * masked.shape[1] * size
+        widths = [0, *_parts_of(one_block, (4, 8)), *([most] if most > one_block else [])]
         proposal = _switch(_narrowest(widths, count), [(width,) for width in widths], head, none)
     return jax.tree.map(lambda x: x.reshape(masked.shape), proposal)
 

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     tokens: the prompt, then masks, then what was committed.
     step: the row's denoising forward that committed each position, -1 for the prompt. logprob: of what it committed.
     limit: prompt_length + max_new_tokens. stop_ids: padded with -1.
-    pages_end: positions that `page_table` covers.
+    pages_end: positions that `page_table` covers. admitted: rows decode in this order where not all can at once.
     start: of slot 0, where a block starts. cached: positions whose keys and values in the pages are final; a row reads
         its prompt, in chunks, until that is all before `start`.
     block_step: of each slot, the steps it has had since it was activated.
@@ -43,6 +43,7 @@ class Rows(NamedTuple):
     knobs: Knobs
     page_table: Int[Array, "*B M"]
     pages_end: _Number
+    admitted: _Number
     start: _Number
     open: _Number
     cached: _Number
@@ -99,6 +100,7 @@ def make_row(
         knobs=make_knobs(config, shape.block_size, seed),
         page_table=np.zeros(shape.pages, np.int32),
         pages_end=number(0),
+        admitted=number(0),
         start=number(first_block),
         open=number(0),
         cached=number(0),

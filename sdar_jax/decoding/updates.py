@@ -1,7 +1,7 @@
 """What the host reads of a batch on the device between calls, and what it changes there: each compiled once."""
 
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +14,56 @@ from sdar_jax.model import LayerPages
 _Index = int | Int[Array, ""]
 
 
-class Flags(NamedTuple):
-    """What the host reads after each call, [B] each."""
-
-    done: Any
-    starved: Any
-    cached: Any
-    start: Any
-    open: Any
-
-
-def flags(rows: Rows) -> Flags:
-    return Flags(*(getattr(rows, name) for name in Flags._fields))
-
-
 # What the device does not change of a row, and the host has.
-_GIVEN = ("prompt_length", "limit", "stop_ids", "knobs", "page_table", "pages_end")
+_GIVEN = ("prompt_length", "limit", "stop_ids", "knobs", "page_table", "pages_end", "admitted")
 _ARRAYS = ("tokens", "committed", "step", "logprob", "block_step")
 _NUMBERS = tuple(name for name in Rows._fields if name not in _GIVEN + _ARRAYS)
 
 
-def changed_at(rows: Rows, place: int) -> dict[str, np.ndarray]:
-    """A row's fields that the device changes, on the host."""
-    arrays, numbers = jax.device_get(_packed_at(rows, place))
-    as_field = lambda name, value: value.astype(getattr(rows, name).dtype)
-    return arrays | {name: as_field(name, value) for name, value in zip(_NUMBERS, numbers, strict=True)}
+class Changed(NamedTuple):
+    """A copy of what the device changed of all rows, left behind by a call: its state goes into the next one.
+
+    numbers: fields of one number or flag a row, as one array: each that the host reads takes time of its own.
+    arrays: the other fields, by name.
+    """
+
+    numbers: Int[Array, "N B"]
+    arrays: dict[str, Array]
 
 
-@jax.jit
-def _packed_at(rows: Rows, place: _Index) -> tuple[dict[str, Array], Array]:
-    """Its numbers and flags as one array: each array that the host reads takes time of its own."""
-    numbers = jnp.stack([getattr(rows, name)[place].astype(jnp.int32) for name in _NUMBERS])
-    return {name: getattr(rows, name)[place] for name in _ARRAYS}, numbers
+def changed(rows: Rows) -> Changed:
+    numbers = jnp.stack([getattr(rows, name).astype(jnp.int32) for name in _NUMBERS])
+    return Changed(numbers, {name: getattr(rows, name) for name in _ARRAYS})
+
+
+class Seen:
+    """`Changed` on the host: numbers once the call that made it is done, arrays when the first row is asked for."""
+
+    def __init__(self, found: Changed):
+        self._found = found
+
+    @cached_property
+    def _numbers(self) -> dict[str, np.ndarray]:
+        return dict(zip(_NUMBERS, jax.device_get(self._found.numbers), strict=True))
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return jax.device_get(self._found.arrays)
+
+    def wait(self) -> None:
+        """Returns when the call is done; raises what the device did."""
+        self._numbers  # noqa: B018
+
+    def number(self, name: str, place: int) -> int:
+        """A field of the row at `place`; flags are 0 or 1."""
+        return int(self._numbers[name][place])
+
+    def row(self, given: Rows, place: int) -> Rows:
+        """The row at `place`, whose other fields are `given`'s."""
+        # Copies, or a finished row would hold all the others.
+        arrays = {name: array[place].copy() for name, array in self._arrays.items()}
+        numbers = {name: all_[place].astype(getattr(given, name).dtype) for name, all_ in self._numbers.items()}
+        return given._replace(**arrays, **numbers)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -61,9 +61,26 @@ def test_everyone_gets_what_they_would_get_alone(pages, traffic, turns):
     assert served.stats().pages_available == pages
 
 
+def test_a_row_that_stands_by_begins_when_another_ends(x64):
+    """One decodes at a time; the other's prompt is read meanwhile, and its turn comes in the same call."""
+    served = engine(batch_slots=1, turns=50)
+    ids = [served.submit(LONG[:n], CONFIGS[2], max_new_tokens=8, stop_token_ids=()) for n in (17, 25, 9)]
+    first, second = (served._requests[i] for i in ids[:2])
+    began = lambda request: int(served._fetch(request).denoising_forwards)
+    while first.result is None:
+        served._step()
+        assert served.stats().running <= 2
+        assert first.result is not None or not began(first) or not began(second)
+    # Only their prompts and the third's, which waited, took calls of their own.
+    assert second.result is not None and served.stats().queued == 1 and served.stats().calls <= 3
+    for request_id, n in zip(ids, (17, 25, 9), strict=True):
+        got, wanted = served.result(request_id), alone(LONG[:n], CONFIGS[2], 8, (), 0)
+        assert (got.tokens, got.denoising_forwards) == (wanted.tokens, wanted.denoising_forwards)
+
+
 def test_requests_give_up_their_pages_and_come_back(x64):
-    """Two that need 5 and 6 of 7 pages, and are lent no page before they need it."""
-    served = engine(pages=7, turns=1)
+    """Two that need 5 and 6 of 7 pages."""
+    served = engine(pages=7)
     wanted = [alone(p, CONFIGS[2], 20, (), 0).tokens for p in (LONG[:17], LONG[::-1][:26])]
     got = served.generate([LONG[:17], LONG[::-1][:26]], CONFIGS[2], max_new_tokens=20, stop_token_ids=())
     assert [c.tokens for c in got] == wanted
