@@ -308,6 +308,23 @@ def test_chat_remembers(cli, model_dir):
         assert record["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
 
 
+def test_a_chat_that_outgrows_its_engine_goes_on(model_dir, monkeypatch, capsys):
+    """A larger engine reads all of it again."""
+    lengths, prepare = [], sample.Sampler.prepare
+    spy = lambda sampler, slots, length: lengths.append(length) or prepare(sampler, slots, length)
+    monkeypatch.setattr(sample.Sampler, "prepare", spy)
+    monkeypatch.setattr(sample, "CHAT_LENGTH", 1)
+    monkeypatch.setattr(sample, "LEAST_LENGTH", 1)
+    question = "and now, what of a longer question?"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"hi\n{question}\n"))
+    sample.main(sample.SampleConfig(model=str(model_dir), chat=True, json=True, max_new_tokens=5))
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n".format
+    ids = make_byte_tokenizer().encode(turn("hi") + first["text"] + "<|im_end|>\n" + turn(question))
+    assert second["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
+    assert len(lengths) == 2 and lengths[0] < len(ids) + 5 <= lengths[1]
+
+
 def test_a_turn_reads_nothing_that_an_earlier_one_did(cli):
     """But for blocks of four that the earlier turn's end or this one's beginning cuts."""
     result = cli("--chat", "--json", "--max-new-tokens", 40, "--stop-token-ids", "", stdin="hi\nand?\n")

@@ -46,7 +46,7 @@ class Engine:
     Args:
         model: a diffusion model, or an autoregressive one, which then serves strategy "autoregressive" alone.
         tokenizer: for prompts and completions as text, and for stop strings.
-        batch_slots: rows decoded at once; a quarter more may stand by, their prompts read.
+        batch_slots: rows decoded at once; half as many more may stand by, their prompts read.
         pages, page_size: of the cache; page_size is a multiple of the block size.
         block_size: S; None is the model's own.
         window_slots: K, blocks of a row that a forward may read: 2 fuses a block's last write with the next's start.
@@ -102,7 +102,7 @@ class Engine:
         )
         self._decode = Decoder(self._model, self._buffer)
         self._float = np.dtype(jnp.promote_types(model.embedding.dtype, jnp.float32))
-        self._places: list[Request | None] = [None] * (batch_slots + -(-batch_slots // 4))
+        self._places: list[Request | None] = [None] * (batch_slots + -(-batch_slots // 2))
         self._requests: dict[int, Request] = {}
         self._start_over()
         self._ids, self._clock = itertools.count(), itertools.count(1)
@@ -205,7 +205,9 @@ class Engine:
         Changes do not depend on how many turns the device runs a call; an event may hold several finished blocks. What
         may be part of a stop string is held back until it is decided.
         """
-        request = self._known(request_id)
+        return self._events(self._known(request_id), changes)
+
+    def _events(self, request: Request, changes: bool) -> Iterator[Event]:
         told, forward = 0, 0
         while True:
             self._settle()
@@ -383,8 +385,10 @@ class Engine:
         # An autoregressive row reads the token before its first place as it decodes.
         prefix = self._pool.match(row.tokens[: int(row.start) - self._autoregressive].tolist())
         missing = -(-self._reach(row, int(row.start), int(row.open), 1) // page_size) - len(prefix.pages)
-        # Rows that run will want more: half a page each is left to them, or many would soon be preempted.
-        spare = sum(r is not None for r in self._places) // 2
+        # Rows that run will want more: half a page each is left to them, or many would soon be preempted; and a whole
+        # one, where this one would only stand by.
+        running = sum(r is not None for r in self._places)
+        spare = running // 2 if running < self._buffer.at_once(len(self._places)) else running
         held = [*prefix.pages] + ([] if prefix.partial is None else [prefix.partial])
         self._pool.share(held)
         own = self._pool.allocate(missing, spare)

@@ -106,10 +106,9 @@ def test_odd_orders(whole, x64):
     first = next(left)
     left.close()
     late = submit(one, PROMPTS[3])
-    # Two rows decode and one stands by.
-    assert one.stats().running == 3 and one.stats().queued == 1
-    assert one.cancel(late).tokens == [] and one.stats().queued == 0
-    for again in (one.cancel, one.result, lambda i: next(one.stream(i))):
+    queued = one.stats().queued
+    assert one.cancel(late).tokens == [] and one.stats().queued == queued - 1
+    for again in (one.cancel, one.result, one.stream):
         with refused(DecodingError, str(late), "unknown"):
             again(late)
     twice = [one.stream(ids[1]), one.stream(ids[1])]
@@ -161,20 +160,25 @@ def test_an_interruption_loses_nothing(name, before, whole, x64):
     """State that was donated may be gone, books half kept: requests go on, and tokens that were told stand."""
     one = served()
     one.generate([PROMPTS[1]], CONFIG, max_new_tokens=1)
+    unwanted = submit(one, PROMPTS[3])
+    one._step()
     ids = [submit(one, [*PROMPTS[1][:12], 7], 5), *(submit(one, prompt) for prompt in PROMPTS)]
     told, events = [], one.stream(ids[2])
     place = {"_decode": one, "device_get": jax}.get(name, engine)
     with once(place, name, before=before), pytest.raises(Interrupted):
+        assert one.cancel(unwanted).finish_reason == "cancelled"
         for event in events:
             told += event.tokens
         for request_id in ids:
             while one._requests[request_id].result is None:
                 one._step()
+    if unwanted in one._requests:
+        one.cancel(unwanted)
     assert told == whole[1][: len(told)]
     told = [t for event in one.stream(ids[2]) for t in event.tokens]
     assert told == whole[1] and [one.result(i).tokens for i in ids[1:]] == whole
     assert one.result(ids[0]).tokens == wanted([*PROMPTS[1][:12], 7], 5)
-    assert idle(one) and one.stats().restarts == (name != "device_get")
+    assert idle(one) and one.stats().restarts == 1
 
 
 def interrupt_line(number: int):
