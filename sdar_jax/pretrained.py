@@ -27,7 +27,7 @@ from sdar_jax.config import ModelConfig
 from sdar_jax.errors import CheckpointError, ConfigError
 from sdar_jax.model import Model
 from sdar_jax.quantization import is_quantized, quantize_weight
-from sdar_jax.sharding import shardings
+from sdar_jax.sharding import check_mesh, shardings
 from sdar_jax.tensor_files import INDEX_FILE, SUPPORTED_DTYPES, Tensor, TensorReader, listed, write_tensors
 
 # Which tensors of theirs make up each weight of ours, and where in it they lie (shapes: see model.py).
@@ -97,10 +97,13 @@ def load_pretrained(
 
     Raises:
         CheckpointError: a file that is missing, cut short or not what config.json describes, with all that is wrong
-            named in one message, before any weight is placed. ConfigError: a config or dtype that is not supported.
+            named in one message, before any weight is placed. ConfigError: a config or dtype that is not supported,
+            or a mesh that does not divide the model.
     """
     directory = model_directory(path_or_hub_id)
     config = _read_config(directory, {"block_size": block_size, "mask_token_id": mask_token_id})
+    if mesh is not None:
+        check_mesh(mesh, config)
     int8 = dtype in ("int8", jnp.int8)
     skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), _resolved("auto" if int8 else dtype, mesh)))
     structure = jax.tree.structure(skeleton)

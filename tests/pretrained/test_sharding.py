@@ -48,6 +48,13 @@ assert layer.qkv.addressable_shards[0].data.shape == (12, 1, 4, 8)
 for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(model), strict=True):
     np.testing.assert_array_equal(a, b)
 
+integers = load_pretrained(path, dtype="int8", mesh=mesh)
+for a, b in zip(jax.tree.leaves(load_pretrained(path, dtype="int8")), jax.tree.leaves(integers), strict=True):
+    np.testing.assert_array_equal(a, b)
+for name in ("qkv", "output", "gate_up", "down"):
+    got = getattr(integers.layers[0], name)[...].qvalue
+    assert got.sharding.is_equivalent_to(jax.NamedSharding(mesh, expected[name]), got.ndim), (name, got.sharding)
+
 tokens = jnp.arange(40, dtype=jnp.int32).reshape(2, 20)
 run = jax.jit(logits, static_argnames="block_size")
 np.testing.assert_allclose(run(model, tokens, block_size=4), run(plain, tokens, block_size=4), rtol=1e-4, atol=1e-5)

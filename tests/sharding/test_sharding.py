@@ -77,6 +77,18 @@ def test_a_mesh_that_does_not_divide_is_refused_with_the_sizes_that_would_do(siz
         check_mesh(abstract(**sizes), QWEN3_8B, batch_size=16, lengths=(8192, 4096))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"expert": 3}, "mesh.expert is 3 and the model has 128 experts; use 1, 2, 4, 8"),
+        ({"tensor": 8}, "mesh.tensor is 8 and the model has 4 key-value heads and moe_intermediate_size 768; use 1, 2"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_a_mixture(sizes, told):
+    with refused(ConfigError, told):
+        check_mesh(abstract(**sizes), ModelConfig.preset("qwen3-30b-a3b"))
+
+
 def test_a_mesh_that_divides_is_taken():
     check_mesh(abstract(data=2, fsdp=8, context=4, tensor=8), QWEN3_8B, batch_size=16, lengths=(8192, 4096))
 
@@ -122,8 +134,32 @@ def test_losses_and_gradients_of_every_objective_on_every_axis_and_product():
 
 
 @pytest.mark.slow
-def test_decoding():
-    run_module("tests.sharding.decoding_on_meshes", "1,1,1,1,2", "2,2,1,1,2", "1,8,1,1,1")
+@pytest.mark.parametrize(
+    ("case", "meshes"),
+    [
+        # data, fsdp, expert, context, tensor
+        ("dense", ["1,1,1,1,2", "2,2,1,1,2", "1,8,1,1,1"]),
+        pytest.param("mixture", ["1,1,2,1,2"], marks=pytest.mark.ci),
+        ("mixture", ["1,1,1,1,2", "1,1,4,1,1", "1,2,2,1,1"]),
+        pytest.param("int8", ["1,1,1,1,2"], marks=pytest.mark.ci),
+        # What does not divide is whole on each device.
+        ("int8", ["1,2,1,1,2", "1,1,1,1,3"]),
+        ("autoregressive", ["1,1,1,1,2", "2,1,1,1,4"]),
+        # The canvas splits its rows over the first three axes.
+        ("canvas", ["1,1,1,1,2", "2,2,1,1,2", "3,1,1,1,2"]),
+        ("canvas_mixture", ["1,1,2,1,2", "1,2,2,1,1"]),
+    ],
+)
+def test_decoding(case, meshes):
+    printed = run_module("tests.sharding.decoding_on_meshes", case, *meshes)
+    assert printed.splitlines() == [f"{case} {mesh}" for mesh in meshes]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_faults(tmp_path: Path):
+    """A shard of weights that is missing or cut short, a full disk, and a run that goes on otherwise."""
+    run_module("tests.sharding.faults_on_meshes", tmp_path)
 
 
 @pytest.mark.slow
