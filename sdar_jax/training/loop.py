@@ -29,7 +29,7 @@ from sdar_jax.sharding import batch_sharding, use
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import EvalConfig, TrainConfig
 from sdar_jax.training.reading import to_values
-from sdar_jax.training.resume import check_unchanged, write_config
+from sdar_jax.training.resume import check_same_for_all, check_unchanged, write_config
 from sdar_jax.training.run_dir import occupied
 from sdar_jax.training.setup import Setup, open_dataset, prepare, tokenizer_directory
 from sdar_jax.training.signals import Interrupts
@@ -74,6 +74,7 @@ def train(config: TrainConfig, *, make_evaluate: MakeEvaluate | None = None) -> 
         raise ConfigError("eval is set and train() has no make_evaluate; give one, or set eval to None")
     run_dir = Path(config.run_dir)
     with occupied(run_dir), Checkpoints(run_dir, config.checkpoint) as checkpoints:
+        check_same_for_all(config)
         position = checkpoints.position()
         if position is not None:
             check_unchanged(position.config, config)

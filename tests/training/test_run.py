@@ -17,7 +17,7 @@ from sdar_jax.model import stack_layers
 from sdar_jax.pretrained import load_pretrained
 from sdar_jax.training import Outcome, TrainConfig, read_config, train
 from sdar_jax.training.reading import from_values, to_values
-from sdar_jax.training.resume import check_unchanged
+from sdar_jax.training.resume import check_same_for_all, check_unchanged
 from sdar_jax.training.run_dir import occupied
 from sdar_jax.training.step import model_weights
 from tests.training.conftest import assert_same_run, data_values, merged, metrics_of, run_values, state_of
@@ -236,6 +236,15 @@ def test_a_run_from_before_a_field_goes_on_with_its_default(inputs, tmp_path):
     check_unchanged(saved, config)
     with pytest.raises(ConfigError, match=r"seed \(was 0, is 3\)"):
         check_unchanged(saved, config_in(inputs, tmp_path / "run", seed=3))
+
+
+def test_a_process_with_another_config_is_noticed(inputs, tmp_path, monkeypatch):
+    config = config_in(inputs, tmp_path / "run")
+    check_same_for_all(config)
+    first = to_values(config_in(inputs, tmp_path / "run", seed=3))
+    monkeypatch.setattr("sdar_jax.processes.from_first", lambda make: first)
+    with pytest.raises(ConfigError, match=r"not process 0's: seed \(3 in process 0, 0 here\); give all"):
+        check_same_for_all(config)
 
 
 def test_two_jobs_do_not_share_a_run_dir(inputs, tmp_path):
