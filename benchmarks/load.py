@@ -1,6 +1,6 @@
 """64 concurrent requests of mixed lengths through an engine of 8 rows, beside static batches of 8 with equal lengths.
 
-    python -m benchmarks.load [--requests 256] [--pairs 5] [--turns 8] [--pages 64] [--seed 0]
+    python -m benchmarks.load [--requests 256] [--pairs 5] [--turns 16] [--pages 96] [--seed 0]
 
 Whenever one of the 64 ends the next is submitted, until all have been: so the queue is full but for the end of a run,
 when the last rows finish alone. Pages are too few for 8 long rows, and one request in eight is cancelled when it is
@@ -159,8 +159,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256, help="in all, 64 at a time")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=8, help="forwards a call of the engine, at most")
-    parser.add_argument("--pages", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=16, help="forwards a call of the engine, at most")
+    parser.add_argument("--pages", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, compiled = unstack_layers(network()), Compilations()

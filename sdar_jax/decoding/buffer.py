@@ -50,7 +50,7 @@ class State(NamedTuple):
 
 
 def advance(model: Model, state: State, turns: int | Int[Array, ""], config: BufferConfig) -> State:
-    """At most `turns` turns: until no row can go on or, if asked to stop early, an eighth of those at once cannot.
+    """At most `turns` turns: until no row can go on or, if asked, an eighth of those at once have come to be missing.
 
     Every result is the same however turns are cut into calls. A row starves when its next block, or chunk of its
     prompt, needs positions past its `pages_end`; it goes on once the host has raised that.
@@ -122,18 +122,26 @@ def _reads_all(rows: Rows, config: BufferConfig) -> Bool[Array, " B"]:
 
 
 def _who_goes_on(rows: Rows, config: BufferConfig) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
-    """Rows that decode in this turn, and those whose prompts it reads: in order, as many as its windows serve."""
+    """Rows that decode in this turn, and those whose prompts it reads: as admitted, as many as its windows serve."""
     can = ~rows.done & ~rows.starved
     prompts = can & (prompt_left(rows, config) > 0)
-    windows = jnp.cumsum(jnp.where(prompts, prompt_windows(rows, config), 0))
+    earlier = _earlier(rows)
+    takes = jnp.where(prompts, prompt_windows(rows, config), 0)
+    windows = takes + jnp.where(earlier, takes, 0).sum(axis=1)
     reads = prompts & (windows <= config.prefill_rows * config.chunk_windows)
     decodes = can & _reads_all(rows, config) & (reads | ~prompts)
     if (at_once := config.at_once(decodes.size)) < decodes.size:
-        before = decodes & (rows.admitted < rows.admitted[:, None])
-        decodes &= before.sum(axis=1) < at_once
+        decodes &= (earlier & decodes).sum(axis=1) < at_once
     if not config.decodes_beside_prefill:
         decodes &= (decodes | ~can).all()
     return decodes, reads
+
+
+def _earlier(rows: Rows) -> Bool[Array, "B B"]:
+    """Whether row j was admitted before row i, or was at once and stands before it."""
+    index = jnp.arange(rows.admitted.size)
+    same = (rows.admitted == rows.admitted[:, None]) & (index < index[:, None])
+    return (rows.admitted < rows.admitted[:, None]) | same
 
 
 def _count_prompts(rows: Rows, reads: Bool[Array, " B"], config: BufferConfig) -> Rows:

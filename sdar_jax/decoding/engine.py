@@ -91,7 +91,7 @@ class Engine:
         slots = 1 if self._autoregressive else window_slots
         self._shape = RowShape(table * page_size, _STOPS, table, size, slots)
         self._model, self._tokenizer = unstack_layers(model), tokenizer
-        self._max_queue, self._turns = max_queue, turns
+        self._batch_slots, self._max_queue, self._turns = batch_slots, max_queue, turns
         self._buffer = BufferConfig(
             block_size=size,
             reads="next_token" if self._autoregressive else "blocks",
@@ -172,7 +172,9 @@ class Engine:
             with self._changing():
                 if request.place is None:
                     self._queue.remove(request)
-                self._finish(request, self._leave(request), "cancelled")
+                row = self._leave(request)
+                # It may have ended in a call whose end nobody saw.
+                self._finish(request, row, None if row.done else "cancelled")
         return self.result(request_id)
 
     def generate(
@@ -388,7 +390,7 @@ class Engine:
         # Rows that run will want more: half a page each is left to them, or many would soon be preempted; and a whole
         # one, where this one would only stand by.
         running = sum(r is not None for r in self._places)
-        spare = running // 2 if running < self._buffer.at_once(len(self._places)) else running
+        spare = running // 2 if running < self._batch_slots else running
         held = [*prefix.pages] + ([] if prefix.partial is None else [prefix.partial])
         self._pool.share(held)
         own = self._pool.allocate(missing, spare)
@@ -405,7 +407,7 @@ class Engine:
             self._pool.release([prefix.partial])
         request.pages, request.recorded = [*prefix.pages, *own], 0
         request.row, request.cached = row._replace(cached=np.asarray(prefix.length, np.int32)), prefix.length
-        if not row.denoising_forwards:
+        if not request.admitted:
             self._counts["prompt_tokens"] += len(request.prompt)
             self._counts["prefix_tokens"] += prefix.length
         return True
@@ -448,8 +450,7 @@ class Engine:
         return min(start + (opened + blocks) * size, -(-int(row.limit) // size) * size)
 
     def _preempt(self, request: Request) -> None:
-        row = self._leave(request)
-        request.row = row._replace(starved=np.asarray(False))
+        request.row = self._leave(request)
         self._queue.appendleft(request)
         self._counts["preemptions"] += 1
 
@@ -482,6 +483,7 @@ class Engine:
     def _fetch(self, request: Request) -> Rows:
         """Its row as the last call left it."""
         assert request.place is not None
+        self._wait()
         return self._seen.row(request.row, request.place)
 
     def _stop_at_string(self, request: Request) -> None:

@@ -43,8 +43,8 @@ class BufferConfig:
             the work more closely, and take longer to compile: for CPUs, where a forward's time grows with its width.
         rows_at_once: rows that decode in one forward, the first admitted; the others stand by with their prompts read,
             and one begins when another ends, without waiting for the host. None is all.
-        stops_early: whether `advance` returns when, of the rows at once, an eighth or more are missing: have ended or
-            starved, and none stands by.
+        stops_early: whether `advance` returns when, of the rows at once, an eighth have come to be missing: have
+            ended or starved, and no other is there.
     """
 
     block_size: int
@@ -220,13 +220,13 @@ def propose_masked(
         to = jnp.where(used, place, masked.size)
         return jax.tree.map(lambda all, new: all.at[to].set(new, mode="drop"), proposal, found)
 
-    if masked.size > _PROPOSALS:
+    # At most one block a row has masks, unless blocks open early.
+    at_once = config.at_once(masked.shape[0])
+    one_block, most = at_once * size, at_once * masked.shape[1] * size
+    if most > _PROPOSALS:
         one_part = lambda i, proposal: head(_PROPOSALS, proposal, i * _PROPOSALS)
         proposal = jax.lax.fori_loop(0, -(-count // _PROPOSALS), one_part, none)
     else:
-        # At most one block a row has masks, unless blocks open early.
-        at_once = config.at_once(masked.shape[0])
-        one_block, most = at_once * size, at_once * masked.shape[1] * size
         widths = [0, *_parts_of(one_block, (4, 8)), *([most] if most > one_block else [])]
         proposal = _switch(_narrowest(widths, count), [(width,) for width in widths], head, none)
     return jax.tree.map(lambda x: x.reshape(masked.shape), proposal)

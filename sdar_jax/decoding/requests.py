@@ -14,9 +14,9 @@ from sdar_jax.decoding.rows import Rows
 class Stats(NamedTuple):
     """Now: queued and running requests, free or evictable pages. Since the start: the rest.
 
-    finished: requests that ended, `cancelled` ones and `failed` ones ("error") among them. restarts: times that the
-    device's state was built anew after an interruption. preemptions: times that a request gave up its row. evictions:
-    of pages that held a finished prefix. calls: of the device.
+    running: those that stand by among them. finished: requests that ended, `cancelled` ones and `failed` ones ("error")
+    among them. restarts: times that the device's state was built anew after an interruption. preemptions: times that a
+    request gave up its row. evictions: of pages that held a finished prefix. calls: of the device.
     prefix_tokens: prompt positions that another request's pages served. prefill_tokens: positions that were read before
     decoding, prompts and what a preempted request had. prefill_alone: of these, positions read by calls before which no
     row could decode, and the wall time of those calls: of one forward, with the first blocks of those it serves.

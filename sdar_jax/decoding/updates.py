@@ -74,13 +74,12 @@ def put_row(rows: Rows, place: _Index, row: Rows) -> Rows:
 @partial(jax.jit, donate_argnums=0)
 def give_pages(rows: Rows, table: Int[Array, "B M"], ends: Int[Array, " B"]) -> Rows:
     """Page tables and what they cover, of all rows: those that starved may go on."""
-    starved = rows.starved & (ends <= rows.pages_end)
-    return rows._replace(page_table=table, pages_end=ends, starved=starved)
+    return rows._replace(page_table=table, pages_end=ends)
 
 
 @partial(jax.jit, donate_argnums=0)
 def end_row(rows: Rows, place: _Index) -> Rows:
-    return rows._replace(done=rows.done.at[place].set(True), open=rows.open.at[place].set(0))
+    return rows._replace(done=rows.done.at[place].set(True))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -78,6 +78,18 @@ def test_a_row_that_stands_by_begins_when_another_ends(x64):
         assert (got.tokens, got.denoising_forwards) == (wanted.tokens, wanted.denoising_forwards)
 
 
+def test_prompts_are_read_in_the_order_of_admission(x64):
+    """Whatever places they have: with a queue that is never empty, nobody waits while later ones come and go."""
+    served, ids = engine(batch_slots=1, window_slots=1), []
+    for _ in range(30):
+        while served.stats().queued < 2:
+            ids.append(served.submit([len(ids) % 20 + 1] * 17, CONFIGS[0], max_new_tokens=1, stop_token_ids=()))
+        served._step()
+        ended = [served._requests[i].result is not None for i in ids]
+        assert ended == sorted(ended, reverse=True)
+    assert sum(ended) > 5
+
+
 def test_requests_give_up_their_pages_and_come_back(x64):
     """Two that need 5 and 6 of 7 pages."""
     served = engine(pages=7)

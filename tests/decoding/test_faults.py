@@ -179,6 +179,17 @@ def test_an_interruption_loses_nothing(name, before, whole, x64):
     assert told == whole[1] and [one.result(i).tokens for i in ids[1:]] == whole
     assert one.result(ids[0]).tokens == wanted([*PROMPTS[1][:12], 7], 5)
     assert idle(one) and one.stats().restarts == 1
+    assert one.stats().prompt_tokens == sum(len(p) for p in PROMPTS) + 13 + len(PROMPTS[1]) + len(PROMPTS[3])
+
+
+def test_cancel_after_an_interruption_gives_what_had_ended(x64):
+    """It ended in a call that nobody waited for, in the middle of a block."""
+    one = served(turns=50)
+    request_id = submit(one, new=1)
+    with once(one, "_wait", before=False), pytest.raises(Interrupted):
+        one.result(request_id)
+    done = one.cancel(request_id)
+    assert (done.tokens, done.finish_reason) == (wanted([1, 2, 3], new=1), "length")
 
 
 def interrupt_line(number: int):
