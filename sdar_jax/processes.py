@@ -248,7 +248,8 @@ def _connect(place: _Place, deadline: float) -> socket.socket:
         try:
             connection = socket.create_connection(place.endpoint, timeout=left)
             _send(connection, {"index": place.index, "count": place.count})
-            said = _read(connection, max(0.1, deadline - time.monotonic()))
+            # Who listens answers at its own deadline, which may be a little later.
+            said = _read(connection, max(0.0, deadline - time.monotonic()) + _ANSWER_SECONDS)
             if said == {"problem": None}:
                 return _kept_alive(connection)
             connection.close()
