@@ -322,7 +322,9 @@ class Engine:
             # Where no row can decode yet it is one turn, so that the time of reading prompts is known.
             alone = all(self._unread(request) for request in self._places if request is not None)
             read, started = self._counts["prefill_tokens"], time.perf_counter()
-            self._start_call(1 if alone else self._turns)
+            self._state, found = self._decode(self._state, 1 if alone else self._turns)
+            self._seen = Seen(found)
+            self._counts["calls"] += 1
         self._wait()
         seconds = time.perf_counter() - started
         with self._changing():
@@ -343,11 +345,6 @@ class Engine:
             elif request.stop_strings:
                 self._stop_at_string(request)
         self._give_pages()
-
-    def _start_call(self, turns: int) -> None:
-        self._state, found = self._decode(self._state, turns)
-        self._seen = Seen(found)
-        self._counts["calls"] += 1
 
     def _wait(self) -> None:
         try:
