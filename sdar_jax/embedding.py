@@ -10,14 +10,15 @@ from sdar_jax.sharding import carriers, current_mesh, parts
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Rows of `table`, in `dtype`.
+    """Rows of `table`, in `dtype`; NaN for what is no id of it.
 
     On a mesh each device looks up, in its part of the table, the tokens of all devices that it shares rows with along
     `embed`, and sends each of these what is theirs: as much travels as one activation holds, whatever the vocabulary.
     """
-    mesh = current_mesh()
+    mesh, known = current_mesh(), (tokens >= 0) & (tokens < table.shape[0])
     if mesh is None:
-        return jnp.take(table, tokens, axis=0).astype(dtype)
+        rows = jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+        return jnp.where(known[..., None], rows, jnp.nan)
     batch, length = carriers("batch", tokens.shape[0]), carriers("length", tokens.shape[1])
     vocab, width = carriers("vocab", table.shape[0]), carriers("embed", table.shape[1])
     exchanged = width and set(width) <= set(batch)
@@ -38,6 +39,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLik
 
     by_token = PartitionSpec(batch or None, length or None)
     by_vocab = PartitionSpec(vocab or None, width or None)
-    return jax.shard_map(look_up, mesh=mesh, in_specs=(by_vocab, by_token), out_specs=by_token, check_vma=False)(
+    rows = jax.shard_map(look_up, mesh=mesh, in_specs=(by_vocab, by_token), out_specs=by_token, check_vma=False)(
         table, tokens
     )
+    return jnp.where(known[..., None], rows, jnp.nan)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from sdar_jax.attention import reference
 from sdar_jax.attention.implementations import Choice, Implementations
 from sdar_jax.attention.mesh import over_mesh
+from sdar_jax.attention.nonfinite import cleaned
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 
@@ -67,8 +68,9 @@ def attention(
     """softmax(q k^T scale) v over the keys that `ranges` lets each query see.
 
     Query head h reads key-value head h // (H / G). Scores and sums are float32 (float64 for float64 inputs). A query
-    that sees nothing gives zero. Differentiable once, in q, k and v. Under a mesh (`sharding.use`) each device computes
-    its own rows, heads and positions, and chooses by its own shapes.
+    that sees nothing gives zero. One that is not finite, or sees a key or value that is not, gives NaN; no other
+    result, and no other gradient, depends on it. Differentiable once, in q, k and v. Under a mesh (`sharding.use`) each
+    device computes its own rows, heads and positions, and chooses by its own shapes.
 
     Args:
         scale: factor on the scores; 1 / sqrt(D) if None.
@@ -89,9 +91,12 @@ def _local(
 ) -> Array:
     """What one device computes, chosen by the shapes that it sees."""
     choice = choose(q, k, v, implementation)
+    q, k, v, spoiled = cleaned(q, k, v, ranges)
     if choice.implementation == "reference":
-        return reference.forward(q, k, v, ranges, scale=scale)[0]
-    return _attend(q, k, v, ranges, scale, choice)
+        out = reference.forward(q, k, v, ranges, scale=scale)[0]
+    else:
+        out = _attend(q, k, v, ranges, scale, choice)
+    return jnp.where(spoiled[..., None], jnp.nan, out)
 
 
 def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) -> Choice:

@@ -42,11 +42,13 @@ def route(x: Float[Array, "N D"], router: Float[Array, "D E"], *, top_k: int, re
 
 
 def router_sums(routing: Routing, counted: Bool[Array, " N"]) -> RouterSums:
-    """Over the tokens that are `counted`."""
-    counted = counted.astype(routing.logits.dtype)
-    chosen = jax.nn.one_hot(routing.experts, routing.logits.shape[-1], dtype=counted.dtype).sum(axis=1)
-    probability = jax.nn.softmax(routing.logits)
-    squares = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
+    """Over the tokens that are `counted`, whatever the others' logits are."""
+    # Selected, not multiplied: 0 * NaN is NaN.
+    logits = jnp.where(counted[:, None], routing.logits, 0)
+    counted = counted.astype(logits.dtype)
+    chosen = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=counted.dtype).sum(axis=1)
+    probability = jax.nn.softmax(logits)
+    squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     return RouterSums(counted @ chosen, counted @ probability, counted @ squares, counted.sum())
 
 

@@ -161,3 +161,17 @@ def test_large_logits_do_not_overflow():
     (total, _), gradients = chunked(np.float32(1e4) * hidden, head, targets, weights, 1, 3)
     np.testing.assert_allclose(total, full(1e4 * hidden, head, targets, weights)[0], rtol=1e-5)
     assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_tokens_without_weight_may_be_anything():
+    """Not finite, and with a target that is none."""
+    hidden, head, targets = random_inputs(3)
+    weights = np.array([0, 1, 0, 2, 0.5, 0, 1])
+    damaged, others = hidden.copy(), targets.copy()
+    damaged[weights == 0], others[weights == 0] = [np.nan, np.inf, -np.inf, 1, 0], -100
+    for ours, theirs in zip(
+        jax.tree.leaves(chunked(damaged, head, others, weights, chunk=3)),
+        jax.tree.leaves(chunked(hidden, head, targets, weights, chunk=3)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)

@@ -253,3 +253,26 @@ def test_gradients_respect_the_hybrid_layout(block_size: int) -> None:
     got = dependence(make(), hybrid(jnp.ones((1, 8), jnp.int32), block_size), positions)
     np.testing.assert_array_equal(got, reaches(expected, CONFIG.num_layers))
     np.testing.assert_array_equal(reaches(expected, CONFIG.num_layers), expected)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_bad_document_leaves_the_others_of_its_row(sparse: bool) -> None:
+    """An id outside the vocabulary, of padding or of a document, is NaN to itself and nothing to others."""
+    experts = {"architecture": "qwen3_moe", "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8}
+    model = make(**(experts if sparse else {}))
+    segment_ids = jnp.array([[1] * 5 + [2] * 4 + [0] * 3], jnp.int32)
+    wanted = run_logits(model, TOKENS[:1], block_size=2, segment_ids=segment_ids)
+    got = run_logits(model, TOKENS[:1].at[0, 6].set(40).at[0, 10].set(-1), block_size=2, segment_ids=segment_ids)
+    np.testing.assert_array_equal(got[0, :5], wanted[0, :5])
+    assert np.isnan(got[0, [6, 7, 8, 10]]).all()
+    ranges, sums = block_causal(segment_ids, 2), partial(run_routing, model)
+    positions = POSITIONS[:1]
+    for ours, theirs in zip(
+        jax.tree.leaves(sums(TOKENS[:1].at[0, 10].set(-1), positions, ranges)),
+        jax.tree.leaves(sums(TOKENS[:1], positions, ranges)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+run_routing = jax.jit(lambda model, *read: model.hidden_and_routing(*read)[1])

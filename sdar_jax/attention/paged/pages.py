@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from sdar_jax.attention.mesh import over_heads
+from sdar_jax.attention.nonfinite import poisoned
 
 Pages = Float[Array, "P G page D"]
 
@@ -26,8 +27,9 @@ def write_pages(
     """The pages with `k[n, :count[n]]` and `v[n, :count[n]]` at positions `start[n]`, ... of sequence n.
 
     Nothing else changes: what lies past `count`, past the table or under an entry outside [0, P) is written nowhere. In
-    place where the pages are donated. Two sequences must not write the same position of the same page. Under a mesh
-    (`sharding.use`) each device writes its own key-value heads.
+    place where the pages are donated. Two sequences must not write the same position of the same page. Where a key or
+    value is not finite, NaN is written for the key and zero for the value: who sees it gets NaN, and nobody else does.
+    Under a mesh (`sharding.use`) each device writes its own key-value heads.
     """
     operands = (k_pages, v_pages, k, v, page_table, start, count)
     heads_at = (1, 1, 2, 2, None, None, None)
@@ -36,9 +38,8 @@ def write_pages(
 
 def _write_both(k_pages, v_pages, k, v, page_table, start, count):
     rows = _destinations(k_pages, k.shape[1], page_table, start, count)
-    write = lambda pages, new: jax.lax.platform_dependent(
-        pages, new.astype(pages.dtype), rows, tpu=_write_in_turns, default=_write
-    )
+    k, v = poisoned(k.astype(k_pages.dtype), v.astype(v_pages.dtype))
+    write = lambda pages, new: jax.lax.platform_dependent(pages, new, rows, tpu=_write_in_turns, default=_write)
     return write(k_pages, k), write(v_pages, v)
 
 

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sdar_jax.attention.nonfinite import poisoned
 from sdar_jax.attention.paged.pages import folded, gathered, unfolded
 
 
@@ -14,7 +15,7 @@ def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible
     """As `paged_attention`. O(N H W M page) memory."""
     window, kv_heads = q.shape[1], k_pages.shape[1]
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    k, v = (gathered(pages, page_table).astype(accumulate) for pages in (k_pages, v_pages))
+    k, v = poisoned(*(gathered(pages, page_table).astype(accumulate) for pages in (k_pages, v_pages)))
     index = jnp.arange(k.shape[2])
     limit = jnp.tile(visible, (1, q.shape[2] // kv_heads))[:, None, :, None]
     scores = jnp.einsum("ngrd,ngkd->ngrk", folded(q, kv_heads).astype(accumulate), k) * scale
@@ -22,7 +23,5 @@ def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible
     scores = jnp.where(index < limit, scores, jnp.finfo(accumulate).min)
     exp = jnp.where(index < limit, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0)
     total = exp.sum(axis=-1, keepdims=True)
-    # Keys that nobody sees may be NaN, and 0 * NaN is NaN.
-    v = jnp.where((index < visible.max(axis=1, keepdims=True))[:, None, :, None], v, 0)
     out = jnp.einsum("ngrk,ngkd->ngrd", exp / jnp.where(total == 0, 1, total), v)
     return unfolded(out, window).astype(q.dtype)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sdar_jax.attention.nonfinite import poisoned
 from sdar_jax.attention.paged.pages import folded, gathered, unfolded
 from sdar_jax.chips import platform
 
@@ -65,18 +66,15 @@ def _attend(k_pages: Array, v_pages: Array, pages: int, scale: float, rows: _Row
     accumulate = jnp.promote_types(rows.q.dtype, jnp.float32)
     keys = pages * k_pages.shape[2]
     limit = jnp.tile(rows.visible, (1, rows.q.shape[2] // rows.visible.shape[1]))[:, None, :, None]
-    longest = rows.visible.max(axis=1)[:, None, None, None]
 
     def step(i: Array, state: _State) -> _State:
         ids = jax.lax.dynamic_slice_in_dim(rows.page_table, i * pages, pages, axis=1)
-        k, v = gathered(k_pages, ids), gathered(v_pages, ids)
+        k, v = poisoned(gathered(k_pages, ids), gathered(v_pages, ids))
         index = i * keys + jnp.arange(keys)
         scores = jnp.einsum("ngrd,ngkd->ngrk", rows.q, k, preferred_element_type=accumulate)
         scores = jnp.where(index < limit, scores * scale, -jnp.inf)
         largest = jnp.maximum(state.largest, scores.max(axis=-1, keepdims=True))
         exp, shrink = jnp.exp(scores - largest), jnp.exp(state.largest - largest)
-        # Keys that nobody sees may be NaN, and 0 * NaN is NaN.
-        v = jnp.where(index[:, None] < longest, v, 0)
         update = jnp.einsum("ngrk,ngkd->ngrd", exp.astype(v.dtype), v, preferred_element_type=accumulate)
         # A sum over the last axis would round by how many rows there are.
         total = jnp.einsum("ngrk,ngko->ngro", exp, jnp.ones((*exp.shape[:2], keys, 1), accumulate))
@@ -88,5 +86,5 @@ def _attend(k_pages: Array, v_pages: Array, pages: int, scale: float, rows: _Row
     if rows.page_table.shape[1] == pages:
         end = step(jnp.int32(0), start)
     else:
-        end = jax.lax.fori_loop(0, -(-longest.max() // keys), step, start)
+        end = jax.lax.fori_loop(0, -(-rows.visible.max() // keys), step, start)
     return end.out / jnp.where(end.total == 0, 1, end.total)
