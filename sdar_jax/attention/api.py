@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from sdar_jax.attention import reference
 from sdar_jax.attention.implementations import Choice, Implementations
 from sdar_jax.attention.mesh import over_mesh
-from sdar_jax.attention.nonfinite import cleaned
+from sdar_jax.attention.nonfinite import poisoned
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 
@@ -68,9 +68,9 @@ def attention(
     """softmax(q k^T scale) v over the keys that `ranges` lets each query see.
 
     Query head h reads key-value head h // (H / G). Scores and sums are float32 (float64 for float64 inputs). A query
-    that sees nothing gives zero. One that is not finite, or sees a key or value that is not, gives NaN; no other
-    result, and no other gradient, depends on it. Differentiable once, in q, k and v. Under a mesh (`sharding.use`) each
-    device computes its own rows, heads and positions, and chooses by its own shapes.
+    that sees nothing gives zero; one that sees a key or value that is not finite gives NaN, and no other does.
+    Differentiable once, in q, k and v. Under a mesh (`sharding.use`) each device computes its own rows, heads and
+    positions, and chooses by its own shapes.
 
     Args:
         scale: factor on the scores; 1 / sqrt(D) if None.
@@ -91,12 +91,10 @@ def _local(
 ) -> Array:
     """What one device computes, chosen by the shapes that it sees."""
     choice = choose(q, k, v, implementation)
-    q, k, v, spoiled = cleaned(q, k, v, ranges)
+    k, v = poisoned(k, v)
     if choice.implementation == "reference":
-        out = reference.forward(q, k, v, ranges, scale=scale)[0]
-    else:
-        out = _attend(q, k, v, ranges, scale, choice)
-    return jnp.where(spoiled[..., None], jnp.nan, out)
+        return reference.forward(q, k, v, ranges, scale=scale)[0]
+    return _attend(q, k, v, ranges, scale, choice)
 
 
 def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) -> Choice:

@@ -46,8 +46,8 @@ def paged_attention(
     anything, and so may the keys past it in its last page. A row's result depends on nothing but its own queries, keys
     and `visible`, bit for bit: not on its neighbours, its index or which pages it has.
 
-    Keys may be NaN, values are finite, as `write_pages` leaves them: a query that sees a NaN key gives NaN, and no
-    other does. (A kernel multiplies values that a query does not see by zero, and 0 * NaN is NaN.)
+    A query that sees a NaN key gives NaN, and no other does. Values are finite, as `write_pages` leaves them: kernels
+    multiply those that a query does not see by zero, and 0 * NaN is NaN.
 
     Args:
         page_table: int32, in [0, P) as far as pages are used.

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sdar_jax.attention.nonfinite import poisoned
 from sdar_jax.attention.paged.pages import folded, gathered, unfolded
 from sdar_jax.chips import platform
 
@@ -69,10 +68,14 @@ def _attend(k_pages: Array, v_pages: Array, pages: int, scale: float, rows: _Row
 
     def step(i: Array, state: _State) -> _State:
         ids = jax.lax.dynamic_slice_in_dim(rows.page_table, i * pages, pages, axis=1)
-        k, v = poisoned(gathered(k_pages, ids), gathered(v_pages, ids))
+        k, v = gathered(k_pages, ids), gathered(v_pages, ids)
+        bad = ~jnp.isfinite(v).all(axis=-1)
         index = i * keys + jnp.arange(keys)
         scores = jnp.einsum("ngrd,ngkd->ngrk", rows.q, k, preferred_element_type=accumulate)
-        scores = jnp.where(index < limit, scores * scale, -jnp.inf)
+        # A value is multiplied, and 0 * NaN is NaN, where a score is selected: what is bad is told by the score alone.
+        scores = scores * scale + jnp.where(bad, jnp.nan, 0)[:, :, None]
+        scores = jnp.where(index < limit, scores, -jnp.inf)
+        v = jnp.where(bad[..., None], 0, v)
         largest = jnp.maximum(state.largest, scores.max(axis=-1, keepdims=True))
         exp, shrink = jnp.exp(scores - largest), jnp.exp(state.largest - largest)
         update = jnp.einsum("ngrk,ngkd->ngrd", exp.astype(v.dtype), v, preferred_element_type=accumulate)
