@@ -33,9 +33,10 @@ def to_diffusion(
 
     Args:
         block_size: S; block diffusion needs one, here or in the model's config.
-        mask_token_id: the mask's row. If None, `tokenizer_size` is: the first id that the tokenizer leaves free (151669
-            in Qwen3, as in SDAR). A row is appended, to embedding and head, where that is just past the last one.
-        tokenizer_size: how many ids the tokenizer uses; only these rows enter the mean.
+        mask_token_id: the mask's row. If None, `tokenizer_size` is (151669 in Qwen3, as in SDAR). A row is appended, to
+            embedding and head, where that is just past the last one.
+        tokenizer_size: the tokenizer's largest id plus one, which is not `len(tokenizer)` where its ids have gaps; rows
+            from there on do not enter the mean.
         mask_init: the mask's embedding: "mean" of the tokenizer's rows; "normal" of scale `initializer_range`;
             "zeros"; or "keep", the spare row as it is, which is what SDAR's own conversion of Qwen3 amounts to.
         key: for "normal".
@@ -82,7 +83,10 @@ def _own_mask(own: int | None, given: int | None) -> int:
 def _mask_row(config: ModelConfig, mask_token_id: int | None, tokenizer_size: int | None) -> int:
     size = config.vocab_size
     if tokenizer_size is not None and not 0 < tokenizer_size <= size:
-        raise ConfigError(f"tokenizer_size is {tokenizer_size} and the model has {size} rows; give the number of ids")
+        raise ConfigError(
+            f"tokenizer_size is {tokenizer_size} and the model has {size} rows; give the tokenizer's largest id plus "
+            f"one, at most {size}"
+        )
     known = (mask_token_id, config.mask_token_id, tokenizer_size)
     mask = next((value for value in known if value is not None), None)
     if mask is None:

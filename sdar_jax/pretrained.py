@@ -264,8 +264,11 @@ def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...]) -> np.ndarr
     return theirs.T.reshape(shape) if field in _INPUT_AXES else theirs.reshape(shape)
 
 
-def model_directory(path_or_hub_id: str | Path) -> Path:
-    """Where a model lies on this machine; that of a hub id is fetched. Raises CheckpointError if there is none."""
+def model_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
+    """Where a model lies on this machine; that of a hub id is fetched, without its weights if they are not wanted.
+
+    Raises CheckpointError if there is none.
+    """
     path = Path(path_or_hub_id)
     if path.is_dir():
         return path
@@ -274,7 +277,8 @@ def model_directory(path_or_hub_id: str | Path) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
         raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory, or a hub id (org/name)")
     try:
-        patterns = ["config.json", "*.safetensors", INDEX_FILE, *_TOKENIZER_FILES]
+        patterns = ["config.json", *_TOKENIZER_FILES, "additional_chat_templates/*.jinja"]
+        patterns += ["*.safetensors", INDEX_FILE] if weights else []
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]

@@ -1,47 +1,117 @@
-"""Tokenizers: read from a directory, and used in one way by training and decoding alike."""
+"""Tokenizers: read from a directory or the hub, and used in one way by training and decoding alike."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from sdar_jax.errors import CheckpointError, DataError
+from sdar_jax.pretrained import model_directory
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local Hugging Face directory. Raises CheckpointError if there is none that can be read."""
-    if not Path(path).is_dir():
-        raise CheckpointError(f"{path}: no such directory; give one that holds tokenizer.json")
+def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory or hub id, of which the tokenizer's files alone are fetched.
+
+    tokenizer.json decides how text is read, whatever model it lies beside; a directory without one is read by the class
+    that its configs name. Code that a directory holds is never run, and no question is asked.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or none that can be read.
+    """
+    directory = model_directory(path_or_hub_id, weights=False)
+    # By its model type AutoTokenizer may choose a class that puts a pre-tokenizer of its own in place of the file's.
+    kind = PreTrainedTokenizerFast if (directory / "tokenizer.json").is_file() else AutoTokenizer
     # It would warn that it knows no `sdar` model; a tokenizer needs none.
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return kind.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     # Whatever a damaged file makes the library raise, the answer is the same.
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(": ")
         raise CheckpointError(
-            f"{path}: no tokenizer can be read from it ({reason[0]}); put a sound tokenizer.json there"
+            f"{directory}: no tokenizer can be read from it ({reason}); put a sound tokenizer.json there"
         ) from error
+
+
+class TokenIds(NamedTuple):
+    """Which ids a tokenizer gives out.
+
+    size: the largest id of a token, the mask's left out, plus one. Ids may have gaps, so this is not `len(tokenizer)`.
+    mask: the id of the tokenizer's own mask token, None if it has none.
+    """
+
+    size: int
+    mask: int | None
+
+    @property
+    def largest(self) -> int:
+        """The largest id of all, the mask's among them."""
+        return max(self.size - 1, -1 if self.mask is None else self.mask)
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
+    """The ids that the tokenizer gives out, those of added tokens among them."""
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    ids = {**tokenizer.get_vocab(), **added}
+    mask = None if tokenizer.mask_token is None else ids.get(tokenizer.mask_token)
+    return TokenIds(1 + max((used for used in ids.values() if used != mask), default=-1), mask)
 
 
 class Encoder:
     """Text to token ids, safe to call from several threads.
 
-    `leading` is the begin-of-text token where the tokenizer sets one before every text, else empty. No other special
-    token is ever added: an end is added by whoever ends a document.
+    `leading` is what the tokenizer sets before every text, begin-of-text as a rule; mostly it is empty. What it would
+    set behind a text is never added: an end is added by whoever ends a document, and a prompt has none.
+
+    tokenizer: a Hugging Face tokenizer, or what has an `encode` as these have.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        first = tokenizer.encode("", verbose=False)[:1]
-        self.leading: list[int] = first if first == [tokenizer.bos_token_id] else []
         # The first call settles truncation and padding in the shared Rust object, which threads may not change.
-        self("a")
+        try:
+            self.leading = self._leading(self("a"))
+        except DataError:
+            self.leading = self._leading([])
+
+    def _leading(self, letter: list[int]) -> list[int]:
+        """What stands before the ids of "a" where the tokenizer sets what it sets around every text."""
+        whole = self._tokenizer.encode("a" if letter else "", verbose=False)
+        if letter:
+            return whole[: next((i for i in range(len(whole)) if whole[i : i + len(letter)] == letter), 0)]
+        # Of a tokenizer without letters nothing tells what stands before a text from what stands behind it.
+        return whole[:1] if whole[:1] == [self._tokenizer.bos_token_id] else []
 
     def __call__(self, text: str) -> list[int]:
-        """Raises DataError if the text cannot be written as UTF-8."""
+        """The ids of a stretch of text, with nothing added.
+
+        Raises DataError if it cannot be written as UTF-8, or holds what the tokenizer has no token for and no other
+        token to put in its place.
+        """
+        check_unicode(text)
         try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"a lone surrogate at character {error.start}; write the text as valid Unicode") from error
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        except Exception as error:  # the Rust library raises no narrower type
+            raise DataError(
+                f"text that the tokenizer cannot read ({error}); leave out what it has no token for, or give it an "
+                "unknown token"
+            ) from error
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text that is to be continued: `leading` and the text's. Raises DataError as a call does."""
+        return [*self.leading, *self(text)]
+
+
+def check_unicode(text: str) -> None:
+    """Raises DataError if the text holds half of a character, which UTF-8 cannot write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python reads a byte that is not UTF-8 from a command line or a pipe as one of these.
+        byte = f", byte 0x{code - 0xDC00:02x} of text that is not UTF-8 or was cut" if 0xDC80 <= code <= 0xDCFF else ""
+        raise DataError(
+            f"a lone surrogate at character {error.start} (U+{code:04X}{byte}: half of a character); write it as valid "
+            "Unicode"
+        ) from None

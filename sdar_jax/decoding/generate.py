@@ -12,7 +12,7 @@ from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig
 from sdar_jax.decoding.forward import Reads
 from sdar_jax.decoding.rows import Rows, RowShape, make_row
-from sdar_jax.errors import DecodingError, is_int
+from sdar_jax.errors import DataError, DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
 from sdar_jax.sharding import mesh_of
 
@@ -98,12 +98,14 @@ def to_ids(prompt: Prompt, index: int, tokenizer: Any) -> np.ndarray:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise DecodingError(f"prompt {index} is a text; give tokenizer=, or token ids")
+        # Here, as whoever gives ids needs none of what the import brings with it.
+        from sdar_jax.data.tokenizer import Encoder, check_unicode
+
         try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            place = f"prompt {index} has a lone surrogate at character {error.start}"
-            raise DecodingError(f"{place}; write it as valid Unicode") from None
-        prompt = tokenizer(prompt)["input_ids"]
+            check_unicode(prompt)
+            prompt = Encoder(tokenizer).prompt(prompt)
+        except DataError as error:
+            raise DecodingError(f"prompt {index} has {error}") from None
     try:
         ids = np.asarray(prompt)
     except ValueError:

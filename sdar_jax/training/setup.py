@@ -1,5 +1,6 @@
 """From a config to what a run needs: the tokenizer, the model it starts with, its data."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from sdar_jax.chips import peak_flops
 from sdar_jax.config import ModelConfig
 from sdar_jax.conversion import to_diffusion
 from sdar_jax.data import DataConfig, PackedDataset, make_dataset
+from sdar_jax.data.tokenizer import TokenIds, token_ids
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.pretrained import load_pretrained, model_directory
@@ -24,6 +26,8 @@ from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.reading import from_values
 from sdar_jax.training.step import Rebuild, TrainState, initial_state, model_weights
 from sdar_jax.training.trackers import Meter
+
+log = logging.getLogger(__name__)
 
 
 class Setup(NamedTuple):
@@ -124,33 +128,52 @@ def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: j
     Its weights are made or read where they belong: no device, and of loaded ones no host, holds all of them.
 
     Raises:
-        ConfigError: a conversion that is not possible, or a vocabulary that is smaller than the tokenizer's.
+        ConfigError: a conversion that is not possible, or a tokenizer with ids past the vocabulary.
         CheckpointError: weights that cannot be read.
     """
     weights_key, mask_key = jax.random.split(key)
+    shape, ids = _starting_shape(config, tokenizer), token_ids(tokenizer)
+    _check_vocabulary(config, shape, tokenizer, ids)
     if config.init_from is not None:
         model = load_pretrained(config.init_from, dtype=jnp.float32, mesh=mesh)
     else:
-        shape = _starting_shape(config, tokenizer)
         places = shardings(_abstract_model(shape), mesh)
         model = jax.jit(partial(Model, shape, stacked=True), out_shardings=places)(weights_key)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {model.config.vocab_size}; use the "
-            "model's own tokenizer, or a larger vocab_size"
-        )
-    return _for_objective(model, config, len(tokenizer), mask_key)
+    model = _for_objective(model, config, ids, mask_key)
+    if model.config.objective != "autoregressive" and model.config.mask_token_id is not None:
+        _check_mask(model.config, model.config.mask_token_id, tokenizer)
+    return model
 
 
-def _for_objective(model: Model, config: InitConfig, tokenizer_size: int, key: jax.Array) -> Model:
+def _check_vocabulary(config: InitConfig, shape: ModelConfig, tokenizer: PreTrainedTokenizerBase, ids: TokenIds):
+    """Raises ConfigError if the tokenizer has an id that the model has no row for, before any weight is read."""
+    # For a mask token just past the last row, conversion appends one.
+    last = ids.size - 1 if ids.mask == shape.vocab_size else ids.largest
+    if last < shape.vocab_size:
+        return
+    fix = "resize its embeddings to as many rows, or give the tokenizer it was trained with as model.tokenizer"
+    if config.init_from is None:
+        fix = f"give model.shape a vocab_size of {last + 1} or more"
+    elif config.tokenizer is not None:
+        fix = "leave model.tokenizer out, which takes the model's own"
+    raise ConfigError(_past_the_vocabulary(last, tokenizer, shape) + fix)
+
+
+def _past_the_vocabulary(last: int, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> str:
+    token = tokenizer.convert_ids_to_tokens(last)
+    return f"the tokenizer has ids up to {last} ({token!r}), the model's vocabulary ends at {model.vocab_size - 1}; "
+
+
+def _for_objective(model: Model, config: InitConfig, ids: TokenIds, key: jax.Array) -> Model:
     objective = config.objective or model.config.objective
     if objective != "autoregressive":
+        declared = ids.mask if model.config.mask_token_id is None else None
         return to_diffusion(
             model,
             objective=objective,
             block_size=config.block_size,
-            mask_token_id=config.mask_token_id,
-            tokenizer_size=tokenizer_size,
+            mask_token_id=declared if config.mask_token_id is None else config.mask_token_id,
+            tokenizer_size=ids.size,
             mask_init=config.mask_init,
             key=key,
             block_origin=config.block_origin,
@@ -163,9 +186,19 @@ def _for_objective(model: Model, config: InitConfig, tokenizer_size: int, key: j
     return model
 
 
+def _check_mask(model: ModelConfig, mask: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError if the mask ends texts too, and warns if it is a token that ordinary text can hold."""
+    if mask == (tokenizer.eos_token_id if model.eos_token_id is None else model.eos_token_id):
+        raise ConfigError(f"the mask's id {mask} is the end-of-text token's; set model.mask_token_id to a spare id")
+    token = tokenizer.convert_ids_to_tokens(mask)
+    added = tokenizer.added_tokens_decoder.get(mask)
+    if token is not None and (added is None or not added.special):
+        log.warning("mask_token_id %d is the tokenizer's %r, which texts may hold; a spare id is safe", mask, token)
+
+
 def tokenizer_directory(config: InitConfig) -> Path:
     """Where the tokenizer lies on this machine; that of a hub id is fetched."""
-    return Path(config.tokenizer) if config.tokenizer else model_directory(config.init_from or "")
+    return model_directory(config.tokenizer or config.init_from or "", weights=config.tokenizer is None)
 
 
 def open_dataset(
@@ -174,8 +207,12 @@ def open_dataset(
     """The data, laid out for the model; of each batch these `rows`, all if None.
 
     Raises:
-        ConfigError: neither model nor tokenizer has an end-of-text token, or as `make_dataset`. DataError: likewise.
+        ConfigError: neither model nor tokenizer has an end-of-text token, the tokenizer has ids past the model's
+            vocabulary, or as `make_dataset`. DataError: likewise.
     """
+    last = token_ids(tokenizer).largest
+    if last >= model.vocab_size:
+        raise ConfigError(_past_the_vocabulary(last, tokenizer, model) + "use the tokenizer it was trained with")
     eos = tokenizer.eos_token_id if model.eos_token_id is None else model.eos_token_id
     if not isinstance(eos, int):
         raise ConfigError(

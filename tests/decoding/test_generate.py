@@ -169,8 +169,8 @@ def test_stacked_layers_decode_alike(x64):
 class Letters:
     """A tokenizer of one letter a token."""
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) - ord("a") for letter in text]}
+    def encode(self, text: str, **options: bool) -> list[int]:
+        return [ord(letter) - ord("a") for letter in text]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(ord("a") + i) for i in ids)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from sdar_jax.config import PRESETS, ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer
@@ -35,7 +37,7 @@ def base(inputs, tmp_path_factory) -> Path:
     return path
 
 
-def start(tokenizer, key=KEY, **fields) -> Model:
+def start(tokenizer, /, key=KEY, **fields) -> Model:
     fields = {"tokenizer": "given"} | fields
     return initial_model(InitConfig(**fields), tokenizer, key, make_mesh(MeshConfig()))
 
@@ -97,12 +99,69 @@ def test_a_diffusion_model_may_take_another_block_size(base, tokenizer, tmp_path
         ({"objective": "masked_diffusion", "mask_token_id": 99}, "mask_token_id is 99"),
         ({"block_size": 4}, "model.block_size is 4 and the model autoregressive; leave it out"),
         ({"mask_token_id": 4}, "model.mask_token_id is 4 and the model autoregressive"),
-        ({"shape": replace(SHAPE, vocab_size=10)}, "the tokenizer has 15 tokens, the model's vocabulary 10"),
+        (
+            {"shape": replace(SHAPE, vocab_size=10)},
+            "the tokenizer has ids up to 14 .* vocabulary ends at 9",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(fields, message, tokenizer):
     with pytest.raises(ConfigError, match=message):
         start(tokenizer, **({"shape": SHAPE} | fields))
+
+
+def with_holes(directory: Path, ids: dict[str, int], **named: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words at ids of their own."""
+    raw = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1} | ids, unk_token="<unk>"))
+    raw.add_special_tokens(["<eos>", *named.values()])
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", **named).save_pretrained(directory)
+    return load_tokenizer(directory)
+
+
+def test_the_mask_is_past_the_largest_id_of_a_tokenizer_with_gaps(tmp_path, base):
+    tokenizer = with_holes(tmp_path, {"a": 2, "b": 9})
+    assert len(tokenizer) == 4
+    model = start(tokenizer, init_from=str(base), objective="masked_diffusion")
+    assert model.config.mask_token_id == 10
+    np.testing.assert_allclose(model.embedding[10], model.embedding[:10].mean(axis=0), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("mask", "rows"), [(5, 32), (20, 32), (32, 33)], ids=["between", "behind", "appended"])
+def test_a_mask_token_of_the_tokenizers_own_is_the_mask(tmp_path, base, mask, rows):
+    tokenizer = with_holes(tmp_path, {"a": 2, "b": 9, "<mask>": mask}, mask_token="<mask>")
+    model = start(tokenizer, init_from=str(base), objective="masked_diffusion")
+    assert (model.config.mask_token_id, model.config.vocab_size) == (mask, rows)
+    given = start(tokenizer, init_from=str(base), objective="masked_diffusion", mask_token_id=21)
+    assert given.config.mask_token_id == 21
+
+
+def test_ids_past_the_vocabulary_are_refused_with_advice_that_helps(tmp_path, base, inputs):
+    large, small = with_holes(tmp_path / "large", {"z": 32}), with_holes(tmp_path / "small", {"z": 31})
+    past = r"the tokenizer has ids up to 32 \('z'\), the model's vocabulary ends at 31; "
+    with pytest.raises(ConfigError, match=past + "give model.shape a vocab_size of 33 or more"):
+        start(large, shape=SHAPE)
+    assert start(large, shape=replace(SHAPE, vocab_size=33)).config.vocab_size == 33
+    with pytest.raises(ConfigError, match=past + "leave model.tokenizer out, which takes the model's own"):
+        start(large, init_from=str(base))
+    own = InitConfig(init_from=str(base))
+    start(load_tokenizer(tokenizer_directory(own)), init_from=str(base), tokenizer=None)
+    with pytest.raises(ConfigError, match=past + "resize its embeddings .* or give .* as model.tokenizer"):
+        start(large, init_from=str(base), tokenizer=None)
+    start(small, init_from=str(base), tokenizer="small")
+    config = DataConfig((SourceConfig(str(inputs / "sums.jsonl"), "jsonl"),), 16, 2)
+    with pytest.raises(ConfigError, match=past + "use the tokenizer it was trained with"):
+        open_dataset(config, large, replace(SHAPE, eos_token_id=0))
+    open_dataset(config, small, replace(SHAPE, eos_token_id=0))
+
+
+def test_a_mask_that_is_in_use_is_refused_or_told(tmp_path, base, caplog):
+    tokenizer = with_holes(tmp_path, {"a": 2}, mask_token="<eos>")
+    options = {"init_from": str(base), "objective": "masked_diffusion"}
+    with pytest.raises(ConfigError, match="the mask's id 0 is the end-of-text token's; set model.mask_token_id"):
+        start(tokenizer, **options)
+    assert start(tokenizer, mask_token_id=3, **options).config.mask_token_id == 3 and not caplog.text
+    start(tokenizer, mask_token_id=2, **options)
+    assert "mask_token_id 2 is the tokenizer's 'a', which texts may hold; a spare id is safe" in caplog.text
 
 
 def test_a_directory_that_is_none_is_refused(tokenizer, tmp_path):
