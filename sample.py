@@ -28,7 +28,7 @@ from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
 from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, checked_stops, to_ids
-from sdar_jax.decoding.jsonl import answered, as_record, read_records
+from sdar_jax.decoding.jsonl import answered, as_record, numbered_records
 from sdar_jax.decoding.speed import timed
 from sdar_jax.decoding.terminal import BlockText, watching
 from sdar_jax.errors import DataError, DecodingError, SdarError, is_int
@@ -267,10 +267,14 @@ def sample_file(config: SampleConfig) -> None:
     assert config.input is not None
     if config.output is None:
         raise DecodingError("--input needs --output; name the file for the completions")
-    records = list(read_records(config.input))
+    lines, records = [], []
+    for line, record in numbered_records(config.input):
+        lines.append(line)
+        records.append(record)
     first = answered(config.output, records)
     sampler = Sampler(config, texts=not all(isinstance(record.get("prompt_ids"), list) for record in records))
-    requests = [_as_request(record, f"{config.input}:{i + 1}", i, sampler) for i, record in enumerate(records)]
+    places = [f"{config.input}:{line}" for line in lines]
+    requests = [_as_request(record, places[i], i, sampler) for i, record in enumerate(records)]
     records, requests = records[first:], requests[first:]
     slots = min(config.batch_size, len(requests))
     if requests:

@@ -402,12 +402,15 @@ def test_bad_flags(cli, flags, value, fix, monkeypatch, tmp_path):
 
 
 BAD_FILES = [
-    (b'{"prompt": "a"}\n{"prompt"\n', "in.jsonl:2: not JSON", "one object a line"),
-    (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "in.jsonl:2: not JSON", "one object a line"),
-    (b"[1]\n", "in.jsonl:1: not an object", '{"prompt": ...}'),
+    (b'{"prompt": "a"}\n{"prompt"\n', "in.jsonl:2: not valid JSON", "one object a line"),
+    (b'{"prompt": "a"}\n\n{"prompt": \n', "in.jsonl:3: not valid JSON", "one object a line"),
+    (b'{"prompt": "a"}\n\n{"text": "a"}\n', "in.jsonl:3: no prompt", '"messages"'),
+    (b"[1]\n", "in.jsonl:1: a JSON list, not an object", "one object a line"),
     (b'{"text": "a"}\n', "in.jsonl:1: no prompt", '"messages"'),
-    (b'{"prompt": "\\ud800"}\n', "in.jsonl:1: not JSON", "surrogates"),
-    (b"\xff\n", "in.jsonl: cannot be read", "JSONL"),
+    (b'{"prompt": "\\ud800"}\n', "in.jsonl:1: a lone surrogate at character 12 (U+D800", "valid Unicode"),
+    (b"\xff\n", "in.jsonl:1: invalid UTF-8 at byte 0", "save the file as UTF-8"),
+    (b'{"prompt": "a", "n": ' + b"7" * 5000 + b"}\n", "in.jsonl:1: a number that cannot be read", "as a string"),
+    (b"\x1f\x8b\x08\0\n", "in.jsonl: compressed with gzip", "decompress it first: gzip -dc"),
     (b'{"prompt_ids": [5]}\n{"prompt_ids": [999]}\n', "in.jsonl:2: the prompt holds", "token id 999"),
     (
         b'{"prompt_ids": [5]}\n{"prompt_ids": [' + b"5, " * 298 + b"5]}\n",

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdar_jax.data.sources import check_content, is_blank, parse_object
+from sdar_jax.data.tokenizer import check_unicode
 from sdar_jax.decoding.config import Completion
 from sdar_jax.errors import DataError
 
@@ -16,21 +18,29 @@ def as_record(completion: Completion) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file. Raises DataError with file and line."""
+    """The objects of a JSONL file, read as training reads them. Raises DataError with file and line."""
+    return (record for _, record in numbered_records(path))
+
+
+def numbered_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each object of a JSONL file with its line, from 1. Raises DataError as `read_records`."""
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        check_content(path, content[:16], "jsonl")
+    except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); give a JSONL file") from None
-    for number, line in enumerate(lines, 1):
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if is_blank(line):
+            continue
         try:
-            record = json.loads(line)
+            record = parse_object(line)
             # A lone surrogate can be read but not written again.
-            json.dumps(record, ensure_ascii=False).encode()
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error}); give one object a line") from None
-        if not isinstance(record, dict):
-            raise DataError(f'{path}:{number}: not an object; write it as {{"prompt": ...}}')
-        yield record
+            check_unicode(json.dumps(record, ensure_ascii=False))
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+        yield number, record
 
 
 def answered(path: Path, records: list[dict[str, Any]]) -> int:

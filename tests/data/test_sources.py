@@ -1,4 +1,14 @@
+import bz2
+import gzip
 import json
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +18,7 @@ from hypothesis import strategies as st
 
 from sdar_jax.data import SourceConfig
 from sdar_jax.data.sources import Source
+from sdar_jax.decoding.jsonl import numbered_records, read_records
 from sdar_jax.errors import DataError
 
 
@@ -34,6 +45,247 @@ def test_files_of_a_directory_and_a_glob_are_read_in_order(tmp_path):
     assert [r["text"] for r in records(Source(SourceConfig(f"{tmp_path}/**/c.*", "jsonl")))] == ["2"]
 
 
+def write(folder: Path, *names: str) -> None:
+    """Files of one record each, which is their name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps({"text": name}) + "\n")
+
+
+def read(path: object, **options: str) -> list[str]:
+    return [record["text"] for record in records(Source(SourceConfig(str(path), "jsonl", **options)))]
+
+
+def test_a_directory_and_a_glob_read_the_same_files(tmp_path, caplog):
+    """Linked directories are followed, what is hidden is not, and nothing is read twice."""
+    data = tmp_path / "data"
+    write(
+        data, "b.jsonl", "a/c.jsonl", "a/.ipynb_checkpoints/c-checkpoint.jsonl", ".git/d.jsonl", "._b.jsonl", "no.txt"
+    )
+    write(tmp_path, "elsewhere/e.jsonl", "elsewhere/deep/f.jsonl")
+    (data / "linked").symlink_to(tmp_path / "elsewhere")
+    (data / "a" / "up").symlink_to(data)
+    (data / "z.jsonl").symlink_to(data / "b.jsonl")
+    expected = ["a/c.jsonl", "b.jsonl", "elsewhere/deep/f.jsonl", "elsewhere/e.jsonl"]
+    for path in (data, f"{data}/**/*.jsonl", f"{tmp_path}/d*/**/*.jsonl"):
+        assert sorted(read(path)) == expected, path
+    assert f"1 files are links to others that are read, the first {data}/z.jsonl" in caplog.text
+    assert read(f"{data}/*.jsonl") == ["b.jsonl"]
+    assert read(data) == read(f"{data}/**/*.jsonl")
+
+
+def test_what_is_hidden_is_read_if_it_is_named(tmp_path):
+    write(tmp_path, ".cache/a.jsonl", ".cache/.b.jsonl", "c.jsonl")
+    assert read(tmp_path / ".cache") == read(f"{tmp_path}/.cache/*") == [".cache/a.jsonl"]
+    assert read(f"{tmp_path}/.cache/.*.jsonl") == read(tmp_path / ".cache/.b.jsonl") == [".cache/.b.jsonl"]
+
+
+def test_links_in_circles_are_no_maze(tmp_path):
+    write(tmp_path, "a.jsonl")
+    for name in "bcdefgh":
+        (tmp_path / name).symlink_to(tmp_path)
+    assert read(tmp_path) == read(f"{tmp_path}/**/*.jsonl") == ["a.jsonl"]
+
+
+def test_a_link_to_nothing_is_a_file_that_cannot_be_opened(tmp_path):
+    write(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    source = Source(SourceConfig(str(tmp_path), "jsonl"))
+    assert len(source) == 1 and re.search(r"b.jsonl:1: .*No such file", source.failures[0])
+
+
+def test_a_name_with_brackets_is_a_name_first(tmp_path):
+    write(tmp_path, "x[1]/a[2].jsonl", "x[1]/deep/b.jsonl")
+    assert read(tmp_path / "x[1]") == ["x[1]/a[2].jsonl", "x[1]/deep/b.jsonl"]
+    assert read(tmp_path / "x[1]" / "a[2].jsonl") == ["x[1]/a[2].jsonl"]
+
+
+def test_a_pipe_is_told_from_a_file_that_is_not_there(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="pipe.jsonl: a pipe or device, .* write its content to a file"):
+        read(tmp_path / "pipe.jsonl")
+    write(tmp_path, "a.jsonl")
+    assert read(tmp_path) == ["a.jsonl"]
+
+
+def test_a_directory_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, "a.jsonl", "b/c.jsonl")
+    listed = Path.iterdir
+
+    def iterdir(path: Path):
+        if path.name == "b":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(DataError, match="b: cannot be read .*; change its mode, or move it away"):
+        read(tmp_path)
+    shutil.move(tmp_path / "b", tmp_path.with_name("away"))
+    assert read(tmp_path) == ["a.jsonl"]
+
+
+def zstandard(content: bytes) -> bytes:
+    return pa.compress(content, "zstd", asbytes=True)
+
+
+def zipped(path: Path, content: bytes) -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", content)
+    return path.read_bytes()
+
+
+COMPRESSORS = {
+    ".gz": ("gzip", lambda path, content: gzip.compress(content)),
+    ".zst": ("zstd", lambda path, content: zstandard(content)),
+    ".bz2": ("bzip2", lambda path, content: bz2.compress(content)),
+    ".xz": ("xz", lambda path, content: lzma.compress(content)),
+    ".zip": ("unzip", zipped),
+}
+CONTENT = {"jsonl": b'{"text": "x"}\n', "chat": b'{"messages": []}\n', "text": b"x\n"}
+
+
+def failure(config: SourceConfig) -> str:
+    """Why none of the source can be read."""
+    try:
+        (told,) = Source(config).failures
+    except DataError as error:
+        told = str(error)
+    assert "\n" not in told
+    return told
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["file", "directory"])
+@pytest.mark.parametrize("format", CONTENT)
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_compressed_files_are_decompressed_by_the_command_that_is_told(tmp_path, suffix, format, whole):
+    program, compress = COMPRESSORS[suffix]
+    if shutil.which(program) is None:
+        pytest.skip(f"needs {program}")
+    name = {"text": "a b.txt"}.get(format, "a b.jsonl")
+    path = tmp_path / (name + suffix)
+    path.write_bytes(compress(path, CONTENT[format]))
+    told = failure(SourceConfig(str(tmp_path if whole else path), format))
+    assert "compressed with " in told and "UTF-8" not in told and str(path) in told
+    subprocess.run(["sh", "-c", told.partition("decompress it first: ")[2]], check=True)
+    assert len(records(Source(SourceConfig(str(tmp_path if whole else tmp_path / name), format)))) == 1
+
+
+def test_compressed_files_beside_others_are_not_passed_over_in_silence(tmp_path, caplog):
+    write(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}\n'))
+    assert read(tmp_path) == ["a.jsonl"]
+    assert f"1 of its files not read, the first {tmp_path}/b.jsonl.gz; decompress them" in caplog.text
+    caplog.clear()
+    (tmp_path / "b.jsonl.gz").rename(tmp_path / "notes.gz")
+    assert read(tmp_path) == ["a.jsonl"] and not caplog.text
+
+
+def test_a_compressed_file_under_another_name(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(CONTENT["jsonl"]))
+    told = failure(SourceConfig(str(tmp_path / "a.jsonl"), "jsonl"))
+    subprocess.run(["sh", "-c", told.partition("decompress it first: ")[2]], check=True)
+    assert read(tmp_path / "plain-a.jsonl") == ["x"]
+
+
+def test_a_directory_of_other_names_and_the_glob_that_reads_it(tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="no .jsonl or .ndjson file in this directory; give another"):
+        read(tmp_path / "data")
+    write(tmp_path, "data/a.json", "data/b.json")
+    (tmp_path / "data" / "c.zip").symlink_to("gone")
+    match = "no .jsonl or .ndjson file in this directory, but a.json, b.json, c.zip; give a glob for other names"
+    with pytest.raises(DataError, match=match):
+        read(tmp_path / "data")
+    assert read(tmp_path / "data" / "*.json") == ["data/a.json", "data/b.json"]
+    for name in ("a.json", "b.json"):
+        (tmp_path / "data" / name).unlink()
+    with pytest.raises(DataError, match="but c.zip; give"):
+        read(tmp_path / "data")
+
+
+def test_a_directory_of_nothing_but_compressed_files_under_names_of_their_own(tmp_path):
+    (tmp_path / "shard").with_suffix(".gz").write_bytes(gzip.compress(CONTENT["jsonl"]))
+    told = failure(SourceConfig(str(tmp_path), "jsonl"))
+    subprocess.run(["sh", "-c", told.partition("decompress it first: ")[2]], check=True)
+    assert read(f"{tmp_path}/shard") == ["x"]
+
+
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+TOOLS = [{"name": "f", "parameters": {"x": {"type": "string"}}}, {"name": "g", "parameters": {"y": {"enum": ["a"]}}}]
+
+
+def test_conversations_in_parquet_are_those_of_jsonl(tmp_path):
+    """A column gives all its objects the same keys; the nulls that this makes are no part of a record."""
+    rows = [{"messages": TALK, "tools": TOOLS, "weight": 2}, {"messages": TALK[:1], "tools": None, "weight": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    said = [TALK[0], {"role": "assistant", "tool_calls": [{"id": "1"}]}]
+    expected = [{"messages": said, "tools": TOOLS, "weight": 2}, {"messages": TALK[:1]}]
+    for path in (tmp_path, tmp_path / "a.parquet"):
+        source = Source(SourceConfig(str(path), "chat"))
+        assert records(source) == expected and source.where(1).endswith("a.parquet:2")
+
+
+def test_of_conversations_in_two_kinds_of_file_one_is_read_and_the_other_told(tmp_path, caplog):
+    pq.write_table(pa.table({"messages": [TALK[:1]]}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
+    assert records(Source(SourceConfig(str(tmp_path), "chat"))) == [{"messages": TALK}]
+    assert f"1 of its files not read, the first {tmp_path}/a.parquet;" in caplog.text
+    assert records(Source(SourceConfig(f"{tmp_path}/*.parquet", "chat"))) == [{"messages": TALK[:1]}]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "text"])
+def test_parquet_is_told_from_other_formats(tmp_path, format):
+    pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
+    config = SourceConfig(str(tmp_path / "a.parquet"), format)
+    assert "a parquet file; a source of format parquet reads it" in failure(config)
+    assert "a parquet file" in failure(replace(config, path=str(tmp_path)))
+    assert records(Source(replace(config, format="parquet"))) == [{"text": "x"}]
+
+
+def test_a_missing_column_is_set_as_is_told(tmp_path):
+    pq.write_table(pa.table({"q": ["x"], "body": ["y"]}), tmp_path / "a.parquet")
+    config = SourceConfig(str(tmp_path), "parquet", field="text", prompt_field="question")
+    assert failure(config).endswith("no column 'text' among q, body; set field to one of them")
+    config = replace(config, field="body")
+    assert failure(config).endswith("no column 'question' among q, body; set prompt_field to one of them")
+    assert records(Source(replace(config, prompt_field="q"))) == [{"q": "x", "body": "y"}]
+
+
+LONG = b"7" * 5000
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "mended"),
+    [
+        (
+            b'{"text": "a", "n": ' + LONG + b"}",
+            "a number that cannot be read .*; write it as a string",
+            b'"' + LONG + b'"',
+        ),
+        (b'{"text": "a"', "not valid JSON .*; write one object a line", b'{"text": "a"}'),
+        (b"[" * 100_000, "not valid JSON .*; write one object a line", b"{}"),
+        (b'[{"text": "a"}]', "a JSON list, not an object; write one object a line", b'{"text": "a"}'),
+        (b'{"text": "\xe9"}', "invalid UTF-8 at byte 10; save the file as UTF-8", '{"text": "\u00e9"}'.encode()),
+        ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8 at byte 0; save the file as UTF-8", b'{"text": "a"}'),
+    ],
+    ids=["integer", "cut", "deep", "list", "latin", "utf16"],
+)
+def test_a_bad_line_mended_as_is_told(tmp_path, line, reason, mended):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(DataError, match=reason):
+        Source(SourceConfig(str(path), "jsonl")).read(0)
+    path.write_bytes(line.replace(LONG, mended) if LONG in line else mended)
+    assert isinstance(Source(SourceConfig(str(path), "jsonl")).read(0), dict)
+
+
+def test_a_record_that_is_not_there(tmp_path):
+    write(tmp_path, "a.jsonl")
+    source = Source(SourceConfig(str(tmp_path), "jsonl"))
+    with pytest.raises(DataError, match="record 1 of 1; give a smaller number"):
+        source.read(1)
+
+
 def test_text_is_one_document_a_file_or_split(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "b.txt").write_text("three\n==\n\n==\nfour\nfive==six==")
@@ -54,6 +306,26 @@ def test_split_text_is_what_str_split_gives(tmp_path_factory, text, separator):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\n')
     assert records(Source(SourceConfig(str(tmp_path), "jsonl"))) == [{"text": "x"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'\xef\xbb\xbf\n{"text": "x"}\n\xef\xbb\xbf{"text": "y"}\n',
+        b'{"text": "x"}\r\n\r\n{"text": "y"}\r\n\r\n',
+        b'\xef\xbb\xbf{"text": "x"}\n \t\n\n{"text": "y"}\n\xef\xbb\xbf',
+    ],
+)
+def test_training_and_decoding_read_the_same_lines(tmp_path, content):
+    """Marks, also where files were joined, and blank lines are no records; lines are counted as an editor does."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    source = Source(SourceConfig(str(path), "jsonl"))
+    read = list(numbered_records(path))
+    assert [(f"{path}:{line}", record) for line, record in read] == [
+        (source.where(k), record) for k, record in enumerate(records(source))
+    ]
+    assert [record["text"] for record in read_records(path)] == ["x", "y"]
 
 
 def test_parquet_rows_across_row_groups_and_files(tmp_path):
@@ -93,11 +365,14 @@ def test_a_damaged_row_group_is_a_bad_record(tmp_path):
     pq.write_table(
         pa.table({"text": [f"text {n}" for n in range(200)]}), path, row_group_size=100, use_dictionary=False
     )
-    raw = bytearray(path.read_bytes())
+    sound = path.read_bytes()
+    raw = bytearray(sound)
     offset = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     raw[offset : offset + 200] = b"\xff" * 200
     path.write_bytes(raw)
     source = Source(SourceConfig(str(path), "parquet"))
     assert source.read(99) == {"text": "text 99"}
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read .*; restore the file"):
         source.read(100)
+    path.write_bytes(sound)
+    assert Source(SourceConfig(str(path), "parquet")).read(100) == {"text": "text 100"}
