@@ -116,7 +116,7 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
             if then[name] != now:
                 raise DataError(
                     f"the saved position was taken with {name}={then[name]}, this dataset has {now}: restore"
-                    " what it was, or start the data afresh"
+                    " what it was, or begin a new run"
                 )
         for number, shard in self._shards.items():
             shard.set_state(state if self._config.shards == 1 else state["shards"][str(number)])
@@ -219,7 +219,15 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
 
     def __next__(self) -> tuple[int, Document]:
         while True:
-            outcome = next(self._read_ahead)
+            try:
+                outcome = next(self._read_ahead)
+            except StopIteration as error:
+                # Raised while a record is read, it would pass for the end of the data.
+                if self._index < len(self._outcomes):
+                    raise RuntimeError(
+                        f"reading stopped at record {self._index} of the stream, not at its end"
+                    ) from error
+                raise
             self._index += 1
             if isinstance(outcome, Document):
                 self._fruitless = 0
@@ -292,8 +300,10 @@ def _check_numbers(config: DataConfig, block_size: int, rows: Sequence[int]):
     if block_size < 1:
         raise ConfigError(f"block_size={block_size}: give at least 1")
     if config.pad_to_block and config.sequence_length % block_size:
+        longer = math.ceil(config.sequence_length / block_size) * block_size
         raise ConfigError(
-            f"sequence_length={config.sequence_length} is no multiple of block_size={block_size}, as pad_to_block needs"
+            f"sequence_length={config.sequence_length} is no multiple of block_size={block_size}, as pad_to_block"
+            f" needs; use {longer}, or leave pad_to_block out"
         )
     if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < config.batch_size:
         raise ConfigError(
@@ -310,5 +320,5 @@ def _check_sources(config: DataConfig, sources: list[Source]):
     total = sum(len(source) for source in sources)
     if total > LARGEST_RECORD_COUNT:
         raise DataError(
-            f"{total} records are more than record_ids can number ({LARGEST_RECORD_COUNT}); use longer ones"
+            f"{total} records are more than record_ids can number ({LARGEST_RECORD_COUNT}); give fewer files"
         )

@@ -36,7 +36,7 @@ class InitConfig:
     shape: ModelConfig | None = None
     """A shape written out, with random weights: the fields of sdar_jax.ModelConfig."""
     tokenizer: str | None = None
-    """Directory of the tokenizer; None is init_from. It is carried along to the exported model."""
+    """Directory or hub id of the tokenizer; None is init_from. It is carried along to the exported model."""
     objective: Objective | None = None
     """What is trained. None keeps the model's own. An autoregressive model is converted for the other two."""
     block_size: int | None = None
@@ -44,7 +44,7 @@ class InitConfig:
     block_origin: BlockOrigin | None = None
     """From where decoding counts blocks; None keeps the model's own."""
     mask_token_id: int | None = None
-    """The mask's row of the vocabulary; None is the model's own, or the first id that the tokenizer leaves free."""
+    """The mask's row of the vocabulary; None is the model's own, the tokenizer's, or the first past its largest id."""
     mask_init: MaskInit = "mean"
     """The mask's first embedding, where an autoregressive model is converted."""
 

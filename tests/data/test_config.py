@@ -81,6 +81,15 @@ def test_numbers_that_do_not_fit(write_jsonl, tokenizer, eos, change, numbers, m
         make_dataset(config, tokenizer, **{"block_size": 4, "eos_token_id": eos, **numbers})
 
 
+def test_a_length_that_pad_to_block_advises_is_taken(write_jsonl, tokenizer, eos):
+    source = SourceConfig(write_jsonl([{"text": "a"}]), "jsonl")
+    config = dataclasses.replace(GOOD, sources=(source,), pad_to_block=True)
+    with pytest.raises(ConfigError, match="as pad_to_block needs; use 35, or leave pad_to_block out"):
+        make_dataset(config, tokenizer, block_size=5, eos_token_id=eos)
+    for change in ({"sequence_length": 35}, {"pad_to_block": False}):
+        next(make_dataset(dataclasses.replace(config, **change), tokenizer, block_size=5, eos_token_id=eos))
+
+
 def test_a_chat_source_needs_a_chat_template(write_jsonl):
     tokenizer = make_byte_tokenizer(chat_template=None)
     config = dataclasses.replace(GOOD, sources=(SourceConfig(write_jsonl([{"messages": []}]), "chat"),))

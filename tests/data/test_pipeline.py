@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdar_jax.data import DataConfig, SourceConfig, join_states, make_dataset
+from sdar_jax.data import DataConfig, SourceConfig, join_states, make_dataset, pipeline
 from sdar_jax.data.documents import DocumentMaker
 from sdar_jax.errors import DataError
 from tests.data.conftest import EOS, make_byte_tokenizer
@@ -509,8 +509,10 @@ def test_a_position_in_other_data_is_refused(write_jsonl, change, message):
     config = once(SourceConfig(write_jsonl([GOOD] * 3), "jsonl"))
     state = make(config).get_state()
     write_jsonl([GOOD] * (3 + change.pop("more", 0)))
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{message}: restore what it was, or begin a new run"):
         make(dataclasses.replace(config, **change)).set_state(state)
+    write_jsonl([GOOD] * 3)
+    make(config).set_state(state)
 
 
 def test_a_record_gone_bad_since_the_position_was_saved_is_named(write_jsonl):
@@ -520,5 +522,30 @@ def test_a_record_gone_bad_since_the_position_was_saved_is_named(write_jsonl):
     next(dataset)
     state = dataset.get_state()
     write_jsonl(["{", "{"])
-    with pytest.raises(DataError, match="record 0 of the stream was usable when the position was saved"):
+    with pytest.raises(DataError, match="record 0 of the stream was usable when the .* was saved: restore its file"):
         make(config).set_state(state)
+    write_jsonl([{"text": "x" * 40}] * 2)
+    make(config).set_state(state)
+
+
+@pytest.mark.parametrize("epochs", [None, 2])
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_an_iterator_that_ends_while_a_record_is_read_does_not_end_the_data(
+    write_jsonl, monkeypatch, epochs, num_threads
+):
+    def ended(self, record_id):
+        raise StopIteration
+
+    monkeypatch.setattr(DocumentMaker, "__call__", ended)
+    source = SourceConfig(write_jsonl([GOOD] * 3), "jsonl")
+    dataset = make(once(source, epochs=epochs, num_threads=num_threads))
+    with pytest.raises(RuntimeError, match="reading stopped at record 0 of the stream, not at its end"):
+        next(dataset)
+
+
+def test_more_records_than_can_be_numbered(write_jsonl, monkeypatch):
+    monkeypatch.setattr(pipeline, "LARGEST_RECORD_COUNT", 3)
+    first, second = (SourceConfig(write_jsonl([GOOD] * n, f"{n}.jsonl"), "jsonl") for n in (3, 1))
+    with pytest.raises(DataError, match=r"4 records are more than record_ids can number \(3\); give fewer files"):
+        make(dataclasses.replace(once(first), sources=(first, second)))
+    make(once(first))

@@ -9,6 +9,7 @@ import pytest
 
 from sdar_jax.config import ModelConfig
 from sdar_jax.conversion import to_diffusion
+from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model, logits, stack_layers, unstack_layers
 
 CONFIG = ModelConfig(40, 16, 24, 3, 4, 2, 8, initializer_range=0.3)
@@ -115,3 +116,40 @@ def test_a_mask_that_the_config_lacks_keeps_its_trained_row() -> None:
     converted = to_diffusion(model, block_size=8, mask_token_id=37)
     assert converted.config == dataclasses.replace(hosted, block_size=8, mask_token_id=37)
     np.testing.assert_array_equal(converted.embedding[...], model.embedding[...])
+
+
+DIFFUSION = dataclasses.replace(CONFIG, objective="block_diffusion", block_size=4)
+S4 = {"block_size": 4}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("config", "options", "advice", "advised"),
+    [
+        (CONFIG, {"mask_token_id": 39}, "needs one, such as 4", S4),
+        (CONFIG, S4, "neither mask_token_id nor tokenizer_size", {"tokenizer_size": 37}),
+        (CONFIG, S4 | {"tokenizer_size": 41}, "largest id plus one, at most 40", {"tokenizer_size": 40}),
+        (CONFIG, S4 | {"mask_token_id": 41}, "give a spare id below 40", {"mask_token_id": 39}),
+        (CONFIG, S4 | {"mask_token_id": 41}, "or 40 to append a row", {"mask_token_id": 40}),
+        (
+            CONFIG,
+            S4 | {"mask_token_id": 39, "objective": "diffusion"},
+            "use .* 'masked",
+            {"objective": "masked_diffusion"},
+        ),
+        (CONFIG, S4 | {"mask_token_id": 39, "mask_init": "median"}, "use one of .*'zeros'", {"mask_init": "zeros"}),
+        (CONFIG, S4 | {"mask_token_id": 39, "mask_init": "normal"}, "give key=", {"key": jax.random.key(0)}),
+        (CONFIG, S4 | {"mask_token_id": 40, "mask_init": "keep"}, "use 'mean'", {"mask_init": "mean"}),
+        (DIFFUSION, {"block_size": 8}, "give the one it was trained with", {"mask_token_id": 37}),
+        (
+            dataclasses.replace(DIFFUSION, mask_token_id=39),
+            {"mask_token_id": 38},
+            "leave it out",
+            {"mask_token_id": None},
+        ),
+    ],
+)
+def test_what_a_refusal_advises_is_taken(config, options, advice, advised) -> None:
+    with pytest.raises(ConfigError, match=advice):
+        to_diffusion(make(config), **options)
+    to_diffusion(make(config), **(options | advised))
