@@ -219,10 +219,14 @@ class TrainConfig:
         if self.epochs is not None and self.data.epochs is not None:
             raise ConfigError(f"epochs is {self.epochs} and data.epochs {self.data.epochs}; leave data.epochs out")
         if self.epochs is not None and self.data.shards > 1:
-            raise ConfigError(f"epochs is {self.epochs} and data.shards {self.data.shards}, which end apart; give steps")
+            raise ConfigError(
+                f"epochs is {self.epochs} and data.shards {self.data.shards}, which end apart; give steps"
+            )
 
     def _check_schedule(self, steps: int) -> None:
         last = whole_steps(self.optimizer.decay, steps) if self.optimizer.schedule == "wsd" else 0
         first = whole_steps(self.optimizer.warmup, steps)
         if first + last > steps:
-            raise ConfigError(f"optimizer.warmup and optimizer.decay take {first + last} of {steps} steps; shorten them")
+            raise ConfigError(
+                f"optimizer.warmup and optimizer.decay take {first + last} of {steps} steps; shorten them"
+            )

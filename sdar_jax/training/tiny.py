@@ -14,6 +14,7 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from sdar_jax import processes
+from sdar_jax.chips import check_backend
 from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.errors import ConfigError
@@ -47,6 +48,7 @@ def tiny(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: a directory in the way, or as `starting_shape`.
     """
+    check_backend()
     return from_values(TrainConfig, processes.from_first(lambda: to_values(_made_up(config))))
 
 

@@ -47,7 +47,10 @@ BAD_VALUES = {
     "steps and epochs": ({"epochs": 2}, r"steps and epochs given; give one of steps and epochs"),
     "neither steps nor epochs": ({"steps": None}, r"neither given; give one of steps and epochs"),
     "epochs twice": ({"steps": None, "epochs": 2, "data": {"epochs": 2}}, r"epochs is 2 and data\.epochs 2; leave"),
-    "epochs of shards": ({"steps": None, "epochs": 2, "data": {"shards": 2}}, r"epochs is 2 and data\.shards 2, .* steps"),
+    "epochs of shards": (
+        {"steps": None, "epochs": 2, "data": {"shards": 2}},
+        r"epochs is 2 and data\.shards 2, .* steps",
+    ),
     "unknown export": ({"export_dtype": "int8"}, r"export_dtype is 'int8'; give one of float32, bfloat16"),
     "empty run_dir": ({"run_dir": ""}, r"run_dir is ''; give a directory"),
     "negative seed": ({"seed": -1}, r"seed is -1; give"),
@@ -208,7 +211,9 @@ def test_a_section_that_the_file_lacks_is_given_by_options(values, write_yaml):
 def test_a_section_that_is_given_in_part_names_what_it_lacks(values, write_yaml):
     fields = dict(HELD_OUT)
     del fields["sources.0.path"], fields["batch_size"]
-    with pytest.raises(ConfigError, match=r"^eval\.data\.sources\.0\.path, eval\.data\.batch_size missing; add") as raised:
+    with pytest.raises(
+        ConfigError, match=r"^eval\.data\.sources\.0\.path, eval\.data\.batch_size missing; add"
+    ) as raised:
         read_command_line([write_yaml(values), *options("eval.data", fields)])
     assert "the file has no eval" in str(raised.value)
     started = write_yaml(merged(values, {"model": {"shape": None, "init_from": "base"}}))
@@ -265,7 +270,9 @@ def test_steps_or_epochs(values, write_yaml):
 
 @pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
 def test_a_run_dir_in_a_bucket_is_refused_at_once(place, make_config):
-    with pytest.raises(ConfigError, match=f"run_dir is '{place}'; give a directory of this machine, where a bucket may"):
+    with pytest.raises(
+        ConfigError, match=f"run_dir is '{place}'; give a directory of this machine, where a bucket may"
+    ):
         make_config(run_dir=place)
 
 
