@@ -70,8 +70,8 @@ class Checkpoints:
             max_to_keep=config.keep, cleanup_tmp_directories=True, async_options=asynchronous
         )
         self._closing = contextlib.ExitStack()
-        plain = self._closing.enter_context(_plain_name(self.directory))
-        self._manager = ocp.CheckpointManager(plain, options=options)
+        plain = self._closing.enter_context(_plain_name(run_dir.absolute()))
+        self._manager = ocp.CheckpointManager(plain / self.directory.name, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -153,7 +153,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _plain_name(directory: Path) -> Iterator[Path]:
-    """The directory under a name that orbax and tensorstore take as it is: to them [ ] is a pattern, \\ a /.
+    """A directory under a name that orbax and tensorstore take as it is: to them [ ] is a pattern, and a backslash a /.
 
     All processes use the same name, a link that each of their machines has.
     """

@@ -191,6 +191,8 @@ class Silent(Trackers):
 class _Output:
     """A file of metrics behind `step`; where it cannot be written, that is said once, until it can again."""
 
+    _tries_again = True
+
     def __init__(self, path: Path, step: int):
         self._path, self._step = path, step
         self._ready, self._told = False, False
@@ -203,6 +205,8 @@ class _Output:
         pass
 
     def _attempt(self, *line: Any) -> None:
+        if self._told and not self._tries_again:
+            return
         try:
             if not self._ready:
                 self._open()
@@ -246,6 +250,9 @@ class _Board(_Output):
     wait for it without end.
     """
 
+    # An event that is cut short hides all that follow it in its file.
+    _tries_again = False
+
     def _open(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)
         self._file = EventsWriter(str(self._path / "events"))
@@ -254,15 +261,10 @@ class _Board(_Output):
 
     def _append(self, step: int, line: Line) -> None:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in line.items() if value is not None]
-        try:
-            self._file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-            if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-                self._file.flush()
-                self._flushed = time.monotonic()
-        except OSError:
-            # What is cut short ends what can be read of its file: the next event begins another one.
-            self._ready, self._step = False, step
-            raise
+        self._file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
         if self._ready:
