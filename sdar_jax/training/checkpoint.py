@@ -41,6 +41,7 @@ class Position(NamedTuple):
     """What a checkpoint holds besides arrays, as JSON: data.get_state(), Meter.get_state(), both configs in full.
 
     files: `data_files.fingerprint` of what the data is read from; None in a checkpoint from before there was one.
+    epochs: those whose steps were counted; None where steps were given.
     """
 
     data: dict[str, Any]
@@ -48,6 +49,7 @@ class Position(NamedTuple):
     config: dict[str, Any]
     model: dict[str, Any]
     files: dict[str, Any] | None = None
+    epochs: int | None = None
 
 
 class Checkpoints:

@@ -1,5 +1,6 @@
 """What the files of a run hold, in short: a run that resumes says where it reads others than it began with."""
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -46,11 +47,13 @@ def report_changes(before: Fingerprint, now: Fingerprint) -> None:
 def _of_files(files: Sequence[Path]) -> dict[str, Any]:
     digest, total = hashlib.sha256(), 0
     for path in files:
-        size = path.stat().st_size
-        total += size
-        digest.update(f"{path.name}\0{size}\0".encode("utf-8", "surrogateescape"))
-        for piece in _samples(path, size):
-            digest.update(piece)
+        digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0")
+        # What cannot be read is for the data pipeline to report, or to leave out.
+        with contextlib.suppress(OSError):
+            size = path.stat().st_size
+            total += size
+            for piece in (str(size).encode(), *_samples(path, size)):
+                digest.update(piece)
     return {"files": len(files), "bytes": total, "digest": digest.hexdigest()}
 
 

@@ -119,9 +119,9 @@ def _train(
     if loop.done < steps:
         log.info("%s: stopped by a signal, saved at step %d; start it again to go on", run_dir, loop.done)
         return Outcome(loop.done, finished=False, signal=loop.signal)
-    mark_export(run_dir, config, complete=False)
+    mark_export(run_dir, config, setup.epochs, complete=False)
     save_pretrained(loop.model(), model_path(run_dir), tokenizer_from=tokenizer_at, dtype=config.export_dtype)
-    mark_export(run_dir, config, complete=True)
+    mark_export(run_dir, config, setup.epochs, complete=True)
     averaged = "" if config.ema_decay is None else " (the moving average of the weights)"
     log.info("%s: finished, model%s in %s", run_dir, averaged, model_path(run_dir))
     return Outcome(loop.done, finished=True)
@@ -266,7 +266,8 @@ class _Loop:
             return
         # Of the last batch that came: an error behind it can leave the data between two.
         data, meter = join_states(processes.gather(self._data_state)), self._setup.meter.get_state()
-        position = Position(data, meter, to_values(self._config), to_values(self._setup.model), self._setup.files)
+        setup, config = self._setup, to_values(self._config)
+        position = Position(data, meter, config, to_values(setup.model), setup.files, setup.epochs)
         self._checkpoints.save(self._state, position)
         self._saved = self.done
 

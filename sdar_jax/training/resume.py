@@ -75,12 +75,14 @@ def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> Non
         return
     warmup = whole_steps(before.optimizer.warmup, before.total_steps)
     kept = replace(config.optimizer, warmup=warmup)
-    fix = f"start a new run_dir with model.init_from {model_path(Path(config.run_dir))}"
+    model = model_path(Path(config.run_dir))
+    first = "" if model.exists() else f", once steps {done} has exported it"
+    fix = f"or use a new run_dir, with model.init_from {model}{first}"
     if _same_rates(before.optimizer, before.total_steps, kept, steps, done):
-        fix = f"set optimizer.warmup to {warmup}, which it was in steps"
+        fix = f"or set optimizer.warmup to {warmup}, which it was in steps, or use a new run_dir"
     raise ConfigError(
-        f"{config.run_dir} was started otherwise: {changed}, by which its {done} steps would have had other learning "
-        f"rates; restore these, or use a new run_dir; {fix}"
+        f"{config.run_dir} was started otherwise: {changed}, with which its {done} steps would have had other learning "
+        f"rates; restore these, {fix}"
     )
 
 

@@ -93,10 +93,13 @@ def model_path(run_dir: Path) -> Path:
     return run_dir / "model"
 
 
-def mark_export(run_dir: Path, config: TrainConfig, *, complete: bool) -> None:
-    """Notes that the model of `config` is about to be written to run_dir/model, or is there; by the first process."""
+def mark_export(run_dir: Path, config: TrainConfig, epochs: int | None, *, complete: bool) -> None:
+    """Notes that the model of `config` is about to be written to run_dir/model, or is there; by the first process.
+
+    epochs: those that gave `config` its steps, if any did.
+    """
     if processes.is_first():
-        mark = {"step": config.steps, "epochs": config.data.epochs, "dtype": config.export_dtype, "complete": complete}
+        mark = {"step": config.steps, "epochs": epochs, "dtype": config.export_dtype, "complete": complete}
         write_file(run_dir / _EXPORT, json.dumps(mark) + "\n")
 
 
@@ -132,3 +135,6 @@ def _read_mark(run_dir: Path) -> dict[str, Any] | None:
         return json.loads((run_dir / _EXPORT).read_text())
     except FileNotFoundError:
         return None
+    except ValueError:
+        # A power cut can empty it. The model is this run's all the same, and written again.
+        return {"step": None, "epochs": None, "dtype": None, "complete": False}

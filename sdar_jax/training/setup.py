@@ -37,11 +37,12 @@ log = logging.getLogger(__name__)
 class Setup(NamedTuple):
     """A run where it starts or goes on.
 
-    config: with its steps, where epochs are given. rebuild: weights by name -> model, its layers stacked. files: what
-    was read to begin with. rows: of each batch, those that `data` gives out here.
+    config: with its steps in place of `epochs`, which stand beside it. rebuild: weights by name -> model, its layers
+    stacked. files: what was read to begin with. rows: of each batch, those that `data` gives out here.
     """
 
     config: TrainConfig
+    epochs: int | None
     mesh: Mesh
     model: ModelConfig
     rebuild: Rebuild
@@ -61,7 +62,7 @@ def prepare(
         ConfigError: a mesh that does not divide devices, model or batch, or as `initial_model` and `check_schedule`.
         CheckpointError, DataError: weights, checkpoint or data that cannot be read.
     """
-    mesh = make_mesh(config.mesh)
+    epochs, mesh = config.epochs, make_mesh(config.mesh)
     files = processes.from_first(lambda: fingerprint(config.data.sources, tokenizer_directory(config.model)))
     if position is None:
         shape, rebuild, state = _first_state(config, tokenizer, mesh)
@@ -69,7 +70,9 @@ def prepare(
     else:
         report_changes(position.files or {}, files)
         shape = with_learned_stops(from_values(ModelConfig, position.model), tokenizer, config.data.sources)
-        config = _resumed(config, tokenizer, shape, position, files)
+        same_epochs = config.epochs is not None and config.epochs == position.epochs
+        steps = from_values(TrainConfig, position.config).steps if same_epochs else None
+        config = _with_steps(config, tokenizer, shape, steps)
         check_schedule(position.config, config, checkpoints.latest or 0)
         check_run(config, shape, mesh)
         rebuild, like = abstract_state(config, shape, mesh)
@@ -82,11 +85,17 @@ def prepare(
         _check_records(config, data, position)
         data.set_state(position.data)
         meter.set_state(position.meter)
-    return Setup(config, mesh, shape, rebuild, state, data, files, rows, meter)
+    return Setup(config, epochs, mesh, shape, rebuild, state, data, files, rows, meter)
 
 
-def _with_steps(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> TrainConfig:
-    """The same run with its steps in place of `epochs`: all batches of the data are made once, and counted."""
+def _with_steps(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, counted: int | None = None
+) -> TrainConfig:
+    """The same run with its steps in place of `epochs`: all batches of the data are made once, and counted.
+
+    Args:
+        counted: how many they were when the run began with as many epochs.
+    """
     if config.steps is not None:
         return config
     data = replace(config.data, epochs=config.epochs)
@@ -97,17 +106,7 @@ def _with_steps(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: 
         with closing(open_dataset(data, tokenizer, model, rows=[data.batch_size - 1])) as batches:
             return sum(1 for _ in batches)
 
-    return replace(config, steps=processes.from_first(count), epochs=None, data=data)
-
-
-def _resumed(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, position: Position, files: Fingerprint
-) -> TrainConfig:
-    """`_with_steps`, without another count of the same epochs of the same data."""
-    before = from_values(TrainConfig, position.config)
-    if config.epochs is None or config.epochs != before.data.epochs or files != position.files:
-        return _with_steps(config, tokenizer, model)
-    return replace(config, steps=before.steps, epochs=None, data=replace(config.data, epochs=config.epochs))
+    return replace(config, steps=counted or processes.from_first(count), epochs=None, data=data)
 
 
 def _check_records(config: TrainConfig, data: PackedDataset, position: Position) -> None:

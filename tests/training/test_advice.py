@@ -101,7 +101,9 @@ def test_steps_may_change_where_no_step_done_would(before, steps, now, new_steps
         warmup = int(message.split("set optimizer.warmup to ")[1].split(",")[0])
         check_schedule(saved, replace(config, optimizer=replace(config.optimizer, warmup=warmup)), done)
     else:
-        assert f"or use a new run_dir; start a new run_dir with model.init_from {config.run_dir}/model" in message
+        named = f"or use a new run_dir, with model.init_from {config.run_dir}/model, once steps {done} has exported it"
+        assert message.endswith(named)
+        check_schedule(saved, replace(config, steps=done, optimizer=replace(config.optimizer, warmup=0)), done)
 
 
 def test_steps_below_those_done_are_refused(config_in):
@@ -113,7 +115,7 @@ def test_steps_below_those_done_are_refused(config_in):
 def test_a_schedule_that_cannot_go_on_begins_anew_from_the_model(config_in):
     cosine = {"optimizer": {"schedule": "cosine"}}
     train(config_in(steps=2, **cosine))
-    with pytest.raises(ConfigError, match="start a new run_dir with model.init_from") as raised:
+    with pytest.raises(ConfigError, match="or use a new run_dir, with model.init_from") as raised:
         train(config_in(steps=4, **cosine))
     model = str(raised.value).split("model.init_from ")[1]
     assert train(config_in("second", steps=2, model={"init_from": model, "shape": None}, **cosine)).finished
@@ -174,10 +176,14 @@ def test_epochs_resume_without_another_count_and_can_be_more(inputs, tmp_path, c
     by_epochs = {"steps": None, "data": data_values(inputs / "held-out.jsonl")}
     assert train(config_in(epochs=1, **by_epochs)) == Outcome(3, finished=True)
     shutil.rmtree(tmp_path / "run" / "model")
+    caplog.clear()
     with caplog.at_level(logging.INFO, "sdar_jax"):
         assert train(config_in(epochs=1, **by_epochs)) == Outcome(3, finished=True)
     assert "counting" not in caplog.text
     assert train(config_in(epochs=2, **by_epochs)).step > 3
+    data = {**by_epochs["data"], "epochs": 1}
+    assert train(config_in("by_steps", steps=2, data=data)) == Outcome(2, finished=True)
+    assert train(config_in("by_steps", epochs=1, **by_epochs)) == Outcome(3, finished=True), "two steps are no epoch"
 
 
 def test_a_model_that_this_run_did_not_write_is_neither_its_result_nor_replaced(tmp_path, config_in):
@@ -201,6 +207,9 @@ def test_what_is_exported_is_written_again_where_it_has_to_be(tmp_path, config_i
     assert finished_step(tmp_path / "run", config_in(steps=2, export_dtype="bfloat16"), 2) is None
     assert train(config_in(steps=2)) == Outcome(2, finished=True)
     assert model.joinpath("model.safetensors").stat().st_size == whole
+    mark.write_text("")
+    assert finished_step(tmp_path / "run", config_in(steps=2), 2) is None
+    assert train(config_in(steps=2)) == Outcome(2, finished=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert train(config_in(steps=2)) == Outcome(2, finished=True)
     with pytest.raises(ConfigError, match=r"is of step 2 in float32, and no checkpoint is left .* use a new run_dir"):
