@@ -24,6 +24,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from sdar_jax import Completion, DecodingConfig, Engine, generate, load_pretrained
+from sdar_jax.chips import check_backend
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
@@ -324,6 +325,7 @@ def main(config: SampleConfig) -> int:
         raise DecodingError("--watch shows one answer at a time, as text; leave out --json and --input")
     if config.watch and config.decoding.strategy == "semi_autoregressive":
         raise DecodingError("--watch follows the engine, which semi_autoregressive does not use; leave it out")
+    check_backend()
     if config.prompt is not None or config.prompt_ids is not None:
         return sample_once(config)
     chat(config) if config.chat else sample_file(config)

@@ -136,6 +136,22 @@ def device() -> Any:
     return jax.devices()[0] if _target is None else _target
 
 
+def check_backend() -> None:
+    """Starts JAX's devices. Raises ConfigError where JAX_PLATFORMS asks for a platform that is not here."""
+    try:
+        jax.devices()
+    # The platform's plugin is missing, which JAX asserts or says, or finds no device.
+    except (AssertionError, RuntimeError) as error:
+        asked = jax.config.jax_platforms or ""
+        names = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
+        known = next((names[name] for name in asked.split(",") if name in names), None)
+        reason = " ".join(str(error).split()) or "it has no plugin for it"
+        fix = "set it to cpu, or unset it"
+        if known is not None:
+            fix = f"install sdar-jax[{_COMPILERS[known][1]}] and see that the {known.upper()} is there, or unset it"
+        raise ConfigError(f"JAX_PLATFORMS is {asked!r} and JAX cannot use that here ({reason}); {fix}") from None
+
+
 def not_hopper() -> str | None:
     """Why kernels for Hopper cannot run on the GPU to compute on; None if they can, or if it is no GPU."""
     if platform() != "gpu" or (capability := device().compute_capability) == "9.0":

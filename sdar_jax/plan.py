@@ -72,7 +72,7 @@ def named_topology(config: str | Path) -> str:
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     config = read_command_line([options.config, *overrides])
     step = compile_step(config, options.topology or named_topology(options.config))
-    tokens = options.tokens or float(config.steps * step.tokens)
+    tokens = options.tokens or float(config.total_steps * step.tokens)
     roof = None if step.counts is None else roofline(step, step.counts)
     plan = values(step, roof, tokens)
     if not options.json:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from sdar_jax.chips import CHIPS, compiling_for, device, peak_flops, platform, topology
+from sdar_jax.chips import CHIPS, check_backend, compiling_for, device, peak_flops, platform, topology
 from sdar_jax.errors import ConfigError
 from tests.bad_input import refused
 
@@ -44,3 +44,27 @@ def test_peaks_agree_with_the_chips():
         name: chip.bf16_flops for name, chip in CHIPS.items()
     }
     assert peak_flops("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "fix"),
+    [
+        ("cuda", r"install sdar-jax\[cuda12\] and see that the GPU is there, or unset it"),
+        ("gpu,cpu", r"install sdar-jax\[cuda12\]"),
+        ("tpu", r"install sdar-jax\[tpu\] and see that the TPU is there"),
+        ("nonsense", r"set it to cpu, or unset it"),
+    ],
+)
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize\nbackend")])
+def test_a_backend_that_is_not_here_is_one_line(asked, fix, error, monkeypatch):
+    """What JAX raises: an assertion where a plugin is missing, an error of several lines where a device is."""
+
+    def fail():
+        raise error
+
+    check_backend()
+    fake = SimpleNamespace(devices=fail, config=SimpleNamespace(jax_platforms=asked))
+    monkeypatch.setattr("sdar_jax.chips.jax", fake)
+    with pytest.raises(ConfigError, match=rf"JAX_PLATFORMS is '{asked}' and JAX cannot .*; {fix}") as raised:
+        check_backend()
+    assert "\n" not in str(raised.value)

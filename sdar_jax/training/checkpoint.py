@@ -17,6 +17,8 @@ import json
 import logging
 import shutil
 import sys
+import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +38,18 @@ _ITEMS = ("state", "position")
 
 
 class Position(NamedTuple):
-    """What a checkpoint holds besides arrays, as JSON: data.get_state(), Meter.get_state(), both configs in full."""
+    """What a checkpoint holds besides arrays, as JSON: data.get_state(), Meter.get_state(), both configs in full.
+
+    files: `data_files.fingerprint` of what the data is read from; None in a checkpoint from before there was one.
+    epochs: those whose steps were counted; None where steps were given.
+    """
 
     data: dict[str, Any]
     meter: dict[str, Any]
     config: dict[str, Any]
     model: dict[str, Any]
+    files: dict[str, Any] | None = None
+    epochs: int | None = None
 
 
 class Checkpoints:
@@ -63,13 +71,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, cleanup_tmp_directories=True, async_options=asynchronous
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._closing = contextlib.ExitStack()
+        plain = self._closing.enter_context(_plain_name(run_dir.absolute()))
+        self._manager = ocp.CheckpointManager(plain / self.directory.name, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_) -> None:
-        with self._failures_reported():
+        with self._closing, self._failures_reported():
             self._manager.close()
 
     @property
@@ -141,6 +151,24 @@ class Checkpoints:
         (directory,) = (path for path in self.directory.iterdir() if f"{path.name}.".startswith(name))
         digests = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
         (directory / _DIGESTS).write_text(json.dumps(digests))
+
+
+@contextlib.contextmanager
+def _plain_name(directory: Path) -> Iterator[Path]:
+    """A directory under a name that orbax and tensorstore take as it is: to them [ ] is a pattern, and a backslash a /.
+
+    All processes use the same name, a link that each of their machines has.
+    """
+    if not set("[]\\") & set(str(directory)):
+        yield directory
+        return
+    link = Path(tempfile.gettempdir(), processes.from_first(lambda: f"run-{uuid.uuid4().hex}"))
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(directory)
+    try:
+        yield link
+    finally:
+        link.unlink(missing_ok=True)
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:

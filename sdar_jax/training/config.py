@@ -1,6 +1,8 @@
 """`TrainConfig`: all that a training run is told, checked when it is made. A YAML file holds one (`reading.py`)."""
 
 import math
+import os
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +25,17 @@ def whole_steps(amount: float | int, steps: int) -> int:
 def _require(name: str, value: object, good: bool, wanted: str) -> None:
     if not good:
         raise ConfigError(f"{name} is {value!r}; give {wanted}")
+
+
+def _expand_home(config: object, *names: str) -> None:
+    """Replaces a leading ~ in these fields, which no shell expands in a file."""
+    for name in names:
+        path = getattr(config, name)
+        if path is None or not path.startswith("~"):
+            continue
+        expanded = os.path.expanduser(path)
+        _require(name, path, expanded != path, "the home directory of someone who has one here")
+        object.__setattr__(config, name, expanded)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class InitConfig:
             raise ConfigError(f"{' and '.join(given) or 'none'} given; give one of init_from, preset and shape")
         if self.init_from is None and self.tokenizer is None:
             raise ConfigError("tokenizer is None and there is no init_from that has one; give a tokenizer directory")
+        _expand_home(self, "init_from", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -140,8 +154,8 @@ class TrainConfig:
 
     run_dir: str
     """Directory of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/, and at the end model/."""
-    steps: int
-    """Optimiser steps, each on one batch of data.batch_size rows."""
+    steps: int | None
+    """Optimiser steps, each on one batch of data.batch_size rows. Either these or `epochs`."""
     model: InitConfig
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -149,6 +163,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig | None = None
     """Evaluation during training; None is none."""
+    epochs: int | None = None
+    """Passes over the data, in place of `steps`. Their steps are counted before the first one, by reading the data."""
     mesh: MeshConfig = MeshConfig()
     """How the devices share the work; by default rows, weights and optimiser state are split over all of them."""
     seed: int = 0
@@ -161,6 +177,8 @@ class TrainConfig:
     """Of activations and matmuls; weights and optimiser are float32. "auto": bfloat16 on GPU and TPU, else float32."""
     remat: Remat = "none"
     """What the backward pass recomputes to save memory: nothing, all but matmul outputs ("dots"), or whole layers."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in run_dir/model, which bfloat16 makes half as large."""
     log_every: int = 10
     """Steps that a line of metrics averages over."""
     tensorboard: bool = True
@@ -169,19 +187,46 @@ class TrainConfig:
     """FLOP/s of the device that MFU is a share of; None looks the device up, and unknown devices have no MFU."""
 
     def __post_init__(self):
-        for name in ("steps", "log_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("steps", "epochs", "log_every"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 1, "at least 1")
+        self._check_length()
         _require("seed", self.seed, 0 <= self.seed < 2**32, "a number in [0, 2**32)")
         _require("run_dir", self.run_dir, bool(self.run_dir), "a directory")
+        local = re.match(r"[A-Za-z][\w+.-]*://", self.run_dir) is None
+        _require("run_dir", self.run_dir, local, "a directory of this machine, where a bucket may be mounted")
+        _expand_home(self, "run_dir")
         ema, micro, peak = self.ema_decay, self.micro_batch_size, self.peak_flops
         _require("ema_decay", ema, ema is None or 0 < ema < 1, "a number between 0 and 1")
         _require("peak_flops", peak, peak is None or 0 < peak < math.inf, "a finite number above 0")
         batch = self.data.batch_size
         divides = micro is None or (micro >= 1 and batch % micro == 0)
         _require("micro_batch_size", micro, divides, f"a divisor of data.batch_size, {batch}")
-        last = whole_steps(self.optimizer.decay, self.steps) if self.optimizer.schedule == "wsd" else 0
-        first = whole_steps(self.optimizer.warmup, self.steps)
-        if first + last > self.steps:
+        if self.steps is not None:
+            self._check_schedule(self.steps)
+
+    @property
+    def total_steps(self) -> int:
+        """`steps`. `train` puts them in the place of `epochs` as soon as they are counted."""
+        if self.steps is None:
+            raise ConfigError(f"epochs is {self.epochs}, whose steps only a run counts; give steps, and epochs None")
+        return self.steps
+
+    def _check_length(self) -> None:
+        given = [name for name in ("steps", "epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(f"{' and '.join(given) or 'neither'} given; give one of steps and epochs")
+        if self.epochs is not None and self.data.epochs is not None:
+            raise ConfigError(f"epochs is {self.epochs} and data.epochs {self.data.epochs}; leave data.epochs out")
+        if self.epochs is not None and self.data.shards > 1:
             raise ConfigError(
-                f"optimizer.warmup and optimizer.decay take {first + last} of {self.steps} steps; shorten them"
+                f"epochs is {self.epochs} and data.shards {self.data.shards}, which end apart; give steps"
+            )
+
+    def _check_schedule(self, steps: int) -> None:
+        last = whole_steps(self.optimizer.decay, steps) if self.optimizer.schedule == "wsd" else 0
+        first = whole_steps(self.optimizer.warmup, steps)
+        if first + last > steps:
+            raise ConfigError(
+                f"optimizer.warmup and optimizer.decay take {first + last} of {steps} steps; shorten them"
             )

@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from sdar_jax import processes
+from sdar_jax.chips import check_backend
 from sdar_jax.data import PackedDataset, join_states, load_tokenizer
-from sdar_jax.errors import ConfigError, TrainingError
+from sdar_jax.errors import ConfigError, DataError, TrainingError
 from sdar_jax.model import Model
 from sdar_jax.objectives import Batch
 from sdar_jax.pretrained import save_pretrained
@@ -30,7 +31,7 @@ from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import EvalConfig, TrainConfig
 from sdar_jax.training.reading import to_values
 from sdar_jax.training.resume import check_same_for_all, check_unchanged, write_config
-from sdar_jax.training.run_dir import occupied
+from sdar_jax.training.run_dir import finished_step, mark_export, model_path, occupied
 from sdar_jax.training.setup import Setup, open_dataset, prepare, tokenizer_directory
 from sdar_jax.training.signals import Interrupts
 from sdar_jax.training.step import StepMetrics, make_step
@@ -53,12 +54,14 @@ class Outcome(NamedTuple):
 
 
 def train(config: TrainConfig, *, make_evaluate: MakeEvaluate | None = None) -> Outcome:
-    """Trains until `config.steps`, from the newest checkpoint of `config.run_dir` if it holds one.
+    """Trains until `config.steps` (or as many as `config.epochs` has), from the newest checkpoint of `config.run_dir`.
 
     An interrupted and resumed run equals an uninterrupted one bit for bit, on the same machine and versions (on a GPU,
     where XLA is told to be deterministic: XLA_FLAGS=--xla_gpu_deterministic_ops=true). SIGTERM
     or SIGINT ends the current step, saves and returns. At the end the model (with `ema_decay`, its moving average) is
-    written to run_dir/model, with its tokenizer; a run that has one is finished, and nothing is done.
+    written to run_dir/model, with its tokenizer; a run that has written it is finished, and nothing is done. Its
+    generation_config.json lists the tokens that end the responses it learned. A finished run that is given more steps
+    goes on, if its schedule allows it.
 
     Args:
         make_evaluate: given `config.eval` and its data, returns what is called on the model: named numbers. Called
@@ -66,10 +69,13 @@ def train(config: TrainConfig, *, make_evaluate: MakeEvaluate | None = None) -> 
 
     Raises:
         ConfigError: values that cannot be honoured, or that differ from those the run was started with; a run_dir
-            that another job uses.
-        CheckpointError: weights or checkpoints that cannot be read. DataError: records that cannot be used.
-        TrainingError: a loss or gradient that is not finite (nothing of it is saved), or data that ends too soon.
+            that another job uses, or with a model in it that this run has not written.
+        CheckpointError: weights or checkpoints that cannot be read. DataError: records that cannot be used; the steps
+            before are saved.
+        TrainingError: a loss or gradient that is not finite (nothing of it is saved), or data that ends too soon (all
+            is saved).
     """
+    check_backend()
     if config.eval is not None and make_evaluate is None:
         raise ConfigError("eval is set and train() has no make_evaluate; give one, or set eval to None")
     run_dir = Path(config.run_dir)
@@ -78,9 +84,9 @@ def train(config: TrainConfig, *, make_evaluate: MakeEvaluate | None = None) -> 
         position = checkpoints.position()
         if position is not None:
             check_unchanged(position.config, config)
-        if processes.from_first((run_dir / "model").exists):
-            log.info("%s is finished and its model in %s; nothing is left to do", run_dir, run_dir / "model")
-            return Outcome(checkpoints.latest or config.steps, finished=True)
+        if (end := finished_step(run_dir, config, checkpoints.latest)) is not None:
+            log.info("%s is finished and its model in %s; nothing is left to do", run_dir, model_path(run_dir))
+            return Outcome(end, finished=True)
         return _train(config, run_dir, checkpoints, position, make_evaluate)
 
 
@@ -94,27 +100,30 @@ def _train(
     tokenizer_at = tokenizer_directory(config.model)
     tokenizer = load_tokenizer(tokenizer_at)
     setup = prepare(config, tokenizer, checkpoints, position)
+    config, steps = setup.config, setup.config.total_steps
     evaluate = None
     if config.eval is not None and make_evaluate is not None:
         evaluate = make_evaluate(config.eval, open_dataset(config.eval.data, tokenizer, setup.model))
     start = checkpoints.latest or 0
-    log.info("%s: %s step %d of %d", run_dir, "going on from" if start else "starting at", start, config.steps)
+    log.info("%s: %s step %d of %d", run_dir, "going on from" if start else "starting at", start, steps)
     if processes.is_first():
         write_config(run_dir, config)
-        outputs = Trackers(run_dir, step=start, steps=config.steps, tensorboard=config.tensorboard)
+        outputs = Trackers(run_dir, step=start, steps=steps, tensorboard=config.tensorboard)
     else:
         outputs = Silent()
     with closing(setup.data), outputs as trackers, Interrupts() as interrupts:
-        loop = _Loop(config, setup, start, trackers, checkpoints, evaluate, interrupts)
+        loop = _Loop(setup, start, trackers, checkpoints, evaluate, interrupts)
         with use(setup.mesh):
             loop.run()
     checkpoints.wait()
-    if loop.done < config.steps:
+    if loop.done < steps:
         log.info("%s: stopped by a signal, saved at step %d; start it again to go on", run_dir, loop.done)
         return Outcome(loop.done, finished=False, signal=loop.signal)
-    save_pretrained(loop.model(), run_dir / "model", tokenizer_from=tokenizer_at)
+    mark_export(run_dir, config, setup.epochs, complete=False)
+    save_pretrained(loop.model(), model_path(run_dir), tokenizer_from=tokenizer_at, dtype=config.export_dtype)
+    mark_export(run_dir, config, setup.epochs, complete=True)
     averaged = "" if config.ema_decay is None else " (the moving average of the weights)"
-    log.info("%s: finished, model%s in %s", run_dir, averaged, run_dir / "model")
+    log.info("%s: finished, model%s in %s", run_dir, averaged, model_path(run_dir))
     return Outcome(loop.done, finished=True)
 
 
@@ -153,7 +162,6 @@ class _Loop:
 
     def __init__(
         self,
-        config: TrainConfig,
         setup: Setup,
         start: int,
         trackers: Trackers,
@@ -163,11 +171,13 @@ class _Loop:
     ):
         self.done, self._first = start, start + 1
         self._interrupts, self._agreed = interrupts, 0
-        self._config, self._setup, self._state = config, setup, setup.state
+        self._config, self._setup, self._state = setup.config, setup, setup.state
+        self._steps = self._config.total_steps
         self._trackers, self._checkpoints, self._evaluate = trackers, checkpoints, evaluate
-        self._step = make_step(config, setup.model, setup.rebuild)
+        self._step = make_step(setup.config, setup.model, setup.rebuild)
         self._unread: _Unread | None = None
         self._saved = start
+        self._data_state = setup.data.get_state()
 
     @property
     def signal(self) -> int | None:
@@ -177,9 +187,9 @@ class _Loop:
     def run(self) -> None:
         """Until the last step or a signal; then everything is read and saved."""
         config = self._config
-        while self.done < config.steps and not self.signal:
+        while self.done < self._steps and not self.signal:
             self._advance()
-            last = self.done == config.steps
+            last = self.done == self._steps
             if self._evaluate and config.eval and (last or self.done % config.eval.every == 0):
                 self._settle()
                 self._trackers.evaluation(self.done, dict(self._evaluate(self.model())))
@@ -195,13 +205,7 @@ class _Loop:
 
     def _advance(self) -> None:
         """Dispatches one step, and reads the one before it while this one runs."""
-        try:
-            batch = next(self._setup.data)
-        except StopIteration:
-            raise TrainingError(
-                f"the data ended after {self.done} of {self._config.steps} steps; set steps to {self.done}, or give "
-                "more data or data.epochs"
-            ) from None
+        batch = self._next_batch()
         arrays = _placed(batch, self._setup.rows, self._config.data.batch_size, self._setup.mesh)
         self._state, metrics = self._step(self._state, arrays)
         tokens, signal = self._beside(batch, arrays)
@@ -211,6 +215,26 @@ class _Loop:
         if self.done == self._first:
             # Read at once, so that the clock starts when the first step has been compiled and run.
             self._settle()
+
+    def _next_batch(self) -> dict[str, np.ndarray]:
+        """What cannot be trained on costs no step that could: they are saved before the error."""
+        try:
+            batch = next(self._setup.data)
+        except StopIteration:
+            self._save()
+            self._checkpoints.wait()
+            raise TrainingError(
+                f"the data ended after {self.done} of {self._steps} steps, which are saved; set steps to {self.done}, "
+                "raise data.epochs or leave it out, and start it again"
+            ) from None
+        except DataError:
+            # Another process may not have met it, and would not come to save its part.
+            if jax.process_count() == 1:
+                self._save()
+                log.info("saved at step %d; start it again to go on", self._saved)
+            raise
+        self._data_state = self._setup.data.get_state()
+        return batch
 
     def _beside(self, batch: dict[str, np.ndarray], arrays: Batch) -> tuple[Any, Any]:
         """What `_Unread` says of this step's tokens and signals, which may still be on its way."""
@@ -233,15 +257,17 @@ class _Loop:
         meter = self._setup.meter
         meter.add(metrics, int(tokens))
         self._trackers.advance()
-        if unread.step % self._config.log_every == 0 or unread.step == self._config.steps:
+        if unread.step % self._config.log_every == 0 or unread.step == self._steps:
             self._trackers.train(unread.step, meter.line())
 
     def _save(self) -> None:
         self._settle()
         if self._saved == self.done:
             return
-        data, meter = join_states(processes.gather(self._setup.data.get_state())), self._setup.meter.get_state()
-        position = Position(data, meter, to_values(self._config), to_values(self._setup.model))
+        # Of the last batch that came: an error behind it can leave the data between two.
+        data, meter = join_states(processes.gather(self._data_state)), self._setup.meter.get_state()
+        setup, config = self._setup, to_values(self._config)
+        position = Position(data, meter, config, to_values(setup.model), setup.files, setup.epochs)
         self._checkpoints.save(self._state, position)
         self._saved = self.done
 
@@ -252,12 +278,16 @@ class _Loop:
         more = ""
         if rest > 0:
             file = Path(self._config.run_dir) / f"records-of-step-{unread.step}.txt"
-            if processes.is_first():
-                file.write_text("\n".join(records) + "\n")
             more = f" and {rest} more, listed in {file}"
+            try:
+                if processes.is_first():
+                    file.write_text("\n".join(records) + "\n")
+            except OSError as error:
+                more = f" and {rest} more ({file} cannot be written: {error.strerror})"
         last = self._checkpoints.directory / str(self._saved)
         good = f"the last good checkpoint is {last}" if self._saved else "there is no checkpoint yet"
         return TrainingError(
             f"step {unread.step}: loss {metrics.loss / max(metrics.count, 1)}, gradient norm {metrics.grad_norm}, in a "
-            f"batch of {named}{more}; {good}; lower optimizer.learning_rate or mend these records"
+            f"batch of {named}{more}; {good}; mend these records and start it again, or lower optimizer.learning_rate "
+            "in a new run_dir"
         )

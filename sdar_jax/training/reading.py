@@ -1,21 +1,24 @@
 """A config from a YAML file, changed by the command line. Whatever is wrong with either is one ConfigError."""
 
 import contextlib
+import copy
 import dataclasses
 import difflib
+import functools
 import io
 import re
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
+from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.training.config import InitConfig, TrainConfig
+from sdar_jax.training.config import EvalConfig, InitConfig, TrainConfig
 
 USAGE = "train.py CONFIG.yaml"
 _PROGRAM = f"{USAGE} [--tiny]"
@@ -25,12 +28,17 @@ _EXAMPLE = TrainConfig(
     model=InitConfig(init_from="path/to/model"),
     data=DataConfig((SourceConfig("path/to/*.jsonl", "jsonl"),), sequence_length=1024, batch_size=8),
 )
+# Sections that a config may be without, by where they stand, and what their options are listed with then.
+_OPTIONAL_SECTIONS = {"eval": EvalConfig(_EXAMPLE.data), "model.shape": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128)}
 
 
 def read_command_line(
     arguments: Sequence[str], *, change: Callable[[TrainConfig], TrainConfig] = lambda config: config
 ) -> TrainConfig:
     """`CONFIG.yaml [--field.path value ...]`. `--help` prints every field, with its value in the file, and exits.
+
+    A section that may be None is left out by `--eval None`. One that the file does not have can be given whole, by all
+    of its fields that have no default; `--help` lists them with an example's values.
 
     Args:
         change: what becomes of the file's config before the options are applied to it.
@@ -49,16 +57,32 @@ def read_config(path: str | Path) -> TrainConfig:
     """A TrainConfig from a YAML file whose keys are its fields; paths in it are relative to the working directory.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown or missing key, a wrong type, or a value out of range.
+        ConfigError: no such file, not YAML, an unknown or missing key, one that is given twice, a wrong type, or a
+            value out of range.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        # The C loader has no composer to ask; configs are short.
+        values = yaml.load(Path(path).read_text(), _UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not YAML ({reason}); correct the file") from None
     return from_values(TrainConfig, values)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice in one mapping, of which YAML's own loader keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"{name} is given in line {lines[name]} and again in line {line}; join the two")
+            lines[name] = line
+        return node
 
 
 def to_values(config: Any) -> dict[str, Any]:
@@ -104,10 +128,12 @@ def from_values[T](kind: type[T], values: Any, where: str = "") -> T:
             near = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(fields)}"
             raise ConfigError(f"{path(name)} is unknown; {hint}")
-    required = [name for name, field in fields.items() if _is_required(field) and name not in values]
+    hints = get_type_hints(kind)
+    absent = [name for name, field in fields.items() if _is_required(field) and name not in values]
+    required = [name for name in absent if not _may_be_none(hints[name])]
     if required:
         raise ConfigError(f"{', '.join(map(path, required))} missing; add what is named")
-    hints = get_type_hints(kind)
+    values = {**dict.fromkeys(absent), **values}
     converted = {name: _convert(hints[name], value, path(name)) for name, value in values.items()}
     try:
         return kind(**converted)
@@ -117,6 +143,10 @@ def from_values[T](kind: type[T], values: Any, where: str = "") -> T:
 
 def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _may_be_none(kind: Any) -> bool:
+    return types.NoneType in get_args(kind)
 
 
 def _tuple(parts: tuple, value: Any, where: str) -> tuple:
@@ -143,6 +173,8 @@ def _checked(value: Any, good: bool, where: str, wanted: str) -> Any:
 
 
 def _override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+    for section in _OPTIONAL_SECTIONS:
+        config, arguments = _with_optional_section(config, section, arguments)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     said = io.StringIO()
     try:
@@ -154,6 +186,62 @@ def _override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
         if stop.code == 0:
             raise
         raise ConfigError(_one_line(said.getvalue())) from None
+
+
+def _with_optional_section(
+    config: TrainConfig, section: str, arguments: Sequence[str]
+) -> tuple[TrainConfig, Sequence[str]]:
+    """The config with or without the section, as its options want it, and the options that are left.
+
+    tyro would make a subcommand of a section that may be None, or fix it to None.
+    """
+    if (none := _without(section, arguments)) is not None:
+        config, arguments = _replaced(config, section, None), none
+    options = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+    given = any(option.startswith(f"{section}.") for option in options)
+    listed = {"-h", "--help"} & set(arguments)
+    if not (given or listed) or _section(config, section) is not None:
+        return config, arguments
+    example = _OPTIONAL_SECTIONS[section]
+    missing = [name for name in _required_options(type(example), section) if name not in options]
+    if given and missing:
+        raise ConfigError(f"{', '.join(missing)} missing; add what is named, as the file has no {section}")
+    return _replaced(config, section, example), arguments
+
+
+def _without(section: str, arguments: Sequence[str]) -> Sequence[str] | None:
+    """The arguments less `--section None`; None if it is not among them."""
+    for i, argument in enumerate(arguments):
+        if argument == f"--{section}=None":
+            return [*arguments[:i], *arguments[i + 1 :]]
+        if argument == f"--{section}" and arguments[i + 1 : i + 2] == ["None"]:
+            return [*arguments[:i], *arguments[i + 2 :]]
+    return None
+
+
+def _section(config: Any, path: str) -> Any:
+    return functools.reduce(getattr, path.split("."), config)
+
+
+def _replaced(config: Any, path: str, value: Any) -> Any:
+    """A copy with another value there. It is not checked: what the options make of it is."""
+    name, _, rest = path.partition(".")
+    new = copy.copy(config)
+    object.__setattr__(new, name, _replaced(getattr(config, name), rest, value) if rest else value)
+    return new
+
+
+def _required_options(kind: Any, path: str) -> Iterator[str]:
+    """The fields without a default of a section, and of the sections in it; of a list, those of its first item."""
+    hints = get_type_hints(kind)
+    for field in filter(_is_required, dataclasses.fields(kind)):
+        part, name = hints[field.name], f"{path}.{field.name}"
+        if get_origin(part) is tuple:
+            part, name = get_args(part)[0], f"{name}.0"
+        if dataclasses.is_dataclass(part):
+            yield from _required_options(part, name)
+        else:
+            yield name
 
 
 def _one_line(box: str) -> str:

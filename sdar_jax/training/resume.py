@@ -1,17 +1,25 @@
 """What a run may change when it goes on, and what it may not."""
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from sdar_jax import processes
 from sdar_jax.errors import ConfigError
-from sdar_jax.training.config import TrainConfig
+from sdar_jax.training.config import OptimizerConfig, TrainConfig, whole_steps
+from sdar_jax.training.optimizer import learning_rate
 from sdar_jax.training.reading import from_values, to_values
+from sdar_jax.training.run_dir import model_path, write_file
 
-# None of these changes what a run computes, but for rounding (micro_batch_size, remat, mesh).
+log = logging.getLogger(__name__)
+
+# None of these changes what a run has computed, but for rounding (micro_batch_size, remat, mesh). A run that has not
+# met a malformed record is the same whatever is done about one, and its place in the data is in any number of epochs.
 _FREE = (
     "run_dir",
     "checkpoint.",
@@ -23,18 +31,65 @@ _FREE = (
     "remat",
     "mesh.",
     "data.num_threads",
+    "data.on_error",
+    "data.epochs",
+    "epochs",
+    "export_dtype",
 )
+# These set the learning rate of each step, which `check_schedule` compares.
+_SCHEDULE = ("steps", "optimizer.schedule", "optimizer.warmup", "optimizer.decay", "optimizer.final_fraction")
 
 
 def check_unchanged(saved: dict[str, Any], config: TrainConfig) -> None:
-    """Raises ConfigError that names each field that differs from the config a checkpoint was made with."""
+    """Raises ConfigError that names each field that differs from the config a checkpoint was made with.
+
+    Those of the schedule are left to `check_schedule`.
+    """
     # A field that there was not yet is at its default.
     before = to_values(from_values(TrainConfig, saved))
-    changed = [told for told in _differences(before, config, "was {}, is {}") if not told.startswith(_FREE)]
+    changed = [told for told in _differences(before, config, "was {}, is {}") if not told.startswith(_FREE + _SCHEDULE)]
     if changed:
         raise ConfigError(
             f"{config.run_dir} was started otherwise: {', '.join(changed)}; restore these, or use a new run_dir"
         )
+
+
+def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> None:
+    """Checks that the `done` steps of a run would have had the same learning rates under `config`, with its steps.
+
+    So a run may be given more steps, or another end of its schedule, as long as nothing in the past would be different.
+    It may also end where it stands, with `steps` equal to `done`: nothing is left to learn then.
+
+    Raises:
+        ConfigError: the fields that would have changed it, and what to do instead.
+    """
+    before, steps = from_values(TrainConfig, saved), config.total_steps
+    if steps < done:
+        raise ConfigError(f"steps is {steps} and {config.run_dir} at step {done}; give {done} to end it there, or more")
+    if _same_rates(before.optimizer, before.total_steps, config.optimizer, steps, done):
+        return
+    told = _differences(to_values(before), config, "was {}, is {}")
+    changed = ", ".join(each for each in told if each.startswith(_SCHEDULE))
+    if steps == done:
+        log.warning("%s ends at step %d, before its schedule does: %s", config.run_dir, done, changed)
+        return
+    warmup = whole_steps(before.optimizer.warmup, before.total_steps)
+    kept = replace(config.optimizer, warmup=warmup)
+    model = model_path(Path(config.run_dir))
+    first = "" if model.exists() else f", once steps {done} has exported it"
+    fix = f"or use a new run_dir, with model.init_from {model}{first}"
+    if _same_rates(before.optimizer, before.total_steps, kept, steps, done):
+        fix = f"or set optimizer.warmup to {warmup}, which it was in steps, or use a new run_dir"
+    raise ConfigError(
+        f"{config.run_dir} was started otherwise: {changed}, with which its {done} steps would have had other learning "
+        f"rates; restore these, {fix}"
+    )
+
+
+def _same_rates(one: OptimizerConfig, one_steps: int, other: OptimizerConfig, other_steps: int, done: int) -> bool:
+    steps = np.arange(1, done + 1)
+    rates = [np.asarray(learning_rate(*each)(steps)) for each in ((one, one_steps), (other, other_steps))]
+    return np.allclose(*rates, rtol=1e-6, atol=0)
 
 
 def check_same_for_all(config: TrainConfig) -> None:
@@ -56,7 +111,7 @@ def _differences(values: dict[str, Any], config: TrainConfig, words: str) -> lis
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
     """run_dir/config.yaml: the config in full, which train.py reads."""
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(to_values(config), sort_keys=False))
+    write_file(run_dir / "config.yaml", yaml.safe_dump(to_values(config), sort_keys=False))
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:

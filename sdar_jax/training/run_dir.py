@@ -1,13 +1,24 @@
-"""The directory of a run: one job at a time, and the same one for all of its processes."""
+"""The directory of a run: one job at a time, the same one for all of its processes, and whose the model in it is.
+
+    run_dir/export.json     what a run has written to run_dir/model: which step, in which dtype, and whether it is whole
+
+A model that stands there without it is someone else's: it is neither taken for the run's result nor replaced.
+"""
 
 import contextlib
 import fcntl
+import json
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sdar_jax import processes
 from sdar_jax.errors import ConfigError
+from sdar_jax.training.config import TrainConfig
+
+_EXPORT = "export.json"
 
 
 @contextlib.contextmanager
@@ -47,7 +58,10 @@ def _locked(run_dir: Path) -> Iterator[None]:
 def _check_shared(run_dir: Path) -> None:
     def leave_a_file() -> str:
         path = run_dir / f".{uuid.uuid4().hex}"
-        path.touch()
+        try:
+            path.touch()
+        except OSError as error:
+            raise _not_written(run_dir, error) from None
         return path.name
 
     mark = run_dir / processes.from_first(leave_a_file)
@@ -58,3 +72,69 @@ def _check_shared(run_dir: Path) -> None:
         raise ConfigError(
             f"run_dir '{run_dir}' of process 0 is not that of process {seen.index(False)}; use storage that all share"
         )
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes or replaces a small file, which is whole at any time. Raises ConfigError where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _not_written(path.parent, error) from None
+
+
+def _not_written(run_dir: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"run_dir '{run_dir}' cannot be written ({error.strerror}); make room, then start again")
+
+
+def model_path(run_dir: Path) -> Path:
+    """Where the trained model is exported."""
+    return run_dir / "model"
+
+
+def mark_export(run_dir: Path, config: TrainConfig, epochs: int | None, *, complete: bool) -> None:
+    """Notes that the model of `config` is about to be written to run_dir/model, or is there; by the first process.
+
+    epochs: those that gave `config` its steps, if any did.
+    """
+    if processes.is_first():
+        mark = {"step": config.steps, "epochs": epochs, "dtype": config.export_dtype, "complete": complete}
+        write_file(run_dir / _EXPORT, json.dumps(mark) + "\n")
+
+
+def finished_step(run_dir: Path, config: TrainConfig, latest: int | None) -> int | None:
+    """The step of run_dir/model if that is what this run has to end with, else None.
+
+    Args:
+        latest: the step of the newest checkpoint, None if there is none.
+
+    Raises:
+        ConfigError: a model that this run did not write, or the one of an earlier end from which it cannot go on.
+    """
+    exists, mark = processes.from_first(lambda: (model_path(run_dir).exists(), _read_mark(run_dir)))
+    if not exists:
+        return None
+    if mark is None:
+        raise ConfigError(
+            f"{model_path(run_dir)} is there and this run has not written it; move it away, or use another run_dir"
+        )
+    same_end = mark["step"] == config.steps if config.steps is not None else mark["epochs"] == config.epochs
+    if mark["complete"] and same_end and mark["dtype"] == config.export_dtype:
+        return mark["step"]
+    if latest is None:
+        raise ConfigError(
+            f"{model_path(run_dir)} is of step {mark['step']} in {mark['dtype']}, and no checkpoint is left to go on "
+            f"from; use a new run_dir, with model.init_from {model_path(run_dir)}"
+        )
+    return None
+
+
+def _read_mark(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((run_dir / _EXPORT).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        # A power cut can empty it. The model is this run's all the same, and written again.
+        return {"step": None, "epochs": None, "dtype": None, "complete": False}

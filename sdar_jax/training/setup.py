@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +13,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from sdar_jax import processes
 from sdar_jax.chips import peak_flops
 from sdar_jax.config import ModelConfig
 from sdar_jax.conversion import to_diffusion
 from sdar_jax.data import DataConfig, PackedDataset, make_dataset
 from sdar_jax.data.tokenizer import TokenIds, token_ids
-from sdar_jax.errors import ConfigError
+from sdar_jax.errors import ConfigError, DataError
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.pretrained import load_pretrained, model_directory
 from sdar_jax.sharding import batch_sharding, check_mesh, make_mesh, shardings
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import InitConfig, TrainConfig
+from sdar_jax.training.data_files import Fingerprint, fingerprint, report_changes
 from sdar_jax.training.reading import from_values
+from sdar_jax.training.resume import check_schedule
 from sdar_jax.training.step import Rebuild, TrainState, initial_state, model_weights
+from sdar_jax.training.stops import end_of_text, with_learned_stops
 from sdar_jax.training.trackers import Meter
 
 log = logging.getLogger(__name__)
@@ -33,14 +38,18 @@ log = logging.getLogger(__name__)
 class Setup(NamedTuple):
     """A run where it starts or goes on.
 
-    rebuild: weights by name -> model, its layers stacked. rows: of each batch, those that `data` gives out here.
+    config: with its steps in place of `epochs`, which stand beside it. rebuild: weights by name -> model, its layers
+    stacked. files: what was read to begin with. rows: of each batch, those that `data` gives out here.
     """
 
+    config: TrainConfig
+    epochs: int | None
     mesh: Mesh
     model: ModelConfig
     rebuild: Rebuild
     state: TrainState
     data: PackedDataset
+    files: Fingerprint
     rows: list[int]
     meter: Meter
 
@@ -51,14 +60,21 @@ def prepare(
     """From the newest checkpoint, whose `position` is given, or from the beginning if that is None.
 
     Raises:
-        ConfigError: a mesh that does not divide devices, model or batch, or as `initial_model`.
+        ConfigError: a mesh that does not divide devices, model or batch, or as `initial_model` and `check_schedule`.
         CheckpointError, DataError: weights, checkpoint or data that cannot be read.
     """
-    mesh = make_mesh(config.mesh)
+    epochs, mesh = config.epochs, make_mesh(config.mesh)
+    files = processes.from_first(lambda: fingerprint(config.data.sources, tokenizer_directory(config.model)))
     if position is None:
         shape, rebuild, state = _first_state(config, tokenizer, mesh)
+        config = _with_steps(config, tokenizer, shape)
     else:
-        shape = from_values(ModelConfig, position.model)
+        report_changes(position.files or {}, files)
+        shape = with_learned_stops(from_values(ModelConfig, position.model), tokenizer, config.data.sources)
+        same_epochs = config.epochs is not None and config.epochs == position.epochs
+        steps = from_values(TrainConfig, position.config).steps if same_epochs else None
+        config = _with_steps(config, tokenizer, shape, steps)
+        check_schedule(position.config, config, checkpoints.latest or 0)
         check_run(config, shape, mesh)
         rebuild, like = abstract_state(config, shape, mesh)
         state = checkpoints.state(like)
@@ -67,9 +83,57 @@ def prepare(
     peak = config.peak_flops or peak_flops(jax.devices()[0].device_kind)
     meter = Meter(shape, peak and peak * mesh.size)
     if position is not None:
+        _check_records(config, data, position)
         data.set_state(position.data)
         meter.set_state(position.meter)
-    return Setup(mesh, shape, rebuild, state, data, rows, meter)
+    return Setup(config, epochs, mesh, shape, rebuild, state, data, files, rows, meter)
+
+
+def _with_steps(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, counted: int | None = None
+) -> TrainConfig:
+    """The same run with its steps in place of `epochs`: all batches of the data are made once, and counted.
+
+    Args:
+        counted: how many they were when the run began with as many epochs.
+    """
+    if config.steps is not None:
+        return config
+    data = replace(config.data, epochs=config.epochs)
+
+    def count() -> int:
+        log.info("counting the steps of %s epochs, which reads the data once", config.epochs)
+        # The last row: whoever gives out the first one reports what is wrong with records, which training will.
+        with closing(open_dataset(data, tokenizer, model, rows=[data.batch_size - 1])) as batches:
+            return sum(1 for _ in batches)
+
+    return replace(config, steps=counted or processes.from_first(count), epochs=None, data=data)
+
+
+def _check_records(config: TrainConfig, data: PackedDataset, position: Position) -> None:
+    """Raises DataError where the sources hold another number of records: their order would be another."""
+    before, now = position.data["order"]["records"], data.get_state()["order"]["records"]
+    if before != now:
+        raise DataError(
+            f"the data sources hold {now} records and held {before} when the checkpoint was saved, so that their order "
+            "is another: restore the files (data.on_error: skip leaves out a malformed record that stands in its "
+            "place), or use a new run_dir"
+        )
+
+
+def _check_context(config: TrainConfig, model: ModelConfig) -> None:
+    """Rows longer than the model's context: refused where a row is one sequence, told where documents may be short."""
+    for name, data in (("data", config.data), ("eval.data", config.eval.data if config.eval else None)):
+        if data is None or data.sequence_length <= model.max_position_embeddings:
+            continue
+        told = (
+            f"{name}.sequence_length is {data.sequence_length} and the model's max_position_embeddings "
+            f"{model.max_position_embeddings}"
+        )
+        fix = f"lower it to {model.max_position_embeddings}, or raise max_position_embeddings in the model's config"
+        if data.segments == "row":
+            raise ConfigError(f"{told}: {fix}")
+        log.warning("%s: longer documents are learned at positions where it cannot be decoded; %s", told, fix)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
@@ -103,8 +167,11 @@ def _first_state(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh
 ) -> tuple[ModelConfig, Rebuild, TrainState]:
     model_key, step_key = jax.random.split(jax.random.key(config.seed))
-    check_run(config, _starting_shape(config.model, tokenizer), mesh)
+    shape = _starting_shape(config.model, tokenizer)
+    check_run(config, shape, mesh)
+    _check_context(config, shape)
     model = initial_model(config.model, tokenizer, model_key, mesh)
+    model.config = with_learned_stops(model.config, tokenizer, config.data.sources)
     weights, rebuild = model_weights(stack_layers(model))
     _, like = abstract_state(config, model.config, mesh)
     # Donated: the state takes the weights over, and nothing is held twice.
@@ -213,15 +280,10 @@ def open_dataset(
     last = token_ids(tokenizer).largest
     if last >= model.vocab_size:
         raise ConfigError(_past_the_vocabulary(last, tokenizer, model) + "use the tokenizer it was trained with")
-    eos = tokenizer.eos_token_id if model.eos_token_id is None else model.eos_token_id
-    if not isinstance(eos, int):
-        raise ConfigError(
-            "neither model nor tokenizer has an end-of-text token; set eos_token_id in the model's config"
-        )
     return make_dataset(
         config,
         tokenizer,
         block_size=model.block_size if model.objective == "block_diffusion" else None,
-        eos_token_id=eos,
+        eos_token_id=end_of_text(tokenizer, model),
         rows=rows,
     )

@@ -76,7 +76,7 @@ def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step
     Where loss or gradient is not finite (`StepMetrics.finite` is False), or nothing is learned (count 0), weights,
     optimiser and average stay as they were and only `step` advances.
     """
-    optimizer, rate = adamw(config.optimizer), learning_rate(config.optimizer, config.steps)
+    optimizer, rate = adamw(config.optimizer), learning_rate(config.optimizer, config.total_steps)
     options = {"remat": config.remat, "compute_dtype": compute_dtype(config)}
     batch_size = config.data.batch_size
     parts = batch_size // (config.micro_batch_size or batch_size)

@@ -14,6 +14,7 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from sdar_jax import processes
+from sdar_jax.chips import check_backend
 from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.errors import ConfigError
@@ -47,6 +48,7 @@ def tiny(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: a directory in the way, or as `starting_shape`.
     """
+    check_backend()
     return from_values(TrainConfig, processes.from_first(lambda: to_values(_made_up(config))))
 
 
@@ -57,14 +59,15 @@ def _made_up(config: TrainConfig) -> TrainConfig:
     rows = max(_ROWS_PER_DEVICE, mesh.data * mesh.fsdp * mesh.expert)
     parts = min(2, config.data.batch_size // (config.micro_batch_size or config.data.batch_size))
     block_size = trained.block_size if trained.objective == "block_diffusion" else None
-    steps = min(_STEPS, config.steps)
+    steps = _STEPS if config.steps is None else min(_STEPS, config.steps)
     small = replace(
         config,
         run_dir=str(home),
         steps=steps,
+        epochs=None,
         model=_model(config.model, inputs),
         data=_data(config.data, rows * parts, block_size or 1, inputs / "data"),
-        optimizer=_optimizer(config.optimizer, config.steps, steps),
+        optimizer=_optimizer(config.optimizer, config.steps or math.inf, steps),
         checkpoint=replace(config.checkpoint, every=2),
         eval=config.eval and _eval(config.eval, rows, block_size or 1, inputs / "held-out"),
         mesh=mesh,
@@ -78,7 +81,7 @@ def _made_up(config: TrainConfig) -> TrainConfig:
 def _remove(home: Path) -> None:
     """What an earlier call made; nothing else."""
     if home.exists() and not (home / "inputs").is_dir():
-        raise ConfigError(f"{home} is in the way and not of an earlier --tiny; move it, or change run_dir")
+        raise ConfigError(f"{home} is in the way and not of an earlier --tiny; move it, or change run_dir in the file")
     shutil.rmtree(home, ignore_errors=True)
 
 
@@ -132,7 +135,7 @@ def _eval(config: EvalConfig, rows: int, block_size: int, home: Path) -> EvalCon
     return replace(config, data=_data(config.data, rows, block_size, home), every=2, rows=rows)
 
 
-def _optimizer(config: OptimizerConfig, steps: int, left: int) -> OptimizerConfig:
+def _optimizer(config: OptimizerConfig, steps: float | int, left: int) -> OptimizerConfig:
     """Warm-up and decay keep their shares of the steps, and one step at least."""
 
     def scaled(amount: float | int) -> int:

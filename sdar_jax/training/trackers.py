@@ -1,20 +1,31 @@
 """What a run says of itself: averages over steps, to the console, to metrics.jsonl and to TensorBoard."""
 
+import contextlib
+import errno
 import json
+import logging
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
 from sdar_jax.config import ModelConfig
+from sdar_jax.errors import is_int
 from sdar_jax.training.flops import training_flops
 from sdar_jax.training.step import StepMetrics
 
+log = logging.getLogger(__name__)
+
 Line = dict[str, float | int | None]
+
+# fsync, which flushing an event file calls, can take long.
+_FLUSH_SECONDS = 30.0
 
 _SHOWN = {
     "loss": "loss {:.4f}",
@@ -116,14 +127,14 @@ class Meter:
 
 
 class Trackers:
-    """The three outputs of a run that goes on behind `step`; later lines of an earlier attempt are dropped."""
+    """The three outputs of a run that goes on behind `step`; later lines of an earlier attempt are dropped.
+
+    None of them is the run: what cannot be written is told in a warning, and the run goes on without it.
+    """
 
     def __init__(self, run_dir: Path, *, step: int, steps: int, tensorboard: bool):
-        path = run_dir / "metrics.jsonl"
-        _keep_lines(path, step)
-        self._file = path.open("a")
-        folder = str(run_dir / "tensorboard")
-        self._board = SummaryWriter(folder, purge_step=step + 1) if tensorboard else None
+        self._lines = _Lines(run_dir / "metrics.jsonl", step)
+        self._board = _Board(run_dir / "tensorboard", step) if tensorboard else None
         # On a terminal a bar, elsewhere (disable=None) a line of text for each line of metrics.
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
 
@@ -132,7 +143,6 @@ class Trackers:
 
     def __exit__(self, *_) -> None:
         self._bar.close()
-        self._file.close()
         if self._board:
             self._board.close()
 
@@ -154,11 +164,9 @@ class Trackers:
         sys.stdout.flush()
 
     def _write(self, step: int, line: Line, folder: str) -> None:
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if self._board and value is not None:
-                self._board.add_scalar(f"{folder}/{name.removeprefix('eval_')}", value, step)
+        self._lines.write(step, line)
+        if self._board:
+            self._board.write(step, {f"{folder}/{name.removeprefix('eval_')}": value for name, value in line.items()})
 
 
 class Silent(Trackers):
@@ -180,10 +188,114 @@ class Silent(Trackers):
         pass
 
 
+class _Output:
+    """A file of metrics behind `step`; where it cannot be written, that is said once, until it can again."""
+
+    _tries_again = True
+
+    def __init__(self, path: Path, step: int):
+        self._path, self._step = path, step
+        self._ready, self._told = False, False
+        self._attempt()
+
+    def write(self, step: int, line: Line) -> None:
+        self._attempt(step, line)
+
+    def close(self) -> None:
+        pass
+
+    def _attempt(self, *line: Any) -> None:
+        if self._told and not self._tries_again:
+            return
+        try:
+            if not self._ready:
+                self._open()
+                self._ready = True
+            if line:
+                self._append(*line)
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                log.warning("%s cannot be written (%s); the run goes on without it", self._path, error.strerror)
+            self._told = True
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def _append(self, step: int, line: Line) -> None:
+        raise NotImplementedError
+
+
+class _Lines(_Output):
+    """metrics.jsonl: a line of JSON each. Lines of an earlier attempt behind `step` are dropped."""
+
+    def _open(self) -> None:
+        _keep_lines(self._path, self._step)
+        self._path.touch()
+
+    def _append(self, step: int, line: Line) -> None:
+        text = json.dumps({"step": step, **line}).encode() + b"\n"
+        # Without a buffer, which would keep what a full disk did not take, and write it later.
+        with self._path.open("ab", buffering=0) as file:
+            start = file.tell()
+            if file.write(text) != len(text):
+                file.truncate(start)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class _Board(_Output):
+    """Event files for TensorBoard, which drops the events of an earlier attempt behind `step`.
+
+    Written by this thread: the one that tensorboardX's SummaryWriter has dies of a full disk, and the run would then
+    wait for it without end.
+    """
+
+    # An event that is cut short hides all that follow it in its file.
+    _tries_again = False
+
+    def _open(self) -> None:
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._file = EventsWriter(str(self._path / "events"))
+        self._file.write_event(Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = time.monotonic()
+
+    def _append(self, step: int, line: Line) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in line.items() if value is not None]
+        self._file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        if self._ready:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
 def _keep_lines(path: Path, step: int) -> None:
-    """Leaves the lines of steps up to `step`; a last line that a kill cut short goes too."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    """Leaves the lines of steps up to `step`; a last line that a kill cut short goes too.
+
+    Other lines that are none of a run's are moved to metrics.damaged.jsonl.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    steps = [_step_of(line) for line in lines]
+    damaged = [line for line, found in zip(lines, steps, strict=True) if found is None and line.endswith(b"\n")]
+    if damaged:
+        aside = path.with_suffix(".damaged.jsonl")
+        with aside.open("ab") as file:
+            file.writelines(damaged)
+        log.warning("%s: %d damaged lines are now in %s; the run goes on", path, len(damaged), aside)
+    kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+    if len(kept) < len(lines):
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Of a whole line of metrics; None of any other."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if is_int(step) else None

@@ -153,6 +153,12 @@ def test_schedule(warmup, decay, expected, tmp_path, unwritten):
     assert (small.optimizer.warmup, small.optimizer.decay) == expected
 
 
+def test_a_run_of_epochs_has_few_steps_too(tmp_path, unwritten):
+    optimizer = OptimizerConfig(schedule="wsd", warmup=2000, decay=0.1)
+    small = tiny(replace(recipe_at("study2/8b_cpt", tmp_path), steps=None, epochs=3, optimizer=optimizer))
+    assert (small.steps, small.epochs, small.optimizer.warmup, small.optimizer.decay) == (4, None, 1, 1)
+
+
 def test_an_evaluation_shrinks_too(tmp_path, unwritten):
     config = recipe_at("study2/8b_sft", tmp_path)
     small = tiny(replace(config, eval=EvalConfig(config.data, every=500, rows=4096)))

@@ -78,6 +78,20 @@ def test_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
 
 
+@pytest.mark.parametrize("name", ["sweep [a=1]", "back\\slash", "a]b", "100% {b}*?#x é"])
+def test_a_directory_may_have_any_name(name, tmp_path):
+    run_dir = tmp_path / name
+    run_dir.mkdir()
+    with opened(run_dir) as checkpoints:
+        checkpoints.save(make_state(2), make_position(2))
+        checkpoints.save(make_state(3), make_position(3))
+    flip(files_of(run_dir, 3)[0])
+    with opened(run_dir) as checkpoints:
+        assert checkpoints.latest == 2 and checkpoints.position() == make_position(2)
+        assert_equal(checkpoints.state(placed(make_state(0))), make_state(2))
+    assert [path.name for path in tmp_path.iterdir()] == [name], "nothing beside it"
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     with opened(tmp_path, keep=3) as checkpoints:

@@ -1,5 +1,6 @@
 """`python train.py` as a person starts it: what it prints, how it ends, and that nothing can make a run different."""
 
+import importlib.util
 import os
 import random
 import signal
@@ -67,6 +68,19 @@ def test_an_error_is_one_line_and_status_2(tmp_path, cache):
     out, err = process.communicate()
     assert (process.returncode, out) == (2, "")
     assert err.startswith("error: ") and "nowhere.yaml" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_a_platform_that_is_not_here_is_one_line(script, inputs, tmp_path):
+    config = write(tmp_path, run_values(inputs, tmp_path / "run"))
+    arguments = [config] if script == "train.py" else ["--model", str(tmp_path), "--prompt-ids", "1"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cuda" if importlib.util.find_spec("jax_plugins") is None else "rocm"}
+    done = subprocess.run(
+        [sys.executable, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: JAX_PLATFORMS is '") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def wait_for_lines(run_dir: Path, count: int, process: subprocess.Popen) -> None:

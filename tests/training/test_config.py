@@ -1,12 +1,25 @@
 """A config is read strictly: what is wrong is one line that names the key, the value and the fix."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import yaml
 
+from sdar_jax.config import ModelConfig
+from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.training import TrainConfig, read_command_line, read_config
+from sdar_jax.training import (
+    EvalConfig,
+    InitConfig,
+    OptimizerConfig,
+    TrainConfig,
+    read_command_line,
+    read_config,
+)
 from sdar_jax.training.reading import from_values, to_values
 from tests.training.conftest import merged
 
@@ -30,6 +43,15 @@ BAD_VALUES = {
     "no warm-up": ({"optimizer": {"warmup": None}}, r"optimizer\.warmup is None; give a number"),
     "no steps": ({"steps": 0}, r"steps is 0; give at least 1"),
     "no log interval": ({"log_every": 0}, r"log_every is 0; give at least 1"),
+    "no epochs": ({"steps": None, "epochs": 0}, r"epochs is 0; give at least 1"),
+    "steps and epochs": ({"epochs": 2}, r"steps and epochs given; give one of steps and epochs"),
+    "neither steps nor epochs": ({"steps": None}, r"neither given; give one of steps and epochs"),
+    "epochs twice": ({"steps": None, "epochs": 2, "data": {"epochs": 2}}, r"epochs is 2 and data\.epochs 2; leave"),
+    "epochs of shards": (
+        {"steps": None, "epochs": 2, "data": {"shards": 2}},
+        r"epochs is 2 and data\.shards 2, .* steps",
+    ),
+    "unknown export": ({"export_dtype": "int8"}, r"export_dtype is 'int8'; give one of float32, bfloat16"),
     "empty run_dir": ({"run_dir": ""}, r"run_dir is ''; give a directory"),
     "negative seed": ({"seed": -1}, r"seed is -1; give"),
     "negative rate": ({"optimizer": {"learning_rate": -1.0}}, r"optimizer: learning_rate is -1\.0; give a finite"),
@@ -159,4 +181,106 @@ def test_help_explains_every_field(given, values, write_yaml, capsys):
     said = capsys.readouterr().out
     assert stopped.value.code == 0
     assert "--optimizer.learning_rate" in said and "The highest learning rate" in said
-    assert ("--model.shape.hidden_size" in said) == given
+    sections = {"": TrainConfig, "model.": InitConfig, "model.shape.": ModelConfig, "eval.": EvalConfig}
+    sections |= {"eval.data.": DataConfig, "eval.data.sources.0.": SourceConfig, "optimizer.": OptimizerConfig}
+    options = set(re.findall(r"--([a-z_.0-9]+)", said))
+    for path, kind in sections.items():
+        for name, hint in get_type_hints(kind).items():
+            parts = [part for part in (hint, *get_args(hint)) if dataclasses.is_dataclass(part)]
+            assert parts or f"{path}{name}" in options, f"{path}{name}"
+
+
+HELD_OUT = {"sources.0.path": "held.jsonl", "sources.0.format": "jsonl", "sequence_length": "16", "batch_size": "4"}
+SHAPE = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+
+
+def options(path: str, fields: dict) -> list[str]:
+    return [f"--{path}.{name}={value}" for name, value in fields.items()]
+
+
+def test_a_section_that_the_file_lacks_is_given_by_options(values, write_yaml):
+    held_out = options("eval.data", HELD_OUT)
+    found = read_command_line([write_yaml(values), "--eval.every", "7", *held_out])
+    data = DataConfig((SourceConfig("held.jsonl", "jsonl"),), sequence_length=16, batch_size=4)
+    assert found.eval == EvalConfig(data, every=7)
+    started = write_yaml(merged(values, {"model": {"shape": None, "init_from": "base"}}))
+    found = read_command_line([started, "--model.init-from", "None", *options("model.shape", SHAPE)])
+    assert found.model.shape == ModelConfig(**SHAPE) and found.model.init_from is None
+
+
+def test_a_section_that_is_given_in_part_names_what_it_lacks(values, write_yaml):
+    fields = dict(HELD_OUT)
+    del fields["sources.0.path"], fields["batch_size"]
+    with pytest.raises(
+        ConfigError, match=r"^eval\.data\.sources\.0\.path, eval\.data\.batch_size missing; add"
+    ) as raised:
+        read_command_line([write_yaml(values), *options("eval.data", fields)])
+    assert "the file has no eval" in str(raised.value)
+    started = write_yaml(merged(values, {"model": {"shape": None, "init_from": "base"}}))
+    with pytest.raises(ConfigError, match=r"model\.shape\.vocab_size, .* missing"):
+        read_command_line([started, "--model.shape.hidden_size", "24"])
+    with pytest.raises(ConfigError, match=r"init_from and shape given; give one of"):
+        read_command_line([started, *options("model.shape", SHAPE)])
+
+
+@pytest.mark.parametrize("off", [["--eval", "None"], ["--eval=None"]])
+def test_a_section_is_left_out_by_none(off, values, write_yaml):
+    with_eval = write_yaml({**values, "eval": {"data": values["data"], "every": 3}})
+    assert read_command_line([with_eval]).eval is not None
+    assert read_command_line([with_eval, *off, "--steps", "9"]).eval is None
+    given = read_command_line([with_eval, "--model.shape", "None", "--model.preset", "qwen3-0.6b"]).model
+    assert (given.shape, given.preset) == (None, "qwen3-0.6b")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("steps: 5\nseed: 1\nsteps: 6\n", "steps is given in line 1 and again in line 3"),
+        ("data:\n  a: 1\nsteps: 5\ndata:\n  b: 2\n", "data is given in line 1 and again in line 4"),
+        ("data:\n  - {a: 1, b: 2, a: 3}\n", "a is given in line 2 and again in line 2"),
+        ("data:\n  a: 1\n  b: {x: 1}\n  a: 3\n", "a is given in line 2 and again in line 4"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_named(content, named, tmp_path):
+    (tmp_path / "twice.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=f"twice.yaml: .*{named}; join the two") as raised:
+        read_config(tmp_path / "twice.yaml")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_merged_mapping_may_be_changed(values, tmp_path):
+    """YAML's own way to repeat a mapping with another value."""
+    text = yaml.safe_dump({**values, "data": None}).replace("data: null\n", "")
+    held_out = "eval:\n  data:\n    <<: *train\n    batch_size: 2\n"
+    (tmp_path / "a.yaml").write_text(f"{text}data: &train {json.dumps(values['data'])}\n{held_out}")
+    found = read_config(tmp_path / "a.yaml")
+    assert found.eval is not None and (found.eval.data.batch_size, found.data.batch_size) == (2, 4)
+
+
+def test_steps_or_epochs(values, write_yaml):
+    del values["steps"]
+    assert read_config(write_yaml({**values, "epochs": 3})).epochs == 3
+    with pytest.raises(ConfigError, match="neither given; give one of steps and epochs"):
+        read_config(write_yaml(values))
+    with pytest.raises(ConfigError, match="steps and epochs given; give one of"):
+        read_config(write_yaml({**values, "epochs": 3, "steps": 9}))
+    both = write_yaml({**values, "epochs": 3})
+    assert read_command_line([both, "--epochs", "None", "--steps", "5"]).steps == 5
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
+def test_a_run_dir_in_a_bucket_is_refused_at_once(place, make_config):
+    with pytest.raises(
+        ConfigError, match=f"run_dir is '{place}'; give a directory of this machine, where a bucket may"
+    ):
+        make_config(run_dir=place)
+
+
+def test_home_is_expanded_wherever_a_field_is_a_path(make_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = make_config(run_dir="~/run", model={"shape": None, "init_from": "~/base", "tokenizer": "~"})
+    assert config.run_dir == f"{tmp_path}/run"
+    assert (config.model.init_from, config.model.tokenizer) == (f"{tmp_path}/base", str(tmp_path))
+    assert make_config(run_dir="a~b/~").run_dir == "a~b/~"
+    with pytest.raises(ConfigError, match="run_dir is '~nobody-of-that-name/x'; give the home directory of someone"):
+        make_config(run_dir="~nobody-of-that-name/x")

@@ -208,12 +208,6 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(inputs, tmp
     assert [line["step"] for line in metrics_of(run_dir)] == []
 
 
-def test_data_that_ends_too_soon_says_how_far_it_went(inputs, tmp_path):
-    config = config_in(inputs, tmp_path / "run", data=data_values(inputs / "held-out.jsonl", epochs=1), eval=None)
-    with pytest.raises(TrainingError, match=r"the data ended after \d of 6 steps; set steps to \d, or give more"):
-        train(config)
-
-
 def test_data_that_changed_under_a_run_is_noticed(inputs, tmp_path):
     copy = tmp_path / "sums.jsonl"
     shutil.copy(inputs / "sums.jsonl", copy)

@@ -1,10 +1,14 @@
 """Lines of metrics: what is averaged over what, and what is left of them when a run goes on."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from sdar_jax.config import ModelConfig
@@ -122,6 +126,52 @@ def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
         {"step": 4, "loss": 40.0},
         {"step": 4, "eval_nelbo": 2.5},
     ]
+
+
+def test_damaged_lines_are_set_aside(tmp_path, caplog):
+    """A power cut leaves NULs, a person a note; some lines are JSON and none of a run's."""
+    file = tmp_path / "metrics.jsonl"
+    damage = [b"\0" * 64, b"# a note", b"\xff\xfe", b"[1]", b'{"loss": 1}', b'{"step": "2"}', b"[" * 99999]
+    lines = [b'{"step": 1, "loss": 1.0}', *damage, b'{"step": 2, "loss": 2.0}', b'{"step": 9, "loss": 9.0}']
+    file.write_bytes(b"".join(line + b"\n" for line in lines))
+    with caplog.at_level("WARNING"), Trackers(tmp_path, step=2, steps=6, tensorboard=False) as outputs:
+        outputs.train(3, {"loss": 3.0})
+    assert read_lines(file) == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == b"".join(line + b"\n" for line in damage)
+    assert "7 damaged lines are now in" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_at_the_log_stops_no_run(tmp_path, caplog, capsys, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "metrics.jsonl"
+    with caplog.at_level("WARNING"), Trackers(tmp_path, step=0, steps=99, tensorboard=True) as outputs:
+        outputs.train(1, {"loss": 1.0})
+        file.rename(tmp_path / "kept")
+        file.symlink_to("/dev/full")
+        with monkeypatch.context() as full:
+            full.setattr(EventsWriter, "write_event", no_room)
+            for step in range(2, 40):
+                outputs.train(step, {"loss": 1.0})
+        file.unlink()
+        (tmp_path / "kept").rename(file)
+        outputs.train(40, {"loss": 4.0})
+    assert read_lines(file) == [{"step": 1, "loss": 1.0}, {"step": 40, "loss": 4.0}]
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2 and all(
+        "cannot be written (No space left on device); the run goes on" in line for line in told
+    )
+    assert "step 39/99 loss 1.0000" in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_opened_stops_no_run(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("")
+    with caplog.at_level("WARNING"), Trackers(tmp_path, step=0, steps=9, tensorboard=True) as outputs:
+        outputs.train(1, {"loss": 1.0})
+    assert [Path(record.message.split()[0]).name for record in caplog.records] == ["metrics.jsonl", "tensorboard"]
 
 
 def test_without_a_terminal_each_line_is_printed(tmp_path, capsys):
