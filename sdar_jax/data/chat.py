@@ -6,20 +6,38 @@ render(messages[:i], add_generation_prompt=True), and its end is seen by renderi
 nowhere in the conversation, set at the end of what the assistant said.
 """
 
+import contextlib
+import functools
+import itertools
+import json
+import logging
+import os
 import re
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from sdar_jax.data.conversation import (
+    REASONING,
+    Conversation,
+    Message,
+    mentions,
+    read_conversation,
+    turns_without_loss,
+    unread_fields,
+)
 from sdar_jax.errors import ConfigError, DataError
 
-ROLES = ("system", "user", "assistant", "tool")
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PRIVATE_USE = range(0xE000, 0xF900)
+log = logging.getLogger(__name__)
 
-Message = dict[str, Any]
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0002, 0xFFFFE), range(0x100000, 0x10FFFE))
+END_OF_THINKING = re.compile(r"</(?:\w+:)?think(?:ing)?>|\[/THINK\]")
+THINKING = "thinking"
+
 Span = tuple[int, int]
 
 
@@ -32,124 +50,336 @@ class ChatRenderer:
                 "the tokenizer has no chat template, which format='chat' needs: set tokenizer.chat_template"
             )
         self._tokenizer = tokenizer
+        templates = tokenizer.chat_template
+        self._source = "\n".join(templates.values()) if isinstance(templates, dict) else templates
         self._marking = threading.Lock()
 
-    def pieces(self, record: dict[str, Any]) -> list[tuple[str, bool]]:
+    def check_variables(self, chat_template_kwargs: dict[str, Any]) -> None:
+        """Raises ConfigError for a variable that the chat template does not read."""
+        for name in chat_template_kwargs:
+            if not mentions(self._source, name):
+                raise ConfigError(
+                    f"chat_template_kwargs has {name!r}, which the chat template does not read; remove it"
+                )
+
+    def pieces(
+        self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None
+    ) -> list[tuple[str, bool]]:
         """A record {"messages": [...], "tools": [...]} as (text, is response) pieces whose texts join to the rendering.
 
         A response runs from behind the generation prompt to its end-of-turn token, that included. What follows the last
         response to the end of the text (a line break, as a rule) belongs to it: when decoding, those positions are
-        masked too, so left visible they would give the response's length away.
-        Raises DataError, without saying where, if the record is malformed or a turn's bounds are not certain.
+        masked too, so left visible they would give the response's length away. Turns marked "weight": 0 or
+        "train": false are no responses. Where the generation prompt opens the thinking of the last turn and the
+        template then leaves it out, it is put back from the content: it is what decoding would have to write.
+
+        chat_template_kwargs: variables of the template; the record's own override them.
+        Raises DataError, without saying where, if the record is malformed, a turn's bounds are not certain, or
+        something that a turn says is not in the text.
         """
-        messages, tools = check_conversation(record)
-        text, spans = self._spans(messages, tools)
-        if spans and messages[-1]["role"] == "assistant":
+        conversation = self._read(record, chat_template_kwargs)
+        for unread in unread_fields(record, self._source):
+            _say_once(unread)
+        return self._pieces(conversation, turns_without_loss(record))
+
+    def prompt(self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None) -> str:
+        """The rendering of a conversation up to where the assistant is to answer. Raises DataError as `pieces` does."""
+        return self._render(self._read(record, chat_template_kwargs), prompt=True)[0]
+
+    def _read(self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None) -> Conversation:
+        conversation = read_conversation(record, chat_template_kwargs or {})
+        for name in conversation.variables:
+            if not mentions(self._source, name):
+                _say_once(f"the chat template does not read {name!r}, which chat_template_kwargs of records have")
+        return self._as_the_template_reads(conversation)
+
+    def _as_the_template_reads(self, conversation: Conversation) -> Conversation:
+        """Null content stays null and arguments are objects where the template can read that, as transformers advises.
+
+        Else null becomes "", and arguments become JSON text: templates join either to other text.
+        """
+        nulls = any(message["content"] is None for message in conversation.messages)
+        calls = any(_arguments(message) for message in conversation.messages)
+        if not nulls and not calls:
+            return conversation
+        forms = []
+        errors = []
+        for as_text, content in itertools.product((False, True) if calls else (False,), (None, "") if nulls else ("",)):
+            form = _in_form(conversation, content, as_text)
+            try:
+                self._render(form)
+                if (content is not None or self._reads_null(form)) and (not calls or self._reads_arguments(form)):
+                    return form
+                forms.append(form)
+            except DataError as error:
+                errors.append(error)
+        if not forms:
+            raise errors[0]
+        return forms[-1]
+
+    def _reads_null(self, form: Conversation) -> bool:
+        """Whether null content is not written as the word None."""
+        mark = next(self._free_characters(form))
+        marked = [{**m, "content": mark} if m["content"] is None else m for m in form.messages]
+        text = self._render(form._replace(messages=marked))[0]
+        return mark not in text or text.replace(mark, "None") != self._render(form)[0]
+
+    def _reads_arguments(self, form: Conversation) -> bool:
+        """Whether the arguments of calls are written, and not as Python would print an object."""
+        known = _characters(form)
+        word = next(word for n in itertools.count() if (word := f"argument_{n}") not in known)
+        messages = [_with_calls(message, lambda function: _with_argument(function, word)) for message in form.messages]
+        text = self._render(form._replace(messages=messages))[0]
+        return word in text and f"'{word}': '{word}'" not in text
+
+    def _pieces(self, conversation: Conversation, unlearned: frozenset[int]) -> list[tuple[str, bool]]:
+        messages = conversation.messages
+        last = len(messages) - 1
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in unlearned]
+        text, spans = self._spans(conversation, turns, unlearned)
+        if spans and last in turns and self._is_of_last_turn(conversation, text, spans[-1]):
             spans[-1] = (spans[-1][0], len(text))
+        for i, part in self._left_out(conversation, turns):
+            if part == THINKING and i != last:
+                _say_once(_THINKING_LEFT_OUT)
+            elif part == THINKING and (opened := self._opened(conversation, text, spans[-1:])):
+                text, spans[-1:] = opened
+            else:
+                raise DataError(
+                    f"the {part} of messages[{i}] is not in the chat template's text; use a template that writes it, or"
+                    " remove it from the record"
+                )
         return _cut(text, spans)
 
-    def prompt(self, record: dict[str, Any]) -> str:
-        """The rendering of a conversation up to where the assistant is to answer. Raises DataError as `pieces` does."""
-        messages, tools = check_conversation(record)
-        return self._render(messages, tools, prompt=True)
-
-    def _spans(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        template = self._tokenizer.get_chat_template(tools=tools)
-        if GENERATION.search(template):
-            return self._marked(template, messages, tools)
-        text = self._render(messages, tools)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        return text, [(self._start(text, messages, tools, i), self._end(text, messages, tools, i)) for i in turns]
-
-    def _marked(self, template: str, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Span]]:
-        options: dict[str, Any] = {"tools": tools, "chat_template": template, **self._tokenizer.special_tokens_map}
-        try:
-            # transformers collects the marks in an object that all renderings of a template share.
-            with self._marking:
-                texts, spans = render_jinja_template([messages], return_assistant_tokens_mask=True, **options)
-        except Exception as error:  # a template may raise anything on a record it does not like
-            raise _template_error(error) from error
-        return texts[0], [(int(start), int(end)) for start, end in spans[0]]
-
-    def _render(self, messages: list[Message], tools: list[Any] | None, prompt: bool = False) -> str:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # a template may raise anything on a record it does not like
-            raise _template_error(error) from error
-        assert isinstance(text, str)
-        return text
-
-    def _start(self, text: str, messages: list[Message], tools: list[Any] | None, i: int) -> int:
-        prompt = self._render(messages[:i], tools, prompt=True)
-        if not text.startswith(prompt):
+    def _spans(self, conversation: Conversation, turns: list[int], unlearned: frozenset[int]) -> tuple[str, list[Span]]:
+        text, spans = self._render(conversation)
+        if not self._marks_generation(conversation):
+            return text, [(self._start(text, conversation, i), self._end(text, conversation, i)) for i in turns]
+        if not unlearned:
+            return text, spans
+        everyone = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if len(spans) != len(everyone):
             raise DataError(
-                f"the chat template renders what precedes messages[{i}] otherwise once later turns follow, so"
-                " its start is not certain; mark responses in the template with {% generation %}, or split the record"
+                f"the chat template marks {len(spans)} generations for {len(everyone)} assistant turns, so that the turn"
+                ' to leave out is not certain; remove "weight" and the like, or change the template'
             )
-        return len(prompt)
+        return text, [span for i, span in zip(everyone, spans, strict=True) if i in turns]
 
-    def _end(self, text: str, messages: list[Message], tools: list[Any] | None, i: int) -> int:
-        if i == len(messages) - 1:
+    def _is_of_last_turn(self, conversation: Conversation, text: str, span: Span) -> bool:
+        if not self._marks_generation(conversation):
+            return True
+        before = self._render(conversation._replace(messages=conversation.messages[:-1]))[0]
+        return span[1] > len(os.path.commonprefix([before, text]))
+
+    def _marks_generation(self, conversation: Conversation) -> bool:
+        return GENERATION.search(self._template(conversation)) is not None
+
+    def _template(self, conversation: Conversation) -> str:
+        return self._tokenizer.get_chat_template(tools=conversation.tools)
+
+    def _render(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[Span]]:
+        """The text, and the spans that the template itself marks as generated."""
+        try:
+            template = self._template(conversation)
+            marks = GENERATION.search(template) is not None
+            # transformers collects the marks in an object that all renderings of a template share.
+            with self._marking if marks else contextlib.nullcontext():
+                texts, spans = render_jinja_template(
+                    [conversation.messages],
+                    tools=conversation.tools,
+                    chat_template=template,
+                    return_assistant_tokens_mask=marks,
+                    add_generation_prompt=prompt,
+                    **{**self._tokenizer.special_tokens_map, **conversation.variables},
+                )
+        except Exception as error:  # a template may raise anything on a record it does not like
+            raise _template_error(error) from error
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
+
+    def _start(self, text: str, conversation: Conversation, i: int) -> int:
+        before = conversation._replace(messages=conversation.messages[:i])
+        prompt = self._render(before, prompt=True)[0]
+        if text.startswith(prompt):
+            return len(prompt)
+        # The turn may yet begin otherwise than decoding would: a prompt that opens <think>, which is left out here.
+        history = self._render(before)[0]
+        mark = next(self._free_characters(conversation))
+        bare = {key: value for key, value in conversation.messages[i].items() if key not in REASONING}
+        marked = self._render(_replaced(conversation, i, {**bare, "content": mark}))[0]
+        header = marked.partition(mark)[0]
+        if marked.count(mark) == 1 and all(whole.startswith(history) for whole in (text, prompt, header)):
+            if text.startswith(header):
+                if not _thinks(conversation.messages[i]):
+                    _say_once(_BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :]))
+                return len(header)
+        raise DataError(
+            f"the chat template renders what precedes messages[{i}] otherwise once later turns follow, so"
+            " its start is not certain; mark responses in the template with {% generation %}, or split the record:"
+            ' one that ends with this turn, and one where it has "weight": 0'
+        )
+
+    def _end(self, text: str, conversation: Conversation, i: int) -> int:
+        if i == len(conversation.messages) - 1:
             return len(text)
-        mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in text)
-        for message in _marked_messages(messages[i], mark):
-            marked = self._render([*messages[:i], message, *messages[i + 1 :]], tools)
+        mark = next(self._free_characters(conversation))
+        for message in _marked_messages(conversation.messages[i], mark):
+            marked = self._render(_replaced(conversation, i, message))[0]
             if marked.count(mark) != 1 or marked.replace(mark, "") != text:
                 continue
             # The turn as the last one shows what the template puts between the mark and the turn's end.
-            rest = self._render([*messages[:i], message], tools).partition(mark)[2]
+            alone = conversation._replace(messages=[*conversation.messages[:i], message])
+            rest = self._render(alone)[0].partition(mark)[2]
             end = marked.index(mark)
             if text.startswith(rest, end):
                 return end + (len(rest.rstrip()) or len(rest))
         raise DataError(
             f"the end of messages[{i}] is not certain in the chat template's text; mark responses in the template with"
-            " {% generation %}"
+            ' {% generation %}, or set "weight": 0 on this turn'
         )
 
+    def _left_out(self, conversation: Conversation, turns: list[int]) -> list[tuple[int, str]]:
+        """What the learned turns say that the template does not write, as (turn, part)."""
+        marks = self._free_characters(conversation)
+        messages, parts = list(conversation.messages), []
+        for i in turns:
+            messages[i], marked = _with_parts_marked(messages[i], marks)
+            parts += [(mark, i, part) for mark, part in marked]
+        if not parts:
+            return []
+        text = self._render(conversation._replace(messages=messages))[0]
+        return [(i, part) for mark, i, part in parts if mark not in text]
 
-def check_conversation(record: dict[str, Any]) -> tuple[list[Message], list[Any] | None]:
-    """The record's messages, with content None or absent made "" (templates differ on it), and its tools or None."""
-    messages, tools = record.get("messages"), record.get("tools")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(
-            '"messages" is missing, empty or not a list; give {"messages": [{"role": ..., "content": ...}]}'
-        )
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError('"tools" is not a list of objects; give JSON schemas, or leave it out')
-    checked = [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    if checked[0]["role"] == "assistant":
-        raise DataError("messages[0] is an assistant turn; a conversation starts with a system or user message")
-    return checked, tools or None
+    def _opened(self, conversation: Conversation, text: str, spans: list[Span]) -> tuple[str, list[Span]] | None:
+        """The text with the last turn's thinking behind a prompt that opens it, if the content has it in that form."""
+        prompt = self._render(conversation._replace(messages=conversation.messages[:-1]), prompt=True)[0]
+        said = conversation.messages[-1]["content"] or ""
+        (start, _), end = spans[0], END_OF_THINKING.search(said)
+        opening = prompt[start:].strip()
+        if not end or not opening or prompt[:start] != text[:start] or not said.lstrip().startswith(opening):
+            return None
+        thought, answer = said[: end.end()].lstrip(), said[end.end() :]
+        rest = text[start:].lstrip()
+        if not rest.startswith(answer.strip()):
+            return None
+        whole = prompt[start:].lstrip()
+        thought = thought.removeprefix(whole if thought.startswith(whole) else opening)
+        space = answer[: len(answer) - len(answer.lstrip())]
+        text = prompt + thought + space + rest
+        return text, [(len(prompt), len(text))]
+
+    def _free_characters(self, conversation: Conversation) -> Iterator[str]:
+        """Characters that are nowhere in the conversation or the template."""
+        used = set(_characters(conversation)) | set(self._source)
+        for character in map(chr, itertools.chain(*PRIVATE_USE)):
+            if character not in used:
+                yield character
+        raise DataError("it holds every private-use character, and none is left to find the turns with; remove one")
 
 
-def _check_message(message: Any, name: str) -> Message:
-    role = message.get("role") if isinstance(message, dict) else None
-    if role not in ROLES:
-        raise DataError(f"{name} has role {role!r}; use one of {', '.join(ROLES)}")
-    said = message.get("content")
-    content = "" if said is None and role == "assistant" else said
-    if not isinstance(content, str):
-        raise DataError(f"{name} has content of type {type(content).__name__}; give a string")
-    if role == "assistant" and not (content or message.get("tool_calls") or message.get("reasoning_content")):
-        raise DataError(f"{name} is an assistant turn that says nothing; give it content or tool_calls")
-    return {**message, "content": content}
+_THINKING_LEFT_OUT = (
+    "the chat template leaves out the thinking of turns that later ones follow, and these are learned without it; to"
+    ' learn it, end a record with each such turn, and set "weight": 0 on the turns before'
+)
+_BEGUN_OTHERWISE = (
+    "decoding begins an answer behind {!r}, which the chat template does not write before some turns that are learned;"
+    ' these are learned as it writes them (set "weight": 0 on them to leave them out)'
+)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning("%s", message)
+
+
+def _in_form(conversation: Conversation, content: str | None, as_text: bool) -> Conversation:
+    """With this content where it is null, and arguments as JSON text or objects."""
+    messages = [
+        {**message, "content": content if message["content"] is None else message["content"]}
+        for message in conversation.messages
+    ]
+    if as_text:
+        messages = [_with_calls(message, _with_text_arguments) for message in messages]
+    return conversation._replace(messages=messages)
+
+
+def _arguments(message: Message) -> bool:
+    return any(call.get("function", call)["arguments"] for call in _calls(message))
+
+
+def _calls(message: Message) -> list[dict[str, Any]]:
+    return message.get("tool_calls", []) if message["role"] == "assistant" else []
+
+
+def _with_calls(message: Message, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Message:
+    """The message with the function of each of its calls changed."""
+    if not _calls(message):
+        return message
+    calls = [
+        {**call, "function": change(call["function"])} if "function" in call else change(call)
+        for call in _calls(message)
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _with_text_arguments(function: dict[str, Any]) -> dict[str, Any]:
+    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+
+def _with_argument(function: dict[str, Any], word: str) -> dict[str, Any]:
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        return _with_text_arguments({**function, "arguments": {**json.loads(arguments), word: word}})
+    return {**function, "arguments": {**arguments, word: word}}
+
+
+def _characters(conversation: Conversation) -> str:
+    return json.dumps(conversation, ensure_ascii=False, default=str)
+
+
+def _replaced(conversation: Conversation, i: int, message: Message) -> Conversation:
+    messages = conversation.messages
+    return conversation._replace(messages=[*messages[:i], message, *messages[i + 1 :]])
+
+
+def _thinks(message: Message) -> bool:
+    return any(message.get(name) for name in REASONING) or bool(END_OF_THINKING.search(message["content"] or ""))
+
+
+def _with_parts_marked(message: Message, marks: Iterator[str]) -> tuple[Message, list[tuple[str, str]]]:
+    """The message with a mark in each part of what it says, and (mark, what the part is called)."""
+    message, marked = dict(message), []
+
+    def mark(part: str) -> str:
+        marked.append((next(marks), part))
+        return marked[-1][0]
+
+    thoughts = [name for name in REASONING if isinstance(message.get(name), str) and message[name].strip()]
+    if thoughts:
+        sign = mark(THINKING)
+        message.update({name: message[name] + sign for name in thoughts})
+    content = message["content"] or ""
+    end = END_OF_THINKING.search(content)
+    thought, answer = (content[: end.start()], content[end.start() :]) if end else ("", content)
+    if re.sub(r"^\s*[<\[][^<>\[\]]*[>\]]", "", thought).strip():
+        thought += mark(THINKING)
+    if (answer[end.end() - end.start() :] if end else answer).strip():
+        answer += mark("content")
+    if content:
+        message["content"] = thought + answer
+    if isinstance(function := message.get("function_call"), dict):
+        message["function_call"] = {**function, "name": str(function.get("name")) + mark('"function_call"')}
+    return _with_calls(message, lambda each: {**each, "name": each["name"] + mark("tool call")}), marked
 
 
 def _marked_messages(message: Message, mark: str) -> list[Message]:
     """The message with `mark` where its speech ends: behind its content, before white space that a template may strip,
     or in its last tool call. Which of them leaves the rendering as it was depends on the template."""
-    content = message["content"]
+    content = message["content"] or ""
     said = content.rstrip()
     marked = [{**message, "content": content + mark}, {**message, "content": said + mark + content[len(said) :]}]
-    calls = message.get("tool_calls")
-    if isinstance(calls, list) and calls and isinstance(calls[-1], dict):
-        function = calls[-1].get("function", calls[-1])
-        if isinstance(function, dict) and isinstance(function.get("name"), str):
-            named = {**function, "name": function["name"] + mark}
-            last = {**calls[-1], "function": named} if "function" in calls[-1] else named
-            marked.append({**message, "tool_calls": [*calls[:-1], last]})
+    if calls := _calls(message):
+        last = _with_calls({**message, "tool_calls": calls[-1:]}, lambda each: {**each, "name": each["name"] + mark})
+        marked.append({**message, "tool_calls": [*calls[:-1], *last["tool_calls"]]})
     return marked
 
 

@@ -1,9 +1,12 @@
 """What to read and how to lay it out in rows. Values that contradict each other raise ConfigError at once."""
 
+import dataclasses
+import json
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from sdar_jax.data.conversation import wrong_variable
 from sdar_jax.errors import ConfigError
 
 
@@ -18,6 +21,8 @@ class SourceConfig:
     prompt_field: text put before `field` that carries no loss under loss="response".
     separator: for "text", what stands between two documents of a file.
     weight: this source's share of the records drawn, relative to the other sources' (records, not tokens).
+    chat_template_kwargs: for "chat", variables of the chat template, as {"enable_thinking": False}; a record's own
+        "chat_template_kwargs" override them.
     """
 
     path: str
@@ -26,6 +31,7 @@ class SourceConfig:
     prompt_field: str | None = None
     separator: str | None = None
     weight: float = 1.0
+    chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         _check_choice("format", self.format, ("text", "jsonl", "parquet", "chat"))
@@ -37,6 +43,21 @@ class SourceConfig:
             )
         if self.format in ("text", "chat") and (self.field != "text" or self.prompt_field is not None):
             raise ConfigError(f"field and prompt_field with format={self.format!r}: only jsonl and parquet have them")
+        self._check_chat_template_kwargs()
+
+    def _check_chat_template_kwargs(self):
+        if self.chat_template_kwargs and self.format != "chat":
+            raise ConfigError(f"chat_template_kwargs with format={self.format!r}: only chat has them; leave them out")
+        if wrong := wrong_variable(self.chat_template_kwargs):
+            raise ConfigError(f"chat_template_kwargs of source {self.path!r}: {wrong}")
+        for name, value in self.chat_template_kwargs.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError):
+                raise ConfigError(
+                    f"chat_template_kwargs of source {self.path!r}: {name} is {value!r}; give text (quote a date),"
+                    " a number, true, false, or a list or mapping of these"
+                ) from None
 
 
 @dataclass(frozen=True)

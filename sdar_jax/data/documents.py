@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.config import DataConfig, SourceConfig
+from sdar_jax.data.conversation import turns_without_loss
 from sdar_jax.data.sources import Source
 from sdar_jax.data.tokenizer import Encoder
 from sdar_jax.errors import DataError
@@ -59,7 +60,11 @@ class DocumentMaker:
         self._block_size, self._eos = block_size, eos_token_id
         self._starts = np.cumsum([0, *(len(source) for source in sources)])
         self._encoder = Encoder(tokenizer)
-        self._chat = ChatRenderer(tokenizer) if any(s.config.format == "chat" for s in sources) else None
+        chats = [source.config for source in sources if source.config.format == "chat"]
+        self._chat = ChatRenderer(tokenizer) if chats else None
+        for chat in chats:
+            assert self._chat is not None
+            self._chat.check_variables(chat.chat_template_kwargs)
 
     def __call__(self, record_id: int) -> Document | Rejection:
         source, k = self._locate(record_id)
@@ -67,6 +72,8 @@ class DocumentMaker:
             return self._finish(record_id, *self._tokenise(self._pieces(source.config, source.read(k))))
         except DataError as error:
             return Rejection(f"{source.where(k)}: {error}", malformed=not isinstance(error, _TooLong))
+        except StopIteration as error:  # To the iterators around this it would be the end of the data.
+            raise RuntimeError(f"{source.where(k)}: StopIteration while this record was read") from error
 
     def where(self, record_id: int) -> str:
         """A record's "file:line"."""
@@ -80,7 +87,13 @@ class DocumentMaker:
     def _pieces(self, config: SourceConfig, record: Any) -> list[tuple[str | list[int], bool]]:
         if config.format == "chat":
             assert self._chat is not None
-            return [*self._chat.pieces(record)]
+            pieces = self._chat.pieces(record, config.chat_template_kwargs)
+            if self._config.loss == "all" and (unlearned := turns_without_loss(record)):
+                raise DataError(
+                    f"messages[{min(unlearned)}] is marked not to be learned, but loss: all learns everything; set"
+                    " loss: response, or remove the mark"
+                )
+            return [*pieces]
         leading: tuple[str | list[int], bool] = (self._encoder.leading, False)
         if config.format == "text":
             return [leading, (_check_text(record, "the text"), True)]

@@ -56,7 +56,8 @@ def write_source(source: SourceConfig, directory: Path, length: int) -> SourceCo
     size = 1 if source.format == "text" and source.separator is None else _RECORDS // _FILES
     for start in range(0, _RECORDS, size):
         _write(source, directory / f"{start:03}.{suffix}", records[start : start + size])
-    return replace(source, path=str(directory / f"*.{suffix}"))
+    # The made-up tokenizer's chat template has no variables.
+    return replace(source, path=str(directory / f"*.{suffix}"), chat_template_kwargs={})
 
 
 def _record(source: SourceConfig, draw: random.Random, length: int) -> Record:

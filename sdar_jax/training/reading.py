@@ -107,6 +107,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return from_values(cast(type, kind), value, where)
     if origin is tuple:
         return _tuple(parts, value, where)
+    if origin is dict:
+        names = isinstance(value, dict) and all(isinstance(name, str) for name in value)
+        return _checked(value, names, where, "a mapping of names to values")
     if origin is Literal:
         return _checked(value, value in parts, where, f"one of {', '.join(map(str, parts))}")
     if kind is float:
