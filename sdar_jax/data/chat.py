@@ -58,9 +58,7 @@ class ChatRenderer:
         """Raises ConfigError for a variable that the chat template does not read."""
         for name in chat_template_kwargs:
             if not mentions(self._source, name):
-                raise ConfigError(
-                    f"chat_template_kwargs has {name!r}, which the chat template does not read; remove it"
-                )
+                raise ConfigError(f"the chat template does not read {name!r} of chat_template_kwargs; remove it there")
 
     def pieces(
         self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None
@@ -160,8 +158,8 @@ class ChatRenderer:
         everyone = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if len(spans) != len(everyone):
             raise DataError(
-                f"the chat template marks {len(spans)} generations for {len(everyone)} assistant turns, so that the turn"
-                ' to leave out is not certain; remove "weight" and the like, or change the template'
+                f"the chat template marks {len(spans)} generations for {len(everyone)} assistant turns, so it is not"
+                ' certain which to leave out; mark one a turn in the template, or remove "weight" and the like'
             )
         return text, [span for i, span in zip(everyone, spans, strict=True) if i in turns]
 
@@ -186,7 +184,7 @@ class ChatRenderer:
             with self._marking if marks else contextlib.nullcontext():
                 texts, spans = render_jinja_template(
                     [conversation.messages],
-                    tools=conversation.tools,
+                    tools=[*conversation.tools] if conversation.tools else None,
                     chat_template=template,
                     return_assistant_tokens_mask=marks,
                     add_generation_prompt=prompt,
@@ -201,20 +199,18 @@ class ChatRenderer:
         prompt = self._render(before, prompt=True)[0]
         if text.startswith(prompt):
             return len(prompt)
-        # The turn may yet begin otherwise than decoding would: a prompt that opens <think>, which is left out here.
+        # With the same messages before it, a turn may begin otherwise than a prompt that opens <think>.
         history = self._render(before)[0]
         mark = next(self._free_characters(conversation))
         bare = {key: value for key, value in conversation.messages[i].items() if key not in REASONING}
-        marked = self._render(_replaced(conversation, i, {**bare, "content": mark}))[0]
-        header = marked.partition(mark)[0]
-        if marked.count(mark) == 1 and all(whole.startswith(history) for whole in (text, prompt, header)):
-            if text.startswith(header):
-                if not _thinks(conversation.messages[i]):
-                    _say_once(_BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :]))
-                return len(header)
+        header, found, _ = self._render(_replaced(conversation, i, {**bare, "content": mark}))[0].partition(mark)
+        if found and text.startswith(header) and header.startswith(history) and prompt.startswith(history):
+            if not _thinks(conversation.messages[i]):
+                _say_once(_BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :]))
+            return len(header)
         raise DataError(
-            f"the chat template renders what precedes messages[{i}] otherwise once later turns follow, so"
-            " its start is not certain; mark responses in the template with {% generation %}, or split the record:"
+            f"the chat template renders what precedes messages[{i}] otherwise in the whole than in its prompt,"
+            " so its start is not certain; mark responses in the template with {% generation %}, or split the record:"
             ' one that ends with this turn, and one where it has "weight": 0'
         )
 

@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 from sdar_jax.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
-REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # Names of one thing: transformers gives templates all three.
-NO_LOSS = ("weight", "train", "training", "loss")  # OpenAI, Mistral: weight; axolotl: train, training; ms-swift: loss.
+# Three names of one thing: transformers gives templates the first two whichever is there.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# What OpenAI and Mistral (weight), axolotl (train, training) and ms-swift (loss) call it.
+NO_LOSS = ("weight", "train", "training", "loss")
 
 # Fields that nothing here reads and whose loss changes nothing. Any other is named in the log.
 _HARMLESS = {
@@ -129,7 +127,7 @@ def _no_messages(record: dict[str, Any]) -> str:
     missing = '"messages" is missing'
     for name in ("conversations", "conversation"):
         if name in record:
-            return f'{missing}; "{name}" is ShareGPT\'s form: write it as "messages" of "role" and "content", where {_SHAREGPT}'
+            return f'{missing}; "{name}" is ShareGPT\'s form: write "messages" of "role" and "content"; {_SHAREGPT}'
     if "instruction" in record and "output" in record:
         return (
             f'{missing}; "instruction" and "output" are alpaca\'s form: write instruction and input as the content of a'
@@ -168,7 +166,7 @@ def _read_variables(record: dict[str, Any]) -> dict[str, Any]:
 def _check_message(message: Any, name: str) -> Message:
     role = message.get("role") if isinstance(message, dict) else None
     if role is None and isinstance(message, dict) and "from" in message:
-        raise DataError(f'{name} is in ShareGPT\'s form; write "role" and "content", where {_SHAREGPT}')
+        raise DataError(f'{name} is in ShareGPT\'s form; write "role" and "content"; {_SHAREGPT}')
     if role not in ROLES:
         raise DataError(f"{name} has role {role!r}; use one of {', '.join(ROLES)}")
     checked = {key: value for key, value in message.items() if value is not None and key not in NO_LOSS}

@@ -284,3 +284,31 @@ def test_home_is_expanded_wherever_a_field_is_a_path(make_config, monkeypatch, t
     assert make_config(run_dir="a~b/~").run_dir == "a~b/~"
     with pytest.raises(ConfigError, match="run_dir is '~nobody-of-that-name/x'; give the home directory of someone"):
         make_config(run_dir="~nobody-of-that-name/x")
+
+    assert ("--model.shape.hidden_size" in said) == given
+
+
+def test_variables_are_a_part_of_the_config(values, write_yaml):
+    variables = {"enable_thinking": False, "tags": ["a", {"b": None}], "date_string": "2024-01-01"}
+    values["data"]["sources"] = [{"path": "x", "format": "chat", "chat_template_kwargs": variables}]
+    path = write_yaml(values)
+    config = read_config(path)
+    assert config.data.sources[0].chat_template_kwargs == variables
+    assert from_values(type(config), json.loads(json.dumps(to_values(config)))) == config
+    arguments = [path, "--steps", "9", "--data.sources.0.chat_template_kwargs.enable_thinking", "True"]
+    changed = read_command_line(arguments)
+    assert changed.data.sources[0].chat_template_kwargs == {**variables, "enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("[enable_thinking]", r"chat_template_kwargs is \['enable_thinking'\]; give a mapping of names"),
+        ("{1: x}", r"chat_template_kwargs is \{1: 'x'\}; give a mapping of names"),
+        ("{date_string: 2024-01-01}", r"date_string is datetime.*; give text \(quote a date\)"),
+    ],
+)
+def test_variables_that_no_config_can_hold(given, message, values, write_yaml):
+    values["data"]["sources"] = [{"path": "x", "format": "chat", "chat_template_kwargs": yaml.safe_load(given)}]
+    with pytest.raises(ConfigError, match=message):
+        read_config(write_yaml(values))
