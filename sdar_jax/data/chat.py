@@ -97,11 +97,10 @@ class ChatRenderer:
         Else null becomes "", and arguments become JSON text: templates join either to other text.
         """
         nulls = any(message["content"] is None for message in conversation.messages)
-        calls = any(_arguments(message) for message in conversation.messages)
+        calls = any(_calls(message) for message in conversation.messages)
         if not nulls and not calls:
             return conversation
-        forms = []
-        errors = []
+        forms, errors = [], []
         for as_text, content in itertools.product((False, True) if calls else (False,), (None, "") if nulls else ("",)):
             form = _in_form(conversation, content, as_text)
             try:
@@ -138,21 +137,24 @@ class ChatRenderer:
         if spans and last in turns and self._is_of_last_turn(conversation, text, spans[-1]):
             spans[-1] = (spans[-1][0], len(text))
         for i, part in self._left_out(conversation, turns):
-            if part == THINKING and i != last:
+            if part == THINKING and i != last and _says_more(messages[i]):
                 _say_once(_THINKING_LEFT_OUT)
-            elif part == THINKING and (opened := self._opened(conversation, text, spans[-1:])):
-                text, spans[-1:] = opened
+            elif part == THINKING and i == last and (opened := self._opened(conversation, text, spans)):
+                text, spans[-1] = opened
             else:
                 raise DataError(
-                    f"the {part} of messages[{i}] is not in the chat template's text; use a template that writes it, or"
-                    " remove it from the record"
+                    f"the {part} of messages[{i}] is not in the chat template's text; use a template that writes it,"
+                    ' remove it from the record, or set "weight": 0 on the turn'
                 )
         return _cut(text, spans)
 
     def _spans(self, conversation: Conversation, turns: list[int], unlearned: frozenset[int]) -> tuple[str, list[Span]]:
         text, spans = self._render(conversation)
         if not self._marks_generation(conversation):
-            return text, [(self._start(text, conversation, i), self._end(text, conversation, i)) for i in turns]
+            mark = next(self._free_characters(conversation))
+            return text, [
+                (self._start(text, conversation, i, mark), self._end(text, conversation, i, mark)) for i in turns
+            ]
         if not unlearned:
             return text, spans
         everyone = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
@@ -194,14 +196,13 @@ class ChatRenderer:
             raise _template_error(error) from error
         return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
 
-    def _start(self, text: str, conversation: Conversation, i: int) -> int:
+    def _start(self, text: str, conversation: Conversation, i: int, mark: str) -> int:
         before = conversation._replace(messages=conversation.messages[:i])
         prompt = self._render(before, prompt=True)[0]
         if text.startswith(prompt):
             return len(prompt)
         # With the same messages before it, a turn may begin otherwise than a prompt that opens <think>.
         history = self._render(before)[0]
-        mark = next(self._free_characters(conversation))
         bare = {key: value for key, value in conversation.messages[i].items() if key not in REASONING}
         header, found, _ = self._render(_replaced(conversation, i, {**bare, "content": mark}))[0].partition(mark)
         if found and text.startswith(header) and header.startswith(history) and prompt.startswith(history):
@@ -214,10 +215,9 @@ class ChatRenderer:
             ' one that ends with this turn, and one where it has "weight": 0'
         )
 
-    def _end(self, text: str, conversation: Conversation, i: int) -> int:
+    def _end(self, text: str, conversation: Conversation, i: int, mark: str) -> int:
         if i == len(conversation.messages) - 1:
             return len(text)
-        mark = next(self._free_characters(conversation))
         for message in _marked_messages(conversation.messages[i], mark):
             marked = self._render(_replaced(conversation, i, message))[0]
             if marked.count(mark) != 1 or marked.replace(mark, "") != text:
@@ -245,23 +245,27 @@ class ChatRenderer:
         text = self._render(conversation._replace(messages=messages))[0]
         return [(i, part) for mark, i, part in parts if mark not in text]
 
-    def _opened(self, conversation: Conversation, text: str, spans: list[Span]) -> tuple[str, list[Span]] | None:
-        """The text with the last turn's thinking behind a prompt that opens it, if the content has it in that form."""
-        prompt = self._render(conversation._replace(messages=conversation.messages[:-1]), prompt=True)[0]
+    def _opened(self, conversation: Conversation, text: str, spans: list[Span]) -> tuple[str, Span] | None:
+        """Puts the thinking of the last turn back behind a prompt that opens it, where the content has it in that form.
+
+        Returns the new text, and the turn in it.
+        """
         said = conversation.messages[-1]["content"] or ""
-        (start, _), end = spans[0], END_OF_THINKING.search(said)
-        opening = prompt[start:].strip()
-        if not end or not opening or prompt[:start] != text[:start] or not said.lstrip().startswith(opening):
+        end = END_OF_THINKING.search(said)
+        if end is None or self._marks_generation(conversation):
             return None
-        thought, answer = said[: end.end()].lstrip(), said[end.end() :]
+        prompt = self._render(conversation._replace(messages=conversation.messages[:-1]), prompt=True)[0]
+        start = spans[-1][0]
+        opening, thought, answer = prompt[start:], said[: end.end()].lstrip(), said[end.end() :]
         rest = text[start:].lstrip()
+        if prompt[:start] != text[:start] or not opening.strip() or not thought.startswith(opening.strip()):
+            return None
         if not rest.startswith(answer.strip()):
             return None
-        whole = prompt[start:].lstrip()
-        thought = thought.removeprefix(whole if thought.startswith(whole) else opening)
+        thought = thought.removeprefix(opening if thought.startswith(opening) else opening.strip())
         space = answer[: len(answer) - len(answer.lstrip())]
         text = prompt + thought + space + rest
-        return text, [(len(prompt), len(text))]
+        return text, (len(prompt), len(text))
 
     def _free_characters(self, conversation: Conversation) -> Iterator[str]:
         """Characters that are nowhere in the conversation or the template."""
@@ -296,10 +300,6 @@ def _in_form(conversation: Conversation, content: str | None, as_text: bool) -> 
     if as_text:
         messages = [_with_calls(message, _with_text_arguments) for message in messages]
     return conversation._replace(messages=messages)
-
-
-def _arguments(message: Message) -> bool:
-    return any(call.get("function", call)["arguments"] for call in _calls(message))
 
 
 def _calls(message: Message) -> list[dict[str, Any]]:
@@ -339,6 +339,11 @@ def _replaced(conversation: Conversation, i: int, message: Message) -> Conversat
 
 def _thinks(message: Message) -> bool:
     return any(message.get(name) for name in REASONING) or bool(END_OF_THINKING.search(message["content"] or ""))
+
+
+def _says_more(message: Message) -> bool:
+    """Whether a turn says anything beside what it thinks."""
+    return bool(_calls(message) or END_OF_THINKING.split(message["content"] or "")[-1].strip())
 
 
 def _with_parts_marked(message: Message, marks: Iterator[str]) -> tuple[Message, list[tuple[str, str]]]:

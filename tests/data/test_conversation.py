@@ -120,7 +120,7 @@ def test_a_call_beside_null_content_is_written_whatever_the_template_reads(conte
 
 
 @pytest.mark.parametrize(("arguments", "written"), [({}, "{}"), ("", "{}"), ("{}", "{}"), (None, "{}")])
-@pytest.mark.parametrize("calls", [WITH_TOJSON, PRINTED])
+@pytest.mark.parametrize("calls", [WITH_TOJSON, PRINTED, JOINED])
 def test_a_call_without_arguments(calls, arguments, written):
     (said,) = responses(asks(call("f", arguments)), HEAD + calls + TAIL)
     assert said == f"<call>f {written}</call><end>"
@@ -195,10 +195,11 @@ def test_what_the_template_leaves_out_of_a_turn_is_named(name):
     turn, template, part, without = LEFT_OUT[name]
     assert refused({"messages": [user("q"), turn]}, template) == (
         f"the {part} of messages[1] is not in the chat template's text;"
-        " use a template that writes it, or remove it from the record"
+        ' use a template that writes it, remove it from the record, or set "weight": 0 on the turn'
     )
     assert responses({"messages": [user("q"), turn]}, WRITES_ALL)
     assert responses({"messages": [user("q"), without]}, template)
+    assert not responses({"messages": [user("q"), {**turn, "weight": 0}]}, template)
 
 
 def test_content_that_is_written_nowhere():

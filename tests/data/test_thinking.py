@@ -159,6 +159,17 @@ def test_a_mark_in_place_of_generation_tags_ends_a_turn_that_is_not_certain():
     assert shown(messages, template).endswith("aha><user\nr><assistant\n⟦b>⟧")
 
 
+def test_a_turn_that_only_thinks_is_not_learned_as_an_empty_one():
+    messages = [user("q"), assistant("", reasoning_content="hm"), user("r"), assistant("b")]
+    with pytest.raises(DataError, match=r"the thinking of messages\[1\] is not in"):
+        shown(messages)
+    messages[1]["weight"] = 0
+    assert shown(messages).count("⟦") == 1
+    generation = QWEN3.replace("{{- content -}}", "{%- generation -%}{{- content -}}{%- endgeneration -%}")
+    with pytest.raises(DataError, match=r"the thinking of messages\[1\] is not in"):
+        shown([user("q"), INLINE], generation.replace("'<think>\n' + thought", "'<think>\n'"))
+
+
 # What ends a stream.
 
 
