@@ -1,8 +1,8 @@
 """`Engine`: requests of any lengths and configs through one batch on the device, fed and drained by the host.
 
 A request waits in a queue until there is a free row and pages for its prompt. What the page pool has of its prefix is
-shared, a page that is shared in part is copied, and the rest is read in chunks beside the decoding of other rows. The
-device runs several turns a call and decides stops itself (`buffer.advance`); between calls the host takes out what
+shared, a page that is shared in part is copied, and the rest is read in chunks beside the decoding of other rows; others
+may share it once finite logits have come from it. The device runs several turns a call and decides stops itself (`buffer.advance`); between calls the host takes out what
 ended, hands out pages, and lets new requests in. When pages run out, the request that came last gives up its row: its
 tokens stay, its keys are read again when it comes back, and its result is the same.
 
@@ -271,7 +271,7 @@ class Engine:
         self._settled = False
         waiting = [request for request in self._requests.values() if request.result is None]
         for request in waiting:
-            request.place, request.pages, request.cached, request.recorded = None, [], 0, 0
+            request.place, request.pages, request.cached = None, [], 0
         self._queue = deque(sorted(waiting, key=lambda r: (not r.admitted, r.admitted, r.id)))
         self._places = [None] * len(self._places)
         self._pool.clear()
@@ -338,8 +338,7 @@ class Engine:
             cached = self._last(request, "cached")
             unread, request.cached = self._unread(request), cached
             self._counts["prefill_tokens"] += unread - self._unread(request)
-            if cached > request.recorded:
-                self._record(request, cached)
+            self._record_prompt(request)
             if self._last(request, "done"):
                 self._finish(request, self._leave(request), None)
             elif request.stop_strings:
@@ -402,7 +401,8 @@ class Engine:
         if prefix.partial is not None:
             self._state = self._state._replace(cache=copy_page(self._state.cache, prefix.partial, own[0]))
             self._pool.release([prefix.partial])
-        request.pages, request.recorded = [*prefix.pages, *own], 0
+        request.pages, request.recorded = [*prefix.pages, *own], False
+        request.forwards_before = int(row.denoising_forwards)
         request.row, request.cached = row._replace(cached=np.asarray(prefix.length, np.int32)), prefix.length
         if not request.admitted:
             self._counts["prompt_tokens"] += len(request.prompt)
@@ -456,7 +456,7 @@ class Engine:
         if request.place is None:
             return request.row
         row = self._fetch(request)
-        self._record(request, int(row.cached), np.asarray(row.tokens))
+        self._record(request, np.asarray(row.tokens), self._sound(request))
         self._pool.release(request.pages)
         if not row.done:
             self._state = self._state._replace(rows=end_row(self._state.rows, request.place))
@@ -464,13 +464,28 @@ class Engine:
         request.place, request.pages = None, []
         return row
 
-    def _record(self, request: Request, cached: int, tokens: np.ndarray | None = None) -> None:
-        """What the pages hold for good: prompt as it is read, the rest when the request leaves its row."""
-        if tokens is None:
-            tokens, cached = request.prompt, min(cached, len(request.prompt))
-        whole = cached // self._shape.block_size * self._shape.block_size
-        self._pool.record(request.pages, tokens[:whole].tolist())
-        request.recorded = max(request.recorded, whole)
+    def _record_prompt(self, request: Request) -> None:
+        """Lets others share the pages of its prompt, once they are known to be sound."""
+        if not request.recorded and (sound := self._sound(request)):
+            self._record(request, request.prompt, min(sound, len(request.prompt)))
+            request.recorded = True
+
+    def _record(self, request: Request, tokens: np.ndarray, length: int) -> None:
+        size = self._shape.block_size
+        self._pool.record(request.pages, tokens[: length // size * size].tolist())
+
+    def _sound(self, request: Request) -> int:
+        """Positions whose keys and values gave finite logits since the request got its row: others may read those.
+
+        None of a row that failed, or that has only read its prompt so far.
+        """
+        if self._last(request, "failed") or self._last(request, "denoising_forwards") == request.forwards_before:
+            return 0
+        cached = self._last(request, "cached")
+        if self._autoregressive or self._last(request, "open"):
+            return cached
+        # The forward that wrote the last blocks' keys had no mask to predict, so no logits saw them.
+        return max(cached - self._shape.slots * self._shape.block_size, 0)
 
     def _last(self, request: Request, name: str) -> int:
         """A number of its row as the last call left it."""

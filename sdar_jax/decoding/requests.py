@@ -51,8 +51,8 @@ class Request:
 
     row: its state as the host last saw it; going on from there gives the same result.
     place: its row of the batch, if it has one. pages: lent to it, in order.
-    admitted: when it got a row. cached: positions in the pages, as the host last saw them. recorded: of these, the
-        pool's.
+    admitted: when it got a row. cached: positions in the pages, as the host last saw them. recorded: whether the pool
+        knows its prompt's. forwards_before: denoising forwards that it had had when it got this row.
     """
 
     id: int
@@ -63,7 +63,8 @@ class Request:
     pages: list[int] = field(default_factory=list)
     admitted: int = 0
     cached: int = 0
-    recorded: int = 0
+    recorded: bool = False
+    forwards_before: int = 0
     result: Completion | None = None
 
 
