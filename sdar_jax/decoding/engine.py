@@ -1,8 +1,8 @@
 """`Engine`: requests of any lengths and configs through one batch on the device, fed and drained by the host.
 
 A request waits in a queue until there is a free row and pages for its prompt. What the page pool has of its prefix is
-shared, a page that is shared in part is copied, and the rest is read in chunks beside the decoding of other rows; others
-may share it once finite logits have come from it. The device runs several turns a call and decides stops itself (`buffer.advance`); between calls the host takes out what
+shared, a page that is shared in part is copied, and the rest is read in chunks beside the decoding of other rows. The
+device runs several turns a call and decides stops itself (`buffer.advance`); between calls the host takes out what
 ended, hands out pages, and lets new requests in. When pages run out, the request that came last gives up its row: its
 tokens stay, its keys are read again when it comes back, and its result is the same.
 
@@ -26,12 +26,21 @@ import numpy as np
 from sdar_jax.chips import platform
 from sdar_jax.decoding.buffer import Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
-from sdar_jax.decoding.events import Event, before_stop_string, ended_by_string, finished, snapshot
+from sdar_jax.decoding.events import Event, Progress
 from sdar_jax.decoding.forward import BufferConfig
-from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, check_slots, checked_stops, to_ids
+from sdar_jax.decoding.generate import (
+    Prompt,
+    check_prompts,
+    check_seed,
+    check_slots,
+    checked_stop_strings,
+    checked_stops,
+    to_ids,
+)
 from sdar_jax.decoding.pages import PagePool
 from sdar_jax.decoding.requests import COUNTS, Request, Stats, ended
-from sdar_jax.decoding.rows import Rows, RowShape, make_row
+from sdar_jax.decoding.rows import Rows, RowShape, make_row, output
+from sdar_jax.decoding.text import TextReader
 from sdar_jax.decoding.updates import Seen, copy_page, end_row, give_pages, put_row
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
@@ -143,12 +152,9 @@ class Engine:
         stops = model.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model)
         if len(stops) > _STOPS:
             raise DecodingError(f"{len(stops)} stop tokens are given; use at most {_STOPS}")
-        if stop_strings and self._tokenizer is None:
-            raise DecodingError("stop_strings need the engine's tokenizer; give Engine(tokenizer=...)")
-        if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
-            raise DecodingError(f"stop_strings is {stop_strings!r}; give a list of texts, none of them empty")
+        strings = checked_stop_strings(stop_strings, self._tokenizer)
         row = self._make_row(ids, config, max_new_tokens, stops, seed)
-        request = Request(next(self._ids), row, ids, tuple(stop_strings))
+        request = Request(next(self._ids), row, ids, strings, self._reader(strings))
         with self._changing():
             if max_new_tokens == 0:
                 self._finish(request, row, None)
@@ -204,35 +210,22 @@ class Engine:
     def stream(self, request_id: int, *, changes: bool = False) -> Iterator[Event]:
         """Finished blocks as they come, or every change of the open ones; then take `result`.
 
-        Changes do not depend on how many turns the device runs a call; an event may hold several finished blocks. What
-        may be part of a stop string is held back until it is decided.
+        Changes do not depend on how many turns the device runs a call; an event may hold several finished blocks. With
+        the engine's tokenizer, what may become part of a stop string, or of a character that is not complete, is held
+        back until that is decided; a stop string itself is never told.
         """
         return self._events(self._known(request_id), changes)
 
     def _events(self, request: Request, changes: bool) -> Iterator[Event]:
-        told, forward = 0, 0
+        decode = None if self._tokenizer is None else self._tokenizer.decode
+        progress = Progress(request.stop_strings, decode, self._shape.block_size, changes)
         while True:
             self._settle()
             result = request.result
             if request.place is not None:
                 # What was told is kept, should the device's state be lost.
                 request.row = self._fetch(request)
-            row = request.row
-            end = int(row.end) if result is not None else int(row.start) + int(row.open) * self._shape.block_size
-            if changes:
-                for now in range(forward, int(row.denoising_forwards)):
-                    yield snapshot(row, now, self._shape.block_size)
-                forward = int(row.denoising_forwards)
-            elif result is not None:
-                if told < len(result.tokens):
-                    yield finished(row, told, len(result.tokens))
-            else:
-                done = min(int(row.start), int(row.limit), end) - int(row.prompt_length)
-                if done > told and request.stop_strings:
-                    done = before_stop_string(row, done, request.stop_strings, self._tokenizer)
-                if done > told:
-                    yield finished(row, told, done)
-                    told = done
+            yield from progress.events(request.row, result)
             if result is not None:
                 return
             self._step()
@@ -272,6 +265,7 @@ class Engine:
         waiting = [request for request in self._requests.values() if request.result is None]
         for request in waiting:
             request.place, request.pages, request.cached = None, [], 0
+            request.reader = self._reader(request.stop_strings)
         self._queue = deque(sorted(waiting, key=lambda r: (not r.admitted, r.admitted, r.id)))
         self._places = [None] * len(self._places)
         self._pool.clear()
@@ -341,8 +335,8 @@ class Engine:
             self._record_prompt(request)
             if self._last(request, "done"):
                 self._finish(request, self._leave(request), None)
-            elif request.stop_strings:
-                self._stop_at_string(request)
+            elif request.reader is not None:
+                self._stop_at_string(request, request.reader)
         self._give_pages()
 
     def _wait(self) -> None:
@@ -498,10 +492,12 @@ class Engine:
         self._wait()
         return self._seen.row(request.row, request.place)
 
-    def _stop_at_string(self, request: Request) -> None:
-        assert request.place is not None
-        row = self._fetch(request)
-        if ended_by_string(row, request.stop_strings, self._tokenizer) is not None:
+    def _reader(self, strings: Sequence[str]) -> TextReader | None:
+        return TextReader(self._tokenizer.decode, strings) if strings else None
+
+    def _stop_at_string(self, request: Request, reader: TextReader) -> None:
+        reader.read(output(self._fetch(request)))
+        if reader.found:
             self._finish(request, self._leave(request), None)
 
     def _finish(self, request: Request, row: Rows, reason: FinishReason | None) -> None:

@@ -184,6 +184,33 @@ def test_texts_and_ids(x64):
     assert run([]) == []
 
 
+@pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "semi_autoregressive", "autoregressive"])
+def test_stop_strings(strategy, x64):
+    """Each row ends before its first one, soon after it is there; the others go on."""
+    config, letters = DecodingConfig(strategy=strategy), Letters()
+    whole = run(POOL[:3], config, tokenizer=letters, max_new_tokens=40)
+    stops = [whole[0].text[2:5], whole[1].text[5:9], "#"]
+    cut = run(POOL[:3], config, tokenizer=letters, max_new_tokens=40, stop_strings=stops)
+    for before, after in zip(whole, cut, strict=True):
+        found = [(before.text.index(stop) + len(stop), stop) for stop in stops if stop in before.text]
+        count, stop = min(found, default=(40, None))
+        assert after.tokens == before.tokens[:count] and after.steps == before.steps[:count]
+        assert (len(after.logprobs), after.stop_reason) == (count, stop)
+        assert after.finish_reason == ("length" if stop is None else "stop")
+        assert after.text == before.text[: count - len(stop or "")]
+        assert stop is None or after.denoising_forwards <= max(after.steps) + 8 < before.denoising_forwards
+    assert cut[0].stop_reason
+
+
+def test_which_stop_token_it_was(unstopped, x64):
+    config, prompts, whole = unstopped
+    stops = (whole[0].tokens[4], whole[0].tokens[2])
+    first = next(token for token in whole[0].tokens if token in stops)
+    assert run([prompts[0]], config, stops=stops)[0].stop_reason == first
+    assert whole[0].stop_reason is None
+    assert run([[1, 2]], config, max_new_tokens=0)[0].stop_reason is None
+
+
 def traced(config=GREEDY):
     options = dict(max_new_tokens=NEW, stop_ids=(3,), seed=0, window_slots=2)
     state, buffer = start_state(tiny_model(jnp.float32), [np.arange(9)], [config], **options)
