@@ -8,14 +8,15 @@ tokens stay, its keys are read again when it comes back, and its result is the s
 
 Whatever interrupts a call loses nothing: `_start_over`.
 
-Everything moves while a caller waits: in `stream`, `result` and `generate`.
+Everything moves while a caller waits: in `stream`, `result` and `generate`. Callers may be threads: every public method
+holds the engine's lock while it looks at or changes anything, and for one call of the device at a time.
 """
 
 import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -37,10 +38,11 @@ from sdar_jax.decoding.generate import (
     checked_stops,
     to_ids,
 )
+from sdar_jax.decoding.locks import TurnLock
 from sdar_jax.decoding.pages import PagePool
 from sdar_jax.decoding.requests import COUNTS, Request, Stats, ended
 from sdar_jax.decoding.rows import Rows, RowShape, make_row, output
-from sdar_jax.decoding.text import TextReader
+from sdar_jax.decoding.text import TextReader, unknown_ids
 from sdar_jax.decoding.updates import Seen, copy_page, end_row, give_pages, put_row
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
@@ -54,7 +56,8 @@ class Engine:
 
     Args:
         model: a diffusion model, or an autoregressive one, which then serves strategy "autoregressive" alone.
-        tokenizer: for prompts and completions as text, and for stop strings.
+        tokenizer: for prompts and completions as text, and for stop strings; ids that it does not have are never
+            proposed.
         batch_slots: rows decoded at once; half as many more may stand by, their prompts read.
         pages, page_size: of the cache; page_size is a multiple of the block size.
         block_size: S; None is the model's own.
@@ -113,6 +116,7 @@ class Engine:
         self._float = np.dtype(jnp.promote_types(model.embedding.dtype, jnp.float32))
         self._places: list[Request | None] = [None] * (batch_slots + -(-batch_slots // 2))
         self._requests: dict[int, Request] = {}
+        self._lock = TurnLock()
         self._start_over()
         self._ids, self._clock = itertools.count(), itertools.count(1)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -138,9 +142,26 @@ class Engine:
         Raises:
             DecodingError: the queue is full, or the request cannot be served by this engine.
         """
-        self._settle()
-        if len(self._queue) >= self._max_queue:
-            raise DecodingError(f"the queue holds {len(self._queue)} requests, its max_queue; take results, or wait")
+        options = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "seed": seed}
+        request = self._accept(prompt, config, stop_strings=stop_strings, **options)
+        with self._lock:
+            self._settle()
+            if len(self._queue) >= self._max_queue:
+                count = len(self._queue)
+                raise DecodingError(f"the queue holds {count} requests, its max_queue; take results, or wait")
+            return self._enqueue(request)
+
+    def _accept(
+        self,
+        prompt: Prompt,
+        config: DecodingConfig,
+        *,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Request:
+        """A request that this engine can serve, or the error that says why not; it is not in the queue yet."""
         model = self._model.config
         self._check_config(config)
         ids = to_ids(prompt, 0, self._tokenizer)
@@ -154,10 +175,13 @@ class Engine:
             raise DecodingError(f"{len(stops)} stop tokens are given; use at most {_STOPS}")
         strings = checked_stop_strings(stop_strings, self._tokenizer)
         row = self._make_row(ids, config, max_new_tokens, stops, seed)
-        request = Request(next(self._ids), row, ids, strings, self._reader(strings))
+        return Request(row, ids, strings, self._reader(strings))
+
+    def _enqueue(self, request: Request) -> int:
+        request.id = next(self._ids)
         with self._changing():
-            if max_new_tokens == 0:
-                self._finish(request, row, None)
+            if request.row.done:
+                self._finish(request, request.row, None)
             else:
                 self._queue.append(request)
             self._requests[request.id] = request
@@ -165,23 +189,31 @@ class Engine:
 
     def result(self, request_id: int) -> Completion:
         """The completion, once there is one; runs the engine until then. An id gives its result once."""
-        request = self._known(request_id)
-        while request.result is None:
-            self._step()
-        del self._requests[request_id]
-        return request.result
+        while True:
+            with self._lock:
+                request = self._known(request_id)
+                if request.result is not None:
+                    del self._requests[request_id]
+                    return request.result
+                self._step()
 
     def cancel(self, request_id: int) -> Completion:
         """Ends a request with what it has, finish_reason "cancelled"; one that had ended gives its own completion."""
-        request = self._known(request_id)
-        if request.result is None:
-            with self._changing():
-                if request.place is None:
-                    self._queue.remove(request)
-                row = self._leave(request)
-                # It may have ended in a call whose end nobody saw.
-                self._finish(request, row, None if row.done else "cancelled")
-        return self.result(request_id)
+        with self._lock:
+            request = self._known(request_id)
+            if request.result is None:
+                self._end_early(request)
+            assert request.result is not None
+            del self._requests[request_id]
+            return request.result
+
+    def _end_early(self, request: Request) -> None:
+        with self._changing():
+            if request.place is None:
+                self._queue.remove(request)
+            row = self._leave(request)
+            # It may have ended in a call whose end nobody saw.
+            self._finish(request, row, None if row.done else "cancelled")
 
     def generate(
         self,
@@ -197,15 +229,23 @@ class Engine:
         ids = []
         try:
             for index, prompt in enumerate(prompts):
-                while len(self._queue) >= self._max_queue:
-                    self._step()
-                ids.append(self.submit(prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options))
+                request = self._accept(prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options)
+                ids.append(self._enqueue_when_there_is_room(request))
             return [self.result(request_id) for request_id in ids]
         except BaseException:
             # Nobody else knows their ids.
-            for request_id in self._requests.keys() & set(ids):
-                self.cancel(request_id)
+            for request_id in ids:
+                with suppress(DecodingError):  # Its result was taken.
+                    self.cancel(request_id)
             raise
+
+    def _enqueue_when_there_is_room(self, request: Request) -> int:
+        while True:
+            with self._lock:
+                self._settle()
+                if len(self._queue) < self._max_queue:
+                    return self._enqueue(request)
+                self._step()
 
     def stream(self, request_id: int, *, changes: bool = False) -> Iterator[Event]:
         """Finished blocks as they come, or every change of the open ones; then take `result`.
@@ -214,28 +254,36 @@ class Engine:
         the engine's tokenizer, what may become part of a stop string, or of a character that is not complete, is held
         back until that is decided; a stop string itself is never told.
         """
-        return self._events(self._known(request_id), changes)
+        with self._lock:
+            request = self._known(request_id)
+        return self._events(request, changes)
 
     def _events(self, request: Request, changes: bool) -> Iterator[Event]:
         decode = None if self._tokenizer is None else self._tokenizer.decode
         progress = Progress(request.stop_strings, decode, self._shape.block_size, changes)
         while True:
-            self._settle()
-            result = request.result
-            if request.place is not None:
-                # What was told is kept, should the device's state be lost.
-                request.row = self._fetch(request)
-            yield from progress.events(request.row, result)
+            with self._lock:
+                self._settle()
+                result = request.result
+                if request.place is not None:
+                    # What was told is kept, should the device's state be lost.
+                    request.row = self._fetch(request)
+                events = progress.events(request.row, result)
+            # Not under the lock: a stream may be left here, or wait for its caller.
+            yield from events
             if result is not None:
                 return
-            self._step()
+            with self._lock:
+                if request.result is None:
+                    self._step()
 
     def stats(self) -> Stats:
-        self._settle()
-        running = sum(request is not None for request in self._places)
-        now = {"queued": len(self._queue), "running": running, "pages_available": self._pool.available}
-        since = {"evictions": self._pool.evictions, "prefill_alone_seconds": self._prefill_alone_seconds}
-        return Stats(**now, **since, **self._counts)
+        with self._lock:
+            self._settle()
+            running = sum(request is not None for request in self._places)
+            now = {"queued": len(self._queue), "running": running, "pages_available": self._pool.available}
+            since = {"evictions": self._pool.evictions, "prefill_alone_seconds": self._prefill_alone_seconds}
+            return Stats(**now, **since, **self._counts)
 
     def _known(self, request_id: int) -> Request:
         self._settle()
@@ -270,7 +318,8 @@ class Engine:
         self._places = [None] * len(self._places)
         self._pool.clear()
         # The old pages go before there are new ones.
-        self._state = State(self._idle_rows(), [])
+        banned = jax.device_put(unknown_ids(self._tokenizer, self._model.config.vocab_size))
+        self._state = State(self._idle_rows(), [], banned)
         kind, mesh = self._model.embedding.dtype, mesh_of(self._model)
         cache = empty_pages(self._model.config, *self._pool.sizes, kind, mesh)
         self._state = self._state._replace(cache=cache)

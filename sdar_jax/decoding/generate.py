@@ -12,7 +12,7 @@ from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
 from sdar_jax.decoding.forward import Reads
 from sdar_jax.decoding.rows import Rows, RowShape, make_row, output
-from sdar_jax.decoding.text import TextReader, find_stop
+from sdar_jax.decoding.text import TextReader, find_stop, unknown_ids
 from sdar_jax.decoding.updates import end_row
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
@@ -50,7 +50,8 @@ def generate(
         max_new_tokens: at most this many a prompt.
         stop_token_ids: the output ends before the first of these; None is the model's own list, () none.
         stop_strings: the output's text ends before the first of these; its tokens with the one that completes it.
-        tokenizer: a Hugging Face tokenizer; completions then have `text`.
+        tokenizer: a Hugging Face tokenizer; completions then have `text`, and ids that it does not have are never
+            proposed.
         seed: prompt i samples with seed + i, whatever else is in the batch.
         window_slots: K, blocks of a row that one forward may read. 1 spends a forward a block on its final keys; with 2
             the next block's first forward writes them. Tokens are the same for any K unless a config's
@@ -81,6 +82,7 @@ def generate(
         stop_ids=stops,
         seed=seed,
         window_slots=window_slots,
+        tokenizer=tokenizer,
     )
     decoder = Decoder(unstack_layers(model), buffer)
     rows = _decoded_to_strings(decoder, state, strings, tokenizer) if strings else decoder(state, _ENDLESS)[0].rows
@@ -191,6 +193,7 @@ def start_state(
     stop_ids: Sequence[int],
     seed: int,
     window_slots: int,
+    tokenizer: Any = None,
     page_size: int | None = None,
     prefill_tokens: int = _PREFILL_TOKENS,
 ) -> tuple[State, BufferConfig]:
@@ -233,7 +236,8 @@ def start_state(
         decodes_beside_prefill=False,
         stops_early=False,
     )
-    return State(jax.device_put(batch), pool), config
+    banned = jax.device_put(unknown_ids(tokenizer, model.config.vocab_size))
+    return State(jax.device_put(batch), pool, banned), config
 
 
 def _first_block(prompt_length: int, config: DecodingConfig, size: int, model: ModelConfig) -> int:

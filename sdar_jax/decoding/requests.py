@@ -45,22 +45,23 @@ _OTHERS = ("queued", "running", "pages_available", "evictions", "prefill_alone_s
 COUNTS = tuple(name for name in Stats._fields if name not in _OTHERS)
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A request that was accepted, as the host knows it.
 
     row: its state as the host last saw it; going on from there gives the same result.
     reader: finds the stop strings; None where there are none.
+    id: given by the queue.
     place: its row of the batch, if it has one. pages: lent to it, in order.
     admitted: when it got a row. cached: positions in the pages, as the host last saw them. recorded: whether the pool
         knows its prompt's. forwards_before: denoising forwards that it had had when it got this row.
     """
 
-    id: int
     row: Rows
     prompt: np.ndarray
     stop_strings: tuple[str, ...]
     reader: TextReader | None
+    id: int = -1
     place: int | None = None
     pages: list[int] = field(default_factory=list)
     admitted: int = 0

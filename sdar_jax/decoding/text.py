@@ -1,8 +1,9 @@
-"""An output's text while it grows: whole characters, stop strings, and what may yet become part of one."""
+"""What a tokenizer says of an output: which ids are tokens at all, the text while it grows, and stop strings in it."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,26 @@ Decode = Callable[[Sequence[int]], str]
 # at least, so that the last three tokens of a text may be waiting for their character.
 PART = "\ufffd"
 _PARTS = 3
+
+
+def unknown_ids(tokenizer: Any, vocab_size: int) -> np.ndarray | None:
+    """bool [vocab_size]: ids that the tokenizer does not have, such as padding of the weights.
+
+    None where there are none, where there is no tokenizer, and where it does not list its ids (`get_vocab`).
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    # A large vocabulary takes a tenth of a second. Its length tells whether tokens have been added since.
+    length = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    return _unknown_ids(tokenizer, length, vocab_size)
+
+
+@lru_cache(maxsize=4)
+def _unknown_ids(tokenizer: Any, length: int | None, vocab_size: int) -> np.ndarray | None:
+    known = np.fromiter(tokenizer.get_vocab().values(), np.int64)
+    unknown = np.ones(vocab_size, bool)
+    unknown[known[known < vocab_size]] = False
+    return unknown if unknown.any() else None
 
 
 class StopFound(NamedTuple):
