@@ -43,10 +43,14 @@ from sdar_jax.sharding import PAGES, constrain, mesh_of, use
 
 
 class State(NamedTuple):
-    """All there is. The pages are the device's; the host may change rows between calls."""
+    """All there is. The pages are the device's; the host may change rows between calls.
+
+    banned: tokens that are never proposed, besides the mask; None is none.
+    """
 
     rows: Rows
     cache: list[LayerPages]
+    banned: Bool[Array, " V"] | None = None
 
 
 def advance(model: Model, state: State, turns: int | Int[Array, ""], config: BufferConfig) -> State:
@@ -55,7 +59,7 @@ def advance(model: Model, state: State, turns: int | Int[Array, ""], config: Buf
     Every result is the same however turns are cut into calls. A row starves when its next block, or chunk of its
     prompt, needs positions past its `pages_end`; it goes on once the host has raised that.
     """
-    state = State(_mark_starved(state.rows, config), state.cache)
+    state = state._replace(rows=_mark_starved(state.rows, config))
     at_once = config.at_once(state.rows.done.size)
     # Of many rows some end in most turns, and the host's work takes longer than a missing row costs.
     enough = -(-at_once // 8)
@@ -63,7 +67,7 @@ def advance(model: Model, state: State, turns: int | Int[Array, ""], config: Buf
     before = missing(state.rows)
 
     def goes_on(carry: tuple[Array, State]) -> Array:
-        turn, (rows, _) = carry
+        turn, (rows, *_) = carry
         goes_on = (turn < turns) & ~(rows.done | rows.starved).all()
         return goes_on & (missing(rows) - before < enough) if config.stops_early else goes_on
 
@@ -75,7 +79,8 @@ def _placed(state: State) -> State:
     """On a mesh: rows whole on every device, pages split by key-value heads."""
     whole = lambda x: constrain(x, *[None] * x.ndim)
     by_head = lambda x: constrain(x, *PAGES)
-    return State(jax.tree.map(whole, state.rows), jax.tree.map(by_head, state.cache))
+    rows, banned = jax.tree.map(whole, (state.rows, state.banned))
+    return State(rows, jax.tree.map(by_head, state.cache), banned)
 
 
 def _turn(model: Model, config: BufferConfig, state: State) -> State:
@@ -90,10 +95,10 @@ def _turn(model: Model, config: BufferConfig, state: State) -> State:
     else:
         packed, cache = paged_forward(model, rows, state.cache, window, live, reads, config)
         rows = _count_prompts(rows, reads, config)
-    proposal = propose_masked(model, rows, window, masked, packed, config)
+    proposal = propose_masked(model, rows, window, masked, packed, config, state.banned)
     rows = _commit(rows, window, masked, proposal)
     rows = _finish(_count(rows, live, masked), config.block_size)
-    return State(_mark_starved(_leave(rows, window, live, config), config), cache)
+    return State(_mark_starved(_leave(rows, window, live, config), config), cache, state.banned)
 
 
 def _wants_block(rows: Rows, size: int) -> Bool[Array, " B"]:
@@ -238,7 +243,9 @@ class Decoder:
         """At most `turns` turns, and what the host wants to know after them; `state` is donated."""
         if self._mesh is not None:
             # As the state comes back, or the next call would be compiled anew.
-            state = state._replace(rows=jax.device_put(state.rows, NamedSharding(self._mesh, PartitionSpec())))
+            whole = NamedSharding(self._mesh, PartitionSpec())
+            rows, banned = jax.device_put((state.rows, state.banned), whole)
+            state = state._replace(rows=rows, banned=banned)
         with use(self._mesh):
             return self._program(self._weights, state, turns)
 

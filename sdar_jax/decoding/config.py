@@ -141,8 +141,8 @@ class Completion(NamedTuple):
     """What a request produced, trimmed: nothing at or after the first stop token.
 
     Attributes:
-        tokens: generated ids.
-        text: their decoding, if a tokenizer was given.
+        tokens: generated ids; where a stop string ended it, up to the token that completes that string.
+        text: their decoding, if a tokenizer was given, up to a stop string.
         finish_reason: "stop", "length", "cancelled" or "error" (the model's logits were not finite).
         logprobs: of each token, under the raw distribution (temperature 1, no filter) when it was committed; nats.
         steps: the denoising forward, from 0, that committed each token.
@@ -150,6 +150,7 @@ class Completion(NamedTuple):
         commit_forwards: forwards that only wrote a finished block to the cache; none where the next block's first
             forward does that (`window_slots` of 2 or more).
         prefill_forwards: forwards that read the prompt.
+        stop_reason: the stop token or the stop string that ended it, where one did.
     """
 
     tokens: list[int]
@@ -160,6 +161,7 @@ class Completion(NamedTuple):
     denoising_forwards: int
     commit_forwards: int
     prefill_forwards: int
+    stop_reason: int | str | None = None
 
     @property
     def tokens_per_forward(self) -> float:

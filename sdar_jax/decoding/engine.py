@@ -8,14 +8,15 @@ tokens stay, its keys are read again when it comes back, and its result is the s
 
 Whatever interrupts a call loses nothing: `_start_over`.
 
-Everything moves while a caller waits: in `stream`, `result` and `generate`.
+Everything moves while a caller waits: in `stream`, `result` and `generate`. Callers may be threads: every public method
+holds the engine's lock while it looks at or changes anything, and for one call of the device at a time.
 """
 
 import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,12 +27,22 @@ import numpy as np
 from sdar_jax.chips import platform
 from sdar_jax.decoding.buffer import Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
-from sdar_jax.decoding.events import Event, before_stop_string, ended_by_string, finished, snapshot
+from sdar_jax.decoding.events import Event, Progress
 from sdar_jax.decoding.forward import BufferConfig
-from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, check_slots, checked_stops, to_ids
+from sdar_jax.decoding.generate import (
+    Prompt,
+    check_prompts,
+    check_seed,
+    check_slots,
+    checked_stop_strings,
+    checked_stops,
+    to_ids,
+)
+from sdar_jax.decoding.locks import TurnLock
 from sdar_jax.decoding.pages import PagePool
 from sdar_jax.decoding.requests import COUNTS, Request, Stats, ended
-from sdar_jax.decoding.rows import Rows, RowShape, make_row
+from sdar_jax.decoding.rows import Rows, RowShape, make_row, output
+from sdar_jax.decoding.text import TextReader, unknown_ids
 from sdar_jax.decoding.updates import Seen, copy_page, end_row, give_pages, put_row
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
@@ -45,7 +56,8 @@ class Engine:
 
     Args:
         model: a diffusion model, or an autoregressive one, which then serves strategy "autoregressive" alone.
-        tokenizer: for prompts and completions as text, and for stop strings.
+        tokenizer: for prompts and completions as text, and for stop strings; ids that it does not have are never
+            proposed.
         batch_slots: rows decoded at once; half as many more may stand by, their prompts read.
         pages, page_size: of the cache; page_size is a multiple of the block size.
         block_size: S; None is the model's own.
@@ -104,6 +116,7 @@ class Engine:
         self._float = np.dtype(jnp.promote_types(model.embedding.dtype, jnp.float32))
         self._places: list[Request | None] = [None] * (batch_slots + -(-batch_slots // 2))
         self._requests: dict[int, Request] = {}
+        self._lock = TurnLock()
         self._start_over()
         self._ids, self._clock = itertools.count(), itertools.count(1)
         self._counts = dict.fromkeys(COUNTS, 0)
@@ -129,9 +142,26 @@ class Engine:
         Raises:
             DecodingError: the queue is full, or the request cannot be served by this engine.
         """
-        self._settle()
-        if len(self._queue) >= self._max_queue:
-            raise DecodingError(f"the queue holds {len(self._queue)} requests, its max_queue; take results, or wait")
+        options = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_token_ids, "seed": seed}
+        request = self._accept(prompt, config, stop_strings=stop_strings, **options)
+        with self._lock:
+            self._settle()
+            if len(self._queue) >= self._max_queue:
+                count = len(self._queue)
+                raise DecodingError(f"the queue holds {count} requests, its max_queue; take results, or wait")
+            return self._enqueue(request)
+
+    def _accept(
+        self,
+        prompt: Prompt,
+        config: DecodingConfig,
+        *,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        seed: int = 0,
+    ) -> Request:
+        """A request that this engine can serve, or the error that says why not; it is not in the queue yet."""
         model = self._model.config
         self._check_config(config)
         ids = to_ids(prompt, 0, self._tokenizer)
@@ -143,15 +173,15 @@ class Engine:
         stops = model.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model)
         if len(stops) > _STOPS:
             raise DecodingError(f"{len(stops)} stop tokens are given; use at most {_STOPS}")
-        if stop_strings and self._tokenizer is None:
-            raise DecodingError("stop_strings need the engine's tokenizer; give Engine(tokenizer=...)")
-        if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
-            raise DecodingError(f"stop_strings is {stop_strings!r}; give a list of texts, none of them empty")
+        strings = checked_stop_strings(stop_strings, self._tokenizer)
         row = self._make_row(ids, config, max_new_tokens, stops, seed)
-        request = Request(next(self._ids), row, ids, tuple(stop_strings))
+        return Request(row, ids, strings, self._reader(strings))
+
+    def _enqueue(self, request: Request) -> int:
+        request.id = next(self._ids)
         with self._changing():
-            if max_new_tokens == 0:
-                self._finish(request, row, None)
+            if request.row.done:
+                self._finish(request, request.row, None)
             else:
                 self._queue.append(request)
             self._requests[request.id] = request
@@ -159,23 +189,31 @@ class Engine:
 
     def result(self, request_id: int) -> Completion:
         """The completion, once there is one; runs the engine until then. An id gives its result once."""
-        request = self._known(request_id)
-        while request.result is None:
-            self._step()
-        del self._requests[request_id]
-        return request.result
+        while True:
+            with self._lock:
+                request = self._known(request_id)
+                if request.result is not None:
+                    del self._requests[request_id]
+                    return request.result
+                self._step()
 
     def cancel(self, request_id: int) -> Completion:
         """Ends a request with what it has, finish_reason "cancelled"; one that had ended gives its own completion."""
-        request = self._known(request_id)
-        if request.result is None:
-            with self._changing():
-                if request.place is None:
-                    self._queue.remove(request)
-                row = self._leave(request)
-                # It may have ended in a call whose end nobody saw.
-                self._finish(request, row, None if row.done else "cancelled")
-        return self.result(request_id)
+        with self._lock:
+            request = self._known(request_id)
+            if request.result is None:
+                self._end_early(request)
+            assert request.result is not None
+            del self._requests[request_id]
+            return request.result
+
+    def _end_early(self, request: Request) -> None:
+        with self._changing():
+            if request.place is None:
+                self._queue.remove(request)
+            row = self._leave(request)
+            # It may have ended in a call whose end nobody saw.
+            self._finish(request, row, None if row.done else "cancelled")
 
     def generate(
         self,
@@ -191,58 +229,61 @@ class Engine:
         ids = []
         try:
             for index, prompt in enumerate(prompts):
-                while len(self._queue) >= self._max_queue:
-                    self._step()
-                ids.append(self.submit(prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options))
+                request = self._accept(prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options)
+                ids.append(self._enqueue_when_there_is_room(request))
             return [self.result(request_id) for request_id in ids]
         except BaseException:
             # Nobody else knows their ids.
-            for request_id in self._requests.keys() & set(ids):
-                self.cancel(request_id)
+            for request_id in ids:
+                with suppress(DecodingError):  # Its result was taken.
+                    self.cancel(request_id)
             raise
+
+    def _enqueue_when_there_is_room(self, request: Request) -> int:
+        while True:
+            with self._lock:
+                self._settle()
+                if len(self._queue) < self._max_queue:
+                    return self._enqueue(request)
+                self._step()
 
     def stream(self, request_id: int, *, changes: bool = False) -> Iterator[Event]:
         """Finished blocks as they come, or every change of the open ones; then take `result`.
 
-        Changes do not depend on how many turns the device runs a call; an event may hold several finished blocks. What
-        may be part of a stop string is held back until it is decided.
+        Changes do not depend on how many turns the device runs a call; an event may hold several finished blocks. With
+        the engine's tokenizer, what may become part of a stop string, or of a character that is not complete, is held
+        back until that is decided; a stop string itself is never told.
         """
-        return self._events(self._known(request_id), changes)
+        with self._lock:
+            request = self._known(request_id)
+        return self._events(request, changes)
 
     def _events(self, request: Request, changes: bool) -> Iterator[Event]:
-        told, forward = 0, 0
+        decode = None if self._tokenizer is None else self._tokenizer.decode
+        progress = Progress(request.stop_strings, decode, self._shape.block_size, changes)
         while True:
-            self._settle()
-            result = request.result
-            if request.place is not None:
-                # What was told is kept, should the device's state be lost.
-                request.row = self._fetch(request)
-            row = request.row
-            end = int(row.end) if result is not None else int(row.start) + int(row.open) * self._shape.block_size
-            if changes:
-                for now in range(forward, int(row.denoising_forwards)):
-                    yield snapshot(row, now, self._shape.block_size)
-                forward = int(row.denoising_forwards)
-            elif result is not None:
-                if told < len(result.tokens):
-                    yield finished(row, told, len(result.tokens))
-            else:
-                done = min(int(row.start), int(row.limit), end) - int(row.prompt_length)
-                if done > told and request.stop_strings:
-                    done = before_stop_string(row, done, request.stop_strings, self._tokenizer)
-                if done > told:
-                    yield finished(row, told, done)
-                    told = done
+            with self._lock:
+                self._settle()
+                result = request.result
+                if request.place is not None:
+                    # What was told is kept, should the device's state be lost.
+                    request.row = self._fetch(request)
+                events = progress.events(request.row, result)
+            # Not under the lock: a stream may be left here, or wait for its caller.
+            yield from events
             if result is not None:
                 return
-            self._step()
+            with self._lock:
+                if request.result is None:
+                    self._step()
 
     def stats(self) -> Stats:
-        self._settle()
-        running = sum(request is not None for request in self._places)
-        now = {"queued": len(self._queue), "running": running, "pages_available": self._pool.available}
-        since = {"evictions": self._pool.evictions, "prefill_alone_seconds": self._prefill_alone_seconds}
-        return Stats(**now, **since, **self._counts)
+        with self._lock:
+            self._settle()
+            running = sum(request is not None for request in self._places)
+            now = {"queued": len(self._queue), "running": running, "pages_available": self._pool.available}
+            since = {"evictions": self._pool.evictions, "prefill_alone_seconds": self._prefill_alone_seconds}
+            return Stats(**now, **since, **self._counts)
 
     def _known(self, request_id: int) -> Request:
         self._settle()
@@ -271,12 +312,14 @@ class Engine:
         self._settled = False
         waiting = [request for request in self._requests.values() if request.result is None]
         for request in waiting:
-            request.place, request.pages, request.cached, request.recorded = None, [], 0, 0
+            request.place, request.pages, request.cached = None, [], 0
+            request.reader = self._reader(request.stop_strings)
         self._queue = deque(sorted(waiting, key=lambda r: (not r.admitted, r.admitted, r.id)))
         self._places = [None] * len(self._places)
         self._pool.clear()
         # The old pages go before there are new ones.
-        self._state = State(self._idle_rows(), [])
+        banned = jax.device_put(unknown_ids(self._tokenizer, self._model.config.vocab_size))
+        self._state = State(self._idle_rows(), [], banned)
         kind, mesh = self._model.embedding.dtype, mesh_of(self._model)
         cache = empty_pages(self._model.config, *self._pool.sizes, kind, mesh)
         self._state = self._state._replace(cache=cache)
@@ -338,12 +381,11 @@ class Engine:
             cached = self._last(request, "cached")
             unread, request.cached = self._unread(request), cached
             self._counts["prefill_tokens"] += unread - self._unread(request)
-            if cached > request.recorded:
-                self._record(request, cached)
+            self._record_prompt(request)
             if self._last(request, "done"):
                 self._finish(request, self._leave(request), None)
-            elif request.stop_strings:
-                self._stop_at_string(request)
+            elif request.reader is not None:
+                self._stop_at_string(request, request.reader)
         self._give_pages()
 
     def _wait(self) -> None:
@@ -402,7 +444,8 @@ class Engine:
         if prefix.partial is not None:
             self._state = self._state._replace(cache=copy_page(self._state.cache, prefix.partial, own[0]))
             self._pool.release([prefix.partial])
-        request.pages, request.recorded = [*prefix.pages, *own], 0
+        request.pages, request.recorded = [*prefix.pages, *own], False
+        request.forwards_before = int(row.denoising_forwards)
         request.row, request.cached = row._replace(cached=np.asarray(prefix.length, np.int32)), prefix.length
         if not request.admitted:
             self._counts["prompt_tokens"] += len(request.prompt)
@@ -456,7 +499,7 @@ class Engine:
         if request.place is None:
             return request.row
         row = self._fetch(request)
-        self._record(request, int(row.cached), np.asarray(row.tokens))
+        self._record(request, np.asarray(row.tokens), self._sound(request))
         self._pool.release(request.pages)
         if not row.done:
             self._state = self._state._replace(rows=end_row(self._state.rows, request.place))
@@ -464,13 +507,28 @@ class Engine:
         request.place, request.pages = None, []
         return row
 
-    def _record(self, request: Request, cached: int, tokens: np.ndarray | None = None) -> None:
-        """What the pages hold for good: prompt as it is read, the rest when the request leaves its row."""
-        if tokens is None:
-            tokens, cached = request.prompt, min(cached, len(request.prompt))
-        whole = cached // self._shape.block_size * self._shape.block_size
-        self._pool.record(request.pages, tokens[:whole].tolist())
-        request.recorded = max(request.recorded, whole)
+    def _record_prompt(self, request: Request) -> None:
+        """Lets others share the pages of its prompt, once they are known to be sound."""
+        if not request.recorded and (sound := self._sound(request)):
+            self._record(request, request.prompt, min(sound, len(request.prompt)))
+            request.recorded = True
+
+    def _record(self, request: Request, tokens: np.ndarray, length: int) -> None:
+        size = self._shape.block_size
+        self._pool.record(request.pages, tokens[: length // size * size].tolist())
+
+    def _sound(self, request: Request) -> int:
+        """Positions whose keys and values gave finite logits since the request got its row: others may read those.
+
+        None of a row that failed, or that has only read its prompt so far.
+        """
+        if self._last(request, "failed") or self._last(request, "denoising_forwards") == request.forwards_before:
+            return 0
+        cached = self._last(request, "cached")
+        if self._autoregressive or self._last(request, "open"):
+            return cached
+        # The forward that wrote the last blocks' keys had no mask to predict, so no logits saw them.
+        return max(cached - self._shape.slots * self._shape.block_size, 0)
 
     def _last(self, request: Request, name: str) -> int:
         """A number of its row as the last call left it."""
@@ -483,10 +541,12 @@ class Engine:
         self._wait()
         return self._seen.row(request.row, request.place)
 
-    def _stop_at_string(self, request: Request) -> None:
-        assert request.place is not None
-        row = self._fetch(request)
-        if ended_by_string(row, request.stop_strings, self._tokenizer) is not None:
+    def _reader(self, strings: Sequence[str]) -> TextReader | None:
+        return TextReader(self._tokenizer.decode, strings) if strings else None
+
+    def _stop_at_string(self, request: Request, reader: TextReader) -> None:
+        reader.read(output(self._fetch(request)))
+        if reader.found:
             self._finish(request, self._leave(request), None)
 
     def _finish(self, request: Request, row: Rows, reason: FinishReason | None) -> None:

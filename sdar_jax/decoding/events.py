@@ -1,20 +1,22 @@
-"""What a request's row, on the host, says of its progress: events, and where stop strings end it."""
+"""What a request's row, on the host, says of its progress, and what a stream tells of it."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from sdar_jax.decoding.rows import Rows
+from sdar_jax.decoding.config import Completion
+from sdar_jax.decoding.rows import Rows, output
+from sdar_jax.decoding.text import Decode, TextReader, tokens_within, whole_characters
 
 
 class Event(NamedTuple):
     """Progress of a request.
 
     start: place in the output of the first of `tokens`. tokens: finished ones; with `changes`, everything from `start`
-    to the end of the last block that has a token, None where it is masked. logprobs: of `tokens`, as they were
-    committed. finished: of `tokens`, those in blocks that `forward` had no part in; the rest are open blocks. forward:
-    the denoising forward after which this held.
+    to the end of the last block that has a token, None where it is masked or held back. logprobs: of `tokens`, as they
+    were committed. finished: of `tokens`, those in blocks that `forward` had no part in; the rest are open blocks.
+    forward: the denoising forward after which this held.
     """
 
     start: int
@@ -22,33 +24,6 @@ class Event(NamedTuple):
     logprobs: list[float | None]
     finished: int
     forward: int
-
-
-def ended_by_string(row: Rows, strings: Sequence[str], tokenizer: Any) -> tuple[int, str] | None:
-    """How many tokens the output has up to the one that completes a stop string, and the text before it."""
-    start = int(row.prompt_length)
-    whole = row.committed[start : int(row.end)]
-    tokens = row.tokens[start : start + (len(whole) if whole.all() else int(whole.argmin()))].tolist()
-    if not any(s in tokenizer.decode(tokens) for s in strings):
-        return None
-    for count in range(1, len(tokens) + 1):
-        text = tokenizer.decode(tokens[:count])
-        found = [text.index(s) for s in strings if s in text]
-        if found:
-            return count, text[: min(found)]
-    return None
-
-
-def before_stop_string(row: Rows, count: int, strings: Sequence[str], tokenizer: Any) -> int:
-    """Of the first `count` tokens, how many come before what may yet turn out to begin a stop string."""
-    start = int(row.prompt_length)
-    tokens = row.tokens[start : start + count].tolist()
-    # A character that is not whole may begin one too.
-    text = tokenizer.decode(tokens).rstrip("\ufffd")
-    begun = max((n for s in strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-    while count and len(tokenizer.decode(tokens[:count])) > len(text) - begun:
-        count -= 1
-    return count
 
 
 def finished(row: Rows, first: int, end: int) -> Event:
@@ -77,4 +52,68 @@ def snapshot(row: Rows, forward: int, block_size: int) -> Event:
         [logprob if here else None for logprob, here in zip(logprobs, known, strict=True)],
         max(first_open - at, 0),
         forward,
+    )
+
+
+class Progress:
+    """What a stream has told of its request, and what it is to tell next.
+
+    With a tokenizer (`decode`), tokens are held back that may become part of a stop string or of a character that is
+    not complete, and those that are part of a stop string are never told.
+    """
+
+    def __init__(self, strings: Sequence[str], decode: Decode | None, block_size: int, changes: bool):
+        self._reader = None if decode is None else TextReader(decode, strings)
+        self._decode, self._block_size, self._changes = decode, block_size, changes
+        self._told, self._forward = 0, 0
+
+    def events(self, row: Rows, result: Completion | None) -> list[Event]:
+        """What is new in a row; with its result, the rest."""
+        return self._changed(row) if self._changes else self._finished(row, result)
+
+    def _finished(self, row: Rows, result: Completion | None) -> list[Event]:
+        first, count = self._told, self._sure(row, result)
+        if count <= first:
+            return []
+        self._told = count
+        return [finished(row, first, count)]
+
+    def _sure(self, row: Rows, result: Completion | None) -> int:
+        """Tokens that may be told."""
+        if result is not None:
+            return _shown(result, self._decode)
+        count = min(int(row.start), int(row.limit)) - int(row.prompt_length)
+        if self._reader is None:
+            return count
+        self._reader.read(output(row)[: max(count, 0)])
+        return self._reader.shown
+
+    def _changed(self, row: Rows) -> list[Event]:
+        events = []
+        while self._forward < int(row.denoising_forwards) and not (self._reader and self._reader.found):
+            event = snapshot(row, self._forward, self._block_size)
+            events.append(event if self._reader is None else _held_back(event, self._reader))
+            self._forward += 1
+        return events
+
+
+def _shown(result: Completion, decode: Decode | None) -> int:
+    """Of a result's tokens, those before its stop string, and before a character that it ends inside of."""
+    if decode is None:
+        return len(result.tokens)
+    if isinstance(result.stop_reason, str) and result.text is not None:
+        return tokens_within(result.tokens, len(result.text), decode)
+    return whole_characters(result.tokens, decode)
+
+
+def _held_back(event: Event, reader: TextReader) -> Event:
+    """A snapshot without what may be part of a stop string or of a character; nothing of what comes after a stop."""
+    there = event.tokens.index(None) if None in event.tokens else len(event.tokens)
+    reader.read([token for token in event.tokens[:there] if token is not None])
+    length = reader.shown if reader.found else len(event.tokens)
+    hidden = {i for i, token in enumerate(event.tokens) if i >= there and token is not None and reader.may_stop(token)}
+    hidden |= {*range(reader.shown, there)}
+    show = lambda values: [None if i in hidden else value for i, value in enumerate(values[:length])]
+    return event._replace(
+        tokens=show(event.tokens), logprobs=show(event.logprobs), finished=min(event.finished, reader.shown)
     )

@@ -191,9 +191,18 @@ def canvas_forward(model: Model, rows: Rows, window: Window) -> Packed:
 
 
 def propose_masked(
-    model: Model, rows: Rows, window: Window, masked: Bool[Array, "B K S"], packed: Packed, config: BufferConfig
+    model: Model,
+    rows: Rows,
+    window: Window,
+    masked: Bool[Array, "B K S"],
+    packed: Packed,
+    config: BufferConfig,
+    banned: Bool[Array, " V"] | None,
 ) -> Proposal:
-    """A proposal for each masked position, [B, K, S]; zeros, and finite, elsewhere. The head runs on those alone."""
+    """A proposal for each masked position, [B, K, S]; zeros, and finite, elsewhere. The head runs on those alone.
+
+    banned: tokens that are never proposed, besides the mask.
+    """
     size = masked.shape[-1]
     used = jnp.arange(packed.index.size) < packed.count
     order, count = _first(masked.reshape(-1, size)[packed.index] & used[:, None])
@@ -216,6 +225,7 @@ def propose_masked(
             rows.denoising_forwards[row],
             lambda: _seen(rows, logits.shape[-1])[row],
             mask_token_id=model.config.mask_token_id,
+            banned=banned,
         )
         to = jnp.where(used, place, masked.size)
         return jax.tree.map(lambda all, new: all.at[to].set(new, mode="drop"), proposal, found)

@@ -9,9 +9,11 @@ import numpy as np
 
 from sdar_jax.config import ModelConfig
 from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
-from sdar_jax.decoding.config import Completion, DecodingConfig
+from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
 from sdar_jax.decoding.forward import Reads
-from sdar_jax.decoding.rows import Rows, RowShape, make_row
+from sdar_jax.decoding.rows import Rows, RowShape, make_row, output
+from sdar_jax.decoding.text import TextReader, find_stop, unknown_ids
+from sdar_jax.decoding.updates import end_row
 from sdar_jax.errors import DataError, DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
 from sdar_jax.sharding import mesh_of
@@ -20,6 +22,8 @@ Prompt = Sequence[int] | str
 _DEFAULT = DecodingConfig()
 _READS: dict[str, Reads] = {"autoregressive": "next_token", "semi_autoregressive": "canvas"}
 _ENDLESS = np.iinfo(np.int32).max
+# Forwards between two looks for stop strings.
+_TURNS = 8
 # A forward over more of a prompt is no faster a token, and holds more in memory.
 _PREFILL_TOKENS = 512
 # Shorter chunks would save little and be more shapes to compile.
@@ -33,6 +37,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop_token_ids: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
     tokenizer: Any = None,
     seed: int = 0,
     window_slots: int = 2,
@@ -44,7 +49,9 @@ def generate(
         config: one for all, or one for each prompt, of one block size.
         max_new_tokens: at most this many a prompt.
         stop_token_ids: the output ends before the first of these; None is the model's own list, () none.
-        tokenizer: a Hugging Face tokenizer; completions then have `text`.
+        stop_strings: the output's text ends before the first of these; its tokens with the one that completes it.
+        tokenizer: a Hugging Face tokenizer; completions then have `text`, and ids that it does not have are never
+            proposed.
         seed: prompt i samples with seed + i, whatever else is in the batch.
         window_slots: K, blocks of a row that one forward may read. 1 spends a forward a block on its final keys; with 2
             the next block's first forward writes them. Tokens are the same for any K unless a config's
@@ -64,6 +71,7 @@ def generate(
     check_seed(seed, len(ids))
     check_slots(window_slots)
     stops = model.config.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model.config)
+    strings = checked_stop_strings(stop_strings, tokenizer)
     if not ids:
         return []
     state, buffer = start_state(
@@ -74,9 +82,25 @@ def generate(
         stop_ids=stops,
         seed=seed,
         window_slots=window_slots,
+        tokenizer=tokenizer,
     )
-    state, _ = Decoder(unstack_layers(model), buffer)(state, _ENDLESS)
-    return _completions(jax.device_get(state.rows), tokenizer)
+    decoder = Decoder(unstack_layers(model), buffer)
+    rows = _decoded_to_strings(decoder, state, strings, tokenizer) if strings else decoder(state, _ENDLESS)[0].rows
+    return _completions(jax.device_get(rows), tokenizer, strings)
+
+
+def _decoded_to_strings(decoder: Decoder, state: State, strings: Sequence[str], tokenizer: Any) -> Rows:
+    """Decodes a few forwards at a time, and ends the rows that have come to a stop string."""
+    readers = [TextReader(tokenizer.decode, strings) for _ in range(len(state.rows.start))]
+    while True:
+        state, _ = decoder(state, _TURNS)
+        rows = jax.device_get(state.rows)
+        for i in np.flatnonzero(~rows.done).tolist():
+            readers[i].read(output(_row(rows, i)))
+            if readers[i].found:
+                state = state._replace(rows=end_row(state.rows, i))
+        if all(done or reader.found for done, reader in zip(rows.done, readers, strict=True)):
+            return state.rows
 
 
 def _one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig):
@@ -153,6 +177,15 @@ def checked_stops(stop_token_ids: Sequence[int], model: ModelConfig) -> tuple[in
     return tuple(map(int, stops))
 
 
+def checked_stop_strings(strings: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
+    listed = isinstance(strings, Iterable) and not isinstance(strings, str)
+    if not listed or not all(isinstance(string, str) and string for string in strings):
+        raise DecodingError(f"stop_strings is {strings!r}; give a list of texts, none of them empty")
+    if strings and tokenizer is None:
+        raise DecodingError(f"stop_strings {strings!r} are looked for in text; give tokenizer=")
+    return tuple(strings)
+
+
 def start_state(
     model: Model,
     ids: Sequence[np.ndarray],
@@ -162,6 +195,7 @@ def start_state(
     stop_ids: Sequence[int],
     seed: int,
     window_slots: int,
+    tokenizer: Any = None,
     page_size: int | None = None,
     prefill_tokens: int = _PREFILL_TOKENS,
 ) -> tuple[State, BufferConfig]:
@@ -204,7 +238,8 @@ def start_state(
         decodes_beside_prefill=False,
         stops_early=False,
     )
-    return State(jax.device_put(batch), pool), config
+    banned = jax.device_put(unknown_ids(tokenizer, model.config.vocab_size))
+    return State(jax.device_put(batch), pool, banned), config
 
 
 def _first_block(prompt_length: int, config: DecodingConfig, size: int, model: ModelConfig) -> int:
@@ -224,27 +259,33 @@ def _bucket(length: int, multiple: int) -> int:
     return -(-(-(-length // step) * step) // multiple) * multiple
 
 
-def _completions(rows: Rows, tokenizer: Any) -> list[Completion]:
-    return [completion(jax.tree.map(lambda x, i=i: x[i], rows), tokenizer) for i in range(len(rows.start))]
+def _completions(rows: Rows, tokenizer: Any, stop_strings: Sequence[str] = ()) -> list[Completion]:
+    return [completion(_row(rows, i), tokenizer, stop_strings) for i in range(len(rows.start))]
 
 
-def completion(row: Rows, tokenizer: Any) -> Completion:
-    """What one row, on the host, has generated."""
-    start = int(row.prompt_length)
-    end = start + _committed(np.asarray(row.committed[start:])) if row.failed else int(row.end)
-    tokens = row.tokens[start:end].tolist()
+def _row(rows: Rows, index: int) -> Rows:
+    return jax.tree.map(lambda x: x[index], rows)
+
+
+def completion(row: Rows, tokenizer: Any, stop_strings: Sequence[str] = ()) -> Completion:
+    """What one row, on the host, has generated, up to the first stop string."""
+    tokens = output(row).tolist()
+    text = None
+    reason: FinishReason = "error" if row.failed else "stop" if row.stopped else "length"
+    stop: int | str | None = int(row.tokens[int(row.end)]) if row.stopped else None
+    if tokenizer is not None:
+        text = tokenizer.decode(tokens)
+        if found := find_stop(tokens, stop_strings, tokenizer.decode):
+            tokens, text, reason, stop = tokens[: found.count], found.text, "stop", found.string
+    generated = slice(int(row.prompt_length), int(row.prompt_length) + len(tokens))
     return Completion(
         tokens=tokens,
-        text=tokenizer.decode(tokens) if tokenizer is not None else None,
-        finish_reason="error" if row.failed else "stop" if row.stopped else "length",
-        logprobs=row.logprob[start:end].tolist(),
-        steps=row.step[start:end].tolist(),
+        text=text,
+        finish_reason=reason,
+        logprobs=row.logprob[generated].tolist(),
+        steps=row.step[generated].tolist(),
         denoising_forwards=int(row.denoising_forwards),
         commit_forwards=int(row.commit_forwards),
         prefill_forwards=int(row.prefill_forwards),
+        stop_reason=stop,
     )
-
-
-def _committed(committed: np.ndarray) -> int:
-    """How many there are before the first that is not."""
-    return len(committed) if committed.all() else int(committed.argmin())

@@ -11,8 +11,8 @@ from sdar_jax.decoding.knobs import SCORES, STRATEGIES, Knobs
 
 
 class Proposal(NamedTuple):
-    """Of each position: token, never the mask; score, what ranks it; entropy, nats, where a row asks for it (zero if
-    none does); logprob, raw, nats; finite, whether the logits were numbers."""
+    """Of each position: token, never the mask or a banned one; score, what ranks it; entropy, nats, where a row asks
+    for it (zero if none does); logprob, raw, nats; finite, whether the logits were numbers."""
 
     token: Int[Array, "*L"]
     score: Float[Array, "*L"]
@@ -29,6 +29,7 @@ def propose(
     seen: Callable[[], Bool[Array, "L V"]] | None = None,
     *,
     mask_token_id: int | None,
+    banned: Bool[Array, " V"] | None = None,
 ) -> Proposal:
     """Greedy or sampled tokens with their confidence (semantics: penalty, temperature, then top-k, then top-p).
 
@@ -37,10 +38,13 @@ def propose(
     Args:
         knobs: of each position's row.
         seen: gives the tokens that the repetition penalty is for, if one is asked for; None is none.
+        mask_token_id, banned: tokens that have no part in any distribution.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
     if mask_token_id is not None:
         logits = logits.at[:, mask_token_id].set(-jnp.inf)
+    if banned is not None:
+        logits = jnp.where(banned, -jnp.inf, logits)
     token, score, entropy, logprob = jax.lax.cond(
         _all_plain(knobs), _plain, lambda logits: _general(logits, knobs, positions, step, seen), logits
     )

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdar_jax.decoding.config import Completion, FinishReason
-from sdar_jax.decoding.events import ended_by_string
 from sdar_jax.decoding.generate import completion
 from sdar_jax.decoding.rows import Rows
+from sdar_jax.decoding.text import TextReader
 
 
 class Stats(NamedTuple):
@@ -45,40 +45,33 @@ _OTHERS = ("queued", "running", "pages_available", "evictions", "prefill_alone_s
 COUNTS = tuple(name for name in Stats._fields if name not in _OTHERS)
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A request that was accepted, as the host knows it.
 
     row: its state as the host last saw it; going on from there gives the same result.
+    reader: finds the stop strings; None where there are none.
+    id: given by the queue.
     place: its row of the batch, if it has one. pages: lent to it, in order.
-    admitted: when it got a row. cached: positions in the pages, as the host last saw them. recorded: of these, the
-        pool's.
+    admitted: when it got a row. cached: positions in the pages, as the host last saw them. recorded: whether the pool
+        knows its prompt's. forwards_before: denoising forwards that it had had when it got this row.
     """
 
-    id: int
     row: Rows
     prompt: np.ndarray
     stop_strings: tuple[str, ...]
+    reader: TextReader | None
+    id: int = -1
     place: int | None = None
     pages: list[int] = field(default_factory=list)
     admitted: int = 0
     cached: int = 0
-    recorded: int = 0
+    recorded: bool = False
+    forwards_before: int = 0
     result: Completion | None = None
 
 
 def ended(request: Request, row: Rows, reason: FinishReason | None, tokenizer: Any) -> Completion:
-    """Its completion: what `row` has; with a reason, what it has without a gap, for that reason."""
-    done = completion(row, tokenizer)
-    if reason is not None:
-        done = completion(row._replace(failed=np.asarray(True)), tokenizer)._replace(finish_reason=reason)
-    if not request.stop_strings or (cut := ended_by_string(row, request.stop_strings, tokenizer)) is None:
-        return done
-    count, text = cut
-    return done._replace(
-        tokens=done.tokens[:count],
-        logprobs=done.logprobs[:count],
-        steps=done.steps[:count],
-        text=text,
-        finish_reason="stop",
-    )
+    """Its completion: what `row` has without a gap, ended for that reason, if there is one, or by a stop string."""
+    done = completion(row, tokenizer, request.stop_strings)
+    return done if reason is None or isinstance(done.stop_reason, str) else done._replace(finish_reason=reason)

@@ -123,6 +123,13 @@ def _padded(values: Sequence[int] | np.ndarray, length: int, fill: int) -> np.nd
     return out
 
 
+def output(row: Rows) -> np.ndarray:
+    """What one row, on the host, has generated without a gap."""
+    start, end = int(row.prompt_length), int(row.end)
+    committed = np.asarray(row.committed[start:end])
+    return np.asarray(row.tokens[start : end if committed.all() else start + int(committed.argmin())])
+
+
 class Window(NamedTuple):
     """The K slots of each row, open or not.
 

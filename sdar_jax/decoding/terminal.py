@@ -8,17 +8,15 @@ import math
 import os
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import TextIO
 
 from sdar_jax.decoding.events import Event
+from sdar_jax.decoding.text import PART, Decode, TextReader
 
-Decode = Callable[[Sequence[int]], str]
 Out = TextIO | io.TextIOBase
 
 MASKED = "·"
-# What tokenizers give for a character of which bytes are still to come.
-_PART = "\ufffd"
 _RESET, _DIM = "\x1b[0m", "\x1b[2m"
 # Of the 256 colours: red, over yellow, to green.
 _SCALE = (196, 202, 208, 214, 220, 226, 190, 154, 118, 82, 46)
@@ -28,26 +26,29 @@ class BlockText:
     """Text as blocks finish: what has been written never changes, so a character that is not whole waits."""
 
     def __init__(self, decode: Decode, out: Out):
-        self._decode, self._out = decode, out
+        self._reader, self._out = TextReader(decode), out
         self._tokens: list[int] = []
         self._written = ""
+        self._changed = False
 
     def show(self, event: Event) -> None:
         self._tokens += [token for token in event.tokens if token is not None]
-        self._write(self._decode(self._tokens).rstrip(_PART))
+        text = self._reader.read(self._tokens)
+        # The tokenizer may join later tokens to earlier ones in a way that changes their text: that is for the end.
+        self._changed |= text is None
+        if text and not self._changed:
+            self._write(text)
 
     def end(self, text: str) -> None:
         if not text.startswith(self._written):
-            # The tokenizer joined later tokens to earlier ones in a way that changes their text.
             self._out.write("\n")
             self._written = ""
-        self._write(text + "\n")
+        self._write(text[len(self._written) :] + "\n")
 
     def _write(self, text: str) -> None:
-        if text.startswith(self._written):
-            self._out.write(text[len(self._written) :])
-            self._out.flush()
-            self._written = text
+        self._out.write(text)
+        self._out.flush()
+        self._written += text
 
 
 class ChangeLines:
@@ -78,7 +79,7 @@ class LiveText:
         self._drawn = 0
 
     def show(self, event: Event) -> None:
-        text = self._decode([token for token in event.tokens[: event.finished] if token is not None]).rstrip(_PART)
+        text = self._decode([token for token in event.tokens[: event.finished] if token is not None]).rstrip(PART)
         line = text.rfind("\n") + 1
         styles = [self._style(logprob) for logprob in event.logprobs[event.finished :]]
         opened = list(zip(_pieces(event, self._decode), styles, strict=True))

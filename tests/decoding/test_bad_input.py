@@ -71,6 +71,10 @@ REQUESTS = [
     ({"stop_token_ids": "5"}, "stop_token_ids is '5'", "list of token ids"),
     ({"stop_token_ids": ["<eos>"]}, "['<eos>']", "0 to 22"),
     ({"stop_token_ids": [23]}, "[23]", "0 to 22"),
+    ({"stop_strings": ["x"]}, "stop_strings ['x']", "tokenizer="),
+    ({"stop_strings": "x", "tokenizer": str}, "stop_strings is 'x'", "list of texts"),
+    ({"stop_strings": [""], "tokenizer": str}, "stop_strings is ['']", "none of them empty"),
+    ({"stop_strings": 5, "tokenizer": str}, "stop_strings is 5", "list of texts"),
     ({"window_slots": 0}, "window_slots is 0", "positive integer"),
     ({"config": [DecodingConfig()] * 2}, "2 configs are given for 1 prompts", "one for each"),
     (

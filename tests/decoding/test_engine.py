@@ -181,6 +181,24 @@ def test_stop_strings(x64):
     assert none.tokens == free.tokens and none.finish_reason == "length"
 
 
+def test_ids_that_the_tokenizer_lacks_are_never_proposed(x64):
+    """Nor after the device's state was lost."""
+
+    class Even(Letters):
+        def __len__(self):
+            return 11
+
+        def get_vocab(self):
+            return {str(i): i for i in range(0, 22, 2)}
+
+    served = engine(tokenizer=Even())
+    for _ in range(2):
+        got = served.generate(PROMPTS, CONFIGS[3], max_new_tokens=14, stop_token_ids=())
+        assert all(token % 2 == 0 for completion in got for token in completion.tokens)
+        served._settled = False
+    assert any(token % 2 for token in alone(PROMPTS[2], CONFIGS[3], 14, (), 2).tokens)
+
+
 def test_autoregressive_models_are_served_too(x64):
     """With a shared prefix and page pressure, as `generate` alone."""
     model = tiny_model(objective="autoregressive", block_size=None, mask_token_id=None)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from sdar_jax import DecodingConfig, Engine
-from sdar_jax.decoding.events import before_stop_string
-from sdar_jax.decoding.rows import RowShape, make_row
+from sdar_jax.decoding.text import TextReader, whole_characters
 from tests.data.conftest import make_byte_tokenizer
 from tests.tiny import tiny_model
 
@@ -21,9 +20,8 @@ class Letters:
 
 
 def engine(**options) -> Engine:
-    return Engine(
-        tiny_model(), tokenizer=Letters(), batch_slots=2, pages=14, page_size=8, prefill_tokens=8, turns=3, **options
-    )
+    sizes = {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "turns": 3}
+    return Engine(tiny_model(), tokenizer=Letters(), **{**sizes, **options})
 
 
 def submit(served: Engine, length: int = 6, **options) -> int:
@@ -79,12 +77,66 @@ def test_what_is_streamed_is_no_part_of_a_stop_string(x64):
         # One that is there, one that begins there but ends otherwise.
         for stop in (free.text[count - 2 : count + 1], free.text[count - 2 : count] + "#"):
             request = submit(served, stop_strings=[stop])
-            told = ""
+            before = told = ""
             for event in served.stream(request):
                 before, told = told, told + Letters().decode(event.tokens)
             done = served.result(request)
-            assert done.text.startswith(before) and told == Letters().decode(done.tokens)
+            assert done.text.startswith(before) and told == done.text
             assert stop not in done.text and (done.finish_reason == "stop") == (stop in free.text)
+
+
+def test_changes_are_no_part_of_a_stop_string(x64):
+    """Finished or open, and the same for any number of turns a call; what cannot be part of one is shown."""
+    free = engine().generate([PROMPT[:6]], CONFIG, max_new_tokens=13, stop_token_ids=())[0]
+    alone, several = engine(turns=1), engine(turns=8)
+    shown = 0
+    for count in range(2, 13):
+        for stop in (free.text[count - 2 : count + 1], free.text[count - 2 : count] + "#"):
+            told = []
+            for served in (alone, several):
+                request = submit(served, stop_strings=[stop])
+                told.append(list(served.stream(request, changes=True)))
+                done = served.result(request)
+            assert told[0] == told[1]
+            for event in told[0]:
+                assert None not in event.tokens[: event.finished] and len(event.tokens) == len(event.logprobs)
+                there = [*event.tokens, None].index(None)
+                assert done.text.startswith(Letters().decode(event.tokens[:there]))
+                beyond = [token for token in event.tokens[there:] if token is not None]
+                assert not {*Letters().decode(beyond)} & {*stop}
+                shown += len(beyond)
+            if stop in free.text:
+                assert (done.finish_reason, done.stop_reason) == ("stop", stop)
+    assert shown > 20
+
+
+def test_no_event_ends_inside_a_character(x64):
+    """Of bytes of which most are parts of characters, as finished blocks and as changes."""
+
+    class Bytes:
+        def decode(self, ids):
+            return bytes([65, 0xC3, 0xA9, 0xE4, 0xBD, 0xA0][i % 6] for i in ids).decode(errors="replace")
+
+    decode, held = Bytes().decode, 0
+    served = Engine(tiny_model(), tokenizer=Bytes(), batch_slots=1, pages=14, page_size=8, turns=1)
+    for seed in range(8):
+        options = dict(max_new_tokens=13, stop_token_ids=(), seed=seed)
+        first, second = (served.submit(PROMPT[:6], DecodingConfig(temperature=1.0), **options) for _ in range(2))
+        told, shown = [], []
+        for event in served.stream(first):
+            told += event.tokens
+            shown.append(decode(told))
+        for event in served.stream(second, changes=True):
+            there = [*event.tokens, None].index(None)
+            shown.append(decode(event.tokens[:there]))
+            assert there >= event.finished
+            assert not any("\ufffd" in decode([token]) for token in event.tokens[there:] if token is not None)
+        done = served.result(first)
+        # Half a character would be followed by the whole one in its place.
+        assert all(done.text.startswith(text) for text in shown)
+        assert told == done.tokens[: whole_characters(done.tokens, decode)]
+        held += len(told) < len(done.tokens)
+    assert held
 
 
 def test_text_is_streamed_beside_stop_strings(x64):
@@ -97,33 +149,22 @@ def test_text_is_streamed_beside_stop_strings(x64):
 
 @pytest.mark.parametrize("text, held", [("abc", 0), ("ab<", 1), ("a<|", 2), ("<|x", 0), ("<<|", 2)])
 def test_held_back(text, held):
-    row = _row(text.encode())
-    assert before_stop_string(row, len(text), ("<|e", "|#"), make_byte_tokenizer()) == len(text) - held
+    assert shown(text.encode(), ("<|e", "|#")) == len(text) - held
 
 
 def test_half_a_character_is_held_back():
-    row = _row("ab\u00e9".encode()[:3])
-    assert before_stop_string(row, 3, ("\u00e9x",), make_byte_tokenizer()) == 2
+    assert shown("ab\u00e9".encode()[:3], ("\u00e9x",)) == 2
 
 
-def _row(output: bytes):
-    """A row whose prompt is its output: what it says of tokens does not depend on how they came there."""
+def shown(output: bytes, strings) -> int:
+    reader = TextReader(make_byte_tokenizer().decode, strings)
+    reader.read(byte_ids(output))
+    return reader.shown
+
+
+def byte_ids(output: bytes) -> list[int]:
     table = make_byte_tokenizer().convert_ids_to_tokens(range(260))
-    by_byte = {byte: table.index(_byte_name(byte)) for byte in output}
-    ids = np.asarray([by_byte[byte] for byte in output], np.int32)
-    shape = RowShape(64, 1, 1, 4, 2)
-    row = make_row(
-        ids,
-        CONFIG,
-        shape,
-        first_block=0,
-        max_new_tokens=4,
-        stop_ids=(),
-        mask_token_id=0,
-        seed=0,
-        float_type=np.dtype("float32"),
-    )
-    return row._replace(prompt_length=np.asarray(0, np.int32))
+    return [table.index(_byte_name(byte)) for byte in output]
 
 
 def _byte_name(byte: int) -> str:

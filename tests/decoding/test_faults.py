@@ -96,6 +96,49 @@ def test_weights_that_are_no_numbers(whole, x64):
     assert [(c.finish_reason, c.tokens) for c in ended] == [("error", [])] * 4
 
 
+LONG = [7 * i % 20 + 1 for i in range(30)]
+BAD = 21
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_pages_of_a_failed_request_are_no_prefix(slots, x64):
+    """Not its prompt either, though three chunks of it had been read before the bad token came to light."""
+    broken = jax.tree.map(lambda leaf: leaf, tiny_model())
+    broken.embedding = type(broken.embedding)(broken.embedding[...].at[BAD].set(np.nan))
+    one = Engine(broken, **{**SIZES, "turns": 1, "window_slots": slots})
+    for _ in range(2):
+        assert one.generate([[*LONG[:24], BAD, 3]], CONFIG, max_new_tokens=NEW)[0].finish_reason == "error"
+        assert one.stats().prefix_tokens == 0
+    assert idle(one)
+
+
+def test_pages_that_no_logits_came_from_are_no_prefix(x64):
+    """A request that is cancelled while its prompt is read leaves none; one that decoded leaves them."""
+    one = served(turns=1)
+    left = submit(one, LONG[:26])
+    one._step()
+    one._step()
+    assert one._requests[left].cached == 16
+    one.cancel(left)
+    for prefix in (0, 24):
+        before = one.stats().prefix_tokens
+        one.result(submit(one, LONG[:26], 1))
+        assert one.stats().prefix_tokens - before == prefix
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_prompt_is_shared_while_its_request_runs(slots, x64):
+    one = served(pages=12, turns=1, window_slots=slots)
+    first = submit(one, LONG[:17])
+    while one.stats().prefill_tokens < 16 or not one._requests[first].recorded:
+        one._step()
+    second = submit(one, [*LONG[:17], 9])
+    one._step()
+    assert one.stats().running == 2 and one.stats().prefix_tokens == 16
+    assert one.result(first).tokens == wanted(LONG[:17])
+    assert one.result(second).tokens == wanted([*LONG[:17], 9])
+
+
 def test_odd_orders(whole, x64):
     """Cancelled twice, or in the queue; results taken twice; streams left, doubled, begun late, with others between."""
     one = served(max_queue=3)
@@ -280,7 +323,7 @@ def test_stop_strings_across_blocks_and_never(whole, x64):
         told = [t for event in one.stream(request_id) for t in event.tokens]
         completion = one.result(request_id)
         assert completion.text == text[:at] and completion.finish_reason == "stop"
-        assert told == completion.tokens == whole[1][: at + length]
+        assert Letters().decode(told) == completion.text and completion.tokens == whole[1][: at + length]
     never = [text[3:6] + "#", text + "#"]
     completion = one.result(submit(one, PROMPTS[1], stop_strings=never))
     assert completion.tokens == whole[1] and completion.finish_reason == "length"

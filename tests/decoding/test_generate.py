@@ -184,6 +184,74 @@ def test_texts_and_ids(x64):
     assert run([]) == []
 
 
+@pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "semi_autoregressive", "autoregressive"])
+def test_stop_strings(strategy, x64):
+    """Each row ends before its first one, soon after it is there; the others go on."""
+    config, letters = DecodingConfig(strategy=strategy), Letters()
+    whole = run(POOL[:3], config, tokenizer=letters, max_new_tokens=40)
+    stops = [whole[0].text[2:5], whole[1].text[5:9], "#"]
+    cut = run(POOL[:3], config, tokenizer=letters, max_new_tokens=40, stop_strings=stops)
+    for before, after in zip(whole, cut, strict=True):
+        found = [(before.text.index(stop) + len(stop), stop) for stop in stops if stop in before.text]
+        count, stop = min(found, default=(40, None))
+        assert after.tokens == before.tokens[:count] and after.steps == before.steps[:count]
+        assert (len(after.logprobs), after.stop_reason) == (count, stop)
+        assert after.finish_reason == ("length" if stop is None else "stop")
+        assert after.text == before.text[: count - len(stop or "")]
+        assert stop is None or after.denoising_forwards <= max(after.steps) + 8 < before.denoising_forwards
+    assert cut[0].stop_reason
+
+
+def test_which_stop_token_it_was(unstopped, x64):
+    config, prompts, whole = unstopped
+    stops = (whole[0].tokens[4], whole[0].tokens[2])
+    first = next(token for token in whole[0].tokens if token in stops)
+    assert run([prompts[0]], config, stops=stops)[0].stop_reason == first
+    assert whole[0].stop_reason is None
+    assert run([[1, 2]], config, max_new_tokens=0)[0].stop_reason is None
+
+
+class Holed(Letters):
+    """A tokenizer that lacks ids in the middle and at the end of the vocabulary."""
+
+    missing = {*range(3, 15), VOCAB - 2}
+
+    def __len__(self):
+        return VOCAB - len(self.missing)
+
+    def get_vocab(self):
+        return {str(i): i for i in range(VOCAB) if i not in self.missing}
+
+
+STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "factor"]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "autoregressive", "semi_autoregressive"])
+def test_ids_that_the_tokenizer_lacks_are_never_proposed(strategy, temperature, x64):
+    """As if their rows of the head were impossible: log-probabilities are among the rest."""
+    config = DecodingConfig(strategy=strategy, temperature=temperature)
+    free, got = run(POOL, config), run(POOL, config, tokenizer=Holed())
+    assert any(token in Holed.missing for c in free for token in c.tokens)
+    assert not any(token in Holed.missing for c in got for token in c.tokens)
+    if temperature == 0 and strategy != "autoregressive":
+        first = got[0].steps.index(0)
+        start = len(POOL[0]) // 4 * 4
+        blank = POOL[0] + [MASK] * (start + 4 - len(POOL[0]))
+        if strategy == "semi_autoregressive":
+            blank, size = POOL[0] + [MASK] * (start + 12 - len(POOL[0])), None
+        else:
+            size = 4
+        logits = oracle.forward(tiny_model(), blank, size)[len(POOL[0]) + first]
+        logits[[*Holed.missing]] = -np.inf
+        assert got[0].tokens[first] == logits.argmax()
+        np.testing.assert_allclose(np.exp(got[0].logprobs[first]), oracle.softmax(logits).max(), rtol=1e-9)
+
+
+def test_a_tokenizer_that_has_all_ids_bans_none(x64):
+    assert [c.tokens for c in run(POOL, tokenizer=Letters())] == [c.tokens for c in run(POOL)]
+
+
 def traced(config=GREEDY):
     options = dict(max_new_tokens=NEW, stop_ids=(3,), seed=0, window_slots=2)
     state, buffer = start_state(tiny_model(jnp.float32), [np.arange(9)], [config], **options)
@@ -215,6 +283,17 @@ def test_numbers_and_strategies_compile_nothing_anew():
     with compilations() as compiled:
         for prompt, new, config in ((POOL[1], 9, changed), (POOL[1][:5], 7, DecodingConfig(strategy="sequential"))):
             generate(model, [prompt], config, max_new_tokens=new, stop_token_ids=(7, 8), seed=5)
+    assert not compiled
+
+
+def test_another_tokenizer_compiles_nothing_anew():
+    class Other(Holed):
+        missing = {5}
+
+    options = dict(max_new_tokens=9, stop_token_ids=())
+    generate(tiny_model(jnp.float32), [POOL[1]], tokenizer=Holed(), **options)
+    with compilations() as compiled:
+        generate(tiny_model(jnp.float32), [POOL[1]], tokenizer=Other(), **options)
     assert not compiled
 
 
