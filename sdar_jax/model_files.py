@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ CARRIED_FILES = (
     "*processor_config.json",
     GENERATION_FILE,
 )
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def carried_files(directory: Path) -> list[str]:
@@ -54,6 +56,21 @@ def check_replaceable(path: Path) -> None:
     foreign = sorted(name for name in names if name not in ours and not is_weights_file(name))
     if foreign:
         raise CheckpointError(f"{path}: holds {listed(foreign)}, which a save would delete; choose a new directory")
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash of a model and its tokenizer, the same wherever they lie. Of weights it reads their size and samples."""
+    digest = hashlib.sha256()
+    for name in [name for name in ("config.json", *carried_files(directory)) if (directory / name).is_file()]:
+        digest.update(name.encode() + (directory / name).read_bytes())
+    for file in sorted(directory.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as data:
+            for part in range(_SAMPLES):
+                data.seek(part * size // _SAMPLES)
+                digest.update(data.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

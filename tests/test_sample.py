@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import sample
 from sdar_jax import DecodingConfig, Engine, generate, load_pretrained, save_pretrained
@@ -351,10 +353,48 @@ def test_chat_forgets_a_turn_without_an_answer(cli):
     assert result.code == 0 and [record["tokens"] for record in result.records] == [[], []]
 
 
+TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_chat_that_fills_its_context_leaves_out_its_oldest_turns(cli, model_dir):
+    """And says so; what is left is answered as if it were all there had been."""
+    questions = [f"question {i} of a chat that goes on and on" for i in range(4)]
+    options = ("--max-new-tokens", 90, "--stop-token-ids", "", "--json", "--system", "be brief")
+    result = cli("--chat", *options, stdin="".join(f"{question}\n" for question in questions))
+    assert result.code == 0 and len(result.records) == 4
+    said = [line for line in result.err.splitlines() if "left out" in line]
+    assert (
+        said[0] == "the context of 300 tokens is full: the oldest turns are left out, 1 of 1 so far" and len(said) == 3
+    )
+    ids = make_byte_tokenizer().encode("<|im_start|>system\nbe brief<|im_end|>\n" + TURN.format(questions[-1]))
+    config = DecodingConfig()
+    alone = Engine(load_pretrained(model_dir), batch_slots=1, pages=5, page_size=64)
+    (wanted,) = alone.generate([ids], config, max_new_tokens=90, stop_token_ids=())
+    assert result.records[-1]["tokens"] == wanted.tokens
+
+
+def test_a_message_that_does_not_fit_is_not_answered(cli):
+    """It says so, on stdout too for a program, and the chat goes on as if it had not been said."""
+    options = ("--chat", "--max-new-tokens", 9, "--json")
+    result = cli(*options, stdin=f"hi\n{'a' * 300}\nand?\n")
+    assert result.code == 0 and "this message is not answered: it has 3" in result.err
+    first, refused, last = result.records
+    assert set(refused) == {"error"} and "--max-new-tokens is 9 and the context 300; shorten it" in refused["error"]
+    plain = cli(*options, stdin="hi\nand?\n").records
+    assert [record["tokens"] for record in (first, last)] == [record["tokens"] for record in plain]
+
+
+def test_a_chat_may_open_with_a_system_message(cli, model_dir):
+    result = cli("--chat", "--system", "be brief", "--json", "--max-new-tokens", 5, stdin="hi\n")
+    ids = make_byte_tokenizer().encode("<|im_start|>system\nbe brief<|im_end|>\n" + TURN.format("hi"))
+    assert result.records[0]["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
+
+
 def test_help_is_for_people(cli):
     result = cli("--help")
     assert result.code == 0
-    for words in ("--prompt-ids", "--strategy", "low_confidence_dynamic", "--confidence-threshold", "seed + i"):
+    asked = ("--prompt-ids", "--strategy", "low_confidence_dynamic", "--confidence-threshold", "seed + i")
+    for words in (*asked, "--stop-strings", "--system", "--chat-template-kwargs", "enable_thinking"):
         assert words in result.out
 
 
@@ -383,6 +423,16 @@ BAD_FLAGS = [
     (["--prompt", "a", "--watch", "--strategy", "semi_autoregressive"], "--watch follows the engine", "leave it out"),
     (["--prompt-ids", "5", "--stop-token-ids", "1,2,3,4,5,6,7,8,9"], "9 stop tokens", "at most 8"),
     (["--prompt-ids", "5", "--model", "nowhere"], "nowhere: no such directory", "hub id"),
+    (["--prompt", "a", "--stop-strings="], "--stop-strings has an empty text", "leave it out"),
+    (["--prompt", "a", "--system", "b"], "--system opens a --chat", "the text"),
+    (["--prompt", "a", "--chat-template-kwargs", "{}"], "--chat-template-kwargs is for --chat and --input", "leave it"),
+    (
+        ["--chat", "--chat-template-kwargs", "{'a': 1}"],
+        "\"{'a': 1}\" is not a JSON object",
+        '{"enable_thinking": false}',
+    ),
+    (["--chat", "--chat-template-kwargs", "[1]"], "'[1]' is not a JSON object", '{"enable_thinking": false}'),
+    (["--chat", "--max-new-tokens", "300"], "--max-new-tokens is 300 and the context 300", "give less"),
 ]
 
 
@@ -450,6 +500,79 @@ def test_the_output_of_another_input_is_left_alone(cli, tmp_path):
         result = cli("--input", source, "--output", target)
         assert_one_line(result, f"out.jsonl:{line}: not an answer", "another --output")
         assert target.read_bytes() == before
+
+
+@pytest.fixture
+def answers(cli, tmp_path):
+    """A file of answers, made with a temperature; and what adds to it, with other options or as it was."""
+    source, target = write_lines(tmp_path / "in.jsonl", INPUT[:2]), tmp_path / "out.jsonl"
+    options = ("--input", source, "--output", target, "--max-new-tokens", 2, "--temperature", 0.5)
+    assert cli(*options).code == 0
+    write_lines(source, INPUT[:3])
+    return target, lambda *more: cli(*options, *more)
+
+
+def test_answers_of_other_settings_are_not_added_to(answers, cli, tmp_path):
+    target, again = answers
+    before = target.read_bytes()
+    for more, told in {
+        ("--temperature", 0.7): "temperature was 0.5 and is 0.7; give what it was",
+        ("--temperature", 0, "--top-k", 5): "temperature was 0.5 and is the default, top_k was the default and is 5;",
+        ("--seed", 3, "--stop-strings=x"): "seed was the default and is 3, stop_strings was the default and is ['x'];",
+        ("--max-new-tokens", 3): "max_new_tokens was 2 and is 3; give what it was, or choose another --output",
+    }.items():
+        assert_one_line(again(*more), f"{target}: holds answers made otherwise: ", told)
+        assert target.read_bytes() == before
+    # Both ways out that are named; how many are decoded at once changes nothing.
+    assert again("--temperature", 0.7, "--output", tmp_path / "other.jsonl").code == 0
+    assert again("--batch-size", 1).code == 0
+    assert target.read_bytes().startswith(before) and len(read_lines(target)) == 3
+
+
+def test_answers_of_another_model_are_not_added_to(answers, model_dir, tmp_path):
+    """Whatever it is called: one that has moved is the same, one that was trained further is another."""
+    target, again = answers
+    moved = tmp_path / "moved"
+    shutil.copytree(model_dir, moved)
+    assert again("--model", moved).code == 0 and len(read_lines(target)) == 3
+    before = target.read_bytes()
+    trained = load_pretrained(model_dir)
+    trained.final_norm = nnx.Param(trained.final_norm * 1.001)
+    save_pretrained(trained, moved)
+    assert_one_line(
+        again("--model", moved), f"holds answers of the model {moved}, which has changed since", "another --output"
+    )
+    assert target.read_bytes() == before
+    assert again("--model", moved, "--output", tmp_path / "other.jsonl").code == 0
+    assert_one_line(
+        again("--output", tmp_path / "other.jsonl"), f"of the model {moved}, and the model is now {model_dir};"
+    )
+
+
+def test_answers_that_nothing_is_known_of_are_kept_with_a_word(answers):
+    target, again = answers
+    settings = target.with_name("out.jsonl.settings.json")
+    settings.unlink()
+    result = again("--temperature", 0.7)
+    assert result.code == 0 and f"{target}: nothing says what made its 2 answers; they are kept" in result.err
+    settings.write_text("{")
+    assert_one_line(again(), "out.jsonl.settings.json: cannot be read", "remove it, or choose another --output")
+    settings.unlink()
+    assert again().code == 0 and len(read_lines(target)) == 3
+
+
+def test_a_new_output_owes_nothing_to_old_settings(answers):
+    target, again = answers
+    target.unlink()
+    assert again("--temperature", 0.7).code == 0 and len(read_lines(target)) == 3
+    assert_one_line(again(), "temperature was 0.7 and is 0.5")
+
+
+def test_variables_that_no_record_uses(cli, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    options = ("--input", source, "--output", tmp_path / "out.jsonl", "--chat-template-kwargs", '{"a": 1}')
+    assert_one_line(cli(*options), "in.jsonl has no messages", "leave it out")
+    assert cli(*options[:4], "--max-new-tokens", 2).code == 0
 
 
 def test_outputs_that_cannot_be_written(cli, tmp_path):
