@@ -85,7 +85,7 @@ class SampleConfig:
     batch_size: int = 8
     max_new_tokens: int = 256
     stop_token_ids: str | None = None
-    stop_strings: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    stop_strings: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     seed: int = 0
     watch: bool = False
     json: bool = False

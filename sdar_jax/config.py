@@ -37,7 +37,7 @@ _ROPE_REQUIRED = {
     "yarn": ("factor",),
 }
 # A type that is named does not use the parameters of another, which are left behind when a type is changed.
-_ROPE_UNUSED = {name: () for names in _ROPE_FIELDS.values() for name in names} | ROPE_HARMLESS
+_ROPE_UNUSED = {**{name: () for names in _ROPE_FIELDS.values() for name in names}, **ROPE_HARMLESS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +119,10 @@ def _rope_table(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _with_mscale(scaling: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """YaRN's attention factor from DeepSeek's two scales, where both are there; taken out of what is left to read."""
-    scales = [scaling.get(name) for name in ("mscale", "mscale_all_dim")]
-    if not all(is_number(scale) and scale > 0 for scale in scales) or not is_number(given.get("factor")):
+    scales, factor = [scaling.get(name, 0) for name in ("mscale", "mscale_all_dim")], given.get("factor", 0)
+    if not all(is_number(value) and value > 0 for value in (*scales, factor)):
         return scaling, given
-    above, below = (0.1 * scale * math.log(max(given["factor"], 1)) + 1.0 for scale in scales)
+    above, below = (0.1 * scale * math.log(max(factor, 1)) + 1.0 for scale in scales)
     rest = {name: value for name, value in scaling.items() if name not in ("mscale", "mscale_all_dim")}
     return rest, {"attention_factor": above / below, **given}
 
@@ -338,7 +338,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_unsupported(config: dict[str, Any], architecture: str) -> None:
+def _refuse_unsupported(config: dict[str, Any], architecture: Any) -> None:
     for name, values in SUPPORTED_AT.items():
         value = config.get(name)
         if value not in (None, {}, [], *values):
@@ -358,7 +358,7 @@ def _refuse_unsupported(config: dict[str, Any], architecture: str) -> None:
             raise ConfigError(f"{name} is {config[name]!r}; give a positive integer")
 
 
-def _unread(config: dict[str, Any], architecture: str) -> list[str]:
+def _unread(config: dict[str, Any], architecture: Any) -> list[str]:
     """Fields that are neither read nor known to change nothing."""
     read = _HF_READ | set(SUPPORTED_AT) | (_HF_READ_OF_EXPERTS if architecture == "qwen3_moe" else set())
     if "use_sliding_window" in config or config.get("sliding_window") is None:
@@ -372,6 +372,9 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
     rope = RopeConfig.from_hf(config)
     bias = config.get("attention_bias", False)
     eos = config.get("eos_token_id")
+    stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(map(is_int, stops)):
+        raise ConfigError(f"eos_token_id is {eos!r}; give a token id, or a list of them")
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
@@ -392,8 +395,8 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "initializer_range": config.get("initializer_range", 0.02),
         "architecture": architecture,
         "bos_token_id": config.get("bos_token_id"),
-        "eos_token_id": eos[0] if isinstance(eos, list) else eos,
-        "stop_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "eos_token_id": stops[0] if stops else None,
+        "stop_token_ids": tuple(stops),
     }
 
 

@@ -318,13 +318,11 @@ def _has_own_head(tensors: TensorReader) -> bool:
     if head_shape != shape or not {dtype, head_dtype} <= set(SUPPORTED_DTYPES.values()):
         # What does not fit is named where all tensors are checked.
         return True
-    # Bits compare much faster than bfloat16 does.
-    kind = np.uint8 if head_dtype == dtype else None
     for start in range(0, shape[0], _ROWS_AT_ONCE):
         rows = slice(start, min(start + _ROWS_AT_ONCE, shape[0]))
-        embedding, head = (tensors.read(name, rows) for name in (_EMBEDDING, _HEAD))
-        values = (x.view(kind) if kind else x.astype(np.float64) for x in (embedding, head))
-        if not np.array_equal(*values):
+        # Types may differ; float64 holds the values of all.
+        embedding, head = (tensors.read(name, rows).astype(np.float64) for name in (_EMBEDDING, _HEAD))
+        if not np.array_equal(embedding, head):
             return True
     return False
 

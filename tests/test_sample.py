@@ -451,6 +451,24 @@ def test_bad_flags(cli, flags, value, fix, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+MENDED_FLAGS = [
+    ["--prompt-ids", "5,9,12"],
+    ["--prompt-ids", "263"],
+    ["--prompt-ids", "5", "--stop-token-ids", "263"],
+    ["--prompt-ids", "5", "--stop-token-ids", "1,2,3,4,5,6,7,8"],
+    ["--prompt-ids", "5", "--denoising-steps", "4", "--top-p", "1", "--temperature", "0", "--mask-token-id", "263"],
+    ["--prompt-ids", "5", "--dtype", "float32", "--seed", "2147483646"],
+    ["--prompt", "a", "--strategy", "semi_autoregressive"],
+    ["--chat", "--system", "b", "--chat-template-kwargs", "{}"],
+]
+
+
+@pytest.mark.parametrize("flags", MENDED_FLAGS, ids=" ".join)
+def test_what_the_errors_of_flags_advise_works(cli, flags):
+    result = cli(*flags, "--max-new-tokens", 2, stdin="hi\n")
+    assert result.code == 0 and result.out
+
+
 BAD_FILES = [
     (b'{"prompt": "a"}\n{"prompt"\n', "in.jsonl:2: not JSON", "one object a line"),
     (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "in.jsonl:2: not JSON", "one object a line"),

@@ -105,6 +105,8 @@ BAD = {
     "odd head": ({"head_dim": 7}, "head_dim is 7; rotary embedding needs an even number"),
     "eps": ({"rms_norm_eps": None}, "rms_norm_eps is None; give a positive number"),
     "block size": ({"block_size": 0}, "block_size is 0; give a positive integer"),
+    "eos": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; give a token id, or a list of them"),
+    "eos list": ({"eos_token_id": [2, None]}, r"eos_token_id is \[2, None\]; give a token id, or a list"),
     "mask": ({"mask_token_id": 40}, "mask_token_id is 40; give an id of the vocabulary, 0 to 39"),
     "mask as text": ({"mask_token_id": "5"}, "mask_token_id is '5'; give an id of the vocabulary"),
     "origin": ({"block_origin": "end"}, "block_origin 'end' is unknown; use one of"),
@@ -391,3 +393,22 @@ def test_bad_ropes(scaling: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         ModelConfig.from_hf({**GOOD, "rope_scaling": scaling})
     assert "\n" not in str(caught.value)
+
+
+MENDED = {
+    "eos": {"eos_token_id": [2, 3]},
+    "no end": {"eos_token_id": []},
+    "factor": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "field removed": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}},
+    "llama3": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 40}},
+    "sliding window": {"use_sliding_window": False, "sliding_window": 4096},
+    "heads": {"num_key_value_heads": 1},
+    "mask": {"mask_token_id": 39},
+    "origin": {"block_origin": "response"},
+}
+
+
+@pytest.mark.parametrize("change", MENDED.values(), ids=MENDED)
+def test_what_the_errors_advise_is_read(change: dict) -> None:
+    config = ModelConfig.from_hf({**GOOD, **change})
+    assert config.stop_token_ids == tuple(change.get("eos_token_id", [2]))
