@@ -113,10 +113,10 @@ class Sampler:
         self.config = config
         stops = None if config.stop_token_ids is None else parse_ids(config.stop_token_ids)
         self.variables = parse_variables(config.chat_template_kwargs)
-        directory = model_directory(config.model)
-        self.tokenizer: Any = load_tokenizer(directory) if texts or config.stop_strings else None
+        self.directory = model_directory(config.model)
+        self.tokenizer: Any = load_tokenizer(self.directory) if texts or config.stop_strings else None
         self.model: Model = load_pretrained(
-            directory,
+            self.directory,
             dtype=config.dtype,
             block_size=config.decoding.block_size,
             mask_token_id=config.mask_token_id,
@@ -132,7 +132,10 @@ class Sampler:
         return self.config.decoding.strategy == "semi_autoregressive"
 
     def render(self, conversation: dict[str, Any]) -> list[int]:
-        """Ids of {"messages": [...]}, up to where the assistant answers."""
+        """Ids of {"messages": [...]}, up to where the assistant answers. Raises DataError or DecodingError."""
+        if not self.tokenizer.chat_template:
+            fix = "set one in a file chat_template.jinja there, or give a --prompt"
+            raise DecodingError(f"{self.directory}: the tokenizer has no chat template; {fix}")
         return Encoder(self.tokenizer)(
             ChatRenderer(self.tokenizer).prompt(conversation, *([self.variables] if self.variables else []))
         )
@@ -256,7 +259,8 @@ def show_answer(sampler: Sampler, request: Request) -> Completion:
         else:
             view = (watching if sampler.config.watch else BlockText)(sampler.decode, sys.stdout)
             completion = sampler.answer(request, view.show)
-            view.end(sampler.decode(completion.tokens))
+            # The tokens hold a stop string that the text ends before.
+            view.end(sampler.decode(completion.tokens) if completion.text is None else completion.text)
         done.append(completion)
     return completion
 

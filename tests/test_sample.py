@@ -24,7 +24,7 @@ from flax import nnx
 import sample
 from sdar_jax import DecodingConfig, Engine, generate, load_pretrained, save_pretrained
 from sdar_jax.decoding.terminal import MASKED, BlockText
-from tests.data.conftest import make_byte_tokenizer
+from tests.data.conftest import CHATML, make_byte_tokenizer
 from tests.tiny import tiny_model
 
 SCRIPT = str(Path(sample.__file__))
@@ -390,6 +390,25 @@ def test_a_chat_may_open_with_a_system_message(cli, model_dir):
     assert result.records[0]["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
 
 
+@pytest.mark.parametrize("strategy", ["low_confidence_dynamic"])
+def test_stop_strings(cli, tmp_path, strategy):
+    """Each ends the answer before it, in every way of asking; the flag may be given several times."""
+    options = ("--max-new-tokens", 40, "--stop-token-ids", "", "--strategy", strategy)
+    whole = cli("--prompt", "one two", "--json", *options).records[0]["text"]
+    stop = next(
+        whole[i : i + 2] for i in range(8, 30) if whole[i : i + 2].isprintable() and " " not in whole[i : i + 2]
+    )
+    cut = whole.partition(stop)[0]
+    flags = ("--stop-strings=never said", f"--stop-strings={stop}")
+    (record,) = cli("--prompt", "one two", "--json", *options, *flags).records
+    assert (record["text"], record["finish_reason"]) == (cut, "stop")
+    ids = ",".join(map(str, make_byte_tokenizer().encode("one two")))
+    assert cli("--prompt-ids", ids, "--json", *options, *flags).records == [record]
+    source, target = write_lines(tmp_path / "in.jsonl", [{"prompt": "one two"}]), tmp_path / "out.jsonl"
+    assert cli("--input", source, "--output", target, *options, *flags).code == 0
+    assert read_lines(target)[0]["text"] == cut
+
+
 def test_help_is_for_people(cli):
     result = cli("--help")
     assert result.code == 0
@@ -603,7 +622,10 @@ def test_no_chat_template(monkeypatch, model_dir, tmp_path):
     tokenizer, bare = tmp_path / "tokenizer", tmp_path / "model"
     make_byte_tokenizer(chat_template=None).save_pretrained(tokenizer)
     save_pretrained(load_pretrained(model_dir), bare, tokenizer_from=tokenizer)
-    assert_one_line(run(monkeypatch, "--model", bare, "--chat", stdin="hi\n"), "no chat template", "set")
+    options = ("--model", bare, "--chat", "--max-new-tokens", 2)
+    assert_one_line(run(monkeypatch, *options, stdin="hi\n"), f"{bare}: the tokenizer has no chat template", "set")
+    (bare / "chat_template.jinja").write_text(CHATML)
+    assert run(monkeypatch, *options, stdin="hi\n").code == 0
 
 
 def test_as_a_process(model_dir, environment):
