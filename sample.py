@@ -115,6 +115,8 @@ class Sampler:
         self.variables = parse_variables(config.chat_template_kwargs)
         self.directory = model_directory(config.model)
         self.tokenizer: Any = load_tokenizer(self.directory) if texts or config.stop_strings else None
+        if self.variables and self.tokenizer is not None and self.tokenizer.chat_template:
+            ChatRenderer(self.tokenizer).check_variables(self.variables)
         self.model: Model = load_pretrained(
             self.directory,
             dtype=config.dtype,
@@ -136,9 +138,7 @@ class Sampler:
         if not self.tokenizer.chat_template:
             fix = "set one in a file chat_template.jinja there, or give a --prompt"
             raise DecodingError(f"{self.directory}: the tokenizer has no chat template; {fix}")
-        return Encoder(self.tokenizer)(
-            ChatRenderer(self.tokenizer).prompt(conversation, *([self.variables] if self.variables else []))
-        )
+        return Encoder(self.tokenizer)(ChatRenderer(self.tokenizer).prompt(conversation, self.variables))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """As text, or as comma-separated ids where there is no tokenizer."""
@@ -224,7 +224,7 @@ class Sampler:
                     self.config.decoding,
                     max_new_tokens=new,
                     stop_token_ids=self.stop_token_ids,
-                    **({"stop_strings": self.config.stop_strings} if self.config.stop_strings else {}),
+                    stop_strings=self.config.stop_strings,
                     tokenizer=self.tokenizer,
                     seed=batch[0].seed,
                 )

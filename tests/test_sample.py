@@ -390,7 +390,7 @@ def test_a_chat_may_open_with_a_system_message(cli, model_dir):
     assert result.records[0]["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
 
 
-@pytest.mark.parametrize("strategy", ["low_confidence_dynamic"])
+@pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "semi_autoregressive"])
 def test_stop_strings(cli, tmp_path, strategy):
     """Each ends the answer before it, in every way of asking; the flag may be given several times."""
     options = ("--max-new-tokens", 40, "--stop-token-ids", "", "--strategy", strategy)
@@ -401,12 +401,47 @@ def test_stop_strings(cli, tmp_path, strategy):
     cut = whole.partition(stop)[0]
     flags = ("--stop-strings=never said", f"--stop-strings={stop}")
     (record,) = cli("--prompt", "one two", "--json", *options, *flags).records
-    assert (record["text"], record["finish_reason"]) == (cut, "stop")
+    assert (record["text"], record["finish_reason"], record["stop_reason"]) == (cut, "stop", stop)
+    assert cli("--prompt", "one two", *options, *flags).out == cut + "\n"
     ids = ",".join(map(str, make_byte_tokenizer().encode("one two")))
     assert cli("--prompt-ids", ids, "--json", *options, *flags).records == [record]
     source, target = write_lines(tmp_path / "in.jsonl", [{"prompt": "one two"}]), tmp_path / "out.jsonl"
     assert cli("--input", source, "--output", target, *options, *flags).code == 0
     assert read_lines(target)[0]["text"] == cut
+
+
+THINKING = (
+    "{%- for message in messages -%}{{- message.role + ': ' + message.content + '\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}<think></think>{%- endif -%}{%- endif -%}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinking_dir(model_dir, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("thinking")
+    make_byte_tokenizer(chat_template=THINKING).save_pretrained(directory / "tokenizer")
+    save_pretrained(load_pretrained(model_dir), directory / "model", tokenizer_from=directory / "tokenizer")
+    return directory / "model"
+
+
+def test_variables_of_the_chat_template(monkeypatch, thinking_dir, tmp_path):
+    """For a chat and for records, whose own come first."""
+    off = ("--chat-template-kwargs", '{"enable_thinking": false}', "--max-new-tokens", 5)
+    prompts = {flag: "user: hi\nassistant: " + "<think></think>" * flag for flag in (False, True)}
+    encode = make_byte_tokenizer().encode
+    texts = {
+        flag: expected(thinking_dir, [encode(prompt)], max_new_tokens=5)[0].text for flag, prompt in prompts.items()
+    }
+    assert texts[True] != texts[False]
+    for options, flag in ((off, True), (off[2:], False)):
+        result = run(monkeypatch, "--model", thinking_dir, "--chat", *options, stdin="hi\n")
+        assert result.out == texts[flag] + "\n"
+    asked = {"messages": [{"role": "user", "content": "hi"}]}
+    own = {**asked, "chat_template_kwargs": {"enable_thinking": True}}
+    source, target = write_lines(tmp_path / "in.jsonl", [asked, own]), tmp_path / "out.jsonl"
+    assert run(monkeypatch, "--model", thinking_dir, "--input", source, "--output", target, *off).code == 0
+    assert [line["text"] for line in read_lines(target)] == [texts[True], texts[False]]
 
 
 def test_help_is_for_people(cli):
@@ -603,6 +638,14 @@ def test_a_new_output_owes_nothing_to_old_settings(answers):
     target.unlink()
     assert again("--temperature", 0.7).code == 0 and len(read_lines(target)) == 3
     assert_one_line(again(), "temperature was 0.7 and is 0.5")
+
+
+def test_variables_that_the_template_does_not_read(monkeypatch, thinking_dir):
+    options = ("--model", thinking_dir, "--chat", "--max-new-tokens", 2, "--chat-template-kwargs")
+    assert_one_line(
+        run(monkeypatch, *options, '{"enable_thinkin": false}', stdin="hi\n"), "'enable_thinkin'", "remove it"
+    )
+    assert run(monkeypatch, *options, "{}", stdin="hi\n").code == 0
 
 
 def test_variables_that_no_record_uses(cli, tmp_path):
