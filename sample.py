@@ -8,7 +8,8 @@
 
 An input line is {"prompt": text}, {"prompt_ids": [ids]} or {"messages": [...]}, with "max_new_tokens" and "seed" of its
 own if it has them; what else it holds is copied to the output line. Lines that the output file already holds are not
-decoded again, so an interrupted run goes on, with the same results. Speeds go to stderr; they do not count compilation.
+decoded again, so an interrupted run goes on, with the same results. OUTPUT.settings.json says what made them: another
+model or other settings are refused. Speeds go to stderr; they do not count compilation.
 """
 
 import dataclasses
@@ -30,10 +31,12 @@ from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
 from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, checked_stops, to_ids
 from sdar_jax.decoding.jsonl import answered, as_record, numbered_records
+from sdar_jax.decoding.output_settings import check_settings, write_settings
 from sdar_jax.decoding.speed import timed
 from sdar_jax.decoding.terminal import BlockText, watching
 from sdar_jax.errors import DataError, DecodingError, SdarError, is_int
 from sdar_jax.model import Model
+from sdar_jax.model_files import fingerprint
 from sdar_jax.pretrained import model_directory
 
 PAGE = 64  # Positions of a page, at least: whole blocks.
@@ -51,12 +54,18 @@ class SampleConfig:
         model: a Hugging Face directory, or a hub id.
         prompt: a text to continue, as it is.
         prompt_ids: a prompt as comma-separated token ids; needs no tokenizer.
-        chat: talk, one line a turn, through the model's chat template; ends with the input.
+        chat: talk, one line a turn, through the model's chat template; ends with the input. Turns that no longer fit
+            the model's context are left out, the oldest first.
+        system: the system message that opens a --chat.
+        chat_template_kwargs: variables of the chat template, as a JSON object such as '{"enable_thinking": false}', for
+            --chat and for {"messages"} of --input, whose own "chat_template_kwargs" come first.
         input: a JSONL file of prompts; needs --output.
         output: the JSONL file that completions are added to.
         batch_size: prompts of --input decoded at once.
         max_new_tokens: at most this many tokens a completion.
         stop_token_ids: comma-separated ids that end a completion; by default the model's own, "" for none.
+        stop_strings: a text that ends a completion, which then ends before it; may be given several times. As it is
+            written: a line break is $'\\n' in a shell.
         seed: for sampling; prompt i uses seed + i.
         watch: show every denoising step: in place on a terminal, colours from red to green by probability (NO_COLOR
             leaves them out), else a line a step.
@@ -70,11 +79,14 @@ class SampleConfig:
     prompt: str | None = None
     prompt_ids: str | None = None
     chat: bool = False
+    system: str | None = None
+    chat_template_kwargs: str | None = None
     input: Path | None = None
     output: Path | None = None
     batch_size: int = 8
     max_new_tokens: int = 256
     stop_token_ids: str | None = None
+    stop_strings: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     seed: int = 0
     watch: bool = False
     json: bool = False
@@ -101,10 +113,13 @@ class Sampler:
     def __init__(self, config: SampleConfig, *, texts: bool):
         self.config = config
         stops = None if config.stop_token_ids is None else parse_ids(config.stop_token_ids)
-        directory = model_directory(config.model)
-        self.tokenizer: Any = load_tokenizer(directory) if texts else None
+        self.variables = parse_variables(config.chat_template_kwargs)
+        self.directory = model_directory(config.model)
+        self.tokenizer: Any = load_tokenizer(self.directory) if texts or config.stop_strings else None
+        if self.variables and self.tokenizer is not None and self.tokenizer.chat_template:
+            ChatRenderer(self.tokenizer).check_variables(self.variables)
         self.model: Model = load_pretrained(
-            directory,
+            self.directory,
             dtype=config.dtype,
             block_size=config.decoding.block_size,
             mask_token_id=config.mask_token_id,
@@ -120,8 +135,11 @@ class Sampler:
         return self.config.decoding.strategy == "semi_autoregressive"
 
     def render(self, conversation: dict[str, Any]) -> list[int]:
-        """Ids of {"messages": [...]}, up to where the assistant answers."""
-        return Encoder(self.tokenizer)(ChatRenderer(self.tokenizer).prompt(conversation))
+        """Ids of {"messages": [...]}, up to where the assistant answers. Raises DataError or DecodingError."""
+        if not self.tokenizer.chat_template:
+            fix = "set one in a file chat_template.jinja there, or give a --prompt"
+            raise DecodingError(f"{self.directory}: the tokenizer has no chat template; {fix}")
+        return Encoder(self.tokenizer)(ChatRenderer(self.tokenizer).prompt(conversation, self.variables))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """As text, or as comma-separated ids where there is no tokenizer."""
@@ -167,6 +185,7 @@ class Sampler:
             self.config.decoding,
             max_new_tokens=request.max_new_tokens,
             stop_token_ids=self.stop_token_ids,
+            stop_strings=self.config.stop_strings,
             seed=request.seed,
         )
 
@@ -206,6 +225,7 @@ class Sampler:
                     self.config.decoding,
                     max_new_tokens=new,
                     stop_token_ids=self.stop_token_ids,
+                    stop_strings=self.config.stop_strings,
                     tokenizer=self.tokenizer,
                     seed=batch[0].seed,
                 )
@@ -219,6 +239,18 @@ def parse_ids(text: str) -> list[int]:
         raise DecodingError(f"{text!r} is not a list of token ids; write them as 5,9,12") from None
 
 
+def parse_variables(text: str | None) -> dict[str, Any]:
+    """Variables of a chat template, from a JSON object. Raises DecodingError for anything else."""
+    try:
+        variables = json.loads(text or "{}")
+    except ValueError:
+        variables = None
+    if not isinstance(variables, dict):
+        told = f"--chat-template-kwargs {text!r} is not a JSON object"
+        raise DecodingError(f"""{told}; write it as '{{"enable_thinking": false}}'""")
+    return variables
+
+
 def show_answer(sampler: Sampler, request: Request) -> Completion:
     """Prints one answer and its speed: as text while it comes, as changes, or as one line of JSON."""
     with timed(sampler.engine, 1) as done:
@@ -228,7 +260,8 @@ def show_answer(sampler: Sampler, request: Request) -> Completion:
         else:
             view = (watching if sampler.config.watch else BlockText)(sampler.decode, sys.stdout)
             completion = sampler.answer(request, view.show)
-            view.end(sampler.decode(completion.tokens))
+            # The tokens hold a stop string that the text ends before.
+            view.end(sampler.decode(completion.tokens) if completion.text is None else completion.text)
         done.append(completion)
     return completion
 
@@ -245,16 +278,53 @@ def sample_once(config: SampleConfig) -> int:
 
 def chat(config: SampleConfig) -> None:
     sampler = Sampler(config, texts=True)
+    if config.max_new_tokens >= _context(sampler):
+        room = f"--max-new-tokens is {config.max_new_tokens} and the context {_context(sampler)}"
+        raise DecodingError(f"{room}; give less, as a chat needs room for its messages")
+    opening = [] if config.system is None else [{"role": "system", "content": config.system}]
     messages: list[dict[str, Any]] = []
+    first = 0  # Turns before this message have left the context.
     while (line := _read_turn()) is not None:
         messages.append({"role": "user", "content": line})
-        request = sampler.request(sampler.render({"messages": messages}), config.seed + len(messages))
+        ids, start = _fitted(sampler, opening, messages, first)
+        if ids is None:
+            _say_unanswered(sampler, len(sampler.render({"messages": [*opening, messages.pop()]})))
+            continue
+        if start > first:
+            left_out = f"the context of {_context(sampler)} tokens is full: the oldest turns are left out"
+            print(f"{left_out}, {start // 2} of {len(messages) // 2} so far", file=sys.stderr)
+            first = start
+        request = sampler.request(ids, config.seed + len(messages))
         # A conversation that has outgrown its engine gets a larger one, which has to read all of it again.
         if sampler.engine_length < request.length:
             sampler.prepare(1, max(CHAT_LENGTH, 2 * request.length))
         answer = show_answer(sampler, request).text
         # A turn that says nothing belongs in no conversation, and neither does its question.
         messages = [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]
+
+
+def _fitted(
+    sampler: Sampler, opening: list[dict[str, Any]], messages: list[dict[str, Any]], first: int
+) -> tuple[list[int] | None, int]:
+    """The prompt's ids and the message that it starts with, the first from which all fit; None if the last does not."""
+    for start in range(first, len(messages), 2):
+        ids = sampler.render({"messages": [*opening, *messages[start:]]})
+        if len(ids) + sampler.config.max_new_tokens <= _context(sampler):
+            return ids, start
+    return None, first
+
+
+def _context(sampler: Sampler) -> int:
+    return sampler.model.config.max_position_embeddings
+
+
+def _say_unanswered(sampler: Sampler, tokens: int) -> None:
+    """On stdout too for a program, which waits for a line."""
+    room = f"it has {tokens} tokens, --max-new-tokens is {sampler.config.max_new_tokens}"
+    told = f"this message is not answered: {room} and the context {_context(sampler)}; shorten it"
+    print(told, file=sys.stderr)
+    if sampler.config.json:
+        print(json.dumps({"error": told}), flush=True)
 
 
 def _read_turn() -> str | None:
@@ -272,12 +342,17 @@ def sample_file(config: SampleConfig) -> None:
     for line, record in numbered_records(config.input):
         lines.append(line)
         records.append(record)
+    if config.chat_template_kwargs is not None and not any("messages" in record for record in records):
+        raise DecodingError(f"--chat-template-kwargs is given, and {config.input} has no messages; leave it out")
     first = answered(config.output, records)
+    made_by = (config.model, fingerprint(model_directory(config.model)), _settings(config))
+    check_settings(config.output, first, *made_by)
     sampler = Sampler(config, texts=not all(isinstance(record.get("prompt_ids"), list) for record in records))
     places = [f"{config.input}:{line}" for line in lines]
     requests = [_as_request(record, places[i], i, sampler) for i, record in enumerate(records)]
     records, requests = records[first:], requests[first:]
     slots = min(config.batch_size, len(requests))
+    write_settings(config.output, *made_by)
     if requests:
         sampler.prepare(slots, max(request.length for request in requests))
     with config.output.open("a", encoding="utf-8") as file, timed(sampler.engine, slots) as done:
@@ -286,6 +361,23 @@ def sample_file(config: SampleConfig) -> None:
             file.flush()
             done.append(completion)
             print(f"{first + len(done)}/{first + len(records)}", file=sys.stderr)
+
+
+def _settings(config: SampleConfig) -> dict[str, Any]:
+    """What the answers of a file depend on, where it is not at its default."""
+    fields = (
+        "max_new_tokens",
+        "stop_token_ids",
+        "stop_strings",
+        "seed",
+        "dtype",
+        "mask_token_id",
+        "chat_template_kwargs",
+    )
+    values = lambda of: {**{name: getattr(of, name) for name in fields}, **dataclasses.asdict(of.decoding)}
+    default = values(SampleConfig(model=""))
+    changed = {name: value for name, value in values(config).items() if value != default[name]}
+    return json.loads(json.dumps(changed))
 
 
 def _as_request(record: dict[str, Any], place: str, index: int, sampler: Sampler) -> Request:
@@ -319,6 +411,14 @@ def main(config: SampleConfig) -> int:
     given = [name for name, used in ways.items() if used]
     if len(given) != 1:
         raise DecodingError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(ways)}")
+    if config.system is not None and not config.chat:
+        raise DecodingError("--system opens a --chat; put the system message into the records or the text")
+    if config.chat_template_kwargs is not None and not (config.chat or config.input):
+        raise DecodingError(
+            "--chat-template-kwargs is for --chat and --input, as a prompt has no template; leave it out"
+        )
+    if not all(config.stop_strings):
+        raise DecodingError("--stop-strings has an empty text, which would end every answer; leave it out")
     if config.batch_size < 1:
         raise DecodingError(f"--batch-size is {config.batch_size}; give a positive integer")
     if config.watch and (config.json or config.input is not None):

@@ -5,16 +5,24 @@ Field names are the field's; `from_hf` and `to_hf` translate to and from Hugging
 
 import dataclasses
 import json
+import logging
+import math
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sdar_jax.errors import CheckpointError, ConfigError, is_int, is_number
+from sdar_jax.hf_fields import HARMLESS, ROPE_HARMLESS, SUPPORTED_AT, is_harmless, unread_fields
 from sdar_jax.visibility import check_block_size
 
 Objective = Literal["autoregressive", "masked_diffusion", "block_diffusion"]
 BlockOrigin = Literal["sequence", "response"]
 Architecture = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
+
+log = logging.getLogger(__name__)
+# A run reads the same config.json more than once.
+_warn_once = cache(log.warning)
 
 # What Hugging Face calls each RoPE parameter is what we call it, so one list serves reading and writing.
 _ROPE_FIELDS = {
@@ -28,6 +36,8 @@ _ROPE_REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
+# A type that is named does not use the parameters of another, which are left behind when a type is changed.
+_ROPE_UNUSED = {**{name: () for names in _ROPE_FIELDS.values() for name in names}, **ROPE_HARMLESS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +62,39 @@ class RopeConfig:
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ConfigError(f"rope {name} is {getattr(self, name)!r}; give a positive number")
+        if self.attention_factor is not None and not is_number(self.attention_factor):
+            raise ConfigError(f"rope attention_factor is {self.attention_factor!r}; give a number, or leave it out")
+        original = self.original_max_position_embeddings
+        if original is not None and not (is_int(original) and original > 0):
+            raise ConfigError(f"rope original_max_position_embeddings is {original!r}; give a positive integer")
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             factors = f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
             raise ConfigError(f"rope {factors}; give a lower one")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "RopeConfig":
-        """Reads `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`."""
-        scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        theta = scaling.get("rope_theta", config.get("rope_theta")) or 10_000.0
-        names = _ROPE_FIELDS.get(rope_type, ())
-        unread = set(scaling) - set(names) - {"rope_type", "type", "rope_theta"}
-        if rope_type in _ROPE_FIELDS and any(scaling[name] is not None for name in unread):
+        """Reads `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`.
+
+        Where both are there, `rope_scaling` was added by hand and is what counts, as in transformers 5.
+        """
+        written, added = _rope_table(config, "rope_parameters"), _rope_table(config, "rope_scaling")
+        scaling = added or written
+        rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+        if added and written.get("rope_type", "default") not in ("default", rope_type):
+            _warn_once("config.json: rope_scaling is read and rope_parameters, which says otherwise, is ignored")
+        thetas = (scaling.get("rope_theta"), config.get("rope_theta"), written.get("rope_theta"), 10_000.0)
+        theta = next(theta for theta in thetas if theta is not None)
+        if rope_type not in _ROPE_FIELDS:
+            raise ConfigError(f"rope_type {rope_type!r} is not supported; use one of {list(_ROPE_FIELDS)}")
+        given = {name: scaling[name] for name in _ROPE_FIELDS[rope_type] if scaling.get(name) is not None}
+        if rope_type == "yarn":
+            scaling, given = _with_mscale(scaling, given)
+        unread = {name for name in set(scaling) - set(given) if not is_harmless(name, scaling[name], _ROPE_UNUSED)}
+        if unread:
             raise ConfigError(
-                f"rope_scaling of type {rope_type!r} has unsupported fields {sorted(unread)}; remove them"
+                f"rope_scaling of type {rope_type!r} has unsupported fields {sorted(unread)}; remove them, or give the "
+                "rope_type that they belong to"
             )
-        given = {name: scaling[name] for name in names if scaling.get(name) is not None}
         lacking = [name for name in _ROPE_REQUIRED.get(rope_type, ()) if name not in given]
         if lacking:
             raise ConfigError(f"rope_scaling of type {rope_type!r} lacks {', '.join(lacking)}; add what the model had")
@@ -81,6 +107,24 @@ class RopeConfig:
         values = {name: getattr(self, name) for name in _ROPE_FIELDS[self.rope_type]}
         given = {name: value for name, value in values.items() if value is not None}
         return {"rope_theta": self.theta, "rope_scaling": {"rope_type": self.rope_type, **given}}
+
+
+def _rope_table(config: dict[str, Any], name: str) -> dict[str, Any]:
+    table = config.get(name) or {}
+    if not isinstance(table, dict):
+        raise ConfigError(f"{name} is {table!r}; give an object such as {{'rope_type': 'yarn', 'factor': 4.0}}")
+    # transformers 5 may write a table for each kind of attention; other kinds are refused by layer_types.
+    return table.get("full_attention", table)
+
+
+def _with_mscale(scaling: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """YaRN's attention factor from DeepSeek's two scales, where both are there; taken out of what is left to read."""
+    scales, factor = [scaling.get(name, 0) for name in ("mscale", "mscale_all_dim")], given.get("factor", 0)
+    if not all(is_number(value) and value > 0 for value in (*scales, factor)):
+        return scaling, given
+    above, below = (0.1 * scale * math.log(max(factor, 1)) + 1.0 for scale in scales)
+    rest = {name: value for name, value in scaling.items() if name not in ("mscale", "mscale_all_dim")}
+    return rest, {"attention_factor": above / below, **given}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +239,13 @@ class ModelConfig:
         if architecture not in get_args(Architecture):
             supported = ", ".join((*_CONVERTED, *get_args(Architecture)))
             raise ConfigError(f"model_type {model_type!r} is not supported; supported: {supported}")
-        _refuse_unsupported(config)
+        _refuse_unsupported(config, architecture)
+        if unread := _unread(config, architecture):
+            file = "config.json" if isinstance(source, dict) else str(source)
+            _warn_once(
+                f"{file}: unknown fields are ignored: {', '.join(unread)}; if they change what the model computes, its "
+                "results here are wrong"
+            )
         return cls(**_shape(config, architecture), **{k: config.get(k, v) for k, v in {**_PURPOSE, **defaults}.items()})
 
     def to_hf(self) -> dict[str, Any]:
@@ -270,12 +320,15 @@ _HF_EXPERTS = {
     "router_aux_loss_coef": "router_aux_loss_coef",
 }
 _HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_HF_READ = {*_HF_NAMES.values(), *_PURPOSE, "model_type", "base_model_type", "attention_bias", "mlp_bias"}
+_HF_READ |= {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", "use_sliding_window"}
+_HF_READ_OF_EXPERTS = {*_HF_EXPERTS.values(), "num_local_experts", "decoder_sparse_step", "mlp_only_layers"}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file; give a Hugging Face model directory") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -285,11 +338,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_unsupported(config: dict[str, Any]) -> None:
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {config['hidden_act']!r} is not supported; only 'silu' is")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+def _refuse_unsupported(config: dict[str, Any], architecture: Any) -> None:
+    for name, values in SUPPORTED_AT.items():
+        value = config.get(name)
+        if value not in (None, {}, [], *values):
+            fix = f"only {values[0]!r} is" if values else "use a model without it"
+            raise ConfigError(f"{name} {repr(value)[:60]} is not supported; {fix}")
+    if config.get("use_sliding_window"):
         raise ConfigError("use_sliding_window is true; only full attention is supported")
+    if other := set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise ConfigError(f"layer_types holds {', '.join(sorted(other))}; only full_attention is supported")
+    if config.get("mlp_bias") and architecture != "llama":
+        raise ConfigError(f"mlp_bias is true; model_type {config['model_type']!r} has none, set it to false")
     missing = [name for name in _HF_REQUIRED if name not in config]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
@@ -298,11 +358,23 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
             raise ConfigError(f"{name} is {config[name]!r}; give a positive integer")
 
 
+def _unread(config: dict[str, Any], architecture: Any) -> list[str]:
+    """Fields that are neither read nor known to change nothing."""
+    read = _HF_READ | set(SUPPORTED_AT) | (_HF_READ_OF_EXPERTS if architecture == "qwen3_moe" else set())
+    if "use_sliding_window" in config or config.get("sliding_window") is None:
+        read |= {"sliding_window", "max_window_layers"}
+    return unread_fields({name: value for name, value in config.items() if name not in read}, HARMLESS)
+
+
 def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
     """Shape fields, with the defaults that transformers gives each architecture."""
     heads = config["num_attention_heads"]
+    rope = RopeConfig.from_hf(config)
     bias = config.get("attention_bias", False)
     eos = config.get("eos_token_id")
+    stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(map(is_int, stops)):
+        raise ConfigError(f"eos_token_id is {eos!r}; give a token id, or a list of them")
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
@@ -313,19 +385,32 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "head_dim": config.get("head_dim") or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
         **(_experts(config) if architecture == "qwen3_moe" else {}),
         "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope": RopeConfig.from_hf(config),
+        "rope": rope,
         "qk_norm": architecture in ("qwen3", "qwen3_moe"),
         "qkv_bias": architecture == "qwen2" or bias,
         "output_bias": architecture != "qwen2" and bias,
         "mlp_bias": architecture == "llama" and config.get("mlp_bias", False),
         "tie_embeddings": config.get("tie_word_embeddings", False),
-        "max_position_embeddings": config.get("max_position_embeddings", 32768),
+        "max_position_embeddings": _context_length(config.get("max_position_embeddings", 32768), rope),
         "initializer_range": config.get("initializer_range", 0.02),
         "architecture": architecture,
         "bos_token_id": config.get("bos_token_id"),
-        "eos_token_id": eos[0] if isinstance(eos, list) else eos,
-        "stop_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "eos_token_id": stops[0] if stops else None,
+        "stop_token_ids": tuple(stops),
     }
+
+
+def _context_length(stated: Any, rope: RopeConfig) -> Any:
+    """What YaRN reaches: `factor` times the original length. Model cards leave max_position_embeddings as it was."""
+    if rope.rope_type != "yarn" or not is_int(stated):
+        return stated
+    if rope.original_max_position_embeddings is None:
+        _warn_once(
+            "config.json: rope_scaling of type 'yarn' lacks original_max_position_embeddings; "
+            f"max_position_embeddings {stated} is taken for it, and the context stays that long"
+        )
+        return stated
+    return max(stated, round(rope.factor * rope.original_max_position_embeddings))
 
 
 def _experts(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,10 @@ being read into it or written from it, and never a second model.
 """
 
 import json
+import logging
 import math
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Container
 from dataclasses import replace
 from functools import partial
@@ -24,19 +24,31 @@ from jax.typing import DTypeLike
 
 from sdar_jax import processes
 from sdar_jax.config import ModelConfig
-from sdar_jax.errors import CheckpointError, ConfigError
+from sdar_jax.errors import CheckpointError, ConfigError, is_int
+from sdar_jax.hf_fields import GENERATION_HARMLESS, unread_fields
 from sdar_jax.model import Model
+from sdar_jax.model_files import CARRIED_FILES, GENERATION_FILE, carried_files, check_replaceable, replacing
 from sdar_jax.quantization import is_quantized, quantize_weight
 from sdar_jax.sharding import check_mesh, shardings
-from sdar_jax.tensor_files import INDEX_FILE, SUPPORTED_DTYPES, Tensor, TensorReader, listed, write_tensors
+from sdar_jax.tensor_files import (
+    INDEX_FILE,
+    SUPPORTED_DTYPES,
+    Tensor,
+    TensorReader,
+    check_range,
+    listed,
+    write_tensors,
+)
 
+log = logging.getLogger(__name__)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Which tensors of theirs make up each weight of ours, and where in it they lie (shapes: see model.py).
 _ALL, _QUERIES, _KEY, _VALUE = np.s_[...], np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
 _GATE, _UP = np.s_[..., 0, :], np.s_[..., 1, :]
 _PARTS = {
-    "embedding": {"model.embed_tokens.weight": _ALL},
+    "embedding": {_EMBEDDING: _ALL},
     "final_norm": {"model.norm.weight": _ALL},
-    "head": {"lm_head.weight": _ALL},
+    "head": {_HEAD: _ALL},
     "attention_norm": {"input_layernorm.weight": _ALL},
     "qkv": {"self_attn.q_proj.weight": _QUERIES, "self_attn.k_proj.weight": _KEY, "self_attn.v_proj.weight": _VALUE},
     "qkv_bias": {"self_attn.q_proj.bias": _QUERIES, "self_attn.k_proj.bias": _KEY, "self_attn.v_proj.bias": _VALUE},
@@ -60,19 +72,7 @@ _FUSED = {"experts_gate_up": "mlp.experts.gate_up_proj", "experts_down": "mlp.ex
 _INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1, "head": 1, "router": 1}
 _INPUT_AXES |= dict.fromkeys(_FUSED, 1)
 
-_GENERATION_FILE = "generation_config.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    _GENERATION_FILE,
-)
+_ROWS_AT_ONCE = 1024
 # Buffers that old Llama checkpoints carry; they follow from the config.
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")
 
@@ -87,7 +87,9 @@ def load_pretrained(
 ) -> Model:
     """A model from a directory or the Hugging Face hub, its layers one by one.
 
-    Of `model_type` qwen3, qwen3_moe, qwen2, llama, sdar or sdar_moe.
+    Of `model_type` qwen3, qwen3_moe, qwen2, llama, sdar or sdar_moe. A warning names what the files say and is not
+    followed: fields of config.json and generation_config.json that are not read, and a second set of weights. A head
+    unlike the embedding is kept where config.json ties the two, as in transformers 5, and a warning says so.
 
     Args:
         dtype: of the weights: a name or type, or "auto": bfloat16 on GPU and TPU, float32 on CPU. "int8" is for
@@ -105,11 +107,16 @@ def load_pretrained(
     if mesh is not None:
         check_mesh(mesh, config)
     int8 = dtype in ("int8", jnp.int8)
-    skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), _resolved("auto" if int8 else dtype, mesh)))
-    structure = jax.tree.structure(skeleton)
-    places = [None] * structure.num_leaves if mesh is None else jax.tree.leaves(shardings(skeleton, mesh))
-    weights = _weights(skeleton)
+    resolved = _resolved("auto" if int8 else dtype, mesh)
     with TensorReader(directory) as tensors:
+        if config.tie_embeddings and _has_own_head(tensors):
+            wrong = f"tie_word_embeddings is true, and {_HEAD} is there and differs from the embedding"
+            log.warning("%s: %s; both are kept: set it to false in config.json", directory, wrong)
+            config = replace(config, tie_embeddings=False)
+        skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), resolved))
+        structure = jax.tree.structure(skeleton)
+        places = [None] * structure.num_leaves if mesh is None else jax.tree.leaves(shardings(skeleton, mesh))
+        weights = _weights(skeleton)
         _check(tensors, weights)
         load = _load_int8 if int8 else _load
         arrays = [load(tensors, weight, place) for weight, place in zip(weights, places, strict=True)]
@@ -129,18 +136,21 @@ def save_pretrained(
     An AR model becomes a qwen3, qwen3_moe, qwen2 or llama directory; a converted one has `model_type` sdar or sdar_moe
     and its block_size and mask_token_id. Tensor names are the released ones in both, with a tensor for each matrix of
     an expert. The directory is whole or not there: it is written under another name beside `path` first, and what
-    `path` held is replaced only then. Of a model on a mesh of several processes all call this: each tensor is gathered
-    in turn, and the first process writes it.
+    `path` held is replaced only then. What a killed save left there is removed by the next one.
+
+    Of a model on a mesh of several processes all call this: each tensor is gathered in turn, and the first process
+    writes it.
 
     Args:
         path: new, empty, or an earlier model directory.
-        dtype: of the tensors on disk; the weights' own if None.
-        tokenizer_from: a directory whose tokenizer, chat template and generation config are copied; if None, those
-            that `path` already holds are kept.
+        dtype: of the tensors on disk, such as "bfloat16"; the weights' own if None. Each is cast as it is written.
+        tokenizer_from: a directory whose tokenizer, chat templates, preprocessor and generation config are copied; if
+            None, those that `path` already holds are kept.
         max_shard_bytes: more than this in weights is split over several files with an index.
 
     Raises:
-        CheckpointError: `path` holds something else, or cannot be written; what it held is then as it was.
+        CheckpointError: `path` holds something else, or cannot be written, or a weight is too large for float16; what
+            it held is then as it was.
         ConfigError: a dtype that safetensors and transformers do not share, or int8 weights.
     """
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model)):
@@ -161,22 +171,22 @@ def save_pretrained(
 def _write_directory(
     path: Path, config: ModelConfig, tensors: list[Tensor], tokenizer_from: str | Path | None, max_shard_bytes: int
 ) -> None:
-    carried = _carried_files(path, tokenizer_from)
-    _check_replaceable(path)
-    building = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    source = path if tokenizer_from is None else Path(tokenizer_from)
+    carried = carried_files(source)
+    if tokenizer_from is not None and not carried:
+        raise CheckpointError(f"{source}: holds no tokenizer files; give the directory that has tokenizer.json")
+    check_replaceable(path)
     try:
-        building.mkdir(parents=True)
-        write_tensors(building, tensors, max_shard_bytes)
-        for file in carried:
-            shutil.copyfile(file, building / file.name)
-        _write_configs(building, config, tensors[0].dtype)
-        _replace_directory(building, path)
+        with replacing(path) as building:
+            write_tensors(building, tensors, max_shard_bytes)
+            for name in carried:
+                (building / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, building / name)
+            _write_configs(building, config, tensors[0].dtype)
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be written ({error}); make room or choose another path, nothing was replaced"
         ) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 class _Part(NamedTuple):
@@ -277,7 +287,7 @@ def model_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
         raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory, or a hub id (org/name)")
     try:
-        patterns = ["config.json", *_TOKENIZER_FILES, "additional_chat_templates/*.jinja"]
+        patterns = ["config.json", *CARRIED_FILES]
         patterns += ["*.safetensors", INDEX_FILE] if weights else []
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
     except (OSError, ValueError) as error:
@@ -291,16 +301,40 @@ def model_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path
 def _read_config(directory: Path, given: dict[str, int | None]) -> ModelConfig:
     config = ModelConfig.from_hf(directory)
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    stop = _read_json(directory / _GENERATION_FILE).get("eos_token_id")
+    file = directory / GENERATION_FILE
+    generation = _read_json(file)
+    if unread := unread_fields(generation, GENERATION_HARMLESS):
+        log.warning("%s: not applied: %s; say what decoding needs of them in DecodingConfig", file, ", ".join(unread))
+    stop = generation.get("eos_token_id")
     if stop is not None:
-        changes["stop_token_ids"] = tuple(stop) if isinstance(stop, list) else (stop,)
+        stops = stop if isinstance(stop, list) else [stop]
+        if not all(map(is_int, stops)):
+            raise CheckpointError(f"{file}: eos_token_id is {stop!r}; give a token id, or a list of them")
+        changes["stop_token_ids"] = tuple(stops)
     return replace(config, **changes)
+
+
+def _has_own_head(tensors: TensorReader) -> bool:
+    """Whether there is an output head, and of other values than the embedding. Reads a part of both at a time."""
+    if not tensors.names() >= {_EMBEDDING, _HEAD}:
+        return False
+    (shape, dtype), (head_shape, head_dtype) = tensors.describe(_EMBEDDING), tensors.describe(_HEAD)
+    if head_shape != shape or not {dtype, head_dtype} <= set(SUPPORTED_DTYPES.values()):
+        # What does not fit is named where all tensors are checked.
+        return True
+    for start in range(0, shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, min(start + _ROWS_AT_ONCE, shape[0]))
+        # Types may differ; float64 holds the values of all.
+        embedding, head = (tensors.read(name, rows).astype(np.float64) for name in (_EMBEDDING, _HEAD))
+        if not np.array_equal(embedding, head):
+            return True
+    return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Empty where there is no file."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
@@ -335,7 +369,7 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
     found = set(tensors.names())
     wanted = {part.name: weight.their_shape(part) for weight in weights for part in weight.parts(found)}
     # A tied model may carry its head as well.
-    ignored = {name for name in found if _DERIVED.search(name)} | {"lm_head.weight"}
+    ignored = {name for name in found if _DERIVED.search(name)} | {_HEAD}
     shapes, types = [], []
     for name in sorted(found & set(wanted)):
         shape, dtype = tensors.describe(name)
@@ -351,9 +385,11 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
     }
     told = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
     if told:
+        # A file of a tied model without the flag lacks this one tensor.
+        tied = "" if problems["missing"] != [_HEAD] else ", or set tie_word_embeddings to true if it has no such head"
         raise CheckpointError(
             f"{tensors.directory}: tensors do not fit config.json; {'; '.join(told)}; use the config.json and weights "
-            f"of one model, in {', '.join(SUPPORTED_DTYPES.values())}"
+            f"of one model, in {', '.join(SUPPORTED_DTYPES.values())}{tied}"
         )
 
 
@@ -390,7 +426,9 @@ def _read(tensors: TensorReader, weight: _Weight, regions: list[_Region]) -> lis
         tensor = tensors.read(part.name, part.expert if part.fused else None)
         ours = _to_ours(tensor, weight.field, weight.our_shape(part))
         for target, index in held:
-            target[...] = ours[index]
+            with np.errstate(over="ignore"):
+                target[...] = ours[index]
+            check_range(f"{tensors.directory}: {part.name}", ours[index], target)
         # It is gone before the next one is read.
         del tensor, ours
     return buffers
@@ -426,44 +464,10 @@ def _reader(weight: _Weight, part: _Part) -> Callable[[], np.ndarray]:
     return read
 
 
-def _carried_files(path: Path, tokenizer_from: str | Path | None) -> list[Path]:
-    source = path if tokenizer_from is None else Path(tokenizer_from)
-    files = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
-    if tokenizer_from is not None and not files:
-        raise CheckpointError(f"{source}: holds no tokenizer files; give the directory that has tokenizer.json")
-    return files
-
-
-def _check_replaceable(path: Path) -> None:
-    """A directory is replaced only if all that it holds is what a save writes."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: is a file; choose a directory")
-    ours = {"config.json", INDEX_FILE, *_TOKENIZER_FILES}
-    foreign = sorted(file.name for file in path.iterdir() if file.name not in ours and file.suffix != ".safetensors")
-    if foreign:
-        raise CheckpointError(f"{path}: holds {listed(foreign)}, which a save would delete; choose a new directory")
-
-
 def _write_configs(directory: Path, config: ModelConfig, dtype: np.dtype) -> None:
     files = {"config.json": {**config.to_hf(), "torch_dtype": dtype.name}}
     if config.stop_token_ids:
-        carried = _read_json(directory / _GENERATION_FILE)
-        files[_GENERATION_FILE] = {**carried, "eos_token_id": list(config.stop_token_ids)}
+        carried = _read_json(directory / GENERATION_FILE)
+        files[GENERATION_FILE] = {**carried, "eos_token_id": list(config.stop_token_ids)}
     for name, values in files.items():
         (directory / name).write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _replace_directory(new: Path, target: Path) -> None:
-    if not target.exists():
-        new.rename(target)
-        return
-    old = new.with_name(f"{new.name}.old")
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)

@@ -5,8 +5,10 @@ Format: https://huggingface.co/docs/safetensors: the length of a JSON header in 
 
 import contextlib
 import json
+import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +20,27 @@ from safetensors import SafetensorError, safe_open
 from sdar_jax.errors import CheckpointError
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+log = logging.getLogger(__name__)
+# Where weights may lie besides: what is not read of these is named.
+_OTHER_WEIGHTS = (
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "adapter_model.bin",
+    "consolidated*.pth",
+    "original/*.pth",
+    "original/*.safetensors",
+    "*.gguf",
+    "tf_model*.h5",
+    "flax_model*.msgpack",
+)
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 SUPPORTED_DTYPES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 
 class TensorReader:
     """The tensors of a directory by name: of one file, or of the shards that an index names. A context manager.
+
+    The one file comes first, as in transformers. A warning names weights that lie beside and are not read.
 
     Raises:
         CheckpointError: on entry, where a file is missing, cut short, or not what the index says.
@@ -51,23 +68,27 @@ class TensorReader:
         header = self._files[name].get_slice(name)
         return tuple(header.get_shape()), header.get_dtype()
 
-    def read(self, name: str, row: int | None = None) -> np.ndarray:
-        """The tensor, or a row of its first axis alone."""
+    def read(self, name: str, rows: int | slice | None = None) -> np.ndarray:
+        """The tensor, or a row or some rows of its first axis alone."""
         file = self._files[name]
-        return file.get_tensor(name) if row is None else file.get_slice(name)[row]
+        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
     def _locate(self) -> dict[str, Any]:
         single, index = self.directory / WEIGHTS_FILE, self.directory / INDEX_FILE
         if single.exists():
+            self._name_ignored({WEIGHTS_FILE}, WEIGHTS_FILE)
             file = self._open(single)
             return dict.fromkeys(file.keys(), file)
         if not index.exists():
+            others = self._others(set())
+            only = f", only {listed(others)}" if others else ""
             raise CheckpointError(
-                f"{self.directory}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; give a directory with safetensors "
-                "weights"
+                f"{self.directory}: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{only}; give a directory with "
+                "safetensors weights"
             )
         shard_of = _read_index(index)
         shards = {shard: self._open(self.directory / shard) for shard in sorted(set(shard_of.values()))}
+        self._name_ignored(set(shards), f"the shards of {INDEX_FILE}")
         held = {shard: set(file.keys()) for shard, file in shards.items()}
         absent = [name for name, shard in shard_of.items() if name not in held[shard]]
         if absent:
@@ -75,7 +96,18 @@ class TensorReader:
                 f"{index}: names {listed(absent)}, which {shard_of[absent[0]]} does not hold; download index and "
                 "shards again"
             )
+        if unnamed := sorted(set().union(*held.values()) - set(shard_of)):
+            log.warning("%s: does not name %s, which its shards hold; they are not read", index, listed(unnamed))
         return {name: shards[shard] for name, shard in shard_of.items()}
+
+    def _others(self, read: Set[str]) -> list[str]:
+        """Files with weights, by name, except those that are `read`."""
+        found = [file for pattern in _OTHER_WEIGHTS for file in self.directory.glob(pattern)]
+        return sorted({file.relative_to(self.directory).as_posix() for file in found} - read)
+
+    def _name_ignored(self, read: Set[str], source: str) -> None:
+        if others := self._others(read):
+            log.warning("%s: weights are read from %s; ignored: %s", self.directory, source, listed(others))
 
     def _open(self, path: Path) -> Any:
         try:
@@ -94,6 +126,17 @@ def _read_index(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError):
         pass
     raise CheckpointError(f"{path}: not a JSON object with a weight_map of file names; download it again")
+
+
+def is_weights_file(name: str) -> bool:
+    """Whether `write_tensors` makes files of this name."""
+    return name in (WEIGHTS_FILE, INDEX_FILE) or re.fullmatch(r"model-\d{5,}-of-\d{5,}\.safetensors", name) is not None
+
+
+def check_range(name: str, wide: np.ndarray, cast: np.ndarray) -> None:
+    """Raises CheckpointError where float16, which ends at 65504, has made values infinite."""
+    if cast.dtype == np.float16 and np.isinf(cast).sum() > np.isinf(wide).sum():
+        raise CheckpointError(f"{name} holds values past 65504, where float16 ends; use bfloat16 or float32")
 
 
 def listed(names: list[str], limit: int = 5) -> str:
@@ -152,7 +195,14 @@ def _write_file(path: Path, tensors: list[Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            data = np.ascontiguousarray(tensor.read().astype(tensor.dtype, copy=False))
-            file.write(data.reshape(-1).view(np.uint8))
+            file.write(_data(tensor).reshape(-1).view(np.uint8))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _data(tensor: Tensor) -> np.ndarray:
+    wide = tensor.read()
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(wide.astype(tensor.dtype, copy=False))
+    check_range(tensor.name, wide, cast)
+    return cast

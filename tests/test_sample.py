@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import sample
 from sdar_jax import DecodingConfig, Engine, generate, load_pretrained, save_pretrained
 from sdar_jax.decoding.terminal import MASKED, BlockText
-from tests.data.conftest import make_byte_tokenizer
+from tests.data.conftest import CHATML, make_byte_tokenizer
 from tests.tiny import tiny_model
 
 SCRIPT = str(Path(sample.__file__))
@@ -351,10 +353,102 @@ def test_chat_forgets_a_turn_without_an_answer(cli):
     assert result.code == 0 and [record["tokens"] for record in result.records] == [[], []]
 
 
+TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_chat_that_fills_its_context_leaves_out_its_oldest_turns(cli, model_dir):
+    """And says so; what is left is answered as if it were all there had been."""
+    questions = [f"question {i} of a chat that goes on and on" for i in range(4)]
+    options = ("--max-new-tokens", 90, "--stop-token-ids", "", "--json", "--system", "be brief")
+    result = cli("--chat", *options, stdin="".join(f"{question}\n" for question in questions))
+    assert result.code == 0 and len(result.records) == 4
+    said = [line for line in result.err.splitlines() if "left out" in line]
+    assert (
+        said[0] == "the context of 300 tokens is full: the oldest turns are left out, 1 of 1 so far" and len(said) == 3
+    )
+    ids = make_byte_tokenizer().encode("<|im_start|>system\nbe brief<|im_end|>\n" + TURN.format(questions[-1]))
+    config = DecodingConfig()
+    alone = Engine(load_pretrained(model_dir), batch_slots=1, pages=5, page_size=64)
+    (wanted,) = alone.generate([ids], config, max_new_tokens=90, stop_token_ids=())
+    assert result.records[-1]["tokens"] == wanted.tokens
+
+
+def test_a_message_that_does_not_fit_is_not_answered(cli):
+    """It says so, on stdout too for a program, and the chat goes on as if it had not been said."""
+    options = ("--chat", "--max-new-tokens", 9, "--json")
+    result = cli(*options, stdin=f"hi\n{'a' * 300}\nand?\n")
+    assert result.code == 0 and "this message is not answered: it has 3" in result.err
+    first, refused, last = result.records
+    assert set(refused) == {"error"} and "--max-new-tokens is 9 and the context 300; shorten it" in refused["error"]
+    plain = cli(*options, stdin="hi\nand?\n").records
+    assert [record["tokens"] for record in (first, last)] == [record["tokens"] for record in plain]
+
+
+def test_a_chat_may_open_with_a_system_message(cli, model_dir):
+    result = cli("--chat", "--system", "be brief", "--json", "--max-new-tokens", 5, stdin="hi\n")
+    ids = make_byte_tokenizer().encode("<|im_start|>system\nbe brief<|im_end|>\n" + TURN.format("hi"))
+    assert result.records[0]["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
+
+
+@pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "semi_autoregressive"])
+def test_stop_strings(cli, tmp_path, strategy):
+    """Each ends the answer before it, in every way of asking; the flag may be given several times."""
+    options = ("--max-new-tokens", 40, "--stop-token-ids", "", "--strategy", strategy)
+    whole = cli("--prompt", "one two", "--json", *options).records[0]["text"]
+    stop = next(
+        whole[i : i + 2] for i in range(8, 30) if whole[i : i + 2].isprintable() and " " not in whole[i : i + 2]
+    )
+    cut = whole.partition(stop)[0]
+    flags = ("--stop-strings=never said", f"--stop-strings={stop}")
+    (record,) = cli("--prompt", "one two", "--json", *options, *flags).records
+    assert (record["text"], record["finish_reason"], record["stop_reason"]) == (cut, "stop", stop)
+    assert cli("--prompt", "one two", *options, *flags).out == cut + "\n"
+    ids = ",".join(map(str, make_byte_tokenizer().encode("one two")))
+    assert cli("--prompt-ids", ids, "--json", *options, *flags).records == [record]
+    source, target = write_lines(tmp_path / "in.jsonl", [{"prompt": "one two"}]), tmp_path / "out.jsonl"
+    assert cli("--input", source, "--output", target, *options, *flags).code == 0
+    assert read_lines(target)[0]["text"] == cut
+
+
+THINKING = (
+    "{%- for message in messages -%}{{- message.role + ': ' + message.content + '\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}<think></think>{%- endif -%}{%- endif -%}"
+)
+
+
+@pytest.fixture(scope="module")
+def thinking_dir(model_dir, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("thinking")
+    make_byte_tokenizer(chat_template=THINKING).save_pretrained(directory / "tokenizer")
+    save_pretrained(load_pretrained(model_dir), directory / "model", tokenizer_from=directory / "tokenizer")
+    return directory / "model"
+
+
+def test_variables_of_the_chat_template(monkeypatch, thinking_dir, tmp_path):
+    """For a chat and for records, whose own come first."""
+    off = ("--chat-template-kwargs", '{"enable_thinking": false}', "--max-new-tokens", 5)
+    prompts = {flag: "user: hi\nassistant: " + "<think></think>" * flag for flag in (False, True)}
+    encode = make_byte_tokenizer().encode
+    texts = {
+        flag: expected(thinking_dir, [encode(prompt)], max_new_tokens=5)[0].text for flag, prompt in prompts.items()
+    }
+    assert texts[True] != texts[False]
+    for options, flag in ((off, True), (off[2:], False)):
+        result = run(monkeypatch, "--model", thinking_dir, "--chat", *options, stdin="hi\n")
+        assert result.out == texts[flag] + "\n"
+    asked = {"messages": [{"role": "user", "content": "hi"}]}
+    own = {**asked, "chat_template_kwargs": {"enable_thinking": True}}
+    source, target = write_lines(tmp_path / "in.jsonl", [asked, own]), tmp_path / "out.jsonl"
+    assert run(monkeypatch, "--model", thinking_dir, "--input", source, "--output", target, *off).code == 0
+    assert [line["text"] for line in read_lines(target)] == [texts[True], texts[False]]
+
+
 def test_help_is_for_people(cli):
     result = cli("--help")
     assert result.code == 0
-    for words in ("--prompt-ids", "--strategy", "low_confidence_dynamic", "--confidence-threshold", "seed + i"):
+    asked = ("--prompt-ids", "--strategy", "low_confidence_dynamic", "--confidence-threshold", "seed + i")
+    for words in (*asked, "--stop-strings", "--system", "--chat-template-kwargs", "enable_thinking"):
         assert words in result.out
 
 
@@ -383,6 +477,16 @@ BAD_FLAGS = [
     (["--prompt", "a", "--watch", "--strategy", "semi_autoregressive"], "--watch follows the engine", "leave it out"),
     (["--prompt-ids", "5", "--stop-token-ids", "1,2,3,4,5,6,7,8,9"], "9 stop tokens", "at most 8"),
     (["--prompt-ids", "5", "--model", "nowhere"], "nowhere: no such directory", "hub id"),
+    (["--prompt", "a", "--stop-strings="], "--stop-strings has an empty text", "leave it out"),
+    (["--prompt", "a", "--system", "b"], "--system opens a --chat", "the text"),
+    (["--prompt", "a", "--chat-template-kwargs", "{}"], "--chat-template-kwargs is for --chat and --input", "leave it"),
+    (
+        ["--chat", "--chat-template-kwargs", "{'a': 1}"],
+        "\"{'a': 1}\" is not a JSON object",
+        '{"enable_thinking": false}',
+    ),
+    (["--chat", "--chat-template-kwargs", "[1]"], "'[1]' is not a JSON object", '{"enable_thinking": false}'),
+    (["--chat", "--max-new-tokens", "300"], "--max-new-tokens is 300 and the context 300", "give less"),
 ]
 
 
@@ -399,6 +503,24 @@ def test_bad_flags(cli, flags, value, fix, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert_one_line(cli(*flags), value, fix)
     assert not list(tmp_path.iterdir())
+
+
+MENDED_FLAGS = [
+    ["--prompt-ids", "5,9,12"],
+    ["--prompt-ids", "263"],
+    ["--prompt-ids", "5", "--stop-token-ids", "263"],
+    ["--prompt-ids", "5", "--stop-token-ids", "1,2,3,4,5,6,7,8"],
+    ["--prompt-ids", "5", "--denoising-steps", "4", "--top-p", "1", "--temperature", "0", "--mask-token-id", "263"],
+    ["--prompt-ids", "5", "--dtype", "float32", "--seed", "2147483646"],
+    ["--prompt", "a", "--strategy", "semi_autoregressive"],
+    ["--chat", "--system", "b", "--chat-template-kwargs", "{}"],
+]
+
+
+@pytest.mark.parametrize("flags", MENDED_FLAGS, ids=" ".join)
+def test_what_the_errors_of_flags_advise_works(cli, flags):
+    result = cli(*flags, "--max-new-tokens", 2, stdin="hi\n")
+    assert result.code == 0 and result.out
 
 
 BAD_FILES = [
@@ -455,6 +577,87 @@ def test_the_output_of_another_input_is_left_alone(cli, tmp_path):
         assert target.read_bytes() == before
 
 
+@pytest.fixture
+def answers(cli, tmp_path):
+    """A file of answers, made with a temperature; and what adds to it, with other options or as it was."""
+    source, target = write_lines(tmp_path / "in.jsonl", INPUT[:2]), tmp_path / "out.jsonl"
+    options = ("--input", source, "--output", target, "--max-new-tokens", 2, "--temperature", 0.5)
+    assert cli(*options).code == 0
+    write_lines(source, INPUT[:3])
+    return target, lambda *more: cli(*options, *more)
+
+
+def test_answers_of_other_settings_are_not_added_to(answers, cli, tmp_path):
+    target, again = answers
+    before = target.read_bytes()
+    for more, told in {
+        ("--temperature", 0.7): "temperature was 0.5 and is 0.7; give what it was",
+        ("--temperature", 0, "--top-k", 5): "temperature was 0.5 and is the default, top_k was the default and is 5;",
+        ("--seed", 3, "--stop-strings=x"): "seed was the default and is 3, stop_strings was the default and is ['x'];",
+        ("--max-new-tokens", 3): "max_new_tokens was 2 and is 3; give what it was, or choose another --output",
+    }.items():
+        assert_one_line(again(*more), f"{target}: holds answers made otherwise: ", told)
+        assert target.read_bytes() == before
+    # Both ways out that are named; how many are decoded at once changes nothing.
+    assert again("--temperature", 0.7, "--output", tmp_path / "other.jsonl").code == 0
+    assert again("--batch-size", 1).code == 0
+    assert target.read_bytes().startswith(before) and len(read_lines(target)) == 3
+
+
+def test_answers_of_another_model_are_not_added_to(answers, model_dir, tmp_path):
+    """Whatever it is called: one that has moved is the same, one that was trained further is another."""
+    target, again = answers
+    moved = tmp_path / "moved"
+    shutil.copytree(model_dir, moved)
+    assert again("--model", moved).code == 0 and len(read_lines(target)) == 3
+    before = target.read_bytes()
+    trained = load_pretrained(model_dir)
+    trained.final_norm = nnx.Param(trained.final_norm * 1.001)
+    save_pretrained(trained, moved)
+    assert_one_line(
+        again("--model", moved), f"holds answers of the model {moved}, which has changed since", "another --output"
+    )
+    assert target.read_bytes() == before
+    assert again("--model", moved, "--output", tmp_path / "other.jsonl").code == 0
+    assert_one_line(
+        again("--output", tmp_path / "other.jsonl"), f"of the model {moved}, and the model is now {model_dir};"
+    )
+
+
+def test_answers_that_nothing_is_known_of_are_kept_with_a_word(answers):
+    target, again = answers
+    settings = target.with_name("out.jsonl.settings.json")
+    settings.unlink()
+    result = again("--temperature", 0.7)
+    assert result.code == 0 and f"{target}: nothing says what made its 2 answers; they are kept" in result.err
+    settings.write_text("{")
+    assert_one_line(again(), "out.jsonl.settings.json: cannot be read", "remove it, or choose another --output")
+    settings.unlink()
+    assert again().code == 0 and len(read_lines(target)) == 3
+
+
+def test_a_new_output_owes_nothing_to_old_settings(answers):
+    target, again = answers
+    target.unlink()
+    assert again("--temperature", 0.7).code == 0 and len(read_lines(target)) == 3
+    assert_one_line(again(), "temperature was 0.7 and is 0.5")
+
+
+def test_variables_that_the_template_does_not_read(monkeypatch, thinking_dir):
+    options = ("--model", thinking_dir, "--chat", "--max-new-tokens", 2, "--chat-template-kwargs")
+    assert_one_line(
+        run(monkeypatch, *options, '{"enable_thinkin": false}', stdin="hi\n"), "'enable_thinkin'", "remove it"
+    )
+    assert run(monkeypatch, *options, "{}", stdin="hi\n").code == 0
+
+
+def test_variables_that_no_record_uses(cli, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    options = ("--input", source, "--output", tmp_path / "out.jsonl", "--chat-template-kwargs", '{"a": 1}')
+    assert_one_line(cli(*options), "in.jsonl has no messages", "leave it out")
+    assert cli(*options[:4], "--max-new-tokens", 2).code == 0
+
+
 def test_outputs_that_cannot_be_written(cli, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", INPUT)
     for target in (tmp_path / "no" / "out.jsonl", tmp_path):
@@ -465,7 +668,10 @@ def test_no_chat_template(monkeypatch, model_dir, tmp_path):
     tokenizer, bare = tmp_path / "tokenizer", tmp_path / "model"
     make_byte_tokenizer(chat_template=None).save_pretrained(tokenizer)
     save_pretrained(load_pretrained(model_dir), bare, tokenizer_from=tokenizer)
-    assert_one_line(run(monkeypatch, "--model", bare, "--chat", stdin="hi\n"), "no chat template", "set")
+    options = ("--model", bare, "--chat", "--max-new-tokens", 2)
+    assert_one_line(run(monkeypatch, *options, stdin="hi\n"), f"{bare}: the tokenizer has no chat template", "set")
+    (bare / "chat_template.jinja").write_text(CHATML)
+    assert run(monkeypatch, *options, stdin="hi\n").code == 0
 
 
 def test_as_a_process(model_dir, environment):

@@ -2,15 +2,20 @@
 
 import dataclasses
 import json
+import math
+import re
 from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
+from sdar_jax import config as config_module
 from sdar_jax.config import PRESETS, ModelConfig, RopeConfig
 from sdar_jax.errors import CheckpointError, ConfigError
-from sdar_jax.model import Model
+from sdar_jax.hf_fields import SUPPORTED_AT
+from sdar_jax.model import Model, rope_frequencies
 
 # As published: the tensors of the released checkpoints, added up.
 PARAMETERS = {
@@ -100,6 +105,8 @@ BAD = {
     "odd head": ({"head_dim": 7}, "head_dim is 7; rotary embedding needs an even number"),
     "eps": ({"rms_norm_eps": None}, "rms_norm_eps is None; give a positive number"),
     "block size": ({"block_size": 0}, "block_size is 0; give a positive integer"),
+    "eos": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; give a token id, or a list of them"),
+    "eos list": ({"eos_token_id": [2, None]}, r"eos_token_id is \[2, None\]; give a token id, or a list"),
     "mask": ({"mask_token_id": 40}, "mask_token_id is 40; give an id of the vocabulary, 0 to 39"),
     "mask as text": ({"mask_token_id": "5"}, "mask_token_id is '5'; give an id of the vocabulary"),
     "origin": ({"block_origin": "end"}, "block_origin 'end' is unknown; use one of"),
@@ -164,3 +171,244 @@ def test_bad_files(text: str | None, message: str, tmp_path: Path) -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(ConfigError, match="preset 'sdar-9b' is unknown; use one of"):
         ModelConfig.preset("sdar-9b")
+
+
+@pytest.fixture(autouse=True)
+def every_warning_is_new() -> None:
+    """Warnings are said once a process; here, once a test."""
+    config_module._warn_once.cache_clear()
+
+
+# Of a hosted SDAR, and what other tools leave in a config.json.
+BOILERPLATE = {
+    "auto_map": {"AutoModel": "modeling_sdar.SDARModel"},
+    "fuse_cross_entropy": True,
+    "ep_size": 1,
+    "micro_forward": False,
+    "skip_checkpoint": False,
+    "use_deepep": False,
+    "debug": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 36,
+    "layer_types": ["full_attention"] * 3,
+    "transformers_version": "5.23.0",
+    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
+    "attn_implementation": "flash_attention_2",
+    "pretraining_tp": 1,
+    "pad_token_id": 0,
+    "unsloth_version": "2025.1",
+    "num_labels_of_no_consequence": None,
+    "id2label": {"0": "LABEL_0"},
+    "quantization_config": {},
+    "partial_rotary_factor": 1.0,
+    "temperature": 0.6,
+}
+
+
+def test_fields_that_change_nothing_are_read_over(caplog: pytest.LogCaptureFixture) -> None:
+    for values in (SMALL.to_hf(), ODD["qwen3_moe"].to_hf(), PRESETS["sdar-8b"].to_hf()):
+        plain = ModelConfig.from_hf(values)
+        assert ModelConfig.from_hf({**values, **BOILERPLATE}) == plain
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_what_transformers_itself_writes_is_known(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    transformers = pytest.importorskip("transformers")
+    written = transformers.AutoConfig.for_model(**json.loads(json.dumps(ODD[name].to_hf()))).to_dict()
+    ModelConfig.from_hf(written)
+    assert [record for record in caplog.records if "original_max" not in record.message] == []
+
+
+def test_other_fields_are_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = {**SMALL.to_hf(), "zeta_gain": 2.0, "bd_size": 32, "attention_dropout": 0.1, "sliding_window": 8}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    for _ in range(2):
+        assert ModelConfig.from_hf(tmp_path) == SMALL
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "attention_dropout, bd_size, sliding_window, zeta_gain;" in said and str(tmp_path) in said
+    assert "\n" not in said
+
+
+def test_experts_of_a_dense_model_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    ModelConfig.from_hf({**SMALL.to_hf(), "num_experts": 8, "num_experts_per_tok": 2})
+    assert "num_experts, num_experts_per_tok;" in caplog.text
+
+
+UNSUPPORTED = {
+    "use_regular_causal": True,
+    "block_causal_prompt": True,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "partial_rotary_factor": 0.5,
+    "clip_qkv": 8.0,
+    "quantization_config": {"quant_method": "fp8", "ignored_layers": ["x"] * 100},
+    "hidden_act": "gelu",
+    "logits_scaling": 8.0,
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_fields_that_change_the_computation_are_refused(name: str) -> None:
+    """At other values than ours; and the advice works."""
+    values = {**SMALL.to_hf(), name: UNSUPPORTED[name]}
+    with pytest.raises(
+        ConfigError, match=f"{name} {re.escape(repr(UNSUPPORTED[name])[:60])} is not supported; "
+    ) as caught:
+        ModelConfig.from_hf(values)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 150
+    allowed = SUPPORTED_AT[name]
+    assert (f"only {allowed[0]!r} is" if allowed else "a model without it") in str(caught.value)
+    assert ModelConfig.from_hf({**values, name: allowed[0] if allowed else None}) == SMALL
+
+
+def test_other_attention_and_biases_are_refused() -> None:
+    layers = {"layer_types": ["full_attention", "linear_attention", "chunked_attention"]}
+    with pytest.raises(ConfigError, match="holds chunked_attention, linear_attention; only full_attention is"):
+        ModelConfig.from_hf({**GOOD, **layers})
+    with pytest.raises(ConfigError, match="mlp_bias is true; model_type 'qwen3' has none, set it to false"):
+        ModelConfig.from_hf({**GOOD, "mlp_bias": True})
+    assert ModelConfig.from_hf({**GOOD, "mlp_bias": False}) == SMALL
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert ModelConfig.from_hf(tmp_path) == SMALL
+
+
+# As Qwen3's model card has it added to config.json.
+CARD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize("stated", [32768, 40960, 131072])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6, "rope_scaling": CARD},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", **{k: v for k, v in CARD.items() if k != "rope_type"}}},
+        {"rope_parameters": {**CARD, "rope_theta": 1e6}},
+        {"rope_parameters": {"full_attention": {**CARD, "rope_theta": 1e6}}},
+        # Added by hand to what transformers 5 wrote.
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": CARD},
+    ],
+    ids=["rope_type", "type", "rope_parameters", "nested", "added"],
+)
+def test_yarn_as_model_cards_set_it_up(rope: dict, stated: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The context is factor * original, whatever max_position_embeddings was left at."""
+    values = {key: value for key, value in GOOD.items() if not key.startswith("rope")}
+    config = ModelConfig.from_hf({**values, **rope, "max_position_embeddings": stated})
+    assert config.max_position_embeddings == 131072
+    assert config.rope == RopeConfig(1e6, "yarn", 4.0, original_max_position_embeddings=32768)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert not caplog.records
+
+
+def test_yarn_that_lacks_its_original_length_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    config = ModelConfig.from_hf({**GOOD, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    assert config.max_position_embeddings == SMALL.max_position_embeddings
+    assert "lacks original_max_position_embeddings; max_position_embeddings 32768 is taken" in caplog.text
+
+
+def test_yarn_of_the_published_formula() -> None:
+    """Section 3 of arXiv 2309.00071 with its reference code's ramp over whole dimensions, at Qwen3's numbers."""
+    rope = ModelConfig.from_hf({**GOOD, "rope_scaling": CARD, "max_position_embeddings": 40960, "rope_theta": 1e6}).rope
+    found, scale = rope_frequencies(rope, 128, 131072)
+    low = math.floor(128 * math.log(32768 / (32 * 2 * math.pi)) / (2 * math.log(1e6)))
+    high = math.ceil(128 * math.log(32768 / (1 * 2 * math.pi)) / (2 * math.log(1e6)))
+    for i in range(64):
+        frequency = 1e6 ** (-2 * i / 128)
+        interpolated = min(max((i - low) / (high - low), 0), 1)
+        assert found[i] == pytest.approx(frequency * (1 - interpolated) + frequency / 4 * interpolated, rel=1e-6)
+    assert scale == pytest.approx(0.1 * math.log(4) + 1)
+    assert np.ptp(found * 1e6 ** (np.arange(64) / 64)) == pytest.approx(0.75, abs=1e-6)
+
+
+def test_yarn_with_deepseeks_scales() -> None:
+    """The ratio of two attention factors; one alone is the usual factor only at 1."""
+    scaled = lambda **scales: ModelConfig.from_hf({**GOOD, "rope_scaling": {**CARD, **scales}}).rope.attention_factor
+    assert scaled(mscale=0.707, mscale_all_dim=0.707) == 1
+    assert scaled(mscale=2.0, mscale_all_dim=0.5) == pytest.approx((0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+    assert scaled(mscale=2.0, mscale_all_dim=0.5, attention_factor=0.9) == 0.9
+    with pytest.raises(ConfigError, match=r"unsupported fields \['mscale'\]"):
+        scaled(mscale=0.707)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default", "factor": 1.0, "original_max_position_embeddings": 32768},
+        {
+            "type": "linear",
+            "factor": 2.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "low_freq_factor": 1.0,
+            "attention_factor": None,
+        },
+        {
+            **CARD,
+            "finetuned": True,
+            "truncate": True,
+            "attn_factor": 1.0,
+            "partial_rotary_factor": 1.0,
+            "beta_fast": None,
+        },
+        {**CARD, "type": "yarn", "extrapolation_factor": 1, "high_freq_factor": 4.0, "rope_theta": 1e6},
+    ],
+)
+def test_rope_fields_that_change_nothing(scaling: dict, caplog: pytest.LogCaptureFixture) -> None:
+    read = RopeConfig.from_hf({"rope_theta": 1e6, "rope_scaling": scaling})
+    assert read.rope_type in (scaling.get("rope_type"), scaling.get("type"))
+    kept = {name: scaling[name] for name in config_module._ROPE_FIELDS[read.rope_type] if name in scaling}
+    plain = {"rope_type": read.rope_type, **kept}
+    assert read == RopeConfig.from_hf({"rope_theta": 1e6, "rope_scaling": plain}) and not caplog.records
+
+
+def test_two_ropes_that_differ_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    llama3 = {**LLAMA3, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
+    rope = RopeConfig.from_hf({"rope_parameters": llama3, "rope_scaling": CARD})
+    assert rope == RopeConfig(5e5, "yarn", 4.0, original_max_position_embeddings=32768)
+    assert "rope_scaling is read and rope_parameters, which says otherwise, is ignored" in caplog.text
+
+
+BAD_ROPES = {
+    "no table": ("yarn", "rope_scaling is 'yarn'; give an object"),
+    "factor without a type": ({"factor": 4.0}, r"unsupported fields \['factor'\]; .* or give the rope_type"),
+    "partial": ({**CARD, "partial_rotary_factor": 0.5}, r"fields \['partial_rotary_factor'\]"),
+    "not truncated": ({**CARD, "truncate": False}, r"fields \['truncate'\]"),
+    "sections": ({"type": "default", "mrope_section": [2, 1, 1]}, r"fields \['mrope_section'\]"),
+    "original": (
+        {**CARD, "original_max_position_embeddings": "32768"},
+        "embeddings is '32768'; give a positive integer",
+    ),
+    "attention factor": ({**CARD, "attention_factor": "1"}, "attention_factor is '1'; give a number, or leave it out"),
+}
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(("scaling", "message"), BAD_ROPES.values(), ids=BAD_ROPES)
+def test_bad_ropes(scaling: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelConfig.from_hf({**GOOD, "rope_scaling": scaling})
+    assert "\n" not in str(caught.value)
+
+
+MENDED = {
+    "eos": {"eos_token_id": [2, 3]},
+    "no end": {"eos_token_id": []},
+    "factor": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "field removed": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}},
+    "llama3": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 40}},
+    "sliding window": {"use_sliding_window": False, "sliding_window": 4096},
+    "heads": {"num_key_value_heads": 1},
+    "mask": {"mask_token_id": 39},
+    "origin": {"block_origin": "response"},
+}
+
+
+@pytest.mark.parametrize("change", MENDED.values(), ids=MENDED)
+def test_what_the_errors_advise_is_read(change: dict) -> None:
+    config = ModelConfig.from_hf({**GOOD, **change})
+    assert config.stop_token_ids == tuple(change.get("eos_token_id", [2]))

@@ -98,6 +98,42 @@ def test_no_weights(single: Path) -> None:
     refused(CheckpointError, match, load_pretrained, single)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "consolidated.00.pth"])
+def test_weights_that_are_not_read(single: Path, name: str) -> None:
+    (single / "model.safetensors").rename(single / name)
+    match = (
+        f"neither model.safetensors nor model.safetensors.index.json, only {name}; give a directory with safetensors"
+    )
+    refused(CheckpointError, match, load_pretrained, single)
+
+
+def test_a_head_that_is_missing_may_be_tied(single: Path) -> None:
+    """The advice works."""
+    edit_tensors(single, lm_head__weight=None)
+    match = "1 missing: lm_head.weight; .*, or set tie_word_embeddings to true if it has no such head"
+    refused(CheckpointError, match, load_pretrained, single)
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert load_pretrained(single).head is None
+
+
+def test_a_tied_head_of_another_shape(single: Path) -> None:
+    """It is the model's, so it must fit."""
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    edit_tensors(single, lm_head__weight=np.zeros((44, 16), np.float32))
+    match = r"1 of a wrong shape: lm_head.weight is \[44, 16\] and should be \[40, 16\]; use"
+    refused(CheckpointError, match, load_pretrained, single)
+
+
+@pytest.mark.parametrize("stop", ["</s>", ["</s>"], 2.5, {"id": 2}, True])
+def test_stops_that_are_no_ids(single: Path, stop: object) -> None:
+    (single / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
+    refused(
+        CheckpointError, "generation_config.json: eos_token_id is .*; give a token id, or a", load_pretrained, single
+    )
+
+
 def test_no_config(single: Path) -> None:
     (single / "config.json").unlink()
     refused(CheckpointError, "config.json: no such file; give", load_pretrained, single)
@@ -210,6 +246,19 @@ def test_saving_over_something_else(tmp_path: Path) -> None:
     refused(CheckpointError, match, save_pretrained, make(), tmp_path)
     refused(CheckpointError, "notes.txt: is a file; choose", save_pretrained, make(), tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.safetensors", "additional_chat_templates/a.txt"]
+)
+def test_saving_over_what_a_save_does_not_write(saved: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(saved / "sharded", path)
+    save_pretrained(make(), path)
+    (path / "additional_chat_templates").mkdir()
+    (path / name).write_text("mine")
+    refused(CheckpointError, f"holds {name}, which a save would delete; choose a new", save_pretrained, make(), path)
+    assert (path / name).read_text() == "mine"
 
 
 def test_saving_where_a_directory_cannot_be(tmp_path: Path) -> None:
