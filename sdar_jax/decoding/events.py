@@ -64,7 +64,7 @@ class Progress:
 
     def __init__(self, strings: Sequence[str], decode: Decode | None, block_size: int, changes: bool):
         self._reader = None if decode is None else TextReader(decode, strings)
-        self._decode, self._block_size, self._changes = decode, block_size, changes
+        self._strings, self._decode, self._block_size, self._changes = strings, decode, block_size, changes
         self._told, self._forward = 0, 0
 
     def events(self, row: Rows, result: Completion | None) -> list[Event]:
@@ -92,7 +92,8 @@ class Progress:
         events = []
         while self._forward < int(row.denoising_forwards) and not (self._reader and self._reader.found):
             event = snapshot(row, self._forward, self._block_size)
-            events.append(event if self._reader is None else _held_back(event, self._reader))
+            # A character that is not complete is for who shows it: without stop strings, all is told as it stands.
+            events.append(_held_back(event, self._reader) if self._reader and self._strings else event)
             self._forward += 1
         return events
 

@@ -38,15 +38,18 @@ def propose(
     Args:
         knobs: of each position's row.
         seen: gives the tokens that the repetition penalty is for, if one is asked for; None is none.
-        mask_token_id, banned: tokens that have no part in any distribution.
+        mask_token_id: has no part in any distribution.
+        banned: tokens that are never proposed; what others' probabilities are is not changed by that.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
     if mask_token_id is not None:
         logits = logits.at[:, mask_token_id].set(-jnp.inf)
-    if banned is not None:
-        logits = jnp.where(banned, -jnp.inf, logits)
+    allow = lambda x: x if banned is None else jnp.where(banned, -jnp.inf, x)
     token, score, entropy, logprob = jax.lax.cond(
-        _all_plain(knobs), _plain, lambda logits: _general(logits, knobs, positions, step, seen), logits
+        _all_plain(knobs),
+        lambda logits: _plain(logits, allow),
+        lambda logits: _general(logits, knobs, positions, step, seen, allow),
+        logits,
     )
     return Proposal(token, score, entropy, logprob, finite)
 
@@ -57,9 +60,10 @@ def _all_plain(knobs: Knobs) -> Array:
     return (greedy & (knobs.score == SCORES["probability"]) & (knobs.strategy != STRATEGIES["entropy_bounded"])).all()
 
 
-def _plain(logits: Array) -> tuple[Array, Array, Array, Array]:
-    logprob = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
-    return _first_largest(logits), jnp.exp(logprob), jnp.zeros_like(logprob), logprob
+def _plain(logits: Array, allow: Callable[[Array], Array]) -> tuple[Array, Array, Array, Array]:
+    allowed = allow(logits)
+    logprob = jnp.max(allowed, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    return _first_largest(allowed), jnp.exp(logprob), jnp.zeros_like(logprob), logprob
 
 
 def _first_largest(logits: Array) -> Array:
@@ -69,7 +73,7 @@ def _first_largest(logits: Array) -> Array:
     return jnp.min(index, axis=-1)
 
 
-def _general(logits, knobs: Knobs, positions, step, seen) -> tuple[Array, Array, Array, Array]:
+def _general(logits, knobs: Knobs, positions, step, seen, allow) -> tuple[Array, Array, Array, Array]:
     wanted = logits
     if seen is not None:
         some = (knobs.repetition_penalty != 1).any()
@@ -78,8 +82,9 @@ def _general(logits, knobs: Knobs, positions, step, seen) -> tuple[Array, Array,
     # From the largest down, so that a low temperature cannot overflow the quotient.
     distribution = jax.nn.log_softmax(jax.nn.log_softmax(wanted) / jnp.where(greedy, 1, knobs.temperature)[:, None])
     filters = ~greedy & ((knobs.top_k > 0) | (knobs.top_p < 1))
-    filtered = jax.lax.cond(filters.any(), lambda x: _filter(x, knobs, filters), lambda x: x, distribution)
-    best = _first_largest(wanted)
+    allowed = allow(distribution)
+    filtered = jax.lax.cond(filters.any(), lambda x: _filter(x, knobs, filters), lambda x: x, allowed)
+    best = _first_largest(allow(wanted))
     draw = lambda: jnp.where(greedy, best, _sample(filtered, knobs.seed, positions, step))
     token = jax.lax.cond(greedy.all(), lambda: best, draw)
     after = (filters & (knobs.post_filter == 1))[:, None]
