@@ -65,6 +65,14 @@ class Paradigm:
         """Whether what is before a block never sees it, so that its keys and values can be kept."""
         return self.block_size is not None
 
+    def origin_of(self, prompt_length: int) -> int:
+        """Where the blocks of a sequence with such a prompt are counted from when it is decoded."""
+        return prompt_length if self.origin == "response" else 0
+
+    def slots(self, wanted: int) -> int:
+        """How many blocks of a sequence one forward may read; one where they are not filled after a cache."""
+        return wanted if self.two_copies else 1
+
     @property
     def two_copies(self) -> bool:
         """Whether training reads a noisy and a clean copy: blocks are filled after clean ones."""
