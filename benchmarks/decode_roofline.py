@@ -139,7 +139,7 @@ def abstract_state(model: ModelConfig, batch: int, size: int, context: int) -> S
         np.zeros(0, np.int32),
         DecodingConfig(block_size=size),
         RowShape(pages * PAGE, 8, pages, size, 2),
-        first_block=0,
+        origin=0,
         max_new_tokens=1,
         stop_ids=(),
         mask_token_id=0,
@@ -157,7 +157,7 @@ def compile_for(chip: str, model: ModelConfig, batch: int, size: int, context: i
     place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
     weights: Any = jax.eval_shape(partial(Model, model, jax.random.key(0), jnp.bfloat16))
     state, turns = abstract_state(model, batch, size, context), jax.ShapeDtypeStruct((), jnp.int32)
-    config = BufferConfig(block_size=size, prefill_rows=1, prefill_tokens=256)
+    config = BufferConfig(size, model.with_blocks(size), prefill_rows=1, prefill_tokens=256)
     with compiling_for(device):
         program = jax.jit(partial(advance, config=config), donate_argnums=1)
         return program.lower(place(weights), place(state), place(turns)).compile()

@@ -100,13 +100,14 @@ class Engine:
         self._max_length = most if max_length is None else min(max_length, most)
         # One block more than is asked for may be open.
         table = -(-(self._max_length + size) // page_size)
-        slots = 1 if self._autoregressive else window_slots
+        self._paradigm = DecodingConfig(size, kind).paradigm(config)
+        slots = self._paradigm.slots(window_slots)
         self._shape = RowShape(table * page_size, _STOPS, table, size, slots)
         self._model, self._tokenizer = unstack_layers(model), tokenizer
         self._batch_slots, self._max_queue, self._turns = batch_slots, max_queue, turns
         self._buffer = BufferConfig(
             block_size=size,
-            reads="next_token" if self._autoregressive else "blocks",
+            paradigm=self._paradigm,
             prefill_rows=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
             many_widths=platform() == "cpu",
@@ -167,6 +168,11 @@ class Engine:
         ids = to_ids(prompt, 0, self._tokenizer)
         check_prompts([ids], [config], model, max_new_tokens)
         check_seed(seed, 1)
+        if self._paradigm.bidirectional_prompt and len(ids) > self._buffer.prefill_tokens:
+            raise DecodingError(
+                f"the prompt has {len(ids)} tokens and the model reads a prompt in one piece; give the engine "
+                f"prefill_tokens of at least that, not {self._buffer.prefill_tokens}"
+            )
         if len(ids) + max_new_tokens > self._max_length:
             total = f"the prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}"
             raise DecodingError(f"{total}; this engine holds {self._max_length} a request: give it more pages, or less")
@@ -341,12 +347,11 @@ class Engine:
         replace(config, block_size=size).resolve_block_size(self._model.config)
 
     def _make_row(self, ids: np.ndarray, config: DecodingConfig, max_new_tokens: int, stops, seed: int) -> Rows:
-        size = self._shape.block_size
         return make_row(
             ids,
             config,
             self._shape,
-            first_block=len(ids) // size * size,
+            origin=self._paradigm.origin_of(len(ids)),
             max_new_tokens=max_new_tokens,
             stop_ids=stops,
             mask_token_id=self._model.config.mask_token_id or 0,
@@ -424,7 +429,8 @@ class Engine:
         """Pages for what the request has and one block more, with what others recorded of its prefix; or False."""
         row, page_size = request.row, self._pool.page_size
         # An autoregressive row reads the token before its first place as it decodes.
-        prefix = self._pool.match(row.tokens[: int(row.start) - self._autoregressive].tolist())
+        known = self._paradigm.shared(int(row.start) - self._autoregressive, len(request.prompt))
+        prefix = self._pool.match(row.tokens[:known].tolist())
         missing = -(-self._reach(row, int(row.start), int(row.open), 1) // page_size) - len(prefix.pages)
         # Rows that run will want more: half a page each is left to them, or many would soon be preempted; and a whole
         # one, where this one would only stand by.
@@ -487,7 +493,7 @@ class Engine:
     def _reach(self, row: Rows, start: int, opened: int, blocks: int) -> int:
         """The end of the positions of a row with so many blocks open, once so many more have opened."""
         size = self._shape.block_size
-        return min(start + (opened + blocks) * size, -(-int(row.limit) // size) * size)
+        return start + min(opened + blocks, -(-(int(row.limit) - start) // size)) * size
 
     def _preempt(self, request: Request) -> None:
         request.row = self._leave(request)
@@ -515,6 +521,7 @@ class Engine:
 
     def _record(self, request: Request, tokens: np.ndarray, length: int) -> None:
         size = self._shape.block_size
+        length = self._paradigm.shared(length, len(request.prompt))
         self._pool.record(request.pages, tokens[: length // size * size].tolist())
 
     def _sound(self, request: Request) -> int:

@@ -38,12 +38,14 @@ def finished(row: Rows, first: int, end: int) -> Event:
 def snapshot(row: Rows, forward: int, block_size: int) -> Event:
     """The output as it was after one denoising forward, to the end of the last block that had a committed token."""
     at, limit = int(row.prompt_length), int(row.limit)
+    origin = int(row.origin)
+    block_end = lambda position: origin + -(-(position - origin) // block_size) * block_size
     # A forward may commit nothing but what is past the limit, in the last block.
-    whole = slice(at, -(-limit // block_size) * block_size)
+    whole = slice(at, block_end(limit))
     steps = np.where(row.committed[whole], row.step[whole], forward + 1)
-    first_open = (at + int((steps >= forward).argmax())) // block_size * block_size
+    first_open = block_end(at + int((steps >= forward).argmax()) + 1) - block_size
     last = at + int(np.flatnonzero(steps <= forward)[-1]) if (steps <= forward).any() else at - 1
-    end = min(-(-(last + 1) // block_size) * block_size, limit)
+    end = min(block_end(last + 1), limit)
     known = (steps <= forward)[: end - at].tolist()
     tokens, logprobs = row.tokens[at:end].tolist(), row.logprob[at:end].tolist()
     return Event(
