@@ -281,7 +281,7 @@ class ChatRenderer:
         for character in map(chr, itertools.chain(*PRIVATE_USE)):
             if character not in used:
                 yield character
-        raise DataError("it holds every private-use character, and none is left to find the turns with; remove one")
+        raise DataError("it holds every private-use character, and none is left to find the turns with; remove a few")
 
 
 _THINKING_LEFT_OUT = (
