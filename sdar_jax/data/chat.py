@@ -28,6 +28,7 @@ from sdar_jax.data.conversation import (
     read_conversation,
     turns_without_loss,
     unread_fields,
+    wrong_variable,
 )
 from sdar_jax.errors import ConfigError, DataError
 
@@ -63,7 +64,9 @@ class ChatRenderer:
         self._marking = threading.Lock()
 
     def check_variables(self, chat_template_kwargs: dict[str, Any]) -> None:
-        """Raises ConfigError for a variable that the chat template does not read."""
+        """Raises ConfigError for a variable that the chat template does not read, or cannot have."""
+        if wrong := wrong_variable(chat_template_kwargs):
+            raise ConfigError(f"chat_template_kwargs: {wrong}")
         for name in chat_template_kwargs:
             if not mentions(self._source, name):
                 raise ConfigError(f"the chat template does not read {name!r} of chat_template_kwargs; remove it there")

@@ -322,6 +322,8 @@ def test_variables_that_cannot_be(given, message):
     if isinstance(given, dict):
         with pytest.raises(ConfigError, match=f"source 'x': {message}"):
             SourceConfig("x", "chat", chat_template_kwargs=given)
+        with pytest.raises(ConfigError, match=f"chat_template_kwargs: {message}"):
+            ChatRenderer(make_byte_tokenizer()).check_variables(given)
 
 
 def test_a_source_gives_its_records_variables(write_jsonl):
