@@ -28,6 +28,7 @@ from sdar_jax.data.conversation import (
     read_conversation,
     turns_without_loss,
     unread_fields,
+    wrong_variable,
 )
 from sdar_jax.errors import ConfigError, DataError
 
@@ -41,21 +42,31 @@ THINKING = "thinking"
 Span = tuple[int, int]
 
 
-class ChatRenderer:
-    """Raises ConfigError if the tokenizer has no chat template."""
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning("%s", message)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+
+class ChatRenderer:
+    """Raises ConfigError if the tokenizer has no chat template.
+
+    say: told what of the records is not read, and what is learned otherwise than it is written, often again.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, say: Callable[[str], None] = _say_once):
         if not tokenizer.chat_template:
             raise ConfigError(
                 "the tokenizer has no chat template, which format='chat' needs: set tokenizer.chat_template"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._say = tokenizer, say
         templates = tokenizer.chat_template
         self._source = "\n".join(templates.values()) if isinstance(templates, dict) else templates
         self._marking = threading.Lock()
 
     def check_variables(self, chat_template_kwargs: dict[str, Any]) -> None:
-        """Raises ConfigError for a variable that the chat template does not read."""
+        """Raises ConfigError for a variable that the chat template does not read, or cannot have."""
+        if wrong := wrong_variable(chat_template_kwargs):
+            raise ConfigError(f"chat_template_kwargs: {wrong}")
         for name in chat_template_kwargs:
             if not mentions(self._source, name):
                 raise ConfigError(f"the chat template does not read {name!r} of chat_template_kwargs; remove it there")
@@ -77,7 +88,7 @@ class ChatRenderer:
         """
         conversation = self._read(record, chat_template_kwargs)
         for unread in unread_fields(record, self._source):
-            _say_once(unread)
+            self._say(unread)
         return self._pieces(conversation, turns_without_loss(record))
 
     def prompt(self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None) -> str:
@@ -88,7 +99,7 @@ class ChatRenderer:
         conversation = read_conversation(record, chat_template_kwargs or {})
         for name in conversation.variables:
             if not mentions(self._source, name):
-                _say_once(f"the chat template does not read {name!r}, which chat_template_kwargs of records have")
+                self._say(f"the chat template does not read {name!r}, which chat_template_kwargs of records have")
         return self._as_the_template_reads(conversation)
 
     def _as_the_template_reads(self, conversation: Conversation) -> Conversation:
@@ -138,7 +149,7 @@ class ChatRenderer:
             spans[-1] = (spans[-1][0], len(text))
         for i, part in self._left_out(conversation, turns):
             if part == THINKING and i != last and _says_more(messages[i]):
-                _say_once(_THINKING_LEFT_OUT)
+                self._say(_THINKING_LEFT_OUT)
             elif part == THINKING and i == last and (opened := self._opened(conversation, text, spans)):
                 text, spans[-1] = opened
             else:
@@ -207,7 +218,7 @@ class ChatRenderer:
         header, found, _ = self._render(_replaced(conversation, i, {**bare, "content": mark}))[0].partition(mark)
         if found and text.startswith(header) and header.startswith(history) and prompt.startswith(history):
             if not _thinks(conversation.messages[i]):
-                _say_once(_BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :]))
+                self._say(_BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :]))
             return len(header)
         raise DataError(
             f"the chat template renders what precedes messages[{i}] otherwise in the whole than in its prompt,"
@@ -273,7 +284,7 @@ class ChatRenderer:
         for character in map(chr, itertools.chain(*PRIVATE_USE)):
             if character not in used:
                 yield character
-        raise DataError("it holds every private-use character, and none is left to find the turns with; remove one")
+        raise DataError("it holds every private-use character, and none is left to find the turns with; remove a few")
 
 
 _THINKING_LEFT_OUT = (
@@ -284,11 +295,6 @@ _BEGUN_OTHERWISE = (
     "decoding begins an answer behind {!r}, which the chat template does not write before some turns that are learned;"
     ' these are learned as it writes them (set "weight": 0 on them to leave them out)'
 )
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    log.warning("%s", message)
 
 
 def _in_form(conversation: Conversation, content: str | None, as_text: bool) -> Conversation:

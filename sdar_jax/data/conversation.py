@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from sdar_jax.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
-# Three names of one thing: transformers gives templates the first two whichever is there.
+# Three names of one thing, the first of which counts; templates are given it under the first two, as by transformers.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # What OpenAI and Mistral (weight), axolotl (train, training) and ms-swift (loss) call it.
 NO_LOSS = ("weight", "train", "training", "loss")
@@ -173,6 +173,9 @@ def _check_message(message: Any, name: str) -> Message:
     checked["content"] = _check_content(message.get("content"), name, may_be_null=role == "assistant")
     if checked.get("tool_calls") in ([], ()):
         del checked["tool_calls"]
+    reasoning = next((checked[key] for key in REASONING if key in checked), None)
+    if reasoning is not None:
+        checked = {"thinking": reasoning, **checked, "reasoning_content": reasoning}
     if role != "assistant":
         return checked
     if not (checked["content"] or any(checked.get(key) for key in ("tool_calls", "function_call", *REASONING))):

@@ -72,8 +72,6 @@ class DocumentMaker:
             return self._finish(record_id, *self._tokenise(self._pieces(source.config, source.read(k))))
         except DataError as error:
             return Rejection(f"{source.where(k)}: {error}", malformed=not isinstance(error, _TooLong))
-        except StopIteration as error:  # To the iterators around this it would be the end of the data.
-            raise RuntimeError(f"{source.where(k)}: StopIteration while this record was read") from error
 
     def where(self, record_id: int) -> str:
         """A record's "file:line"."""

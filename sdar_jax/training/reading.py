@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import json
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -175,13 +176,40 @@ def _checked(value: Any, good: bool, where: str, wanted: str) -> Any:
     return value
 
 
+def _json_object(text: list[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(text[0])
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{text[0]!r} is not one; give a JSON object")
+    return value
+
+
+_OPTION_KINDS = tyro.constructors.ConstructorRegistry()
+
+
+@_OPTION_KINDS.primitive_rule
+def _mapping_option(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """A mapping is one option, in JSON; tyro would make one of each name that it already has."""
+    if get_origin(field.type) is not dict:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=_json_object,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    )
+
+
 def _override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     for section in _OPTIONAL_SECTIONS:
         config, arguments = _with_optional_section(config, section, arguments)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _OPTION_KINDS:
             return tyro.cli(
                 TrainConfig, prog=_PROGRAM, args=arguments, default=config, config=settings, use_underscores=True
             )

@@ -54,7 +54,7 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Empty where a turn ends with the text itself; where it ends with text that no token stands for alone, a warning
     says so.
     """
-    renderer, encoder = ChatRenderer(tokenizer), Encoder(tokenizer)
+    renderer, encoder = ChatRenderer(tokenizer, say=lambda notice: None), Encoder(tokenizer)
     ends: dict[str, Any] = {}
     for messages in ([*_EXCHANGE], [*_EXCHANGE, *_EXCHANGE]):
         # A template may want another order of roles, or not say where a turn ends.

@@ -6,9 +6,10 @@ import logging
 
 import pytest
 
-from sdar_jax.data import DataConfig, SourceConfig, make_dataset
+from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer, make_dataset
 from sdar_jax.data.chat import ChatRenderer, _say_once
 from sdar_jax.errors import ConfigError, DataError
+from sdar_jax.training.made_up import write_source, write_tokenizer
 from tests.data.conftest import CHATML, make_byte_tokenizer
 from tests.data.test_chat import GOOD, TAGGED, assistant, call, marked, user
 from tests.data.test_pipeline import EOS_ID, by_record, once
@@ -181,6 +182,7 @@ LEFT_OUT = {
     ),
     "reasoning alone": (assistant(None, reasoning_content="hm"), CHATML, "thinking", assistant("a")),
     "reasoning by another name": (assistant("a", reasoning="hm"), CHATML, "thinking", assistant("a")),
+    "thinking by another name": (assistant("a", thinking="hm"), CHATML, "thinking", assistant("a")),
     "an older way to call": (
         assistant(None, function_call={"name": "f", "arguments": "{}"}),
         CHATML,
@@ -320,6 +322,8 @@ def test_variables_that_cannot_be(given, message):
     if isinstance(given, dict):
         with pytest.raises(ConfigError, match=f"source 'x': {message}"):
             SourceConfig("x", "chat", chat_template_kwargs=given)
+        with pytest.raises(ConfigError, match=f"chat_template_kwargs: {message}"):
+            ChatRenderer(make_byte_tokenizer()).check_variables(given)
 
 
 def test_a_source_gives_its_records_variables(write_jsonl):
@@ -346,6 +350,14 @@ def test_a_variable_that_no_template_reads_is_refused_in_a_config_and_named_in_r
         list(dataset(config))
     (said,) = caplog.messages
     assert said.startswith("the chat template does not read 'enable_thinking'")
+
+
+def test_made_up_data_has_a_template_without_variables(tmp_path):
+    source = SourceConfig("x", "chat", chat_template_kwargs={"enable_thinking": False})
+    written = write_source(source, tmp_path / "made-up", 200)
+    write_tokenizer(tmp_path / "tokenizer")
+    config = once(written, sequence_length=64)
+    assert next(make_dataset(config, load_tokenizer(tmp_path / "tokenizer"), block_size=4, eos_token_id=0))
 
 
 def test_variables_belong_to_chat():
