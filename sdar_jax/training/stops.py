@@ -1,10 +1,8 @@
 """Where decoding a trained model has to stop: at what ends the responses that it learned."""
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +15,9 @@ from sdar_jax.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 _ANSWER = "yes"
-_EXCHANGE = ({"role": "user", "content": "Is it?"}, {"role": "assistant", "content": _ANSWER})
+_EXCHANGE = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": _ANSWER}]
+# A template may refuse any of these: a second question, or one without a system message.
+_CONVERSATIONS = (_EXCHANGE, [*_EXCHANGE, *_EXCHANGE], [{"role": "system", "content": "Be short."}, *_EXCHANGE])
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> int:
@@ -51,25 +51,26 @@ def with_learned_stops(
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the chat template sets right behind what the assistant said, last in a conversation or not.
 
-    Empty where a turn ends with the text itself; where it ends with text that no token stands for alone, a warning
-    says so.
+    Empty where a turn ends with the text itself. A warning says where it ends with text that no token stands for alone,
+    or where the template refuses every small conversation.
     """
     renderer, encoder = ChatRenderer(tokenizer, say=lambda notice: None), Encoder(tokenizer)
-    ends: dict[str, Any] = {}
-    for messages in ([*_EXCHANGE], [*_EXCHANGE, *_EXCHANGE]):
-        # A template may want another order of roles, or not say where a turn ends.
-        with contextlib.suppress(DataError):
+    ends: dict[str, int] = {}
+    refusals: list[DataError] = []
+    for messages in _CONVERSATIONS:
+        try:
             pieces = renderer.pieces({"messages": messages})
-            ends |= dict.fromkeys(text.rpartition(_ANSWER)[2].strip() for text, response in pieces if response)
-    tokens = [ids[0] for end in ends if end and (ids := encoder(end)) and _is_special(tokenizer, ids[0])]
-    unmarked = [end for end in ends if end and not _is_special(tokenizer, encoder(end)[0])]
-    if unmarked and not tokens:
-        log.warning(
-            "the chat template ends a turn with %r, which is no token of its own: the exported model stops at the end "
-            "of text alone; decode with it as a stop string",
-            unmarked[0],
-        )
-    return list(dict.fromkeys(tokens))
+        except DataError as error:
+            refusals.append(error)
+            continue
+        behind = [text.rpartition(_ANSWER)[2].strip() for text, response in pieces if response]
+        ends |= {end: encoder(end)[0] for end in behind if end}
+    tokens = dict.fromkeys(token for token in ends.values() if _is_special(tokenizer, token))
+    if len(refusals) == len(_CONVERSATIONS):
+        log.warning("where turns end is not known (%s): decode with a stop string if answers go on", refusals[0])
+    if ends and not tokens:
+        log.warning("turns end with %r, for which there is no token: decode with it as a stop string", next(iter(ends)))
+    return list(tokens)
 
 
 def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:

@@ -41,6 +41,8 @@ PLAIN = (
     "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\n\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
 )
+SYSTEM_FIRST = "{%- if messages[0].role != 'system' -%}{{ raise_exception('no system') }}{%- endif -%}" + CHATML
+REFUSING = "{{ raise_exception('not today') }}"
 SPELLED = PLAIN.replace("'\n\n'", "'</turn>\n'")
 
 
@@ -56,11 +58,15 @@ SPELLED = PLAIN.replace("'\n\n'", "'</turn>\n'")
         (LLAMA2, [END]),
         (PLAIN, []),
         (SPELLED, []),
+        (SYSTEM_FIRST, [TURN]),
+        (REFUSING, []),
     ],
 )
 def test_turn_ends_of_a_template(template, expected, caplog):
     assert turn_ends(make_byte_tokenizer(template)) == expected
-    assert ("ends a turn with '</turn>', which is no token of its own" in caplog.text) == (template == SPELLED)
+    assert ("turns end with '</turn>', for which there is no token" in caplog.text) == (template == SPELLED)
+    assert ("where turns end is not known (the chat template refuses" in caplog.text) == (template == REFUSING)
+    assert len(caplog.records) == (template in (SPELLED, REFUSING))
 
 
 @pytest.mark.parametrize(
