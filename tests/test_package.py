@@ -52,3 +52,8 @@ def test_every_recipe_is_in_the_package():
     recipes = sorted(path.relative_to(PACKAGE / "recipes") for path in (PACKAGE / "recipes").glob("*/*.yaml"))
     configs = PACKAGE.parent / "configs"
     assert recipes == sorted(path.relative_to(configs) for path in configs.rglob("*.yaml")) and len(recipes) > 30
+
+
+def test_private_parts_of_jax_are_used_in_one_module_alone():
+    users = [path.name for path in PACKAGE.rglob("*.py") if "jax._src" in path.read_text()]
+    assert users == ["compatibility.py"]
