@@ -89,7 +89,9 @@ def topology(name: str) -> TopologyDescription:
         raise ConfigError(f"topology {name!r} is unknown; use a chip of {tuple(CHIPS)} and a shape, as in 'v5p:4x4x4'")
     module, extra = _COMPILERS[CHIPS[match[1]].platform]
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"no compiler for {match[1]} is here; run `make compilers`, or install sdar-jax[{extra}]")
+        raise ConfigError(
+            f"no compiler for {match[1]} is here; install sdar-jax[{extra}], or run `make compilers` in a checkout"
+        )
     try:
         return _described(name, *match.groups())
     except Exception as error:

@@ -19,6 +19,7 @@ from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.training.config import EvalConfig, InitConfig, TrainConfig
+from sdar_jax.training.recipes import config_text
 
 USAGE = "train.py CONFIG.yaml"
 _PROGRAM = f"{USAGE} [--tiny]"
@@ -54,17 +55,17 @@ def read_command_line(
 
 
 def read_config(path: str | Path) -> TrainConfig:
-    """A TrainConfig from a YAML file whose keys are its fields; paths in it are relative to the working directory.
+    """A TrainConfig from a YAML file whose keys are its fields, or from the recipe of that name.
+
+    Paths in it are relative to the working directory.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown or missing key, one that is given twice, a wrong type, or a
-            value out of range.
+        ConfigError: no such file or recipe, not YAML, an unknown or missing key, one that is given twice, a wrong type,
+            or a value out of range.
     """
     try:
         # The C loader has no composer to ask; configs are short.
-        values = yaml.load(Path(path).read_text(), _UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+        values = yaml.load(config_text(path), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not YAML ({reason}); correct the file") from None
