@@ -22,11 +22,13 @@ from pathlib import Path
 
 import jax
 
+from sdar_jax.chips import COMPILERS
 from sdar_jax.errors import ConfigError, SdarError
 from sdar_jax.planning import compile_step, nearest, nearest_lines, roofline, table, values
 from sdar_jax.training import read_command_line
 from sdar_jax.training.recipes import config_text
 
+_PROGRAM = "python -m sdar_jax.plan"
 # Without these libtpu looks for the TPU host that it runs on, and complains that there is none.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -34,12 +36,11 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
 }
-# Beside an environment, since JAX would look for their chips wherever it finds them.
-_COMPILERS = Path(".cache/compilers")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options, rest = _parser().parse_known_args(arguments)
+def main(arguments: Sequence[str] | None = None, program: str = _PROGRAM) -> int:
+    """Prints the plan; returns the exit status."""
+    options, rest = _parser(program).parse_known_args(arguments)
     use_compilers(options.compilers)
     try:
         return _plan(options, rest)
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def use_compilers(directory: Path = _COMPILERS) -> None:
+def use_compilers(directory: Path = COMPILERS) -> None:
     """Lets JAX find the compilers that are installed there, if none are elsewhere, and compute on the CPU alone."""
     jax.config.update("jax_platforms", "cpu")
     for name, value in _ENVIRONMENT.items():
@@ -88,9 +89,9 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     return 0 if step.fits else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m sdar_jax.plan",
+        prog=program,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=float, help="of the whole run; by default steps * batch * length")
     parser.add_argument("--json", action="store_true", help="values instead of a table: bytes, FLOPs, seconds")
     parser.add_argument("--attempts", type=int, default=6, help="changes to try where it does not fit")
-    parser.add_argument("--compilers", type=Path, default=_COMPILERS, help="where they are installed (%(default)s)")
+    parser.add_argument("--compilers", type=Path, default=COMPILERS, help="where they are installed (%(default)s)")
     return parser
 
 
