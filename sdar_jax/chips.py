@@ -153,7 +153,7 @@ def check_backend() -> None:
         reason = " ".join(str(error).split()) or "it has no plugin for it"
         fix = "set it to cpu, or unset it"
         if known is not None:
-            fix = f"install sdar-jax[{_COMPILERS[known][1]}] and see that the {known.upper()} is there, or unset it"
+            fix = f"install sdar-jax[{_MODULES[known][1]}] and see that the {known.upper()} is there, or unset it"
         raise ConfigError(f"JAX_PLATFORMS is {asked!r} and JAX cannot use that here ({reason}); {fix}") from None
 
 

@@ -71,7 +71,7 @@ def named_topology(config: str | Path) -> str:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
-    config = read_command_line([options.config, *overrides])
+    config = read_command_line([options.config, *overrides], program="sdar-jax train")
     step = compile_step(config, options.topology or named_topology(options.config))
     tokens = options.tokens or float(config.total_steps * step.tokens)
     roof = None if step.counts is None else roofline(step, step.counts)

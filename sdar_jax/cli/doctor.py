@@ -22,6 +22,8 @@ _PACKAGES += ("ml_dtypes", "transformers", "tokenizers", "safetensors", "hugging
 _PACKAGES += ("orbax-checkpoint", "grain", "pyarrow", "tyro")
 # What lets JAX use an accelerator: one of these.
 _PLUGINS = {"gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin"), "tpu": ("libtpu",)}
+# Their names in JAX_PLATFORMS.
+_PLATFORMS = {"gpu": "cuda", "tpu": "tpu"}
 # The oldest driver that CUDA 13 runs on.
 _CUDA_13_DRIVER = 580
 _GOOGLE = "0x1ae0"
@@ -207,12 +209,12 @@ def _problems(accelerators: dict[str, Accelerator], devices: list[Report], failu
         yield from _mismatches(accelerator)
         if accelerator.attached and not any(device["platform"] == name for device in devices):
             what = f"a {name.upper()} is here ({accelerator.attached}), which JAX does not use"
+            fix = f"start with JAX_PLATFORMS={_PLATFORMS[name]} to see why"
+            if chosen:
+                fix = f"unset JAX_PLATFORMS, which is {chosen}"
             if not accelerator.installed:
-                yield Problem(what, accelerator.install)
-            else:
-                yield Problem(
-                    what, f"unset JAX_PLATFORMS, which is {chosen}" if chosen else f"JAX_PLATFORMS={name} says why"
-                )
+                fix = accelerator.install
+            yield Problem(what, fix)
 
 
 def _requirements() -> Iterator[Problem]:
