@@ -1,17 +1,22 @@
 """Block-diffusion language models in JAX: conversion training and decoding (SDAR, arXiv 2510.06303)."""
 
+import importlib
+import importlib.metadata
 import os
+from typing import TYPE_CHECKING, Any
 
 # When it is imported, transformers would advise on stderr to install torch, which nothing here uses.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-from sdar_jax.config import ModelConfig
-from sdar_jax.conversion import to_diffusion
-from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate
-from sdar_jax.evaluation import nelbo
-from sdar_jax.model import logits
-from sdar_jax.objectives import block_diffusion_loss
-from sdar_jax.pretrained import load_pretrained, save_pretrained
+if TYPE_CHECKING:
+    from sdar_jax.config import ModelConfig
+    from sdar_jax.conversion import to_diffusion
+    from sdar_jax.data import load_tokenizer
+    from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate
+    from sdar_jax.evaluation import nelbo
+    from sdar_jax.model import logits
+    from sdar_jax.objectives import block_diffusion_loss
+    from sdar_jax.pretrained import load_pretrained, save_pretrained
 
 __all__ = [
     "Completion",
@@ -21,8 +26,59 @@ __all__ = [
     "block_diffusion_loss",
     "generate",
     "load_pretrained",
+    "load_tokenizer",
     "logits",
     "nelbo",
     "save_pretrained",
     "to_diffusion",
 ]
+
+# Where each public name is imported from when it is first used: importing JAX and transformers takes seconds, which
+# `sdar-jax --help` does not.
+_HOMES = {
+    "Completion": "decoding",
+    "DecodingConfig": "decoding",
+    "Engine": "decoding",
+    "ModelConfig": "config",
+    "block_diffusion_loss": "objectives",
+    "generate": "decoding",
+    "load_pretrained": "pretrained",
+    "load_tokenizer": "data",
+    "logits": "model",
+    "nelbo": "evaluation",
+    "save_pretrained": "pretrained",
+    "to_diffusion": "conversion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, a submodule, or `__version__`, on first use."""
+    if name == "__version__":
+        value = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    else:
+        value = _submodule(name)
+    globals()[name] = value
+    return value
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("sdar-jax")
+    except importlib.metadata.PackageNotFoundError:  # A checkout that is not installed.
+        return "0+unknown"
+
+
+def _submodule(name: str) -> Any:
+    path = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != path:
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +73,10 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_
 """
 
 
+# Where the compilers alone are installed: beside an environment, in which JAX would look for their chips.
+COMPILERS = Path(".cache/compilers")
 # The module of each platform's compiler, and the extra that installs it.
-_COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins", "cuda12")}
+_MODULES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins", "cuda12")}
 
 
 def topology(name: str) -> TopologyDescription:
@@ -87,9 +90,11 @@ def topology(name: str) -> TopologyDescription:
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     if match is None or match[1] not in CHIPS:
         raise ConfigError(f"topology {name!r} is unknown; use a chip of {tuple(CHIPS)} and a shape, as in 'v5p:4x4x4'")
-    module, extra = _COMPILERS[CHIPS[match[1]].platform]
+    module, extra = _MODULES[CHIPS[match[1]].platform]
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"no compiler for {match[1]} is here; run `make compilers`, or install sdar-jax[{extra}]")
+        raise ConfigError(
+            f"no compiler for {match[1]} is here; install sdar-jax[{extra}], or run `make compilers` in a checkout"
+        )
     try:
         return _described(name, *match.groups())
     except Exception as error:
@@ -148,7 +153,7 @@ def check_backend() -> None:
         reason = " ".join(str(error).split()) or "it has no plugin for it"
         fix = "set it to cpu, or unset it"
         if known is not None:
-            fix = f"install sdar-jax[{_COMPILERS[known][1]}] and see that the {known.upper()} is there, or unset it"
+            fix = f"install sdar-jax[{_MODULES[known][1]}] and see that the {known.upper()} is there, or unset it"
         raise ConfigError(f"JAX_PLATFORMS is {asked!r} and JAX cannot use that here ({reason}); {fix}") from None
 
 

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
+from sdar_jax.compatibility import cluster_name, cluster_place
 from sdar_jax.errors import ConfigError, SdarError
 
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -140,14 +140,11 @@ def _place(timeout: float) -> _Place | None:
         return _plain_place(given)
     named = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     devices = [int(number) for number in named.split(",")] if named else None
-    name = ""
+    name = None
     try:
-        known = (kind for kind in ClusterEnv._cluster_types if kind.name in _CLUSTERS and kind.is_env_present())
-        name = next((kind.name for kind in known), "")
-        if name:
-            detect = ClusterEnv.auto_detect_unset_distributed_params
-            address, count, index, devices = detect(given.get(_ADDRESS), None, None, devices, name, int(timeout))
-            return _Place(str(address), int(count or 1), int(index or 0), list(devices) if devices else None)
+        name = cluster_name(_CLUSTERS)
+        if name is not None:
+            return _Place(*cluster_place(name, given.get(_ADDRESS), devices, timeout))
     # What is missing or garbled in an environment makes its readers raise anything.
     except Exception as error:
         raise ConfigError(

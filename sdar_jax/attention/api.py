@@ -97,7 +97,7 @@ def _local(
     return _attend(q, k, v, ranges, scale, choice)
 
 
-def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) -> Choice:
+def choose(q: Array, k: Array, v: Array, implementation: Implementation | None = None) -> Choice:
     """The named implementation, the override's, or the best of those that can; a named one that cannot raises."""
     asked_for = _OP.asked_for(implementation, _override, q, k, v)
     if asked_for is not None:
@@ -106,6 +106,11 @@ def choose(q: Array, k: Array, v: Array, implementation: Implementation | None) 
     if queries <= _DENSE_QUERIES or queries * keys <= _DENSE_SCORES:
         return Choice("reference")
     return _OP.kernel(q, k, v) or Choice("chunked")
+
+
+def no_kernel(q: Array, k: Array, v: Array) -> str | None:
+    """Why no kernel of this platform takes these inputs; None if one does."""
+    return _OP.no_kernel(q, k, v)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

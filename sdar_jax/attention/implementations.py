@@ -49,8 +49,14 @@ class Implementations(NamedTuple):
 
     def kernel(self, *inputs: Array) -> Choice | None:
         """The platform's kernel, if there is one and it takes these inputs."""
+        return Choice(_KERNELS[platform()]) if self.no_kernel(*inputs) is None else None
+
+    def no_kernel(self, *inputs: Array) -> str | None:
+        """Why no kernel of the platform takes these inputs; None if one does."""
         name = _KERNELS.get(platform())
-        return Choice(name) if name is not None and self._module(name).unsupported(*inputs) is None else None
+        if name is None:
+            return f"there are kernels for {' and '.join(_KERNELS)}, none for {platform()}"
+        return self._module(name).unsupported(*inputs)
 
     def function(self, choice: Choice, name: str) -> Callable:
         """What the chosen module calls `name`."""

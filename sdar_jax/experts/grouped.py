@@ -55,14 +55,35 @@ def _grouped_dot_bwd(partly_filled, residuals, d_out):
 grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
 
 
-def _kernels(x: Array, weights: Array) -> ModuleType | None:
-    """Those for Hopper, where this is one and they take these operands."""
-    if platform() != "gpu" or not_hopper():
+def choose(x: Array, weights: Array) -> str:
+    """Who multiplies: "mosaic_gpu", "ragged_dot" (XLA's kernel on TPU), or "tiled", the scan."""
+    if no_kernel(x, weights) is not None:
+        return "tiled"
+    return "ragged_dot" if platform() == "tpu" else "mosaic_gpu"
+
+
+def no_kernel(x: Array, weights: Array) -> str | None:
+    """Why no kernel of this platform takes these operands; None if one does."""
+    if platform() == "tpu":
         return None
+    if platform() != "gpu":
+        return f"there are kernels for gpu and tpu, none for {platform()}"
     # Imported when it is asked for: not every platform's jaxlib carries its compiler.
     from sdar_jax.experts import mosaic_gpu
 
-    return mosaic_gpu if mosaic_gpu.takes(x, weights) else None
+    if not mosaic_gpu.takes(x, weights):
+        columns = mosaic_gpu.COLUMNS
+        return f"takes bfloat16 or float16 and widths that {columns} divides, not {x.dtype} and {weights.shape[1:]}"
+    return not_hopper()
+
+
+def _kernels(x: Array, weights: Array) -> ModuleType | None:
+    """Those for Hopper, where they are chosen."""
+    if choose(x, weights) != "mosaic_gpu":
+        return None
+    from sdar_jax.experts import mosaic_gpu
+
+    return mosaic_gpu
 
 
 def _filled_dot(x: Array, weights: Array, sizes: Array) -> Array:

@@ -20,9 +20,8 @@ from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.training.config import EvalConfig, InitConfig, TrainConfig
+from sdar_jax.training.recipes import config_text
 
-USAGE = "train.py CONFIG.yaml"
-_PROGRAM = f"{USAGE} [--tiny]"
 _EXAMPLE = TrainConfig(
     run_dir="runs/example",
     steps=1000,
@@ -34,7 +33,10 @@ _OPTIONAL_SECTIONS = {"eval": EvalConfig(_EXAMPLE.data), "model.shape": ModelCon
 
 
 def read_command_line(
-    arguments: Sequence[str], *, change: Callable[[TrainConfig], TrainConfig] = lambda config: config
+    arguments: Sequence[str],
+    *,
+    change: Callable[[TrainConfig], TrainConfig] = lambda config: config,
+    program: str = "train.py",
 ) -> TrainConfig:
     """`CONFIG.yaml [--field.path value ...]`. `--help` prints every field, with its value in the file, and exits.
 
@@ -43,29 +45,30 @@ def read_command_line(
 
     Args:
         change: what becomes of the file's config before the options are applied to it.
+        program: the command, as help and errors name it.
 
     Raises:
         ConfigError: as `read_config`, an unknown option, or a value that does not fit.
     """
     if arguments and not arguments[0].startswith("-"):
-        return _override(change(read_config(arguments[0])), arguments[1:])
+        return _override(change(read_config(arguments[0])), arguments[1:], program)
     if {"-h", "--help"} & set(arguments):
-        return _override(_EXAMPLE, ["--help"])
-    raise ConfigError(f"no config file is given; write: {USAGE} [--field.path value ...]")
+        return _override(_EXAMPLE, ["--help"], program)
+    raise ConfigError(f"no config file is given; write: {program} CONFIG.yaml [--field.path value ...]")
 
 
 def read_config(path: str | Path) -> TrainConfig:
-    """A TrainConfig from a YAML file whose keys are its fields; paths in it are relative to the working directory.
+    """A TrainConfig from a YAML file whose keys are its fields, or from the recipe of that name.
+
+    Paths in it are relative to the working directory.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown or missing key, one that is given twice, a wrong type, or a
-            value out of range.
+        ConfigError: no such file or recipe, not YAML, an unknown or missing key, one that is given twice, a wrong type,
+            or a value out of range.
     """
     try:
         # The C loader has no composer to ask; configs are short.
-        values = yaml.load(Path(path).read_text(), _UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a YAML file") from None
+        values = yaml.load(config_text(path), _UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not YAML ({reason}); correct the file") from None
@@ -203,7 +206,8 @@ def _mapping_option(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.construc
     )
 
 
-def _override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
+def _override(config: TrainConfig, arguments: Sequence[str], program: str) -> TrainConfig:
+    usage = f"{program} CONFIG.yaml"
     for section in _OPTIONAL_SECTIONS:
         config, arguments = _with_optional_section(config, section, arguments)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
@@ -211,12 +215,18 @@ def _override(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     try:
         with contextlib.redirect_stderr(said), _OPTION_KINDS:
             return tyro.cli(
-                TrainConfig, prog=_PROGRAM, args=arguments, default=config, config=settings, use_underscores=True
+                TrainConfig,
+                prog=f"{usage} [--tiny]",
+                args=arguments,
+                default=config,
+                config=settings,
+                use_underscores=True,
             )
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        raise ConfigError(_one_line(said.getvalue())) from None
+        reason = _one_line(said.getvalue()) or "the options cannot be read"
+        raise ConfigError(f"{reason}; see {usage} --help") from None
 
 
 def _with_optional_section(
@@ -276,8 +286,7 @@ def _required_options(kind: Any, path: str) -> Iterator[str]:
 
 
 def _one_line(box: str) -> str:
-    """What is said in the first part of a box that tyro draws around an error."""
+    """What is said in the first part of a box that tyro draws around an error; empty if there is none."""
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-    said = re.sub(r"\s+", " ", " ".join(lines[:rule])).strip().rstrip(".")
-    return f"{said}; see {USAGE} --help" if said else f"the options cannot be read; see {USAGE} --help"
+    return re.sub(r"\s+", " ", " ".join(lines[:rule])).strip().rstrip(".")

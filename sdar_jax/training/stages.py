@@ -8,6 +8,7 @@ from sdar_jax.config import PRESETS, ModelConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.training.config import InitConfig
 from sdar_jax.training.reading import read_config
+from sdar_jax.training.recipes import recipe_names
 
 _RELEASED = re.compile(r"(qwen3|sdar)-[\d.]+b(-a\d+b)?")
 
@@ -15,23 +16,24 @@ _RELEASED = re.compile(r"(qwen3|sdar)-[\d.]+b(-a\d+b)?")
 def starting_shape(config: InitConfig) -> ModelConfig:
     """Of the model that training starts from, before it is converted.
 
-    Where `init_from` is set: of its config.json, if that is on this machine; of what the recipe configs/X.yaml trains,
-    for runs/X/model; or of the released Qwen3 or SDAR that a hub id names.
+    Where `init_from` is set: of its config.json, if that is on this machine; of what the recipe X trains, for
+    runs/X/model; or of the released Qwen3 or SDAR that a hub id names.
 
     Raises:
-        ConfigError: none of these, or a recipe that cannot be read.
+        ConfigError: none of these.
     """
     if config.init_from is None:
         return config.shape or ModelConfig.preset(config.preset or "")
     source = Path(config.init_from)
     if (source / "config.json").is_file():
         return ModelConfig.from_hf(source)
-    if source.parts[:1] == ("runs",) and source.name == "model":
-        return trained_shape(read_config(f"{Path('configs', *source.parts[1:-1])}.yaml").model)
+    recipe = "/".join(source.parts[1:-1])
+    if source == Path("runs", recipe, "model") and recipe in recipe_names():
+        return trained_shape(read_config(recipe).model)
     released = _RELEASED.match(source.name.lower())
     if released is None or released[0] not in PRESETS:
         raise ConfigError(
-            f"model.init_from {config.init_from!r} is not on this machine, and its name says nothing of its shape; "
+            f"model.init_from {config.init_from!r} is not on this machine, and no recipe or name tells its shape; "
             "give a directory, or the hub id of a Qwen3 or SDAR model"
         )
     return PRESETS[released[0]]

@@ -93,7 +93,7 @@ def test_a_start_that_says_nothing(tmp_path):
     for name in ("org/unknown-1b", "Qwen/Qwen3-999B", ""):
         with pytest.raises(ConfigError, match=f"{name}.*hub id of a Qwen3 or SDAR"):
             tiny(replace(config, model=InitConfig(init_from=name)))
-    with pytest.raises(ConfigError, match="configs/nowhere/run.yaml.*cannot be read"):
+    with pytest.raises(ConfigError, match="runs/nowhere/run/model.*no recipe"):
         tiny(replace(config, model=InitConfig(init_from="runs/nowhere/run/model")))
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ import yaml
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from sdar_jax import sharding
+from sdar_jax.cli.train import make_evaluate
 from sdar_jax.config import PRESETS, ModelConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model
@@ -23,7 +24,6 @@ from tests.bad_input import refused
 from tests.tiny import tiny_model
 from tests.training.conftest import data_values, inputs, merged, metrics_of, run_values  # noqa: F401
 from tests.virtual_devices import run_module
-from train import make_evaluate
 
 QWEN3_8B = ModelConfig.preset("qwen3-8b")
 

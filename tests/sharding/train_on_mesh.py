@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 
+from sdar_jax.cli.train import make_evaluate
 from sdar_jax.sharding import make_mesh, shardings
 from sdar_jax.training import loop as training_loop
 from sdar_jax.training import read_config, train
 from sdar_jax.training.setup import Setup
-from train import make_evaluate
 
 
 def checked(setup: Setup) -> Setup:

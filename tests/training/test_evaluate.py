@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from sdar_jax.cli.train import make_evaluate
 from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer
 from sdar_jax.errors import DataError
@@ -13,7 +14,6 @@ from sdar_jax.evaluation import autoregressive_nll, nelbo
 from sdar_jax.model import Model
 from sdar_jax.training import EvalConfig
 from sdar_jax.training.setup import open_dataset
-from train import make_evaluate
 
 SHAPE = ModelConfig(32, 16, 32, 1, 2, 1, 8, block_size=1, mask_token_id=20)
 

@@ -70,7 +70,7 @@ def paged_attention(
 
 def _local(*inputs: Array, scale: float, implementation: PagedImplementation | None) -> Array:
     """What one device computes, chosen by the shapes that it sees."""
-    forward = _OP.function(_choose(inputs, implementation), "forward")
+    forward = _OP.function(choose(*inputs, implementation=implementation), "forward")
     return forward(*inputs, scale=scale)
 
 
@@ -89,9 +89,15 @@ def _check_shapes(q: Array, k_pages: Array, v_pages: Array, page_table: Array, v
         )
 
 
-def _choose(inputs: tuple[Array, ...], implementation: PagedImplementation | None) -> Choice:
+def choose(*inputs: Array, implementation: PagedImplementation | None = None) -> Choice:
+    """As `attention.api.choose`, for the arrays that `paged_attention` takes."""
     override = api.overriding()
     if override is not None:
         name = override.implementation
         override = override._replace(implementation=_OVERRIDES.get(name, name))
     return _OP.asked_for(implementation, override, *inputs) or _OP.kernel(*inputs) or Choice("xla")
+
+
+def no_kernel(*inputs: Array) -> str | None:
+    """Why no kernel of this platform takes these inputs; None if one does."""
+    return _OP.no_kernel(*inputs)
