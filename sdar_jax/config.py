@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sdar_jax.errors import CheckpointError, ConfigError, is_int, is_number
+from sdar_jax.paradigm import BlockOrigin, Objective, Paradigm, paradigm_of
 from sdar_jax.visibility import check_block_size
 
-Objective = Literal["autoregressive", "masked_diffusion", "block_diffusion"]
-BlockOrigin = Literal["sequence", "response"]
 Architecture = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
 RopeType = Literal["default", "linear", "llama3", "yarn"]
 
@@ -89,7 +88,8 @@ class ModelConfig:
 
     Besides the shape: `objective` is what the weights were trained for; `block_size` and `mask_token_id` belong to
     diffusion; `block_origin` says from where blocks are counted when decoding: the first token of the "sequence"
-    (SDAR) or of the "response" (LLaDA, D2F). `stop_token_ids` end a generation: generation_config.json's list.
+    (SDAR) or of the "response" (LLaDA, D2F); `shifted`, `causal_clean` and `bidirectional_prompt` are those of
+    `Paradigm`, which `paradigm` gives whole. `stop_token_ids` end a generation: generation_config.json's list.
 
     A mixture of experts (`num_experts` > 0, architecture "qwen3_moe") has them in every layer, each of width
     `moe_intermediate_size`; `intermediate_size` is then only carried. `norm_topk_prob`: the gates of a token's
@@ -127,6 +127,9 @@ class ModelConfig:
     block_size: int | None = None
     mask_token_id: int | None = None
     block_origin: BlockOrigin = "sequence"
+    shifted: bool = False
+    causal_clean: bool = False
+    bidirectional_prompt: bool = False
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -150,7 +153,32 @@ class ModelConfig:
         for name, kind in (("objective", Objective), ("block_origin", BlockOrigin), ("architecture", Architecture)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; use one of {get_args(kind)}")
+        for name in ("shifted", "causal_clean", "bidirectional_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
+        if self.objective != "block_diffusion" or self.block_size is not None:
+            self.paradigm  # noqa: B018 (values that do not go together are refused now)
         self._check_experts()
+
+    @property
+    def paradigm(self) -> Paradigm:
+        """What the model reads and predicts. Raises ConfigError where block diffusion has no block size yet."""
+        return paradigm_of(self.objective, block_size=self.block_size, **self._diffusion)
+
+    def with_blocks(self, block_size: int | None) -> Paradigm:
+        """The paradigm of the same model as one that fills masks in blocks of this size (None: in a document)."""
+        return paradigm_of(
+            "masked_diffusion" if block_size is None else "block_diffusion", block_size=block_size, **self._diffusion
+        )
+
+    @property
+    def _diffusion(self) -> dict[str, Any]:
+        return {
+            "shifted": self.shifted,
+            "block_origin": self.block_origin,
+            "causal_clean": self.causal_clean,
+            "bidirectional_prompt": self.bidirectional_prompt,
+        }
 
     def _check_experts(self) -> None:
         sizes = {
@@ -236,7 +264,15 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-_PURPOSE = {"objective": "autoregressive", "block_size": None, "mask_token_id": None, "block_origin": "sequence"}
+_PURPOSE = {
+    "objective": "autoregressive",
+    "block_size": None,
+    "mask_token_id": None,
+    "block_origin": "sequence",
+    "shifted": False,
+    "causal_clean": False,
+    "bidirectional_prompt": False,
+}
 # Model types of converted models, and the architecture that each has unless its config says otherwise.
 _CONVERTED = {"sdar": "qwen3", "sdar_moe": "qwen3_moe"}
 _HF_CLASS = {

@@ -109,6 +109,7 @@ def corrupt(
     config: CorruptionConfig,
     *,
     block_size: int | None,
+    origin: Int[Array, "B L"] | None = None,
 ) -> Corrupted:
     """Draws what to mask among the eligible tokens of a whole batch.
 
@@ -116,13 +117,14 @@ def corrupt(
         segment_ids: int32, > 0 for each document of a packed row, 0 for padding.
         eligible: tokens that may be masked and carry loss; the prompt and the padding are not.
         key: of the step.
-        block_size: of the blocks that level "block" means; they count from each document's first token.
+        block_size: of the blocks that level "block" means.
+        origin: where blocks are counted from, as for `visibility.block_bounds`; None: each document's first token.
 
     Returns:
         B rows, or 2 B with `config.complementary`.
     """
     eligible = eligible & (segment_ids > 0)
-    units = _units(segment_ids, eligible, config.level, block_size)
+    units = _units(segment_ids, eligible, config.level, block_size, origin)
     drawn = _draw(units, eligible, jax.random.fold_in(key, 0), config)
     if config.at_least_one:
         drawn = _redraw_empty_rows(drawn, units, eligible, key, config)
@@ -133,7 +135,7 @@ def corrupt(
     return Corrupted(masked, jnp.where(masked, weights, 0))
 
 
-def _units(segment_ids: Array, eligible: Array, level: str, block_size: int | None) -> _Units:
+def _units(segment_ids: Array, eligible: Array, level: str, block_size: int | None, origin: Array | None) -> _Units:
     rows, length = segment_ids.shape
     index = jnp.broadcast_to(jnp.arange(length), (rows, length))
     bounds = segments(segment_ids)
@@ -142,9 +144,9 @@ def _units(segment_ids: Array, eligible: Array, level: str, block_size: int | No
     elif level == "document":
         start = bounds.start
     else:
-        start = block_bounds(Segments(bounds.start, jnp.maximum(bounds.end, index + 1), bounds.positions), block_size)[
-            0
-        ]
+        # Padding is a unit of its own, so that its blocks start somewhere.
+        bounds = Segments(bounds.start, jnp.maximum(bounds.end, index + 1), bounds.positions)
+        start = block_bounds(bounds, block_size, origin)[0]
     number = lambda firsts: jnp.cumsum(firsts.reshape(-1)).reshape(rows, length) - 1
     first = start == index
     counts = jnp.zeros(rows * length, jnp.int32).at[number(first)].add(eligible.astype(jnp.int32))

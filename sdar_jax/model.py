@@ -58,6 +58,8 @@ class Windows(NamedTuple):
 
     start: position of the first. count: how many of the W are real; only their keys and values are written. visible:
     each sees the first so many keys of its sequence, the window's own included. page_table: as for `paged_attention`.
+    positions: of each, where those past `count` are read without being written and stand elsewhere; None: from `start`
+    on.
     """
 
     tokens: Int[Array, "N W"]
@@ -65,6 +67,7 @@ class Windows(NamedTuple):
     count: Int[Array, " N"]
     visible: Int[Array, "N W"]
     page_table: Int[Array, "N M"]
+    positions: Int[Array, "N W"] | None = None
 
 
 class Layer(nnx.Module):
@@ -265,7 +268,7 @@ class Model(nnx.Module):
         """
         if isinstance(self.layers, Stack):
             raise ConfigError("the layers are stacked for training; decode with unstack_layers(model)")
-        positions = [w.start[:, None] + jnp.arange(w.tokens.shape[1], dtype=jnp.int32) for w in windows]
+        positions = [_positions(w) for w in windows]
         x = self.embed(_joined([w.tokens for w in windows]))
         rope = rope_tables(self.config, _joined(positions), x.dtype)
         updated = []
@@ -452,6 +455,12 @@ def _attend_paged(windows: Sequence[Windows], reading: Sequence[Windows], pages:
         pages = LayerPages(*write_pages(*pages, new_k, new_v, w.page_table, w.start, w.count))
     parts = zip(reading, _parted(q, reading), strict=True)
     return _joined([paged_attention(q, *pages, w.page_table, w.visible) for w, q in parts], q[:, :0]), pages
+
+
+def _positions(window: Windows) -> Int[Array, "N W"]:
+    if window.positions is not None:
+        return window.positions
+    return window.start[:, None] + jnp.arange(window.tokens.shape[1], dtype=jnp.int32)
 
 
 def _joined(parts: Sequence[Array], none: Array | None = None) -> Array:

@@ -21,6 +21,7 @@ from sdar_jax.errors import ConfigError, is_number
 from sdar_jax.experts import RouterSums, balance_loss, max_load, z_loss
 from sdar_jax.losses import TokenScores, linear_cross_entropy, loss_sharding
 from sdar_jax.model import Model, Remat
+from sdar_jax.paradigm import Paradigm
 from sdar_jax.visibility import Ranges
 
 
@@ -100,71 +101,113 @@ class ObjectiveConfig:
 
 def check_objective(model: ModelConfig) -> None:
     """Raises ConfigError when a model lacks what its objective needs."""
-    if model.objective != "autoregressive" and model.mask_token_id is None:
+    if model.paradigm.masks and model.mask_token_id is None:
         raise ConfigError(f"objective {model.objective!r} needs mask_token_id and the model has none; set it")
-    if model.objective == "block_diffusion" and model.block_size is None:
-        raise ConfigError("objective 'block_diffusion' needs block_size and the model has none; set it")
 
 
 def make_example(batch: Batch, key: jax.Array, config: ObjectiveConfig, model: ModelConfig) -> Example:
-    """The batch as the model's own objective asks it (Eq. 3, 5 or 7); `key` draws the corruption.
+    """The batch as the model's own paradigm asks it (Eq. 3, 5 or 7); `key` draws the corruption.
 
     Called on the whole batch of a step, before it is split into micro-batches.
+
+    Raises:
+        ConfigError: the model lacks what its objective needs, or noisy_index is given where it cannot be used.
     """
     check_objective(model)
-    if model.objective == "autoregressive":
-        return autoregressive_example(batch)
-    corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, config.corruption, block_size=model.block_size)
+    paradigm = model.paradigm
+    check_copies(paradigm, batch.noisy_index is not None)
+    if not paradigm.masks:
+        return next_token_example(batch)
+    origin = origin_of(paradigm, batch)
+    options = {"block_size": model.block_size, "origin": origin}
+    corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, config.corruption, **options)
     if config.corruption.complementary:
-        batch = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
+        batch, origin = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (batch, origin))
     noisy = jnp.where(corrupted.masked, jnp.int32(model.mask_token_id), batch.tokens)
-    if model.objective == "masked_diffusion":
-        example = masked_diffusion_example(batch.tokens, noisy, corrupted.weights, batch.segment_ids)
-    else:
-        noisy, weights = (_take(x, batch.noisy_index) for x in (noisy, corrupted.weights))
-        example = block_diffusion_example(
-            batch.tokens, noisy, weights, model.block_size, batch.segment_ids, batch.noisy_index
+    noisy, weights = (_take(x, batch.noisy_index) for x in (noisy, corrupted.weights))
+    example = diffusion_example(paradigm, batch, noisy, weights, origin)
+    return example._replace(count=_count(example.weights, paradigm, batch, config.normalizer))
+
+
+def check_copies(paradigm: Paradigm, indexed: bool) -> None:
+    """Raises ConfigError where only some positions are to have noisy copies and the model's others need theirs."""
+    if indexed and not paradigm.two_copies:
+        raise ConfigError("noisy_length is set and the model reads no noisy copy beside a clean one; leave it out")
+    if indexed and paradigm.shifted:
+        raise ConfigError(
+            "noisy_length is set and the model is shifted: a block's first token is predicted by the noisy copy of the "
+            "token before it, which may have none; leave noisy_length out"
         )
-    return example._replace(count=_count(example.weights, batch, config.normalizer))
+    if indexed and paradigm.origin != "sequence":
+        raise ConfigError(
+            "noisy_length is set and the model's blocks start at the response; noisy copies are only chosen for blocks "
+            "that start with the sequence: leave noisy_length out"
+        )
 
 
-def autoregressive_example(batch: Batch) -> Example:
+def next_token_example(batch: Batch) -> Example:
     """Next-token prediction within each document (Eq. 3)."""
-    segment_ids = batch.segment_ids
-    shift = lambda x: jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
-    asked = shift(batch.loss_mask) & (shift(segment_ids) == segment_ids) & (segment_ids > 0)
-    weights = asked.astype(jnp.float32)
+    segment_ids, learned = batch.segment_ids, batch.loss_mask.astype(jnp.float32)
     positions = visibility.segments(segment_ids).positions
-    ranges = visibility.causal(segment_ids)
-    return Example(batch.tokens, positions, ranges, shift(batch.tokens), weights, weights.sum(axis=1))
+    targets, weights = _predicted_before(segment_ids, batch.tokens, learned)
+    return Example(batch.tokens, positions, visibility.causal(segment_ids), targets, weights, weights.sum(axis=1))
 
 
-def masked_diffusion_example(tokens: Array, noisy_tokens: Array, weights: Array, segment_ids: Array) -> Example:
-    """In-place prediction of what is masked, every key of the document in sight (Eq. 5)."""
-    positions = visibility.segments(segment_ids).positions
-    ranges = visibility.bidirectional(segment_ids)
-    return Example(noisy_tokens, positions, ranges, tokens, weights, weights.sum(axis=1))
-
-
-def block_diffusion_example(
-    tokens: Int[Array, "B L"],
+def diffusion_example(
+    paradigm: Paradigm,
+    batch: Batch,
     noisy_tokens: Int[Array, "B N"],
     weights: Float[Array, "B N"],
-    block_size: int | None,
-    segment_ids: Int[Array, "B L"],
-    noisy_index: Int[Array, "B N"] | None = None,
+    origin: Int[Array, "B L"] | None = None,
 ) -> Example:
-    """The hybrid layout [noisy | clean], in-place prediction by the noisy copy (Eq. 7)."""
+    """Prediction of what is masked in `noisy_tokens`, weighted, as the paradigm reads it.
+
+    With blocks, in the hybrid layout [noisy | clean] (Eq. 7); without, in the noisy copy alone, every key of the
+    document in sight (Eq. 5). In place, or shifted: by the position before, in the noisy copy, within the document.
+
+    Args:
+        origin: where each document's response starts, if blocks are counted from there (`visibility.block_bounds`).
+    """
+    segment_ids, noisy_index = batch.segment_ids, batch.noisy_index
     positions = visibility.segments(segment_ids).positions
+    targets = _take(batch.tokens, noisy_index)
     weights = weights if noisy_index is None else jnp.where(noisy_index >= 0, weights, 0)
-    return Example(
-        inputs=jnp.concatenate([noisy_tokens, tokens], axis=1),
-        positions=jnp.concatenate([_take(positions, noisy_index), positions], axis=1),
-        ranges=visibility.hybrid(segment_ids, block_size, noisy_index),
-        targets=_take(tokens, noisy_index),
-        weights=weights,
-        count=weights.sum(axis=1),
+    if paradigm.shifted:
+        targets, weights = _predicted_before(segment_ids, targets, weights)
+    count = weights.sum(axis=1)
+    if not paradigm.two_copies:
+        return Example(noisy_tokens, positions, visibility.bidirectional(segment_ids), targets, weights, count)
+    ranges = visibility.hybrid(
+        segment_ids,
+        paradigm.block_size,
+        noisy_index,
+        origin=origin,
+        whole_prompt=paradigm.bidirectional_prompt,
+        causal_clean=paradigm.causal_clean,
     )
+    inputs = jnp.concatenate([noisy_tokens, batch.tokens], axis=1)
+    positions = jnp.concatenate([_take(positions, noisy_index), positions], axis=1)
+    return Example(inputs, positions, ranges, targets, weights, count)
+
+
+def origin_of(paradigm: Paradigm, batch: Batch) -> Int[Array, "B L"] | None:
+    """Where blocks are counted from, if not from each document's start."""
+    if paradigm.origin == "sequence":
+        return None
+    return visibility.response_start(batch.segment_ids, batch.loss_mask)
+
+
+def predicted(paradigm: Paradigm, batch: Batch) -> Float[Array, "B L"]:
+    """1 where a learned token is predicted, else 0: in the token's place, or of a shifted model in the place before."""
+    learned = (batch.loss_mask & (batch.segment_ids > 0)).astype(jnp.float32)
+    return _predicted_before(batch.segment_ids, learned, learned)[1] if paradigm.shifted else learned
+
+
+def _predicted_before(segment_ids: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    """What each position predicts of the next, and how much that weighs: nothing at a document's last."""
+    shift = lambda x: jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
+    same = (shift(segment_ids) == segment_ids) & (segment_ids > 0)
+    return shift(targets), jnp.where(same, shift(weights), 0)
 
 
 def training_loss(
@@ -227,8 +270,11 @@ def block_diffusion_loss(
     block_size: int,
     segment_ids: Int[Array | np.ndarray, "B L"] | None = None,
     noisy_index: Int[Array | np.ndarray, "B N"] | None = None,
+    loss_mask: Bool[Array | np.ndarray, "B L"] | None = None,
 ) -> Float[Array, ""]:
     """Sum of weights * CE over the hybrid layout (Eq. 7); divide by what you mean to.
+
+    What else the model's paradigm says holds: a shifted model predicts each token at the noisy position before it.
 
     Args:
         tokens: int32 [B, L], clean.
@@ -236,19 +282,24 @@ def block_diffusion_loss(
         weights: float32 [B, Ln]; zero where there is no loss.
         segment_ids: int32 [B, L], > 0 and contiguous a document, 0 for padding; None: a row is one document.
         noisy_index: int32 [B, Ln], the clean position of each noisy one, ascending, -1 for unused at the end.
+        loss_mask: bool [B, L], the response, for a model whose blocks start at its first token; None: all of it.
 
     Raises:
-        ConfigError: shapes that do not fit.
+        ConfigError: shapes that do not fit, or noisy_index with a paradigm that cannot use it.
     """
     tokens, noisy_tokens = jnp.asarray(tokens, jnp.int32), jnp.asarray(noisy_tokens, jnp.int32)
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     noisy_index = None if noisy_index is None else jnp.asarray(noisy_index, jnp.int32)
     weights = jnp.asarray(weights)
-    _check_fit("tokens", tokens, segment_ids=segment_ids)
+    loss_mask = jnp.ones_like(tokens, bool) if loss_mask is None else jnp.asarray(loss_mask, bool)
+    _check_fit("tokens", tokens, segment_ids=segment_ids, loss_mask=loss_mask)
     if noisy_index is None and noisy_tokens.shape != tokens.shape:
         raise ConfigError(f"noisy_tokens {noisy_tokens.shape} differs from tokens {tokens.shape}; give noisy_index")
     _check_fit("noisy_tokens", noisy_tokens, weights=weights, noisy_index=noisy_index)
-    example = block_diffusion_example(tokens, noisy_tokens, weights, block_size, segment_ids, noisy_index)
+    paradigm = model.config.with_blocks(block_size)
+    batch = Batch(tokens, segment_ids, loss_mask, noisy_index)
+    check_copies(paradigm, noisy_index is not None)
+    example = diffusion_example(paradigm, batch, noisy_tokens, weights, origin_of(paradigm, batch))
     return weighted_loss(model, example)[0]
 
 
@@ -265,8 +316,9 @@ def _take(x: Array, noisy_index: Array | None) -> Array:
     return jnp.where(noisy_index >= 0, jnp.take_along_axis(x, jnp.maximum(noisy_index, 0), axis=1), 0)
 
 
-def _count(weights: Array, batch: Batch, normalizer: str) -> Array:
+def _count(weights: Array, paradigm: Paradigm, batch: Batch, normalizer: str) -> Array:
     if normalizer == "weights":
         return weights.sum(axis=1)
-    counted = weights != 0 if normalizer == "masked" else batch.loss_mask & (batch.segment_ids > 0)
-    return counted.sum(axis=1).astype(jnp.float32)
+    if normalizer == "masked":
+        return (weights != 0).sum(axis=1).astype(jnp.float32)
+    return predicted(paradigm, batch).sum(axis=1)

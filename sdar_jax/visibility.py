@@ -65,13 +65,41 @@ def segments(segment_ids: SegmentIds) -> Segments:
     return Segments(start, jnp.where(segment_ids > 0, end, start), index - start)
 
 
-def block_bounds(bounds: Segments, block_size: int | None) -> tuple[Positions, Positions]:
-    """First position of each position's block and one past its last, cut at the document's end. None: one block."""
+def block_bounds(
+    bounds: Segments, block_size: int | None, origin: Positions | None = None, *, whole_prompt: bool = False
+) -> tuple[Positions, Positions]:
+    """First position of each position's block and one past its last, cut at the document's end. None: one block.
+
+    Args:
+        origin: int32 [B, L], where the response of each position's document starts: blocks are counted from there, and
+            those of the prompt from the document's start, the last of them cut where the response starts. None: all are
+            counted from the document's start.
+        whole_prompt: the prompt is one block, whatever its length.
+    """
     if block_size is None:
         return bounds.start, bounds.end
     check_block_size(block_size)
-    start = jnp.minimum(bounds.start + bounds.positions // block_size * block_size, bounds.end)
-    return start, jnp.minimum(start + block_size, bounds.end)
+    if origin is None:
+        start = jnp.minimum(bounds.start + bounds.positions // block_size * block_size, bounds.end)
+        return start, jnp.minimum(start + block_size, bounds.end)
+    index = bounds.start + bounds.positions
+    in_response = index >= origin
+    counted_from = jnp.where(in_response, origin, bounds.start)
+    start = counted_from + (index - counted_from) // block_size * block_size
+    start = jnp.where(in_response | (not whole_prompt), start, bounds.start)
+    end = jnp.where(in_response, bounds.end, jnp.minimum(origin, bounds.end))
+    start = jnp.minimum(start, bounds.end)
+    return start, jnp.where(~in_response & whole_prompt, end, jnp.minimum(start + block_size, end))
+
+
+def response_start(segment_ids: SegmentIds, response: Bool[Array, "B L"]) -> Positions:
+    """Where each position's document has its first token of `response`; where it has none, the document's start."""
+    bounds = segments(segment_ids)
+    index = bounds.start + bounds.positions
+    length = segment_ids.shape[1]
+    following = jax.lax.cummin(jnp.where(response & (segment_ids > 0), index, length), axis=1, reverse=True)
+    first = jnp.take_along_axis(following, bounds.start, axis=1)
+    return jnp.where(first < bounds.end, first, bounds.start)
 
 
 def check_block_size(block_size: int) -> None:
@@ -105,17 +133,28 @@ def bidirectional(segment_ids: SegmentIds) -> Ranges:
     return block_causal(segment_ids, None)
 
 
-def hybrid(segment_ids: SegmentIds, block_size: int | None, noisy_index: Int[Array, "B N"] | None = None) -> Ranges:
+def hybrid(
+    segment_ids: SegmentIds,
+    block_size: int | None,
+    noisy_index: Int[Array, "B N"] | None = None,
+    *,
+    origin: Positions | None = None,
+    whole_prompt: bool = False,
+    causal_clean: bool = False,
+) -> Ranges:
     """Queries and keys laid out [noisy | clean], N + L of them (Eq. 7).
 
     A noisy query of block b sees the noisy keys of block b and the clean keys of its document's blocks before b; a
-    clean query sees the clean keys of blocks up to its own.
+    clean query sees the clean keys of blocks up to its own, or with `causal_clean` those up to itself.
 
-    noisy_index: the clean position that each noisy one copies, ascending, with -1 (unused) only at the end; None means
-    that every position has its noisy copy, in place.
+    Args:
+        noisy_index: the clean position that each noisy one copies, ascending, with -1 (unused) only at the end; None
+            means that every position has its noisy copy, in place.
+        origin, whole_prompt: where blocks start, as for `block_bounds`.
     """
     bounds = segments(segment_ids)
-    block_start, block_end = block_bounds(bounds, block_size)
+    block_start, block_end = block_bounds(bounds, block_size, origin, whole_prompt=whole_prompt)
+    clean_end = block_bounds(bounds, 1)[1] if causal_clean else block_end
     length = segment_ids.shape[1]
     if noisy_index is None:
         noisy = (block_start, block_end)
@@ -124,7 +163,7 @@ def hybrid(segment_ids: SegmentIds, block_size: int | None, noisy_index: Int[Arr
     else:
         noisy, before = _indexed_noisy(bounds.start, block_start, block_end, noisy_index)
         noisy_length = noisy_index.shape[1]
-    clean = _one_range(bounds.start + noisy_length, block_end + noisy_length)
+    clean = _one_range(bounds.start + noisy_length, clean_end + noisy_length)
     start = jnp.stack([noisy[0], before[0] + noisy_length], axis=-1)
     end = jnp.stack([noisy[1], before[1] + noisy_length], axis=-1)
     return Ranges(

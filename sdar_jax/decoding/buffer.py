@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Int
 from sdar_jax.decoding.forward import (
     BufferConfig,
     canvas_forward,
+    next_chunk,
     paged_forward,
     prompt_left,
     prompt_windows,
@@ -85,8 +86,8 @@ def _turn(model: Model, config: BufferConfig, state: State) -> State:
     window = window_of(rows, config.block_size)
     live = decodes[:, None] & (jnp.arange(rows.block_step.shape[1]) < rows.open[:, None])
     masked = live[..., None] & ~window.committed
-    if config.reads == "canvas":
-        packed, cache = canvas_forward(model, rows, window), state.cache
+    if not config.paradigm.cached:
+        packed, cache = canvas_forward(model, rows, window, config), state.cache
     else:
         packed, cache = paged_forward(model, rows, state.cache, window, live, reads, config)
         rows = _count_prompts(rows, reads, config)
@@ -108,7 +109,7 @@ def _wants_block(rows: Rows, size: int) -> Bool[Array, " B"]:
 
 
 def _mark_starved(rows: Rows, config: BufferConfig) -> Rows:
-    if config.reads == "canvas":
+    if not config.paradigm.cached:
         return rows
     block = rows.start + (rows.open + 1) * config.block_size
     decodes = jnp.where(_wants_block(rows, config.block_size), block, 0)
@@ -145,7 +146,7 @@ def _earlier(rows: Rows) -> Bool[Array, "B B"]:
 
 
 def _count_prompts(rows: Rows, reads: Bool[Array, " B"], config: BufferConfig) -> Rows:
-    read = jnp.where(reads, jnp.minimum(prompt_left(rows, config), config.prefill_tokens), 0)
+    read = jnp.where(reads, next_chunk(rows, config), 0)
     return rows._replace(cached=rows.cached + read, prefill_forwards=rows.prefill_forwards + reads)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from sdar_jax.config import ModelConfig
 from sdar_jax.errors import ConfigError, DecodingError, is_int, is_number
+from sdar_jax.paradigm import NEXT_TOKEN, Paradigm
 from sdar_jax.visibility import check_block_size
 
 Strategy = Literal[
@@ -129,12 +130,21 @@ class DecodingConfig:
             raise DecodingError(
                 f"denoising_steps {self.denoising_steps} is more than block_size {size}; use at most that"
             )
-        if model.block_origin == "response" and self.strategy != "semi_autoregressive":
+        paradigm = self.paradigm(model)
+        if paradigm.causal_clean and self.add_threshold < 1:
             raise DecodingError(
-                f"strategy {self.strategy!r} counts blocks from position 0, this model's from the response; "
-                "use strategy='semi_autoregressive'"
+                f"add_threshold is {self.add_threshold} and the model's clean positions are causal: a block that opens "
+                "before the one in front is full would see keys that are not final; leave it 1"
             )
         return size
+
+    def paradigm(self, model: ModelConfig) -> Paradigm:
+        """What a forward reads and predicts when this model is decoded in this way."""
+        if self.strategy == "autoregressive":
+            return NEXT_TOKEN
+        if self.strategy == "semi_autoregressive":
+            return model.with_blocks(None)
+        return model.with_blocks(self.block_size or model.block_size)
 
 
 class Completion(NamedTuple):

@@ -88,13 +88,14 @@ class Engine:
         self._max_length = most if max_length is None else min(max_length, most)
         # One block more than is asked for may be open.
         table = -(-(self._max_length + size) // page_size)
-        slots = 1 if self._autoregressive else window_slots
+        self._paradigm = DecodingConfig(size, kind).paradigm(config)
+        slots = self._paradigm.slots(window_slots)
         self._shape = RowShape(table * page_size, _STOPS, table, size, slots)
         self._model, self._tokenizer = unstack_layers(model), tokenizer
         self._batch_slots, self._max_queue, self._turns = batch_slots, max_queue, turns
         self._buffer = BufferConfig(
             block_size=size,
-            reads="next_token" if self._autoregressive else "blocks",
+            paradigm=self._paradigm,
             prefill_rows=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
             many_widths=platform() == "cpu",
@@ -298,12 +299,11 @@ class Engine:
         replace(config, block_size=size).resolve_block_size(self._model.config)
 
     def _make_row(self, ids: np.ndarray, config: DecodingConfig, max_new_tokens: int, stops, seed: int) -> Rows:
-        size = self._shape.block_size
         return make_row(
             ids,
             config,
             self._shape,
-            first_block=len(ids) // size * size,
+            origin=self._paradigm.origin_of(len(ids)),
             max_new_tokens=max_new_tokens,
             stop_ids=stops,
             mask_token_id=self._model.config.mask_token_id or 0,
@@ -444,7 +444,7 @@ class Engine:
     def _reach(self, row: Rows, start: int, opened: int, blocks: int) -> int:
         """The end of the positions of a row with so many blocks open, once so many more have opened."""
         size = self._shape.block_size
-        return min(start + (opened + blocks) * size, -(-int(row.limit) // size) * size)
+        return start + min(opened + blocks, -(-(int(row.limit) - start) // size)) * size
 
     def _preempt(self, request: Request) -> None:
         request.row = self._leave(request)

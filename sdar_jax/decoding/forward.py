@@ -6,7 +6,7 @@ takes the narrowest that holds its work.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ from sdar_jax import visibility
 from sdar_jax.decoding.proposal import Proposal, propose
 from sdar_jax.decoding.rows import Rows, Window, take
 from sdar_jax.model import LayerPages, Model, Windows
-
-Reads = Literal["blocks", "next_token", "canvas"]
+from sdar_jax.paradigm import Paradigm
 
 # Queries of a row that the paged kernels take at once.
 _WINDOW = 128
@@ -32,9 +31,10 @@ class BufferConfig:
     """What a compilation depends on, besides the shapes of the state.
 
     Attributes:
-        block_size: S.
-        reads: "blocks" in place, block-causally, from pages; "next_token", where the token before a position predicts
-            it (S = K = 1), from pages; the whole "canvas" each time, without pages (K = 1).
+        block_size: S, of the blocks that are filled one after another.
+        paradigm: what the model reads and predicts. One that fills no masks reads, in place of a block of one, the
+            token before it (S = K = 1); one that cannot be cached reads the whole canvas each time, without pages
+            (K = 1).
         prefill_rows: a forward reads up to prefill_rows x prefill_tokens of prompts, of as many rows as that serves; 0
             where none has any to read.
         prefill_tokens: of one row, the most a forward reads; a multiple of S.
@@ -48,7 +48,7 @@ class BufferConfig:
     """
 
     block_size: int
-    reads: Reads = "blocks"
+    paradigm: Paradigm
     prefill_rows: int = 0
     prefill_tokens: int = 0
     decodes_beside_prefill: bool = True
@@ -75,7 +75,17 @@ class BufferConfig:
     @property
     def rewrites(self) -> bool:
         """Whether a complete block is read once more, for its keys: those of its last forward had masks in sight."""
-        return self.reads == "blocks"
+        return self.paradigm.masks and self.paradigm.cached
+
+    @property
+    def shifted_in_block(self) -> bool:
+        """Whether each position of a block is predicted by the one before it, all of them read in one forward."""
+        return self.paradigm.shifted and self.paradigm.masks
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether what predicts a block of one is the token before it, read in its stead."""
+        return not self.paradigm.masks
 
 
 class Packed(NamedTuple):
@@ -87,10 +97,22 @@ class Packed(NamedTuple):
 
 
 def prompt_left(rows: Rows, config: BufferConfig) -> Int[Array, " B"]:
-    """Positions to read before the row can decode; a next-token row reads the one before `start` as it decodes."""
-    if config.reads == "canvas":
+    """Positions to read before the row can decode; of `reads_before`, the last is read as it decodes."""
+    if not config.paradigm.cached:
         return jnp.zeros_like(rows.start)
-    return rows.start - rows.cached - (config.reads == "next_token")
+    return rows.start - rows.cached - config.reads_before
+
+
+def next_chunk(rows: Rows, config: BufferConfig) -> Int[Array, " B"]:
+    """Positions of its prompt that a row would read in the next forward: whole blocks, or all that are left."""
+    left = prompt_left(rows, config)
+    if config.paradigm.origin == "sequence":
+        # Both are multiples of S, or all that is left.
+        return jnp.minimum(left, config.prefill_tokens)
+    end = rows.cached + config.prefill_tokens
+    in_response = end - rows.origin
+    end = jnp.where(in_response > 0, rows.origin + in_response // config.block_size * config.block_size, end)
+    return jnp.minimum(left, end - rows.cached)
 
 
 def paged_forward(
@@ -112,7 +134,7 @@ def paged_forward(
         groups += [_prompts(rows, sizes, pieces[:prompts], config)] if prompts else []
         hidden, cache = model.hidden_paged(groups, cache, wanted=1 if slots else 0)
         found = jnp.zeros((index.size, config.block_size, model.config.hidden_size), model.embedding.dtype)
-        return found.at[:slots].set(hidden[0]) if slots else found, cache
+        return found.at[:slots].set(_predicting(hidden[0], config)) if slots else found, cache
 
     widths, beside = _slot_widths(config.at_once(live.shape[0]), live.shape[1], config)
     branches = [(width, 0) for width in widths]
@@ -141,52 +163,88 @@ def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int
     return widths, _parts_of(most, (6, 8)) if config.decodes_beside_prefill else [batch]
 
 
+def _predicting(hidden: Float[Array, "N W D"], config: BufferConfig) -> Float[Array, "N S D"]:
+    """Of the windows of `_slots`, what predicts each position of the block."""
+    if not config.shifted_in_block:
+        return hidden
+    # The position before the block was read last.
+    return jnp.concatenate([hidden[:, -1:], hidden[:, : config.block_size - 1]], axis=1)
+
+
 def _slots(rows: Rows, window: Window, index: Array, count: Array, config: BufferConfig) -> Windows:
-    """The windows of some slots; those past `count` read and write nothing."""
+    """The windows of some slots; those past `count` read and write nothing.
+
+    A shifted model's have one token more, at the end: the one before the block, which predicts the block's first. Its
+    key is in the pages, and is not written.
+    """
     slots, used = window.positions.shape[1], jnp.arange(index.size) < count
     row, slot = index // slots, index % slots
-    start = rows.start[row] + slot * config.block_size - (config.reads == "next_token")
+    start = rows.start[row] + slot * config.block_size - config.reads_before
     tokens = window.tokens.reshape(-1, config.block_size)[index]
-    if config.reads == "next_token":
+    if config.reads_before:
         tokens = take(rows.tokens[row], start[:, None], 0)
-    seen = jnp.where(used, start + config.block_size, 0)[:, None]
     count_each = jnp.where(used, config.block_size, 0)
-    return Windows(tokens, start, count_each, jnp.broadcast_to(seen, tokens.shape), rows.page_table[row])
+    visible = jnp.broadcast_to((start + config.block_size)[:, None], tokens.shape)
+    offset = jnp.arange(config.block_size, dtype=jnp.int32)
+    if config.paradigm.causal_clean and config.rewrites:
+        # A complete block is read for its final keys, which see nothing behind themselves.
+        complete = window.committed.reshape(-1, config.block_size)[index].all(axis=-1)
+        visible = jnp.where(complete[:, None], start[:, None] + offset + 1, visible)
+    positions = None
+    if config.shifted_in_block:
+        before = jnp.maximum(start - 1, 0)[:, None]
+        tokens = jnp.concatenate([tokens, take(rows.tokens[row], before, 0)], axis=1)
+        positions = jnp.concatenate([start[:, None] + offset, before], axis=1)
+        visible = jnp.concatenate([visible, start[:, None]], axis=1)
+    visible = jnp.where(used[:, None], visible, 0)
+    return Windows(tokens, start, count_each, visible, rows.page_table[row], positions)
 
 
 def prompt_windows(rows: Rows, config: BufferConfig) -> Int[Array, " B"]:
     """Windows that each row's prompt would take of the next forward."""
-    return -(-jnp.minimum(prompt_left(rows, config), config.prefill_tokens) // config.prompt_window)
+    return -(-next_chunk(rows, config) // config.prompt_window)
 
 
 def _window_sizes(rows: Rows, reads: Array, config: BufferConfig) -> Int[Array, "B P"]:
     """Positions in each of the windows that a forward reads of each prompt; 0 where there is none."""
-    wanted = jnp.where(reads, jnp.minimum(prompt_left(rows, config), config.prefill_tokens), 0)
+    wanted = jnp.where(reads, next_chunk(rows, config), 0)
     offset = jnp.arange(config.chunk_windows, dtype=jnp.int32) * config.prompt_window
     return jnp.clip(wanted[:, None] - offset, 0, config.prompt_window)
 
 
 def _prompts(rows: Rows, sizes: Int[Array, "B P"], pieces: Array, config: BufferConfig) -> Windows:
-    """These windows of prompts, counted row by row, block-causal."""
+    """These windows of prompts, counted row by row, each position seeing what a clean one sees."""
     row, number = pieces // sizes.shape[1], pieces % sizes.shape[1]
     start = rows.cached[row] + number * config.prompt_window
     count = sizes[row, number]
     index = jnp.arange(config.prompt_window, dtype=jnp.int32)
     positions = start[:, None] + index
-    block_end = (positions // config.block_size + 1) * config.block_size
-    visible = jnp.where(index < count[:, None], block_end, 0)
+    visible = jnp.where(index < count[:, None], _clean_end(positions, rows.origin[row][:, None], config), 0)
     return Windows(take(rows.tokens[row], positions, 0), start, count, visible, rows.page_table[row])
 
 
-def canvas_forward(model: Model, rows: Rows, window: Window) -> Packed:
-    """The open blocks' hidden states: each row's canvas, prompt to last block, every position seeing all of it."""
+def _clean_end(positions: Array, origin: Array, config: BufferConfig) -> Array:
+    """How many keys of its sequence a clean position sees."""
+    size, paradigm = config.block_size, config.paradigm
+    if paradigm.causal_clean:
+        return positions + 1
+    if paradigm.origin == "sequence":
+        return (positions // size + 1) * size
+    in_response = origin + ((positions - origin) // size + 1) * size
+    in_prompt = origin if paradigm.bidirectional_prompt else jnp.minimum((positions // size + 1) * size, origin)
+    return jnp.where(positions >= origin, in_response, in_prompt)
+
+
+def canvas_forward(model: Model, rows: Rows, window: Window, config: BufferConfig) -> Packed:
+    """What predicts the open blocks: each row's canvas, prompt to last block, every position seeing all of it."""
     size = window.positions.shape[-1]
     index = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32), rows.tokens.shape)
     end = rows.start + -(-(rows.limit - rows.start) // size) * size
     inside = (index < end[:, None]).astype(jnp.int32)
     hidden = model.hidden(rows.tokens, index, visibility.bidirectional(inside))
     batch = rows.start.size
-    opened = jnp.take_along_axis(hidden, window.positions[:, 0, :, None], axis=1, mode="clip")
+    predicting = jnp.maximum(window.positions[:, 0] - config.paradigm.shifted, 0)
+    opened = jnp.take_along_axis(hidden, predicting[..., None], axis=1, mode="clip")
     return Packed(opened, jnp.arange(batch, dtype=jnp.int32), jnp.int32(batch))
 
 

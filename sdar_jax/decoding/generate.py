@@ -10,7 +10,6 @@ import numpy as np
 from sdar_jax.config import ModelConfig
 from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig
-from sdar_jax.decoding.forward import Reads
 from sdar_jax.decoding.rows import Rows, RowShape, make_row
 from sdar_jax.errors import DataError, DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
@@ -18,7 +17,6 @@ from sdar_jax.sharding import mesh_of
 
 Prompt = Sequence[int] | str
 _DEFAULT = DecodingConfig()
-_READS: dict[str, Reads] = {"autoregressive": "next_token", "semi_autoregressive": "canvas"}
 _ENDLESS = np.iinfo(np.int32).max
 # A forward over more of a prompt is no faster a token, and holds more in memory.
 _PREFILL_TOKENS = 512
@@ -86,10 +84,11 @@ def _one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, mod
         raise DecodingError(f"{len(configs)} configs are given for {count} prompts; give one, or one for each prompt")
     if isinstance(config, DecodingConfig):
         config.resolve_block_size(model)
-    kinds = {(each.resolve_block_size(model), _READS.get(each.strategy, "blocks")) for each in configs}
+    kinds = {(each.resolve_block_size(model), each.paradigm(model)): each.strategy for each in configs}
     if len(kinds) > 1:
+        named = ", ".join(f"{strategy} in blocks of {size}" for (size, _), strategy in kinds.items())
         raise DecodingError(
-            f"configs of one batch differ in block size or kind of forward, {sorted(kinds)}; decode them apart"
+            f"configs of one batch differ in block size or in what a forward reads ({named}); decode them apart"
         )
     return configs
 
@@ -126,8 +125,10 @@ def check_prompts(
         if prompt.size and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
             wrong = prompt[(prompt < 0) | (prompt >= model.vocab_size)][0]
             raise DecodingError(f"prompt {i} holds token id {wrong}; the vocabulary is 0 to {model.vocab_size - 1}")
-        if not prompt.size and config.strategy == "autoregressive":
-            raise DecodingError(f"prompt {i} is empty; autoregressive decoding needs at least one token")
+        if not prompt.size and config.paradigm(model).shifted:
+            raise DecodingError(
+                f"prompt {i} is empty and each token is predicted by the one before it; give at least one token"
+            )
         if len(prompt) + max_new_tokens > model.max_position_embeddings:
             total = f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}"
             raise DecodingError(f"{total}; together at most max_position_embeddings {model.max_position_embeddings}")
@@ -167,50 +168,47 @@ def start_state(
 ) -> tuple[State, BufferConfig]:
     """A batch whose rows have all their pages from the first. Lengths are bucketed: few shapes are ever compiled."""
     size = configs[0].resolve_block_size(model.config)
-    reads: Reads = _READS.get(configs[0].strategy, "blocks")
-    first = [_first_block(len(prompt), configs[0], size, model.config) for prompt in ids]
-    ends = [at + -(-(len(p) + max_new_tokens - at) // size) * size for at, p in zip(first, ids, strict=True)]
+    paradigm = configs[0].paradigm(model.config)
+    origins = [paradigm.origin_of(len(prompt)) for prompt in ids]
+    ends = [at + -(-(len(p) + max_new_tokens - at) // size) * size for at, p in zip(origins, ids, strict=True)]
     page_size = page_size or _page_size(size)
-    length = _bucket(max(1, *ends), size if reads == "canvas" else page_size)
+    length = _bucket(max(1, *ends), page_size if paradigm.cached else size)
     pages = -(-length // page_size)
-    shape = RowShape(length, len(stop_ids), pages, size, window_slots if reads == "blocks" else 1)
+    shape = RowShape(length, len(stop_ids), pages, size, paradigm.slots(window_slots))
     rows = [
         make_row(
             prompt,
             config,
             shape,
-            first_block=at,
+            origin=at,
             max_new_tokens=max_new_tokens,
             stop_ids=stop_ids,
             mask_token_id=model.config.mask_token_id or 0,
             seed=seed + i,
             float_type=jnp.promote_types(model.embedding.dtype, jnp.float32),
         )
-        for i, (prompt, config, at) in enumerate(zip(ids, configs, first, strict=True))
+        for i, (prompt, config, at) in enumerate(zip(ids, configs, origins, strict=True))
     ]
     table = np.arange(len(ids) * pages, dtype=np.int32).reshape(-1, pages)
     batch = jax.tree.map(lambda *each: np.stack(each), *rows)
     batch = batch._replace(page_table=table, pages_end=np.full(len(ids), pages * page_size, np.int32))
     pool = []
-    if reads != "canvas":
+    if paradigm.cached:
         pool = empty_pages(model.config, table.size, page_size, model.embedding.dtype, mesh_of(model))
-    prompt = 0 if reads == "canvas" else max(first) - (reads == "next_token")
-    chunk = min(_bucket(max(prompt, _LEAST_CHUNK), size), -(-prefill_tokens // size) * size)
+    prompt = int(batch.start.max()) - (not paradigm.masks) if paradigm.cached else 0
+    chunk = _bucket(max(prompt, _LEAST_CHUNK), size)
+    if not paradigm.bidirectional_prompt:
+        # A prompt that sees all of itself is read in one piece.
+        chunk = min(chunk, -(-prefill_tokens // size) * size)
     config = BufferConfig(
         block_size=size,
-        reads=reads,
-        prefill_rows=0 if reads == "canvas" else len(ids),
+        paradigm=paradigm,
+        prefill_rows=len(ids) if paradigm.cached else 0,
         prefill_tokens=chunk,
         decodes_beside_prefill=False,
         stops_early=False,
     )
     return State(jax.device_put(batch), pool), config
-
-
-def _first_block(prompt_length: int, config: DecodingConfig, size: int, model: ModelConfig) -> int:
-    """Where the first block to decode starts: blocks count from the sequence's first token, or the response's."""
-    canvas = config.strategy == "semi_autoregressive"
-    return prompt_length if canvas and model.block_origin == "response" else prompt_length // size * size
 
 
 def _page_size(block_size: int) -> int:

@@ -22,7 +22,7 @@ class Rows(NamedTuple):
 
     tokens: the prompt, then masks, then what was committed.
     step: the row's denoising forward that committed each position, -1 for the prompt. logprob: of what it committed.
-    limit: prompt_length + max_new_tokens. stop_ids: padded with -1.
+    limit: prompt_length + max_new_tokens. stop_ids: padded with -1. origin: where blocks are counted from.
     pages_end: positions that `page_table` covers. admitted: rows decode in this order where not all can at once.
     start: of slot 0, where a block starts. cached: positions whose keys and values in the pages are final; a row reads
         its prompt, in chunks, until that is all before `start`.
@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     logprob: Float[Array, "*B T"]
     prompt_length: _Number
     limit: _Number
+    origin: _Number
     stop_ids: Int[Array, "*B stops"]
     knobs: Knobs
     page_table: Int[Array, "*B M"]
@@ -73,7 +74,7 @@ def make_row(
     config: DecodingConfig,
     shape: RowShape,
     *,
-    first_block: int,
+    origin: int,
     max_new_tokens: int,
     stop_ids: Sequence[int],
     mask_token_id: int,
@@ -83,12 +84,13 @@ def make_row(
     """One row, numpy, with no pages and nothing cached; done where there is nothing to generate.
 
     Args:
-        first_block: where its first block to decode starts.
+        origin: where blocks are counted from; decoding starts with the block that holds the first new token.
         float_type: of log-probabilities: what logits have.
     """
     number = lambda value: np.asarray(value, np.int32)
     flag = lambda value: np.asarray(value, bool)
     known, limit = len(prompt), len(prompt) + max_new_tokens
+    first_block = origin + (known - origin) // shape.block_size * shape.block_size
     fields: dict[str, Any] = dict(
         tokens=_padded(prompt, shape.length, mask_token_id),
         committed=np.arange(shape.length) < known,
@@ -96,6 +98,7 @@ def make_row(
         logprob=np.zeros(shape.length, float_type),
         prompt_length=number(known),
         limit=number(limit),
+        origin=number(origin),
         stop_ids=_padded(stop_ids, shape.stops, -1),
         knobs=make_knobs(config, shape.block_size, seed),
         page_table=np.zeros(shape.pages, np.int32),

@@ -11,14 +11,7 @@ from sdar_jax.config import ModelConfig
 from sdar_jax.corruption import CorruptionConfig, corrupt
 from sdar_jax.errors import ConfigError, DataError, is_int
 from sdar_jax.model import Model
-from sdar_jax.objectives import (
-    Batch,
-    Example,
-    autoregressive_example,
-    block_diffusion_example,
-    masked_diffusion_example,
-    score_tokens,
-)
+from sdar_jax.objectives import Batch, diffusion_example, next_token_example, origin_of, predicted, score_tokens
 from sdar_jax.sharding import mesh_of, use
 
 Tokens = Int[Array | np.ndarray, "B L"]
@@ -53,7 +46,8 @@ def nelbo(
         seed: fixes the masks.
 
     Returns:
-        (nats per counted token, standard error of that Monte Carlo estimate for these tokens).
+        (nats per counted token, standard error of that Monte Carlo estimate for these tokens). A shifted model's first
+        token of a document is predicted by nothing and not counted.
 
     Raises:
         ConfigError: no mask token, fewer than 2 samples, or no token to count. DataError: shapes that differ, or a
@@ -64,7 +58,7 @@ def nelbo(
     if not is_int(samples) or samples < 2:
         raise ConfigError(f"samples is {samples!r}; give at least 2, so that there is a standard error")
     batch = _batch(model.config, tokens, segment_ids, loss_mask)
-    count = _count(batch.loss_mask)
+    count = _count(predicted(model.config.with_blocks(block_size), batch))
     key = jax.random.key(seed)
     with use(mesh_of(model)):
         sums = [_bound(model, batch, jax.random.fold_in(key, i), block_size) for i in range(samples)]
@@ -109,9 +103,11 @@ def _count(counted: Array) -> float:
 
 @partial(jax.jit, static_argnames="block_size")
 def _bound(model: Model, batch: Batch, key: jax.Array, block_size: int | None) -> Array:
-    corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, _BOUND, block_size=block_size)
+    paradigm = model.config.with_blocks(block_size)
+    origin = origin_of(paradigm, batch)
+    corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, _BOUND, block_size=block_size, origin=origin)
     noisy = jnp.where(corrupted.masked, jnp.int32(_mask_id(model.config)), batch.tokens)
-    return score_tokens(model, _example(batch, noisy, corrupted.weights, block_size))[0]
+    return score_tokens(model, diffusion_example(paradigm, batch, noisy, corrupted.weights, origin))[0]
 
 
 def _mask_id(config: ModelConfig) -> int:
@@ -119,13 +115,7 @@ def _mask_id(config: ModelConfig) -> int:
     return config.mask_token_id
 
 
-def _example(batch: Batch, noisy: Array, weights: Array, block_size: int | None) -> Example:
-    if block_size is None:
-        return masked_diffusion_example(batch.tokens, noisy, weights, batch.segment_ids)
-    return block_diffusion_example(batch.tokens, noisy, weights, block_size, batch.segment_ids)
-
-
 @jax.jit
 def _exact(model: Model, batch: Batch) -> tuple[Array, Array]:
-    example = autoregressive_example(batch)
+    example = next_token_example(batch)
     return score_tokens(model, example)[0], example.count

@@ -94,7 +94,6 @@ def test_request(changes, names):
 MODELS = [
     ({"block_size": None}, "'low_confidence_dynamic' needs block_size", "strategy='autoregressive'"),
     ({"mask_token_id": None}, "'low_confidence_dynamic' needs mask_token_id", "set it"),
-    ({"block_origin": "response"}, "'low_confidence_dynamic'", "strategy='semi_autoregressive'"),
 ]
 
 

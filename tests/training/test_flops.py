@@ -10,7 +10,8 @@ import pytest
 from sdar_jax.chips import peak_flops
 from sdar_jax.config import ModelConfig
 from sdar_jax.model import Model
-from sdar_jax.objectives import Batch, ObjectiveConfig, block_diffusion_example, make_example
+from sdar_jax.objectives import Batch, ObjectiveConfig, diffusion_example, make_example
+from sdar_jax.paradigm import Paradigm
 from sdar_jax.training.flops import Work, training_flops, work
 
 SHAPE = ModelConfig(48, 24, 40, 3, 4, 2, 6, block_size=4, mask_token_id=47)
@@ -64,7 +65,8 @@ def test_only_visible_pairs_and_real_positions_are_work():
     noisy_index = jnp.array([[6, 7, 8, 9, -1]], jnp.int32)
     noisy = jnp.zeros((1, 5), jnp.int32)
     weights = jnp.array([[1.0, 2.0, 0.0, 1.0, 0.0]])
-    example = block_diffusion_example(jnp.zeros((1, 12), jnp.int32), noisy, weights, 4, segments, noisy_index)
+    batch = Batch(jnp.zeros((1, 12), jnp.int32), segments, segments > 0, noisy_index)
+    example = diffusion_example(Paradigm(block_size=4), batch, noisy, weights)
     done = work(example)
     clean_pairs = 4 * 4 + 2 * 6 + 4 * 4 + 1 * 5
     noisy_pairs = 4 * 4
