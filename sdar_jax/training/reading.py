@@ -18,7 +18,8 @@ import yaml
 from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.training.config import EvalConfig, InitConfig, TrainConfig
+from sdar_jax.evaluation.config import EvalConfig
+from sdar_jax.training.config import InitConfig, TrainConfig
 
 USAGE = "train.py CONFIG.yaml"
 _PROGRAM = f"{USAGE} [--tiny]"

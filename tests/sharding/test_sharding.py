@@ -16,14 +16,13 @@ from sdar_jax.model import Model
 from sdar_jax.objectives import block_diffusion_loss
 from sdar_jax.pretrained import load_pretrained, save_pretrained
 from sdar_jax.sharding import MESH_AXES, MeshConfig, check_mesh, make_mesh
-from sdar_jax.training import train
+from sdar_jax.training import run
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.reading import from_values
 from tests.bad_input import refused
 from tests.tiny import tiny_model
 from tests.training.conftest import data_values, inputs, merged, metrics_of, run_values  # noqa: F401
 from tests.virtual_devices import run_module
-from train import make_evaluate
 
 QWEN3_8B = ModelConfig.preset("qwen3-8b")
 
@@ -188,7 +187,7 @@ def test_a_run_goes_on_over_other_devices_and_is_that_of_one(inputs: Path, tmp_p
     assert "step=3" in run_module("tests.sharding.train_on_mesh", file, "1")
     file.write_text(yaml.safe_dump(values("sharded", fsdp=2, context=2)))
     assert "step=6" in run_module("tests.sharding.train_on_mesh", file, devices=4)
-    train(from_values(TrainConfig, values("one")), make_evaluate=make_evaluate)
+    run(from_values(TrainConfig, values("one")))
     ours, expected = metrics_of(tmp_path / "sharded"), metrics_of(tmp_path / "one")
     assert [line.keys() for line in ours] == [line.keys() for line in expected]
     for line, wanted in zip(ours, expected, strict=True):
