@@ -7,17 +7,17 @@ PyTorch's side is torch_peer.py: scaled_dot_product_attention with the dense mas
 """
 
 import argparse
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import TorchPeer, compare
 from sdar_jax import ModelConfig
-from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.model import Model, stack_layers
-from sdar_jax.objectives import Batch
-from sdar_jax.training import TrainConfig
-from sdar_jax.training.config import InitConfig
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, training_loss
+from sdar_jax.training.config import OptimizerConfig
+from sdar_jax.training.optimizer import adamw, learning_rate
 from sdar_jax.training.step import initial_state, make_step, model_weights
 
 # For PyTorch; `our_step` gives the same to a ModelConfig.
@@ -41,12 +41,17 @@ def our_step(length: int):
         block_size=BLOCK_SIZE,
         mask_token_id=MASK,
     )
-    data = DataConfig((SourceConfig("unread", "text"),), sequence_length=length, batch_size=1)
-    run = TrainConfig("unwritten", 1000, InitConfig(shape=config, tokenizer="unread"), data)
+    objective, optimizer = ObjectiveConfig(), adamw(OptimizerConfig())
     weights, rebuild = model_weights(stack_layers(Model(config, jax.random.key(0))))
     count = sum(weight.size for weight in weights.values())
-    step = make_step(run, config, rebuild)
-    state = initial_state(run, weights, jax.random.key(1))
+    step = make_step(
+        lambda batch, key: make_example(batch, key, objective, config),
+        partial(training_loss, config=objective),
+        rebuild,
+        optimizer,
+        learning_rate(OptimizerConfig(), 1000),
+    )
+    state = initial_state(optimizer, weights, jax.random.key(1), averaged=False)
     tokens = jax.random.randint(jax.random.key(2), (1, length), 0, MASK)
     batch = Batch(tokens, jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
 

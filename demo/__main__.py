@@ -19,7 +19,7 @@ from demo.tokenizer import make_tokenizer
 from sdar_jax import load_pretrained
 from sdar_jax.data.tokenizer import load_tokenizer
 from sdar_jax.errors import SdarError, TrainingError
-from sdar_jax.training import TrainConfig, read_config, train
+from sdar_jax.training import TrainConfig, read_config, run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "demo"
 TASKS = ("spiral_matrix", "rotate_matrix", "mini_sudoku")
@@ -68,7 +68,7 @@ def run_stages(out: Path, quick: bool) -> dict[str, int]:
     tokens = {}
     for number, name in enumerate(STAGES, 1):
         print(f"\n[{number}/{len(STAGES)}] {name}: python train.py configs/demo/{name}.yaml", flush=True)
-        outcome = train(stage(name, out, quick))
+        outcome = run(stage(name, out, quick))
         if not outcome.finished:
             raise TrainingError(f"stage {name} was interrupted at step {outcome.step}; run the demo again to go on")
         tokens[name] = tokens_read(out / name)

@@ -44,23 +44,24 @@ def read_problems(path: Path) -> list[Problem]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def ways(model: Model) -> list[DecodingConfig]:
-    """How a model is decoded: greedy if autoregressive, else static and dynamic at each threshold."""
-    if model.config.objective == "autoregressive":
-        return [DecodingConfig(strategy="autoregressive")]
-    dynamic = [DecodingConfig(confidence_threshold=tau) for tau in THRESHOLDS]
-    return [DecodingConfig(strategy="low_confidence_static"), *dynamic]
+def ways(model: Model) -> list[tuple[str, DecodingConfig]]:
+    """How a model is decoded, each way with its name: greedy if autoregressive, else static and dynamic at each
+    threshold."""
+    if not model.config.paradigm.masks:
+        return [("AR greedy", DecodingConfig(strategy="autoregressive"))]
+    dynamic = [("dynamic", DecodingConfig(confidence_threshold=tau)) for tau in THRESHOLDS]
+    return [("static", DecodingConfig(strategy="low_confidence_static")), *dynamic]
 
 
 def evaluate(models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Result]:
     """Each model in each of its ways, on all problems."""
-    runs = [(name, config) for name, model in models.items() for config in ways(model)]
+    runs = [(name, *way) for name, model in models.items() for way in ways(model)]
     batches = -(-len(problems) // BATCH)
     with tqdm(total=len(runs) * batches, desc="decoding", unit="batch", disable=None) as bar:
-        return [_run(name, models[name], config, tokenizer, problems, bar) for name, config in runs]
+        return [_run(name, models[name], way, config, tokenizer, problems, bar) for name, way, config in runs]
 
 
-def _run(name, model, config: DecodingConfig, tokenizer, problems, bar: tqdm) -> Result:
+def _run(name, model, way: str, config: DecodingConfig, tokenizer, problems, bar: tqdm) -> Result:
     done: list[Completion] = []
     timed_tokens, seconds = 0, 0.0
     for first in range(0, len(problems), BATCH):
@@ -72,18 +73,17 @@ def _run(name, model, config: DecodingConfig, tokenizer, problems, bar: tqdm) ->
             timed_tokens += sum(len(c.tokens) for c in completions)
         done += completions
         bar.update()
-    return _result(name, model, config, problems, done, timed_tokens / seconds if seconds else 0.0)
+    return _result(name, model, way, config, problems, done, timed_tokens / seconds if seconds else 0.0)
 
 
-def _result(name, model, config: DecodingConfig, problems, done: list[Completion], rate: float) -> Result:
+def _result(name, model, way: str, config: DecodingConfig, problems, done: list[Completion], rate: float) -> Result:
     right = np.array(score(problems, [c.text or "" for c in done])) == 1.0
     denoising = sum(c.denoising_forwards for c in done)
-    dynamic = config.strategy == "low_confidence_dynamic"
     return Result(
         model=name,
-        block_size=None if config.strategy == "autoregressive" else model.config.block_size,
-        strategy={"autoregressive": "AR greedy", "low_confidence_static": "static"}.get(config.strategy, "dynamic"),
-        threshold=config.confidence_threshold if dynamic else None,
+        block_size=model.config.block_size if model.config.paradigm.masks else None,
+        strategy=way,
+        threshold=config.confidence_threshold if way == "dynamic" else None,
         accuracy=float(right.mean()),
         standard_error=float(right.std(ddof=1) / np.sqrt(len(right))),
         tokens_per_forward=sum(len(c.tokens) for c in done) / denoising,
@@ -98,11 +98,11 @@ def likelihoods(models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, pr
     tokens, segment_ids, answers = _rows(tokenizer, problems)
     lines = []
     for name, model in models.items():
-        if model.config.objective == "autoregressive":
+        if not model.config.paradigm.masks:
             exact = autoregressive_nll(model, tokens, segment_ids=segment_ids, loss_mask=answers)
             lines.append(f"{name} exact NLL {exact:.4f}")
         else:
-            size = model.config.block_size
+            size = model.config.paradigm.block_size
             mean, error = nelbo(model, tokens, block_size=size, segment_ids=segment_ids, loss_mask=answers)
             lines.append(f"{name} NELBO {mean:.4f} ± {error:.4f}")
     return lines

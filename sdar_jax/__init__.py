@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from sdar_jax.model import logits
     from sdar_jax.objectives import block_diffusion_loss
     from sdar_jax.pretrained import load_pretrained, save_pretrained
+    from sdar_jax.training import TrainConfig, train
 
 __all__ = [
     "Completion",
     "DecodingConfig",
     "Engine",
     "ModelConfig",
+    "TrainConfig",
     "block_diffusion_loss",
     "generate",
     "load_pretrained",
@@ -31,6 +33,7 @@ __all__ = [
     "nelbo",
     "save_pretrained",
     "to_diffusion",
+    "train",
 ]
 
 # Where each public name is imported from when it is first used: importing JAX and transformers takes seconds, which
@@ -40,6 +43,7 @@ _HOMES = {
     "DecodingConfig": "decoding",
     "Engine": "decoding",
     "ModelConfig": "config",
+    "TrainConfig": "training",
     "block_diffusion_loss": "objectives",
     "generate": "decoding",
     "load_pretrained": "pretrained",
@@ -48,6 +52,7 @@ _HOMES = {
     "nelbo": "evaluation",
     "save_pretrained": "pretrained",
     "to_diffusion": "conversion",
+    "train": "training",
 }
 
 

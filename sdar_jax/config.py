@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from sdar_jax.errors import CheckpointError, ConfigError, is_int, is_number
 from sdar_jax.hf_fields import HARMLESS, ROPE_HARMLESS, SUPPORTED_AT, is_harmless, unread_fields
-from sdar_jax.paradigm import BlockOrigin, Objective, Paradigm, paradigm_of
+from sdar_jax.paradigm import BlockOrigin, Objective, Paradigm, fills_masks, has_blocks, paradigm_of
 from sdar_jax.visibility import check_block_size
 
 Architecture = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
@@ -200,7 +200,7 @@ class ModelConfig:
         for name in ("shifted", "causal_clean", "bidirectional_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
-        if self.objective != "block_diffusion" or self.block_size is not None:
+        if self.block_size is not None or not has_blocks(self.objective):
             self.paradigm  # noqa: B018 (values that do not go together are refused now)
         self._check_experts()
 
@@ -279,7 +279,7 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """config.json: its architecture's own for an AR model; once converted, `model_type` sdar or sdar_moe."""
         model_type: str = self.architecture
-        if self.objective != "autoregressive":
+        if fills_masks(self.objective):
             model_type = "sdar_moe" if self.num_experts else "sdar"
         config = {
             "architectures": [_HF_CLASS[model_type]],

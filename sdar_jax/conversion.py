@@ -1,7 +1,7 @@
 """`to_diffusion`: an autoregressive model made ready to be trained as a diffusion model (semantics.md, section 5)."""
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from sdar_jax.config import BlockOrigin, ModelConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model
+from sdar_jax.paradigm import DiffusionObjective, fills_masks, has_blocks
 
 MaskInit = Literal["mean", "normal", "zeros", "keep"]
 
@@ -18,18 +19,21 @@ MaskInit = Literal["mean", "normal", "zeros", "keep"]
 def to_diffusion(
     model: Model,
     *,
-    objective: Literal["block_diffusion", "masked_diffusion"] = "block_diffusion",
+    objective: DiffusionObjective = "block_diffusion",
     block_size: int | None = None,
     mask_token_id: int | None = None,
     tokenizer_size: int | None = None,
     mask_init: MaskInit = "mean",
     key: jax.Array | None = None,
     block_origin: BlockOrigin | None = None,
+    shifted: bool | None = None,
+    causal_clean: bool | None = None,
+    bidirectional_prompt: bool | None = None,
 ) -> Model:
     """The model with its output head untied, a row for the mask token, and a config that says what it is to be.
 
     Layers are shared with the given model, stacked or not. A model that is a diffusion model already keeps its weights
-    and its mask, and takes the objective, block size and origin alone.
+    and its mask, and takes the objective and what belongs to it (block size, origin and the like) alone.
 
     Args:
         block_size: S; block diffusion needs one, here or in the model's config.
@@ -40,15 +44,24 @@ def to_diffusion(
         mask_init: the mask's embedding: "mean" of the tokenizer's rows; "normal" of scale `initializer_range`;
             "zeros"; or "keep", the spare row as it is, which is what SDAR's own conversion of Qwen3 amounts to.
         key: for "normal".
-        block_origin: from where blocks are counted; the model's own if None.
+        block_origin, shifted, causal_clean, bidirectional_prompt: as in `Paradigm`; the model's own if None.
 
     The mask's column of the head stays as it is, as it is never predicted; an appended one is the mean column.
 
     Raises:
-        ConfigError: no room for the mask, or no way to tell where it goes; no block size; an unknown choice.
+        ConfigError: no room for the mask, or no way to tell where it goes; no block size; an unknown choice; values of
+            the paradigm that contradict each other.
     """
-    config = _purpose(model.config, objective, block_size, block_origin)
-    if model.config.objective != "autoregressive":
+    config = with_purpose(
+        model.config,
+        objective,
+        block_size=block_size,
+        block_origin=block_origin,
+        shifted=shifted,
+        causal_clean=causal_clean,
+        bidirectional_prompt=bidirectional_prompt,
+    )
+    if fills_masks(model.config.objective):
         return _with(model, replace(config, mask_token_id=_own_mask(config.mask_token_id, mask_token_id)))
     mask = _mask_row(config, mask_token_id, tokenizer_size)
     initial = _initial(mask_init, model.embedding[:tokenizer_size], config, mask, key)
@@ -63,13 +76,22 @@ def to_diffusion(
     return _with(model, config, embedding=nnx.Param(embedding), head=nnx.Param(head))
 
 
-def _purpose(config: ModelConfig, objective: str, block_size: int | None, origin: BlockOrigin | None) -> ModelConfig:
-    if objective not in ("block_diffusion", "masked_diffusion"):
+def with_purpose(config: ModelConfig, objective: str, **values: Any) -> ModelConfig:
+    """The config of a model that is to fill masks.
+
+    Args:
+        values: block_size, block_origin, shifted, causal_clean and bidirectional_prompt; where None, the model's own.
+
+    Raises:
+        ConfigError: no diffusion, block diffusion without a block size, or values that contradict each other.
+    """
+    if not fills_masks(objective):
         raise ConfigError(f"objective {objective!r} is no diffusion; use 'block_diffusion' or 'masked_diffusion'")
-    size = config.block_size if block_size is None else block_size
-    if size is None and objective == "block_diffusion":
+    given = {name: value for name, value in values.items() if value is not None}
+    new = replace(config, objective=objective, **given)
+    if has_blocks(objective) and new.block_size is None:
         raise ConfigError("block_size is None and the model has none; block diffusion needs one, such as 4")
-    return replace(config, objective=objective, block_size=size, block_origin=origin or config.block_origin)
+    return new
 
 
 def _own_mask(own: int | None, given: int | None) -> int:

@@ -28,6 +28,18 @@ class TrainingError(SdarError):
     """A training run that cannot go on."""
 
 
+class TrainingInterrupted(TrainingError):
+    """A training run that a signal stopped, with all of its steps saved; started again, it goes on.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal
+
+
 def is_int(value: Any) -> bool:
     """Whether a setting is an integer; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -14,12 +14,13 @@ inputs, loss, bound, prefill and decoding follow from it; no other file asks whi
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import check_block_size
 
 Objective = Literal["autoregressive", "masked_diffusion", "block_diffusion"]
+DiffusionObjective = Literal["masked_diffusion", "block_diffusion"]
 BlockOrigin = Literal["sequence", "response"]
 
 
@@ -88,6 +89,16 @@ class Paradigm:
 NEXT_TOKEN = Paradigm(masks=False, block_size=1, shifted=True, causal_clean=True)
 
 
+def fills_masks(objective: str) -> TypeGuard[DiffusionObjective]:
+    """Whether models of this objective fill masks, which is known before their block size is."""
+    return objective in ("masked_diffusion", "block_diffusion")
+
+
+def has_blocks(objective: str) -> bool:
+    """Whether models of this objective need a block size."""
+    return objective == "block_diffusion"
+
+
 def paradigm_of(
     objective: Objective,
     *,
@@ -102,17 +113,17 @@ def paradigm_of(
     Raises:
         ConfigError: block diffusion without a block size, or values that do not go together.
     """
-    if objective == "autoregressive":
+    if not fills_masks(objective):
         if shifted or causal_clean or bidirectional_prompt:
             raise ConfigError(
                 "shifted, causal_clean and bidirectional_prompt are of diffusion models, and the objective is "
                 "'autoregressive'; leave them out"
             )
         return NEXT_TOKEN
-    if objective == "block_diffusion" and block_size is None:
+    if has_blocks(objective) and block_size is None:
         raise ConfigError("objective 'block_diffusion' needs block_size and the model has none; set it")
     return Paradigm(
-        block_size=block_size if objective == "block_diffusion" else None,
+        block_size=block_size if has_blocks(objective) else None,
         shifted=shifted,
         origin=block_origin,
         causal_clean=causal_clean,

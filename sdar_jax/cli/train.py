@@ -13,23 +13,13 @@ Started once a process under SLURM, Open MPI, on a TPU pod, or with JAX_COORDINA
 JAX_PROCESS_ID set, the processes are one job (docs/scaling.md). They end together; 1: one of them was lost.
 """
 
-import contextlib
-import itertools
 import logging
-import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from sdar_jax import processes
-from sdar_jax.data import PackedDataset
-from sdar_jax.errors import DataError, SdarError
-from sdar_jax.evaluation import autoregressive_nll, nelbo
-from sdar_jax.model import Model
-from sdar_jax.training import EvalConfig, TrainConfig, read_command_line, tiny, train
-
-Rows = dict[str, np.ndarray]
+from sdar_jax.errors import SdarError
+from sdar_jax.training import TrainConfig, read_command_line, run, tiny
 
 
 def main(arguments: Sequence[str], program: str = "sdar-jax train") -> int:
@@ -42,7 +32,7 @@ def main(arguments: Sequence[str], program: str = "sdar-jax train") -> int:
         with processes.joined():
             if not processes.is_first():
                 logging.getLogger("sdar_jax").setLevel(logging.WARNING)
-            outcome = train(_config(arguments, program), make_evaluate=make_evaluate)
+            outcome = run(_config(arguments, program))
     except SdarError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -54,39 +44,3 @@ def _config(arguments: Sequence[str], program: str) -> TrainConfig:
         return read_command_line(arguments, program=program)
     rest = [argument for argument in arguments if argument != "--tiny"]
     return read_command_line(rest, change=tiny, program=program)
-
-
-def make_evaluate(config: EvalConfig, data: PackedDataset) -> Callable[[Model], dict[str, float]]:
-    """Held-out likelihood in nats per token over the first `config.rows` rows, batch by batch."""
-    with contextlib.closing(data):
-        batches = list(itertools.islice(data, math.ceil(config.rows / config.data.batch_size)))
-    if not any(batch["loss_mask"].any() for batch in batches):
-        raise DataError("eval.data has no token that counts in its first rows; give other data, or more eval.rows")
-
-    def evaluate(model: Model) -> dict[str, float]:
-        scores = np.array(list(_scores(model, batches, config)))
-        counts = scores[:, 0] / scores[:, 0].sum()
-        mean, error = counts @ scores[:, 1], float(np.linalg.norm(counts * scores[:, 2]))
-        if model.config.objective == "autoregressive":
-            return {"nll": float(mean)}
-        return {"nelbo": float(mean), "nelbo_se": error}
-
-    return evaluate
-
-
-def _scores(model: Model, batches: list[Rows], config: EvalConfig) -> Iterator[tuple[float, float, float]]:
-    """(tokens counted, nats per token, standard error) of each batch that has tokens to count."""
-    for i, batch in enumerate(batches):
-        tokens, segments = batch["tokens"], batch["segment_ids"]
-        counted = batch["loss_mask"] & (segments > 0)
-        given = {"segment_ids": segments, "loss_mask": batch["loss_mask"]}
-        if model.config.objective == "autoregressive":
-            counted = counted[:, 1:] & (segments[:, 1:] == segments[:, :-1])
-        if not counted.any():
-            continue
-        if model.config.objective == "autoregressive":
-            yield float(counted.sum()), autoregressive_nll(model, tokens, **given), 0.0
-        else:
-            size = model.config.block_size if model.config.objective == "block_diffusion" else None
-            bound = nelbo(model, tokens, block_size=size, samples=config.samples, seed=config.seed + i, **given)
-            yield float(counted.sum()), *bound

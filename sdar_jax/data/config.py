@@ -97,8 +97,6 @@ class DataConfig:
     shards: int = 1
 
     def __post_init__(self):
-        if not self.sources:
-            raise ConfigError("sources is empty: name at least one source to read")
         for name in ("sequence_length", "batch_size", "noisy_length", "epochs", "shards"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("num_threads", self.num_threads, 0)

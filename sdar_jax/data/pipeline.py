@@ -60,6 +60,8 @@ def make_dataset(
     block_size = 1 if block_size is None else block_size
     rows = range(config.batch_size) if rows is None else rows
     _check_numbers(config, block_size, rows)
+    if not config.sources:
+        raise ConfigError("sources is empty: name at least one source to read")
     sources = [Source(source) for source in config.sources]
     _check_sources(config, sources)
     maker = DocumentMaker(config, tokenizer, sources, block_size=block_size, eos_token_id=eos_token_id)

@@ -1,4 +1,4 @@
-"""Likelihood and accuracy of trained models."""
+"""Likelihood and accuracy of trained models; `held_out` scores them while they are trained."""
 
 from sdar_jax.evaluation.likelihood import autoregressive_nll, nelbo
 

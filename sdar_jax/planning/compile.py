@@ -20,9 +20,8 @@ from sdar_jax.planning.hlo import Instruction, parse
 from sdar_jax.planning.work import Expected, expected
 from sdar_jax.sharding import batch_sharding, make_mesh
 from sdar_jax.training import TrainConfig
-from sdar_jax.training.setup import abstract_state, check_run
+from sdar_jax.training.setup import abstract_state, check_run, configured_step
 from sdar_jax.training.stages import starting_shape, trained_shape
-from sdar_jax.training.step import make_step
 
 
 class Memory(NamedTuple):
@@ -77,10 +76,10 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
     begun = time.perf_counter()
     with compiling_for(devices[0]):
         asked = expected(config, model)
-        rebuild, state = abstract_state(config, model, mesh)
+        rebuild, state, _ = abstract_state(config, model, mesh)
         batch = _abstract_batch(config, model, mesh)
         with sharding.use(mesh):
-            lowered = make_step(config, model, rebuild).lower(state, batch)
+            lowered = configured_step(config, model, rebuild).lower(state, batch)
         rounds = _loss_rounds(config, model, mesh, asked)
     weights, optimizer, ema = map(_held, (state.weights, state.optimizer, state.ema))
     held = Memory(weights, optimizer, ema, _held((batch, state.key, state.step)), 0.0, 0.0)

@@ -1,13 +1,9 @@
 """Training: a config, a step, a loop, and checkpoints that a run goes on from by itself."""
 
-from sdar_jax.training.config import (
-    CheckpointConfig,
-    EvalConfig,
-    InitConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
-from sdar_jax.training.loop import Outcome, train
+from sdar_jax.evaluation.config import EvalConfig
+from sdar_jax.training.config import CheckpointConfig, InitConfig, OptimizerConfig, TrainConfig
+from sdar_jax.training.extensions import TrainingObjective
+from sdar_jax.training.loop import Outcome, run, train
 from sdar_jax.training.reading import read_command_line, read_config
 from sdar_jax.training.tiny import tiny
 
@@ -18,8 +14,10 @@ __all__ = [
     "OptimizerConfig",
     "Outcome",
     "TrainConfig",
+    "TrainingObjective",
     "read_command_line",
     "read_config",
+    "run",
     "tiny",
     "train",
 ]

@@ -3,6 +3,7 @@
     checkpoints/STEP/state          weights, optimiser, moving average, key and step, as arrays
     checkpoints/STEP/position       where the data and the meters are, and the configs: JSON
     checkpoints/STEP/sha256.json    a digest of each file of the two, as orbax does not notice flipped bits
+    frozen/                         weights that are not trained, if there are any: once, as no step changes them
 
 A checkpoint whose files do not match its digests is set aside in damaged/, and the one before it is used.
 
@@ -29,6 +30,7 @@ import orbax.checkpoint as ocp
 from sdar_jax import processes
 from sdar_jax.errors import CheckpointError
 from sdar_jax.training.config import CheckpointConfig
+from sdar_jax.training.optimizer import Weights
 from sdar_jax.training.step import TrainState
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ class Position(NamedTuple):
     """What a checkpoint holds besides arrays, as JSON: data.get_state(), Meter.get_state(), both configs in full.
 
     files: `data_files.fingerprint` of what the data is read from; None in a checkpoint from before there was one.
-    epochs: those whose steps were counted; None where steps were given.
+    epochs: those whose steps were counted; None where steps were given. objective: the name of the user's own. frozen:
+    the names of weights that are not trained.
     """
 
     data: dict[str, Any]
@@ -50,6 +53,8 @@ class Position(NamedTuple):
     model: dict[str, Any]
     files: dict[str, Any] | None = None
     epochs: int | None = None
+    objective: str | None = None
+    frozen: list[str] | None = None
 
 
 class Checkpoints:
@@ -73,6 +78,7 @@ class Checkpoints:
         )
         self._closing = contextlib.ExitStack()
         plain = self._closing.enter_context(_plain_name(run_dir.absolute()))
+        self._frozen = plain / "frozen"
         self._manager = ocp.CheckpointManager(plain / self.directory.name, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -131,6 +137,36 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
         return TrainState(**self._manager.restore(self.latest, args=items)["state"])
 
+    def save_frozen(self, weights: Weights) -> None:
+        """Writes what no step will change, and returns when it is there. Before the first `save`.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        if not weights:
+            return
+        with self._failures_reported(), ocp.StandardCheckpointer() as writer:
+            writer.save(self._frozen / _ITEMS[0], weights, force=True)
+            writer.wait_until_finished()
+            if processes.is_first():
+                _write_digests(self._frozen)
+
+    def frozen(self, like: dict[str, Any]) -> Weights:
+        """What `save_frozen` wrote, bit for bit. like: ShapeDtypeStructs, with the sharding that each is to have.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        if not like:
+            return {}
+        if not _is_whole(self._frozen):
+            raise CheckpointError(
+                f"{self.directory.with_name('frozen')}: the frozen weights are damaged; restore them or use a new "
+                "run_dir"
+            )
+        with ocp.StandardCheckpointer() as reader:
+            return reader.restore(self._frozen / _ITEMS[0], like)
+
     def _set_damaged_aside(self) -> None:
         steps = processes.from_first(
             lambda: sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
@@ -149,8 +185,12 @@ class Checkpoints:
         """Called when all else is written and the directory still has its temporary name."""
         name = f"{self._saving}."
         (directory,) = (path for path in self.directory.iterdir() if f"{path.name}.".startswith(name))
-        digests = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
-        (directory / _DIGESTS).write_text(json.dumps(digests))
+        _write_digests(directory)
+
+
+def _write_digests(directory: Path) -> None:
+    digests = {str(path.relative_to(directory)): _digest(path) for path in _files(directory)}
+    (directory / _DIGESTS).write_text(json.dumps(digests))
 
 
 @contextlib.contextmanager

@@ -4,12 +4,13 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sdar_jax.config import BlockOrigin, ModelConfig, Objective
 from sdar_jax.conversion import MaskInit
 from sdar_jax.data import DataConfig
 from sdar_jax.errors import ConfigError
+from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.model import Remat
 from sdar_jax.objectives import ObjectiveConfig
 from sdar_jax.sharding import MeshConfig
@@ -55,7 +56,13 @@ class InitConfig:
     block_size: int | None = None
     """Tokens a block, for block_diffusion; None keeps the model's own."""
     block_origin: BlockOrigin | None = None
-    """From where decoding counts blocks; None keeps the model's own."""
+    """From where blocks are counted, the first token of the sequence or the response; None keeps the model's own."""
+    shifted: bool | None = None
+    """Whether the position before a token predicts it, as in Dream and Fast-dLLM v2; None keeps the model's own."""
+    causal_clean: bool | None = None
+    """Whether a clean position sees only what is before it, as in NBDiff; None keeps the model's own."""
+    bidirectional_prompt: bool | None = None
+    """Whether the whole prompt sees itself, as in D2F; None keeps the model's own."""
     mask_token_id: int | None = None
     """The mask's row of the vocabulary; None is the model's own, the tokenizer's, or the first past its largest id."""
     mask_init: MaskInit = "mean"
@@ -68,6 +75,12 @@ class InitConfig:
         if self.init_from is None and self.tokenizer is None:
             raise ConfigError("tokenizer is None and there is no init_from that has one; give a tokenizer directory")
         _expand_home(self, "init_from", "tokenizer")
+
+    @property
+    def paradigm_values(self) -> dict[str, Any]:
+        """What is given of the model's `Paradigm` besides the objective; None keeps the model's own."""
+        names = ("block_size", "block_origin", "shifted", "causal_clean", "bidirectional_prompt")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -125,26 +138,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """Held-out likelihood during training: the NELBO with its standard error, or the exact NLL of an AR model."""
-
-    data: DataConfig
-    """Held-out data; its first rows are used, the same each time."""
-    every: int = 500
-    """Steps between two; the last step is always evaluated."""
-    rows: int = 64
-    """How many rows, rounded up to whole batches."""
-    samples: int = 4
-    """Monte Carlo samples of the NELBO."""
-    seed: int = 0
-    """Fixes the masks."""
-
-    def __post_init__(self):
-        for name, least in (("every", 1), ("rows", 1), ("samples", 2), ("seed", 0)):
-            _require(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """A training run. Started again with the same config, it goes on from its newest checkpoint.
 
@@ -158,6 +151,7 @@ class TrainConfig:
     """Optimiser steps, each on one batch of data.batch_size rows. Either these or `epochs`."""
     model: InitConfig
     data: DataConfig
+    """What is read, and the size of a batch. With batches from Python (`train`), sources is empty."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -8,7 +8,7 @@ travels beside a step to all, and is read with that step's metrics: they stop be
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,26 +21,25 @@ from jaxtyping import Array, Int
 
 from sdar_jax import processes
 from sdar_jax.chips import check_backend
-from sdar_jax.data import PackedDataset, join_states, load_tokenizer
-from sdar_jax.errors import ConfigError, DataError, TrainingError
+from sdar_jax.data import join_states, load_tokenizer
+from sdar_jax.errors import ConfigError, DataError, TrainingError, TrainingInterrupted
+from sdar_jax.evaluation.held_out import held_out_likelihood
 from sdar_jax.model import Model
 from sdar_jax.objectives import Batch
-from sdar_jax.pretrained import save_pretrained
-from sdar_jax.sharding import batch_sharding, use
+from sdar_jax.pretrained import load_pretrained, save_pretrained
+from sdar_jax.sharding import batch_sharding, make_mesh, use
 from sdar_jax.training.checkpoint import Checkpoints, Position
-from sdar_jax.training.config import EvalConfig, TrainConfig
+from sdar_jax.training.config import TrainConfig
+from sdar_jax.training.extensions import Callback, Evaluator, Extensions, TrainingObjective
 from sdar_jax.training.reading import to_values
-from sdar_jax.training.resume import check_same_for_all, check_unchanged, write_config
+from sdar_jax.training.resume import check_extensions, check_same_for_all, check_unchanged, write_config
 from sdar_jax.training.run_dir import finished_step, mark_export, model_path, occupied
-from sdar_jax.training.setup import Setup, open_dataset, prepare, tokenizer_directory
+from sdar_jax.training.setup import Setup, configured_step, open_dataset, prepare, tokenizer_directory
 from sdar_jax.training.signals import Interrupts
-from sdar_jax.training.step import StepMetrics, make_step
-from sdar_jax.training.trackers import Silent, Trackers
+from sdar_jax.training.step import StepMetrics
+from sdar_jax.training.trackers import Line, Silent, Trackers
 
 log = logging.getLogger(__name__)
-
-Evaluate = Callable[[Model], dict[str, float]]
-MakeEvaluate = Callable[[EvalConfig, PackedDataset], Evaluate]
 
 _RECORDS_NAMED = 5
 
@@ -53,31 +52,69 @@ class Outcome(NamedTuple):
     signal: int | None = None
 
 
-def train(config: TrainConfig, *, make_evaluate: MakeEvaluate | None = None) -> Outcome:
+def train(
+    config: TrainConfig,
+    *,
+    data: Iterable[dict[str, Any]] | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    callbacks: Sequence[Callback] = (),
+    objective: TrainingObjective | None = None,
+    trainable: Callable[[str], bool] | None = None,
+) -> Model:
     """Trains until `config.steps` (or as many as `config.epochs` has), from the newest checkpoint of `config.run_dir`.
 
     An interrupted and resumed run equals an uninterrupted one bit for bit, on the same machine and versions (on a GPU,
-    where XLA is told to be deterministic: XLA_FLAGS=--xla_gpu_deterministic_ops=true). SIGTERM
-    or SIGINT ends the current step, saves and returns. At the end the model (with `ema_decay`, its moving average) is
-    written to run_dir/model, with its tokenizer; a run that has written it is finished, and nothing is done. Its
-    generation_config.json lists the tokens that end the responses it learned. A finished run that is given more steps
-    goes on, if its schedule allows it.
+    where XLA is told to be deterministic: XLA_FLAGS=--xla_gpu_deterministic_ops=true). At the end the model (with
+    `ema_decay`, its moving average) is written to run_dir/model, with its tokenizer; a run that has written it is
+    finished, and nothing is done. Its generation_config.json lists the tokens that end the responses it learned. A
+    finished run that is given more steps goes on, if its schedule allows it.
+
+    What is given besides the config is to be the same each time the run is started. The processes of a job all give the
+    same, and all call it.
 
     Args:
-        make_evaluate: given `config.eval` and its data, returns what is called on the model: named numbers. Called
-            only where `config.eval` is set.
+        data: batches in place of `config.data.sources`, which is then empty: dicts of `tokens` int32 [B, L],
+            `segment_ids` int32 [B, L] (> 0 and contiguous a document, 0 for padding), `loss_mask` bool [B, L] (what is
+            learned), and with noisy_length `noisy_index` int32 [B, Ln]; B and L as `config.data` says. An iterator with
+            `get_state` and `set_state` goes on by them; of any other, a run that resumes draws again the batches that
+            it had used, and leaves them out.
+        evaluators: (model, step) -> named numbers, which are logged as "eval_" + name. Called each `config.eval.every`
+            steps, without `config.eval` each `config.checkpoint.every`, and after the last one. With `config.eval` the
+            held-out likelihood is one of them.
+        callbacks: called with (step, line, model) for each line of metrics.jsonl, a dict of numbers. `model()` gives
+            the model as it would be exported now.
+        objective: what is learned, in place of `config.objective` and the model's own.
+        trainable: of a weight's name, such as "layers.body.qkv", whether it is trained. The others are frozen: without
+            gradients and moments, and saved once. None: all are trained.
+
+    A model that an evaluator or a callback is given is good until it returns: the next step takes its weights over.
+
+    Returns:
+        What is in run_dir/model, in `config.export_dtype`, on the mesh of the run.
 
     Raises:
         ConfigError: values that cannot be honoured, or that differ from those the run was started with; a run_dir
             that another job uses, or with a model in it that this run has not written.
-        CheckpointError: weights or checkpoints that cannot be read. DataError: records that cannot be used; the steps
-            before are saved.
+        CheckpointError: weights or checkpoints that cannot be read. DataError: records or batches that cannot be used;
+            the steps before are saved.
         TrainingError: a loss or gradient that is not finite (nothing of it is saved), or data that ends too soon (all
             is saved).
+        TrainingInterrupted: SIGTERM or SIGINT came. The step at hand was ended and all is saved.
     """
+    outcome = run(config, Extensions(data, evaluators, callbacks, objective, trainable))
+    if outcome.signal is not None:
+        raise TrainingInterrupted(
+            f"{config.run_dir} was stopped by signal {outcome.signal} and saved at step {outcome.step}; start it again "
+            "to go on",
+            outcome.signal,
+        )
+    return load_pretrained(model_path(Path(config.run_dir)), dtype=config.export_dtype, mesh=make_mesh(config.mesh))
+
+
+def run(config: TrainConfig, extensions: Extensions = Extensions()) -> Outcome:  # noqa: B008 (a tuple)
+    """As `train`, of which this is all but reading the exported model; a signal is part of the outcome."""
     check_backend()
-    if config.eval is not None and make_evaluate is None:
-        raise ConfigError("eval is set and train() has no make_evaluate; give one, or set eval to None")
+    check_extensions(config, extensions)
     run_dir = Path(config.run_dir)
     with occupied(run_dir), Checkpoints(run_dir, config.checkpoint) as checkpoints:
         check_same_for_all(config)
@@ -87,23 +124,20 @@ def train(config: TrainConfig, *, make_evaluate: MakeEvaluate | None = None) -> 
         if (end := finished_step(run_dir, config, checkpoints.latest)) is not None:
             log.info("%s is finished and its model in %s; nothing is left to do", run_dir, model_path(run_dir))
             return Outcome(end, finished=True)
-        return _train(config, run_dir, checkpoints, position, make_evaluate)
+        return _run(config, run_dir, checkpoints, position, extensions)
 
 
-def _train(
-    config: TrainConfig,
-    run_dir: Path,
-    checkpoints: Checkpoints,
-    position: Position | None,
-    make_evaluate: MakeEvaluate | None,
+def _run(
+    config: TrainConfig, run_dir: Path, checkpoints: Checkpoints, position: Position | None, extensions: Extensions
 ) -> Outcome:
     tokenizer_at = tokenizer_directory(config.model)
     tokenizer = load_tokenizer(tokenizer_at)
-    setup = prepare(config, tokenizer, checkpoints, position)
+    setup = prepare(config, tokenizer, checkpoints, position, extensions)
     config, steps = setup.config, setup.config.total_steps
-    evaluate = None
-    if config.eval is not None and make_evaluate is not None:
-        evaluate = make_evaluate(config.eval, open_dataset(config.eval.data, tokenizer, setup.model))
+    if config.eval is not None:
+        with closing(open_dataset(config.eval.data, tokenizer, setup.model)) as rows:
+            held_out = held_out_likelihood(config.eval, rows)
+        extensions = extensions._replace(evaluators=[held_out, *extensions.evaluators])
     start = checkpoints.latest or 0
     log.info("%s: %s step %d of %d", run_dir, "going on from" if start else "starting at", start, steps)
     if processes.is_first():
@@ -112,7 +146,7 @@ def _train(
     else:
         outputs = Silent()
     with closing(setup.data), outputs as trackers, Interrupts() as interrupts:
-        loop = _Loop(setup, start, trackers, checkpoints, evaluate, interrupts)
+        loop = _Loop(setup, start, trackers, checkpoints, extensions, interrupts)
         with use(setup.mesh):
             loop.run()
     checkpoints.wait()
@@ -166,15 +200,15 @@ class _Loop:
         start: int,
         trackers: Trackers,
         checkpoints: Checkpoints,
-        evaluate: Evaluate | None,
+        extensions: Extensions,
         interrupts: Interrupts,
     ):
         self.done, self._first = start, start + 1
         self._interrupts, self._agreed = interrupts, 0
         self._config, self._setup, self._state = setup.config, setup, setup.state
         self._steps = self._config.total_steps
-        self._trackers, self._checkpoints, self._evaluate = trackers, checkpoints, evaluate
-        self._step = make_step(setup.config, setup.model, setup.rebuild)
+        self._trackers, self._checkpoints, self._extensions = trackers, checkpoints, extensions
+        self._step = configured_step(setup.config, setup.model, setup.rebuild, extensions.objective)
         self._unread: _Unread | None = None
         self._saved = start
         self._data_state = setup.data.get_state()
@@ -186,28 +220,50 @@ class _Loop:
 
     def run(self) -> None:
         """Until the last step or a signal; then everything is read and saved."""
-        config = self._config
+        config, extensions = self._config, self._extensions
+        every = config.checkpoint.every if config.eval is None else config.eval.every
         while self.done < self._steps and not self.signal:
             self._advance()
             last = self.done == self._steps
-            if self._evaluate and config.eval and (last or self.done % config.eval.every == 0):
+            if extensions.callbacks and self._is_logged(self.done):
+                # Read now, while the state is still the one that the line is about.
                 self._settle()
-                self._trackers.evaluation(self.done, dict(self._evaluate(self.model())))
-                self._setup.meter.restart_clock()
+            if extensions.evaluators and (last or self.done % every == 0):
+                self._settle()
+                self._evaluate()
             if last or self.done % config.checkpoint.every == 0:
                 self._save()
         self._save()
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self._config.log_every == 0 or step == self._steps
+
+    def _evaluate(self) -> None:
+        line: Line = {}
+        for evaluator in self._extensions.evaluators:
+            new = {name: float(value) for name, value in evaluator(self.model(), self.done).items()}
+            if twice := sorted(new.keys() & line.keys()):
+                raise ConfigError(f"two evaluators give {', '.join(twice)}; let each give a name of its own")
+            line |= new
+        self._trackers.evaluation(self.done, line)
+        self._call_back(self.done, {f"eval_{name}": value for name, value in line.items()})
+        self._setup.meter.restart_clock()
+
+    def _call_back(self, step: int, line: Line) -> None:
+        for callback in self._extensions.callbacks:
+            callback(step, dict(line), self.model)
+
     def model(self) -> Model:
         """As it would be exported now: with the moving average, if one is kept."""
         state = self._state
-        return self._setup.rebuild(state.weights if state.ema is None else state.ema)
+        weights = state.weights if state.ema is None else state.ema
+        return self._setup.rebuild({**self._setup.frozen, **weights})
 
     def _advance(self) -> None:
         """Dispatches one step, and reads the one before it while this one runs."""
         batch = self._next_batch()
         arrays = _placed(batch, self._setup.rows, self._config.data.batch_size, self._setup.mesh)
-        self._state, metrics = self._step(self._state, arrays)
+        self._state, metrics = self._step(self._state, arrays, self._setup.frozen)
         tokens, signal = self._beside(batch, arrays)
         self._settle()
         self.done += 1
@@ -223,9 +279,10 @@ class _Loop:
         except StopIteration:
             self._save()
             self._checkpoints.wait()
+            more = "raise data.epochs or leave it out" if self._extensions.data is None else "or give more data"
             raise TrainingError(
                 f"the data ended after {self.done} of {self._steps} steps, which are saved; set steps to {self.done}, "
-                "raise data.epochs or leave it out, and start it again"
+                f"{more}, and start it again"
             ) from None
         except DataError:
             # Another process may not have met it, and would not come to save its part.
@@ -257,8 +314,12 @@ class _Loop:
         meter = self._setup.meter
         meter.add(metrics, int(tokens))
         self._trackers.advance()
-        if unread.step % self._config.log_every == 0 or unread.step == self._steps:
-            self._trackers.train(unread.step, meter.line())
+        if self._is_logged(unread.step):
+            line = meter.line()
+            self._trackers.train(unread.step, line)
+            if self._extensions.callbacks:
+                self._call_back(unread.step, line)
+                meter.restart_clock()
 
     def _save(self) -> None:
         self._settle()
@@ -266,8 +327,17 @@ class _Loop:
             return
         # Of the last batch that came: an error behind it can leave the data between two.
         data, meter = join_states(processes.gather(self._data_state)), self._setup.meter.get_state()
-        setup, config = self._setup, to_values(self._config)
-        position = Position(data, meter, config, to_values(setup.model), setup.files, setup.epochs)
+        setup, config, objective = self._setup, to_values(self._config), self._extensions.objective
+        position = Position(
+            data,
+            meter,
+            config,
+            to_values(setup.model),
+            setup.files,
+            setup.epochs,
+            objective and objective.name,
+            list(setup.frozen),
+        )
         self._checkpoints.save(self._state, position)
         self._saved = self.done
 

@@ -19,7 +19,8 @@ import yaml
 from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.training.config import EvalConfig, InitConfig, TrainConfig
+from sdar_jax.evaluation.config import EvalConfig
+from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.recipes import config_text
 
 _EXAMPLE = TrainConfig(

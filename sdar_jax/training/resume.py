@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import yaml
 
 from sdar_jax import processes
 from sdar_jax.errors import ConfigError
+from sdar_jax.training.checkpoint import Position
 from sdar_jax.training.config import OptimizerConfig, TrainConfig, whole_steps
+from sdar_jax.training.extensions import Extensions
 from sdar_jax.training.optimizer import learning_rate
 from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.run_dir import model_path, write_file
@@ -90,6 +93,31 @@ def _same_rates(one: OptimizerConfig, one_steps: int, other: OptimizerConfig, ot
     steps = np.arange(1, done + 1)
     rates = [np.asarray(learning_rate(*each)(steps)) for each in ((one, one_steps), (other, other_steps))]
     return np.allclose(*rates, rtol=1e-6, atol=0)
+
+
+def check_extensions(config: TrainConfig, extensions: Extensions) -> None:
+    """Raises ConfigError where a run has no data, or is given it twice."""
+    if extensions.data is None and not config.data.sources:
+        raise ConfigError("data.sources is empty and no data is given; name a source, or give train() data")
+    if extensions.data is not None and config.data.sources:
+        raise ConfigError("data is given and data.sources not empty; give one of them: set data.sources to ()")
+    if extensions.data is not None and config.steps is None:
+        raise ConfigError(f"epochs is {config.epochs} and data is given, which says nothing of its length; give steps")
+
+
+def check_same_extensions(position: Position, extensions: Extensions, frozen: Collection[str]) -> None:
+    """Raises ConfigError where a run goes on with another objective of the user's, or with other weights frozen."""
+    was, now = position.objective, extensions.objective and extensions.objective.name
+    if was != now:
+        raise ConfigError(
+            f"the run was started with the objective {was or 'of its config'}, and goes on with {now or 'that one'}; "
+            "give the same, or use a new run_dir"
+        )
+    if different := sorted(set(position.frozen or ()) ^ set(frozen)):
+        raise ConfigError(
+            f"trainable says of {', '.join(different)} another thing than when the run was started; give the same, or "
+            "use a new run_dir"
+        )
 
 
 def check_same_for_all(config: TrainConfig) -> None:

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,24 @@ from transformers import PreTrainedTokenizerBase
 from sdar_jax import processes
 from sdar_jax.chips import peak_flops
 from sdar_jax.config import ModelConfig
-from sdar_jax.conversion import to_diffusion
+from sdar_jax.conversion import to_diffusion, with_purpose
 from sdar_jax.data import DataConfig, PackedDataset, make_dataset
 from sdar_jax.data.tokenizer import TokenIds, token_ids
 from sdar_jax.errors import ConfigError, DataError
 from sdar_jax.model import Model, stack_layers
+from sdar_jax.objectives import Batch, Example, check_copies, make_example, training_loss
+from sdar_jax.paradigm import NEXT_TOKEN, Paradigm, fills_masks
 from sdar_jax.pretrained import load_pretrained, model_directory
 from sdar_jax.sharding import batch_sharding, check_mesh, make_mesh, shardings
+from sdar_jax.training.batches import GivenBatches
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.data_files import Fingerprint, fingerprint, report_changes
+from sdar_jax.training.extensions import Extensions, TrainingObjective
+from sdar_jax.training.optimizer import Weights, adamw, learning_rate
 from sdar_jax.training.reading import from_values
-from sdar_jax.training.resume import check_schedule
-from sdar_jax.training.step import Rebuild, TrainState, initial_state, model_weights
+from sdar_jax.training.resume import check_same_extensions, check_schedule
+from sdar_jax.training.step import Rebuild, TrainState, compute_dtype, initial_state, make_step, model_weights
 from sdar_jax.training.stops import end_of_text, with_learned_stops
 from sdar_jax.training.trackers import Meter
 
@@ -39,7 +44,8 @@ class Setup(NamedTuple):
     """A run where it starts or goes on.
 
     config: with its steps in place of `epochs`, which stand beside it. rebuild: weights by name -> model, its layers
-    stacked. files: what was read to begin with. rows: of each batch, those that `data` gives out here.
+    stacked. frozen: weights that are not trained. files: what was read to begin with. rows: of each batch, those that
+    `data` gives out here.
     """
 
     config: TrainConfig
@@ -48,14 +54,19 @@ class Setup(NamedTuple):
     model: ModelConfig
     rebuild: Rebuild
     state: TrainState
-    data: PackedDataset
+    frozen: Weights
+    data: PackedDataset | GivenBatches
     files: Fingerprint
     rows: list[int]
     meter: Meter
 
 
 def prepare(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, checkpoints: Checkpoints, position: Position | None
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    checkpoints: Checkpoints,
+    position: Position | None,
+    extensions: Extensions = Extensions(),  # noqa: B008 (a tuple)
 ) -> Setup:
     """From the newest checkpoint, whose `position` is given, or from the beginning if that is None.
 
@@ -66,7 +77,8 @@ def prepare(
     epochs, mesh = config.epochs, make_mesh(config.mesh)
     files = processes.from_first(lambda: fingerprint(config.data.sources, tokenizer_directory(config.model)))
     if position is None:
-        shape, rebuild, state = _first_state(config, tokenizer, mesh)
+        shape, rebuild, state, frozen = _first_state(config, tokenizer, mesh, extensions)
+        checkpoints.save_frozen(frozen)
         config = _with_steps(config, tokenizer, shape)
     else:
         report_changes(position.files or {}, files)
@@ -76,17 +88,24 @@ def prepare(
         config = _with_steps(config, tokenizer, shape, steps)
         check_schedule(position.config, config, checkpoints.latest or 0)
         check_run(config, shape, mesh)
-        rebuild, like = abstract_state(config, shape, mesh)
-        state = checkpoints.state(like)
+        rebuild, like, frozen = abstract_state(config, shape, mesh, extensions)
+        check_same_extensions(position, extensions, frozen)
+        state, frozen = checkpoints.state(like), checkpoints.frozen(frozen)
     rows = local_rows(mesh, config.data.batch_size)
-    data = open_dataset(config.data, tokenizer, shape, rows)
+    if extensions.data is None:
+        data = open_dataset(config.data, tokenizer, shape, rows)
+    else:
+        # A user's own batches are whole on every process.
+        rows = list(range(config.data.batch_size))
+        data = GivenBatches(extensions.data, config.data, shape.vocab_size)
     peak = config.peak_flops or peak_flops(jax.devices()[0].device_kind)
     meter = Meter(shape, peak and peak * mesh.size)
     if position is not None:
-        _check_records(config, data, position)
+        if isinstance(data, PackedDataset):
+            _check_records(data, position)
         data.set_state(position.data)
         meter.set_state(position.meter)
-    return Setup(config, epochs, mesh, shape, rebuild, state, data, files, rows, meter)
+    return Setup(config, epochs, mesh, shape, rebuild, state, frozen, data, files, rows, meter)
 
 
 def _with_steps(
@@ -110,7 +129,7 @@ def _with_steps(
     return replace(config, steps=counted or processes.from_first(count), epochs=None, data=data)
 
 
-def _check_records(config: TrainConfig, data: PackedDataset, position: Position) -> None:
+def _check_records(data: PackedDataset, position: Position) -> None:
     """Raises DataError where the sources hold another number of records: their order would be another."""
     before, now = position.data["order"]["records"], data.get_state()["order"]["records"]
     if before != now:
@@ -143,20 +162,67 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
-    """Raises ConfigError where `mesh` does not divide what a step of this run computes."""
-    length = config.data.sequence_length
+    """Raises ConfigError where `mesh` does not divide what a step of this run computes, or noisy_length is no use.
+
+    Args:
+        model: the one that training starts from, converted or not.
+    """
+    length, paradigm = config.data.sequence_length, trained_paradigm(config.model, model)
+    check_copies(paradigm, config.data.noisy_length is not None)
     noisy = config.data.noisy_length or length
-    hybrid = (config.model.objective or model.objective) == "block_diffusion"
-    lengths = (noisy + length, noisy) if hybrid else (length,)
+    lengths = (noisy + length, noisy) if paradigm.two_copies else (length,)
     check_mesh(mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths)
 
 
-def abstract_state(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> tuple[Rebuild, TrainState]:
-    """What a step takes besides its batch, as ShapeDtypeStructs with shardings; nothing is computed or held."""
+def trained_paradigm(config: InitConfig, model: ModelConfig) -> Paradigm:
+    """That of the model which this one becomes. Raises ConfigError as `to_diffusion`."""
+    objective = config.objective or model.objective
+    if not fills_masks(objective):
+        return NEXT_TOKEN
+    return with_purpose(model, objective, **config.paradigm_values).paradigm
+
+
+def abstract_state(
+    config: TrainConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    extensions: Extensions = Extensions(),  # noqa: B008 (a tuple)
+) -> tuple[Rebuild, TrainState, dict[str, Any]]:
+    """How weights become a model, and what a step takes besides its batch: the state, and what is frozen.
+
+    As ShapeDtypeStructs with shardings; nothing is computed or held.
+    """
     weights, rebuild = model_weights(_abstract_model(model))
-    state = jax.eval_shape(partial(initial_state, config), weights, jax.random.key(0))
+    trained, frozen = extensions.split(weights)
+    state = jax.eval_shape(partial(_initial_state, config), trained, jax.random.key(0))
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return rebuild, jax.tree.map(place, state, shardings(state, mesh))
+    return rebuild, *(jax.tree.map(place, tree, shardings(tree, mesh)) for tree in (state, frozen))
+
+
+def _initial_state(config: TrainConfig, weights: Weights, key: jax.Array) -> TrainState:
+    return initial_state(adamw(config.optimizer), weights, key, averaged=config.ema_decay is not None)
+
+
+def configured_step(
+    config: TrainConfig, model: ModelConfig, rebuild: Rebuild, objective: TrainingObjective | None = None
+) -> jax.stages.Wrapped:
+    """The step of a run (`make_step`), with the config's objective or one of the user's own."""
+    example = objective.make_example if objective else partial(_configured_example, config)
+    loss = objective and objective.loss or partial(training_loss, config=config.objective)
+    batch_size = config.data.batch_size
+    return make_step(
+        lambda batch, key: example(batch, key, model),
+        partial(loss, remat=config.remat, compute_dtype=compute_dtype(config.compute_dtype)),
+        rebuild,
+        adamw(config.optimizer),
+        learning_rate(config.optimizer, config.total_steps),
+        micro_batches=batch_size // (config.micro_batch_size or batch_size),
+        ema_decay=config.ema_decay,
+    )
+
+
+def _configured_example(config: TrainConfig, batch: Batch, key: jax.Array, model: ModelConfig) -> Example:
+    return make_example(batch, key, config.objective, model)
 
 
 def _abstract_model(config: ModelConfig) -> Model:
@@ -164,8 +230,8 @@ def _abstract_model(config: ModelConfig) -> Model:
 
 
 def _first_state(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh
-) -> tuple[ModelConfig, Rebuild, TrainState]:
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh, extensions: Extensions
+) -> tuple[ModelConfig, Rebuild, TrainState, Weights]:
     model_key, step_key = jax.random.split(jax.random.key(config.seed))
     shape = _starting_shape(config.model, tokenizer)
     check_run(config, shape, mesh)
@@ -173,12 +239,15 @@ def _first_state(
     model = initial_model(config.model, tokenizer, model_key, mesh)
     model.config = with_learned_stops(model.config, tokenizer, config.data.sources)
     weights, rebuild = model_weights(stack_layers(model))
-    _, like = abstract_state(config, model.config, mesh)
+    _, *like = abstract_state(config, model.config, mesh, extensions)
     # Donated: the state takes the weights over, and nothing is held twice.
     start = jax.jit(
-        partial(initial_state, config), donate_argnums=0, out_shardings=jax.tree.map(lambda x: x.sharding, like)
+        lambda trained, frozen, key: (_initial_state(config, trained, key), frozen),
+        donate_argnums=(0, 1),
+        out_shardings=jax.tree.map(lambda x: x.sharding, tuple(like)),
     )
-    return model.config, rebuild, start(weights, step_key)
+    state, frozen = start(*extensions.split(weights), step_key)
+    return model.config, rebuild, state, frozen
 
 
 def _starting_shape(config: InitConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
@@ -207,7 +276,7 @@ def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: j
         places = shardings(_abstract_model(shape), mesh)
         model = jax.jit(partial(Model, shape, stacked=True), out_shardings=places)(weights_key)
     model = _for_objective(model, config, ids, mask_key)
-    if model.config.objective != "autoregressive" and model.config.mask_token_id is not None:
+    if model.config.paradigm.masks and model.config.mask_token_id is not None:
         _check_mask(model.config, model.config.mask_token_id, tokenizer)
     return model
 
@@ -233,23 +302,22 @@ def _past_the_vocabulary(last: int, tokenizer: PreTrainedTokenizerBase, model: M
 
 def _for_objective(model: Model, config: InitConfig, ids: TokenIds, key: jax.Array) -> Model:
     objective = config.objective or model.config.objective
-    if objective != "autoregressive":
+    if fills_masks(objective):
         declared = ids.mask if model.config.mask_token_id is None else None
         return to_diffusion(
             model,
             objective=objective,
-            block_size=config.block_size,
             mask_token_id=declared if config.mask_token_id is None else config.mask_token_id,
             tokenizer_size=ids.size,
             mask_init=config.mask_init,
             key=key,
-            block_origin=config.block_origin,
+            **config.paradigm_values,
         )
-    if model.config.objective != "autoregressive":
+    if fills_masks(model.config.objective):
         raise ConfigError(f"model.objective is {objective!r} and the weights are {model.config.objective}; keep theirs")
-    for name in ("block_size", "block_origin", "mask_token_id"):
-        if getattr(config, name) is not None:
-            raise ConfigError(f"model.{name} is {getattr(config, name)!r} and the model autoregressive; leave it out")
+    for name, value in (config.paradigm_values | {"mask_token_id": config.mask_token_id}).items():
+        if value is not None:
+            raise ConfigError(f"model.{name} is {value!r} and the model autoregressive; leave it out")
     return model
 
 
@@ -283,7 +351,7 @@ def open_dataset(
     return make_dataset(
         config,
         tokenizer,
-        block_size=model.block_size if model.objective == "block_diffusion" else None,
+        block_size=model.paradigm.block_size,
         eos_token_id=end_of_text(tokenizer, model),
         rows=rows,
     )

@@ -5,7 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdar_jax.config import PRESETS, ModelConfig
+from sdar_jax.conversion import with_purpose
 from sdar_jax.errors import ConfigError
+from sdar_jax.paradigm import fills_masks
 from sdar_jax.training.config import InitConfig
 from sdar_jax.training.reading import read_config
 from sdar_jax.training.recipes import recipe_names
@@ -46,14 +48,11 @@ def trained_shape(config: InitConfig) -> ModelConfig:
     """
     start = starting_shape(config)
     objective = config.objective or start.objective
-    if objective == "autoregressive":
+    if not fills_masks(objective):
         return start
     known = (config.mask_token_id, start.mask_token_id, start.vocab_size - 1)
     return replace(
-        start,
-        objective=objective,
-        block_size=config.block_size or start.block_size,
-        block_origin=config.block_origin or start.block_origin,
+        with_purpose(start, objective, **config.paradigm_values),
         tie_embeddings=False,
         mask_token_id=next(mask for mask in known if mask is not None),
     )

@@ -1,8 +1,8 @@
-"""One optimiser step as a pure function of (state, batch), whatever the objective."""
+"""One optimiser step as a pure function of (state, batch), whatever is learned."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import sharding
 from sdar_jax.chips import platform
-from sdar_jax.config import ModelConfig
 from sdar_jax.model import Model
-from sdar_jax.objectives import Batch, Example, LossMetrics, make_example, training_loss
-from sdar_jax.training.config import TrainConfig
+from sdar_jax.objectives import Batch, Example, LossMetrics
 from sdar_jax.training.flops import Work, work
-from sdar_jax.training.optimizer import Weights, adamw, learning_rate
+from sdar_jax.training.optimizer import Weights
 
 
 class TrainState(NamedTuple):
     """All that a step changes; one pytree, donated to the step and saved whole.
 
-    weights, ema: by name (see `model_weights`); ema None without. optimizer: of optax. key: uint32, the data of the
-    run's random key. step: int32, steps taken.
+    weights, ema: by name (see `model_weights`), those that are trained; ema None without. optimizer: of optax. key:
+    uint32, the data of the run's random key. step: int32, steps taken.
     """
 
     weights: Weights
@@ -46,7 +44,8 @@ class StepMetrics(NamedTuple):
 
 
 Rebuild = Callable[[Weights], Model]
-Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+MakeExample = Callable[[Batch, jax.Array], Example]
+Loss = Callable[[Model, Example], tuple[Float[Array, ""], LossMetrics]]
 
 
 def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
@@ -60,40 +59,56 @@ def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True)), rebuild
 
 
-def initial_state(config: TrainConfig, weights: Weights, key: jax.Array) -> TrainState:
-    """The state before the first step; the moving average starts at the weights."""
-    ema = None if config.ema_decay is None else jax.tree.map(jnp.copy, weights)
-    return TrainState(weights, adamw(config.optimizer).init(weights), ema, jax.random.key_data(key), jnp.int32(0))
+def initial_state(
+    optimizer: optax.GradientTransformation, weights: Weights, key: jax.Array, *, averaged: bool
+) -> TrainState:
+    """The state before the first step; the moving average, if one is kept, starts at the weights."""
+    ema = jax.tree.map(jnp.copy, weights) if averaged else None
+    return TrainState(weights, optimizer.init(weights), ema, jax.random.key_data(key), jnp.int32(0))
 
 
-def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step:
-    """The jitted step, on the mesh in force where it is called. The batch is the whole one; the state is donated.
+def make_step(
+    make_example: MakeExample,
+    loss: Loss,
+    rebuild: Rebuild,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    *,
+    micro_batches: int = 1,
+    ema_decay: float | None = None,
+) -> jax.stages.Wrapped:
+    """The jitted step (state, batch, frozen={}) -> (state, StepMetrics), on the mesh in force where it is called.
 
-    The corruption is drawn for the whole batch, which is then split into micro-batches, two views of a row together;
-    gradients of the weighted sum add up in float32 and are divided once by the sum of counts. So `micro_batch_size`
+    The batch is the whole one. The state is donated; `frozen`, the weights that are not trained, is only read.
+
+    The example is made of the whole batch, which is then split into micro-batches, two views of a row together;
+    gradients of the weighted sum add up in float32 and are divided once by the sum of counts. So `micro_batches`
     changes nothing but memory, and rounding; and a mixture's router losses, which are of each micro-batch.
 
     Where loss or gradient is not finite (`StepMetrics.finite` is False), or nothing is learned (count 0), weights,
     optimiser and average stay as they were and only `step` advances.
+
+    Args:
+        make_example: (batch, key) -> what the network reads and is asked; the key differs from step to step.
+        loss: (model, example) -> the weighted sum, which is divided by the sum of `example.count`, and its metrics.
+        rebuild: weights by name, frozen ones included -> the model.
+        optimizer: gives a direction, which is scaled by the learning rate here.
+        learning_rate: of each step, counted from 1.
+        micro_batches: equal parts of the batch that are computed one after the other.
+        ema_decay: of the moving average; None where the state has none.
     """
-    optimizer, rate = adamw(config.optimizer), learning_rate(config.optimizer, config.total_steps)
-    options = {"remat": config.remat, "compute_dtype": compute_dtype(config)}
-    batch_size = config.data.batch_size
-    parts = batch_size // (config.micro_batch_size or batch_size)
 
-    def loss(weights: Weights, example: Example):
-        return training_loss(rebuild(weights), example, config.objective, **options)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch, frozen: Weights = {}) -> tuple[TrainState, StepMetrics]:  # noqa: B006
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        example = make_example(batch, key, config.objective, model)
-        gradients, total, scores = _accumulate(loss, state.weights, example, parts)
+        example = make_example(batch, key)
+        of_weights = lambda weights, part: loss(rebuild({**frozen, **weights}), part)
+        gradients, total, scores = _accumulate(of_weights, state.weights, example, micro_batches)
         count = example.count.sum()
         gradients = jax.tree.map(lambda g: g / jnp.where(count > 0, count, 1).astype(g.dtype), gradients)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
-        lr = jnp.asarray(rate(state.step + 1))
-        updated = _update(state, gradients, lr, optimizer, config.ema_decay)
+        lr = jnp.asarray(learning_rate(state.step + 1))
+        updated = _update(state, gradients, lr, optimizer, ema_decay)
         state = jax.tree.map(partial(jnp.where, finite & (count > 0)), updated, state)
         measured = StepMetrics(total, count, scores, work(example), norm, lr, finite)
         return sharding.constrain_weights(state._replace(step=state.step + 1)), measured
@@ -101,11 +116,11 @@ def make_step(config: TrainConfig, model: ModelConfig, rebuild: Rebuild) -> Step
     return jax.jit(step, donate_argnums=0)
 
 
-def compute_dtype(config: TrainConfig) -> jnp.dtype | None:
+def compute_dtype(name: Literal["auto", "float32", "bfloat16"]) -> jnp.dtype | None:
     """What "auto" means on the default device; None is the weights' own."""
-    if config.compute_dtype == "auto":
+    if name == "auto":
         return None if platform() == "cpu" else jnp.dtype(jnp.bfloat16)
-    return jnp.dtype(config.compute_dtype)
+    return jnp.dtype(name)
 
 
 def _accumulate(loss: Callable, weights: Weights, example: Example, parts: int):

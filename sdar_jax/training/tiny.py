@@ -18,10 +18,11 @@ from sdar_jax.chips import check_backend
 from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.errors import ConfigError
+from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.model import Model
 from sdar_jax.pretrained import save_pretrained
 from sdar_jax.sharding import MESH_AXES, MeshConfig
-from sdar_jax.training.config import EvalConfig, InitConfig, OptimizerConfig, TrainConfig
+from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.made_up import write_source, write_tokenizer
 from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.stages import starting_shape, trained_shape
@@ -58,7 +59,7 @@ def _made_up(config: TrainConfig) -> TrainConfig:
     inputs, mesh = home / "inputs", _mesh(config.mesh, jax.device_count())
     rows = max(_ROWS_PER_DEVICE, mesh.data * mesh.fsdp * mesh.expert)
     parts = min(2, config.data.batch_size // (config.micro_batch_size or config.data.batch_size))
-    block_size = trained.block_size if trained.objective == "block_diffusion" else None
+    block_size = trained.paradigm.block_size or 1
     steps = _STEPS if config.steps is None else min(_STEPS, config.steps)
     small = replace(
         config,
@@ -66,10 +67,10 @@ def _made_up(config: TrainConfig) -> TrainConfig:
         steps=steps,
         epochs=None,
         model=_model(config.model, inputs),
-        data=_data(config.data, rows * parts, block_size or 1, inputs / "data"),
+        data=_data(config.data, rows * parts, block_size, inputs / "data"),
         optimizer=_optimizer(config.optimizer, config.steps or math.inf, steps),
         checkpoint=replace(config.checkpoint, every=2),
-        eval=config.eval and _eval(config.eval, rows, block_size or 1, inputs / "held-out"),
+        eval=config.eval and _eval(config.eval, rows, block_size, inputs / "held-out"),
         mesh=mesh,
         micro_batch_size=config.micro_batch_size and rows,
         log_every=1,

@@ -18,26 +18,25 @@ import jax, jax.numpy as jnp
 from sdar_jax import ModelConfig
 from sdar_jax.attention import api
 from sdar_jax.chips import topology
-from sdar_jax.data import DataConfig, SourceConfig
+from sdar_jax.data import DataConfig
 from sdar_jax.objectives import Batch
 from sdar_jax.sharding import MeshConfig, batch_sharding, make_mesh, use
 from sdar_jax.training import TrainConfig
 from sdar_jax.training.config import InitConfig
-from sdar_jax.training.setup import abstract_state, check_run
-from sdar_jax.training.step import make_step
+from sdar_jax.training.setup import abstract_state, check_run, configured_step
 
 purpose = {"objective": "block_diffusion", "block_size": 4, "mask_token_id": 151669}
 shape = dataclasses.replace(ModelConfig.preset("sdar-1.7b"), num_layers=3, **purpose)
-data = DataConfig((SourceConfig("unread", "text"),), sequence_length=4096, batch_size=4)
+data = DataConfig((), sequence_length=4096, batch_size=4)
 init = InitConfig(shape=shape, tokenizer="unread")
 sizes = MeshConfig(**json.loads(sys.argv[3]))
 config = TrainConfig("unwritten", 10, init, data, compute_dtype="bfloat16", remat="full", mesh=sizes)
 mesh = make_mesh(sizes, topology(sys.argv[1]).devices)
 check_run(config, shape, mesh)
-rebuild, state = abstract_state(config, shape, mesh)
+rebuild, state, _ = abstract_state(config, shape, mesh)
 row = lambda kind: jax.ShapeDtypeStruct((4, 4096), kind, sharding=batch_sharding(mesh))
 with api.override(sys.argv[2]), use(mesh):
-    lowered = make_step(config, shape, rebuild).lower(state, Batch(row(jnp.int32), row(jnp.int32), row(bool)))
+    lowered = configured_step(config, shape, rebuild).lower(state, Batch(row(jnp.int32), row(jnp.int32), row(bool)))
 compiled = lowered.compile()
 memory = compiled.memory_analysis()
 print(json.dumps({

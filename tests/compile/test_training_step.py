@@ -16,16 +16,18 @@ import jax, jax.numpy as jnp
 from sdar_jax import ModelConfig
 from sdar_jax.attention import api
 from sdar_jax.chips import topology
-from sdar_jax.data import DataConfig, SourceConfig
+from sdar_jax.data import DataConfig
 from sdar_jax.model import Model, Stack
 from sdar_jax.objectives import Batch
 from sdar_jax.training import TrainConfig
 from sdar_jax.training.config import InitConfig
-from sdar_jax.training.step import initial_state, make_step, model_weights
+from sdar_jax.training.optimizer import adamw
+from sdar_jax.training.setup import configured_step
+from sdar_jax.training.step import initial_state, model_weights
 
 purpose = {"objective": "block_diffusion", "block_size": 4, "mask_token_id": 151669}
 shape = dataclasses.replace(ModelConfig.preset("sdar-1.7b"), num_layers=3, **purpose)
-data = DataConfig((SourceConfig("unread", "text"),), sequence_length=4096, batch_size=1)
+data = DataConfig((), sequence_length=4096, batch_size=1)
 init = InitConfig(shape=shape, tokenizer="unread")
 config = TrainConfig("unwritten", 10, init, data, compute_dtype="bfloat16", remat="full")
 
@@ -38,11 +40,11 @@ def stacked():
 weights, rebuild = model_weights(jax.eval_shape(stacked))
 device = jax.sharding.SingleDeviceSharding(topology(sys.argv[1]).devices[0])
 place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
-state = jax.eval_shape(lambda w: initial_state(config, w, jax.random.key(0)), weights)
+state = jax.eval_shape(lambda w: initial_state(adamw(config.optimizer), w, jax.random.key(0), averaged=False), weights)
 row = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
 batch = Batch(row, row, jax.ShapeDtypeStruct((1, 4096), bool))
 with api.override(sys.argv[2]):
-    lowered = make_step(config, shape, rebuild).lower(place(state), place(batch))
+    lowered = configured_step(config, shape, rebuild).lower(place(state), place(batch))
 memory = lowered.compile().memory_analysis()
 calls = re.findall(r"custom_call @(?:tpu_custom_call|mosaic_gpu)", lowered.as_text())
 print(json.dumps({"calls": len(calls), "held": memory.temp_size_in_bytes + memory.argument_size_in_bytes}))

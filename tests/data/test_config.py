@@ -11,7 +11,6 @@ SOURCE = SourceConfig("data", "jsonl")
 GOOD = DataConfig((SOURCE,), sequence_length=32, batch_size=4, packing="fit")
 
 BAD_DATA = [
-    ({"sources": ()}, "sources is empty"),
     ({"sequence_length": 0}, "sequence_length=0"),
     ({"batch_size": -1}, "batch_size=-1"),
     ({"noisy_length": 0}, "noisy_length=0"),
@@ -141,3 +140,9 @@ def test_sources_without_files(tmp_path, tokenizer, eos):
     (tmp_path / "blank.txt").write_text("")
     with pytest.raises(DataError, match="blank.txt:1: the text is empty"):
         next(make(tmp_path / "blank.txt", "text"))
+
+
+def test_a_dataset_needs_a_source(tokenizer, eos):
+    """A config need not have one: a run may be given its batches from Python."""
+    with pytest.raises(ConfigError, match="sources is empty: name at least one source to read"):
+        make_dataset(dataclasses.replace(GOOD, sources=()), tokenizer, block_size=4, eos_token_id=eos)

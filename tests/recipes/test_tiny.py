@@ -13,7 +13,7 @@ import pytest
 from sdar_jax import DecodingConfig, generate, load_pretrained
 from sdar_jax.errors import ConfigError
 from sdar_jax.sharding import MeshConfig
-from sdar_jax.training import EvalConfig, InitConfig, OptimizerConfig, TrainConfig, read_config, tiny, train
+from sdar_jax.training import EvalConfig, InitConfig, OptimizerConfig, TrainConfig, read_config, run, tiny
 from sdar_jax.training.reading import to_values
 from sdar_jax.training.stages import starting_shape, trained_shape
 from tests.recipes.conftest import CONFIGS, RECIPES, ROOT, flat
@@ -169,7 +169,7 @@ def test_an_evaluation_shrinks_too(tmp_path, unwritten):
 
 def check_run(recipe: str, config: TrainConfig) -> None:
     """Trains, and decodes with what was exported."""
-    assert train(config).finished
+    assert run(config).finished
     expected = trained_shape(read_config(CONFIGS / f"{recipe}.yaml").model)
     model = load_pretrained(Path(config.run_dir) / "model")
     own = model.config

@@ -17,8 +17,9 @@ from sdar_jax.errors import CheckpointError, ConfigError
 from sdar_jax.model import Model
 from sdar_jax.pretrained import load_pretrained, save_pretrained
 from sdar_jax.sharding import MeshConfig, make_mesh, shardings
-from sdar_jax.training import CheckpointConfig, TrainConfig, train
+from sdar_jax.training import CheckpointConfig, TrainConfig, run
 from sdar_jax.training.checkpoint import Checkpoints, Position
+from sdar_jax.training.optimizer import adamw
 from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.step import TrainState, initial_state, model_weights
 from tests.bad_input import refused
@@ -85,7 +86,9 @@ def check_saving(home: Path) -> None:
 
 def state_on(mesh: Mesh, config: TrainConfig, model: Model, step: int) -> TrainState:
     weights = jax.tree.map(lambda x: x * step, model_weights(model)[0])
-    state = initial_state(config, weights, jax.random.key(step))._replace(step=jnp.int32(step))
+    state = initial_state(
+        adamw(config.optimizer), weights, jax.random.key(step), averaged=config.ema_decay is not None
+    )._replace(step=jnp.int32(step))
     return jax.device_put(state, shardings(state, mesh))
 
 
@@ -122,7 +125,7 @@ def check_resuming(values: dict) -> None:
     before = bytes_of(checkpoint)
     for told, change in changes.items():
         with refused(ConfigError, told, "; "):
-            train(from_values(TrainConfig, merged(values, change)))
+            run(from_values(TrainConfig, merged(values, change)))
     assert bytes_of(checkpoint) == before
 
 

@@ -10,14 +10,13 @@ import yaml
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from sdar_jax import sharding
-from sdar_jax.cli.train import make_evaluate
 from sdar_jax.config import PRESETS, ModelConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model
 from sdar_jax.objectives import block_diffusion_loss
 from sdar_jax.pretrained import load_pretrained, save_pretrained
 from sdar_jax.sharding import MESH_AXES, MeshConfig, check_mesh, make_mesh
-from sdar_jax.training import train
+from sdar_jax.training import run
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.reading import from_values
 from tests.bad_input import refused
@@ -188,7 +187,7 @@ def test_a_run_goes_on_over_other_devices_and_is_that_of_one(inputs: Path, tmp_p
     assert "step=3" in run_module("tests.sharding.train_on_mesh", file, "1")
     file.write_text(yaml.safe_dump(values("sharded", fsdp=2, context=2)))
     assert "step=6" in run_module("tests.sharding.train_on_mesh", file, devices=4)
-    train(from_values(TrainConfig, values("one")), make_evaluate=make_evaluate)
+    run(from_values(TrainConfig, values("one")))
     ours, expected = metrics_of(tmp_path / "sharded"), metrics_of(tmp_path / "one")
     assert [line.keys() for line in ours] == [line.keys() for line in expected]
     for line, wanted in zip(ours, expected, strict=True):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import jax
 
-from sdar_jax.cli.train import make_evaluate
 from sdar_jax.sharding import make_mesh, shardings
 from sdar_jax.training import loop as training_loop
-from sdar_jax.training import read_config, train
+from sdar_jax.training import read_config, run
+from sdar_jax.training.extensions import Extensions
 from sdar_jax.training.setup import Setup
 
 
@@ -27,20 +27,15 @@ def main(path: str, stop: str = "0") -> None:
     assert make_mesh(config.mesh).size == jax.device_count()
     calls = []
 
-    def make(eval_config, data):
-        evaluate = make_evaluate(eval_config, data)
-
-        def stopping(model):
-            calls.append(evaluate(model))
-            if len(calls) == int(stop):
-                os.kill(os.getpid(), signal.SIGTERM)
-            return calls[-1]
-
-        return stopping
+    def stopping(model, step):
+        calls.append(step)
+        if len(calls) == int(stop):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
 
     prepare = training_loop.prepare
     training_loop.prepare = lambda *arguments: checked(prepare(*arguments))
-    print(train(config, make_evaluate=make), Path(config.run_dir))
+    print(run(config, Extensions(evaluators=(stopping,))), Path(config.run_dir))
 
 
 if __name__ == "__main__":

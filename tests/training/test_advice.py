@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sdar_jax.errors import ConfigError, DataError, TrainingError
-from sdar_jax.training import OptimizerConfig, Outcome, TrainConfig, read_config, train
+from sdar_jax.training import OptimizerConfig, Outcome, TrainConfig, read_config, run
 from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.resume import check_schedule
 from sdar_jax.training.run_dir import finished_step
@@ -44,23 +44,23 @@ def test_data_that_ends_loses_nothing_and_both_ways_on_work(inputs, tmp_path, co
     with pytest.raises(
         TrainingError, match=r"ended after 3 of 6 steps, which are saved; set steps to 3, raise data\.epo"
     ):
-        train(config)
+        run(config)
     assert state_of(tmp_path / "run")[0] == 3 and not (tmp_path / "run" / "model").exists()
     for change in ({"data": {"epochs": 9}}, {"data": {"epochs": None}}):
         shutil.copytree(tmp_path / "run", tmp_path / "copy")
         longer = from_values(TrainConfig, merged(to_values(config), {"run_dir": str(tmp_path / "copy"), **change}))
-        assert train(longer) == Outcome(6, finished=True)
+        assert run(longer) == Outcome(6, finished=True)
         shutil.rmtree(tmp_path / "copy")
     caplog.clear()
-    assert train(replace(config, steps=3)) == Outcome(3, finished=True)
+    assert run(replace(config, steps=3)) == Outcome(3, finished=True)
     assert "ends at step 3, before its schedule does: steps (was 6, is 3)" in caplog.text
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
 def test_a_finished_run_that_is_given_more_steps_equals_a_longer_one(config_in):
-    assert train(config_in("short", steps=4)) == Outcome(4, finished=True)
-    assert train(config_in("short", steps=6)) == Outcome(6, finished=True)
-    assert train(config_in("long", steps=6)) == Outcome(6, finished=True)
+    assert run(config_in("short", steps=4)) == Outcome(4, finished=True)
+    assert run(config_in("short", steps=6)) == Outcome(6, finished=True)
+    assert run(config_in("long", steps=6)) == Outcome(6, finished=True)
     assert_same_weights(config_in("short").run_dir, config_in("long").run_dir)
     models = [Path(config_in(name).run_dir, "model", "model.safetensors").read_bytes() for name in ("short", "long")]
     assert models[0] == models[1]
@@ -114,11 +114,11 @@ def test_steps_below_those_done_are_refused(config_in):
 
 def test_a_schedule_that_cannot_go_on_begins_anew_from_the_model(config_in):
     cosine = {"optimizer": {"schedule": "cosine"}}
-    train(config_in(steps=2, **cosine))
+    run(config_in(steps=2, **cosine))
     with pytest.raises(ConfigError, match="or use a new run_dir, with model.init_from") as raised:
-        train(config_in(steps=4, **cosine))
+        run(config_in(steps=4, **cosine))
     model = str(raised.value).split("model.init_from ")[1]
-    assert train(config_in("second", steps=2, model={"init_from": model, "shape": None}, **cosine)).finished
+    assert run(config_in("second", steps=2, model={"init_from": model, "shape": None}, **cosine)).finished
 
 
 def test_a_malformed_record_stops_a_run_that_goes_on_without_it(inputs, tmp_path, config_in):
@@ -129,61 +129,61 @@ def test_a_malformed_record_stops_a_run_that_goes_on_without_it(inputs, tmp_path
     data = data_values(tmp_path / "data.jsonl", shuffle=False, num_threads=0)
     config = config_in(data=data, checkpoint={"every": 100}, steps=12)
     with pytest.raises(DataError, match=r"data\.jsonl:61: not valid JSON .*on_error: skip") as raised:
-        train(config)
+        run(config)
     stopped = state_of(tmp_path / "run")[0]
     assert stopped is not None and stopped > 1 and "\n" not in str(raised.value)
     skipping = {"data": {**data, "on_error": "skip"}, "steps": 12}
     shutil.copytree(tmp_path / "run", tmp_path / "mended")
-    assert train(config_in(**skipping)).finished and train(config_in("whole", **skipping)).finished
+    assert run(config_in(**skipping)).finished and run(config_in("whole", **skipping)).finished
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     lines[60] = '{"question": "1+1=", "text": "2"}\n'
     (tmp_path / "data.jsonl").write_text("".join(lines))
-    assert train(replace(config, run_dir=str(tmp_path / "mended"))).finished
+    assert run(replace(config, run_dir=str(tmp_path / "mended"))).finished
 
 
 def test_other_data_of_the_same_number_of_records_is_told(inputs, tmp_path, config_in, caplog):
     shutil.copy(inputs / "sums.jsonl", tmp_path / "data.jsonl")
     config = config_in(data=data_values(tmp_path / "data.jsonl"), steps=2)
-    train(config)
+    run(config)
     assert "is not what it was" not in caplog.text
     content = (tmp_path / "data.jsonl").read_bytes()
     (tmp_path / "data.jsonl").write_bytes(content.replace(b'"text": "1', b'"text": "2'))
-    train(replace(config, steps=3))
+    run(replace(config, steps=3))
     assert f"data.sources.0.path {tmp_path}/data.jsonl is not what it was when the checkpoint was saved" in caplog.text
     (tmp_path / "data.jsonl").write_bytes(content.split(b"\n", 1)[1])
     with pytest.raises(DataError, match=r"hold \[199\] records and held \[200\] .* or use a new run_dir"):
-        train(replace(config, steps=4))
-    assert train(replace(config, steps=1, run_dir=str(tmp_path / "new"))).finished
+        run(replace(config, steps=4))
+    assert run(replace(config, steps=1, run_dir=str(tmp_path / "new"))).finished
 
 
 def test_epochs_are_steps_that_are_counted(inputs, tmp_path, config_in, caplog):
     data = data_values(inputs / "held-out.jsonl")
     by_epochs = {"steps": None, "data": data, "optimizer": {"schedule": "cosine"}}
     with caplog.at_level(logging.INFO, "sdar_jax"):
-        assert train(config_in(epochs=2, **by_epochs)) == Outcome(6, finished=True)
+        assert run(config_in(epochs=2, **by_epochs)) == Outcome(6, finished=True)
     written = read_config(tmp_path / "run" / "config.yaml")
     assert (written.steps, written.epochs, written.data.epochs) == (6, None, 2)
     by_steps = {**by_epochs, "steps": 6, "data": {**data, "epochs": 2}}
-    train(config_in("by_steps", **by_steps))
+    run(config_in("by_steps", **by_steps))
     assert_same_weights(tmp_path / "run", tmp_path / "by_steps")
     assert caplog.text.count("counting the steps of 2 epochs") == 1
     with caplog.at_level(logging.INFO, "sdar_jax"):
-        assert train(config_in(epochs=2, **by_epochs)) == Outcome(6, finished=True)
+        assert run(config_in(epochs=2, **by_epochs)) == Outcome(6, finished=True)
     assert "nothing is left to do" in caplog.text and caplog.text.count("counting") == 1
 
 
 def test_epochs_resume_without_another_count_and_can_be_more(inputs, tmp_path, config_in, caplog):
     by_epochs = {"steps": None, "data": data_values(inputs / "held-out.jsonl")}
-    assert train(config_in(epochs=1, **by_epochs)) == Outcome(3, finished=True)
+    assert run(config_in(epochs=1, **by_epochs)) == Outcome(3, finished=True)
     shutil.rmtree(tmp_path / "run" / "model")
     caplog.clear()
     with caplog.at_level(logging.INFO, "sdar_jax"):
-        assert train(config_in(epochs=1, **by_epochs)) == Outcome(3, finished=True)
+        assert run(config_in(epochs=1, **by_epochs)) == Outcome(3, finished=True)
     assert "counting" not in caplog.text
-    assert train(config_in(epochs=2, **by_epochs)).step > 3
+    assert run(config_in(epochs=2, **by_epochs)).step > 3
     data = {**by_epochs["data"], "epochs": 1}
-    assert train(config_in("by_steps", steps=2, data=data)) == Outcome(2, finished=True)
-    assert train(config_in("by_steps", epochs=1, **by_epochs)) == Outcome(3, finished=True), "two steps are no epoch"
+    assert run(config_in("by_steps", steps=2, data=data)) == Outcome(2, finished=True)
+    assert run(config_in("by_steps", epochs=1, **by_epochs)) == Outcome(3, finished=True), "two steps are no epoch"
 
 
 def test_a_model_that_this_run_did_not_write_is_neither_its_result_nor_replaced(tmp_path, config_in):
@@ -191,38 +191,38 @@ def test_a_model_that_this_run_did_not_write_is_neither_its_result_nor_replaced(
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     for _ in range(2):
         with pytest.raises(ConfigError, match="model is there and this run has not written it; move it away, or use"):
-            train(config_in(steps=1))
+            run(config_in(steps=1))
     (tmp_path / "run" / "model").rename(tmp_path / "base")
-    assert train(config_in(steps=1)).finished and (tmp_path / "base" / "config.json").read_text() == "{}"
+    assert run(config_in(steps=1)).finished and (tmp_path / "base" / "config.json").read_text() == "{}"
 
 
 def test_what_is_exported_is_written_again_where_it_has_to_be(tmp_path, config_in):
-    train(config_in(steps=2))
+    run(config_in(steps=2))
     model, mark = tmp_path / "run" / "model", tmp_path / "run" / "export.json"
     whole = model.joinpath("model.safetensors").stat().st_size
-    assert train(config_in(steps=2, export_dtype="bfloat16")) == Outcome(2, finished=True)
+    assert run(config_in(steps=2, export_dtype="bfloat16")) == Outcome(2, finished=True)
     assert model.joinpath("model.safetensors").stat().st_size < 0.75 * whole
     assert json.loads(model.joinpath("config.json").read_text())["torch_dtype"] == "bfloat16"
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "complete": False}))
     assert finished_step(tmp_path / "run", config_in(steps=2, export_dtype="bfloat16"), 2) is None
-    assert train(config_in(steps=2)) == Outcome(2, finished=True)
+    assert run(config_in(steps=2)) == Outcome(2, finished=True)
     assert model.joinpath("model.safetensors").stat().st_size == whole
     mark.write_text("")
     assert finished_step(tmp_path / "run", config_in(steps=2), 2) is None
-    assert train(config_in(steps=2)) == Outcome(2, finished=True)
+    assert run(config_in(steps=2)) == Outcome(2, finished=True)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert train(config_in(steps=2)) == Outcome(2, finished=True)
+    assert run(config_in(steps=2)) == Outcome(2, finished=True)
     with pytest.raises(ConfigError, match=r"is of step 2 in float32, and no checkpoint is left .* use a new run_dir"):
-        train(config_in(steps=3))
+        run(config_in(steps=3))
 
 
 def test_rows_longer_than_the_context_are_refused_or_told(config_in, caplog):
     short: Values = {"shape": {"max_position_embeddings": 12}}
     with pytest.raises(ConfigError, match=r"data\.sequence_length is 16 and .* 12: lower it to 12, or raise max_posit"):
-        train(config_in("a", steps=1, model=short, data={"segments": "row"}))
-    assert train(config_in("b", steps=1, model=short, data={"segments": "row", "sequence_length": 12})).finished
+        run(config_in("a", steps=1, model=short, data={"segments": "row"}))
+    assert run(config_in("b", steps=1, model=short, data={"segments": "row", "sequence_length": 12})).finished
     assert "max_position_embeddings" not in caplog.text
-    assert train(config_in("c", steps=1, model=short)).finished
+    assert run(config_in("c", steps=1, model=short)).finished
     assert "data.sequence_length is 16 and the model's max_position_embeddings 12: longer documents" in caplog.text
 
 
@@ -231,5 +231,5 @@ def test_numbers_that_are_not_finite_are_left_by_a_lower_rate_in_a_new_run(confi
     with pytest.raises(
         TrainingError, match=r"mend these records and start it again, or lower optimizer\.learning_rate"
     ):
-        train(config_in(optimizer=explosive))
-    assert train(config_in("new", optimizer={**explosive, "learning_rate": 1e-3})).finished
+        run(config_in(optimizer=explosive))
+    assert run(config_in("new", optimizer={**explosive, "learning_rate": 1e-3})).finished

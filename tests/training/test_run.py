@@ -15,7 +15,8 @@ from sdar_jax.data import load_tokenizer
 from sdar_jax.errors import ConfigError, DataError, TrainingError
 from sdar_jax.model import stack_layers
 from sdar_jax.pretrained import load_pretrained
-from sdar_jax.training import Outcome, TrainConfig, read_config, train
+from sdar_jax.training import Outcome, TrainConfig, read_config, run
+from sdar_jax.training.extensions import Extensions
 from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.resume import check_same_for_all, check_unchanged
 from sdar_jax.training.run_dir import occupied
@@ -36,27 +37,25 @@ def config_in(inputs: Path, run_dir: Path, **changes) -> TrainConfig:
     return from_values(TrainConfig, merged(values, changes))
 
 
-def total_weight(_, data):
-    """Stands in for an evaluation: any number that depends on all of the weights, and on the data."""
-    tokens = int(next(data)["tokens"].sum())
-    return lambda model: {"weight": float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(model))) + tokens}
+def total_weight(model, step):
+    """An evaluator: any number that depends on all of the weights."""
+    return {"weight": float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(model)))}
 
 
-def at_evaluation(number: int, act):
+TOTAL_WEIGHT = Extensions(evaluators=(total_weight,))
+
+
+def at_evaluation(number: int, act) -> Extensions:
     """`total_weight`, which does something else as well at its nth call."""
+    calls = []
 
-    def make(config, data):
-        measure, calls = total_weight(config, data), []
+    def evaluate(model, step):
+        calls.append(step)
+        if len(calls) == number:
+            act()
+        return total_weight(model, step)
 
-        def evaluate(model):
-            calls.append(1)
-            if len(calls) == number:
-                act()
-            return measure(model)
-
-        return evaluate
-
-    return make
+    return Extensions(evaluators=(evaluate,))
 
 
 def terminate():
@@ -74,32 +73,32 @@ def crash():
 @pytest.fixture(scope="module")
 def undisturbed(inputs, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train(config_in(inputs, run_dir), make_evaluate=total_weight) == Outcome(6, finished=True)
+    assert run(config_in(inputs, run_dir), TOTAL_WEIGHT) == Outcome(6, finished=True)
     return run_dir
 
 
 def test_a_run_that_sigterm_interrupts_goes_on_as_if_it_had_not(undisturbed, inputs, tmp_path):
     config = config_in(inputs, tmp_path / "run")
-    stopped = train(config, make_evaluate=at_evaluation(1, terminate))
+    stopped = run(config, at_evaluation(1, terminate))
     assert stopped == Outcome(3, finished=False, signal=signal.SIGTERM)
     assert state_of(tmp_path / "run")[0] == 3 and not (tmp_path / "run" / "model").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert train(config, make_evaluate=total_weight) == Outcome(6, finished=True)
+    assert run(config, TOTAL_WEIGHT) == Outcome(6, finished=True)
     assert_same_run(undisturbed, tmp_path / "run")
 
 
 def test_a_run_that_crashes_goes_on_from_its_last_checkpoint(undisturbed, inputs, tmp_path):
     config = config_in(inputs, tmp_path / "run")
     with pytest.raises(Crash):
-        train(config, make_evaluate=at_evaluation(1, crash))
+        run(config, at_evaluation(1, crash))
     assert state_of(tmp_path / "run")[0] == 2
-    assert train(config, make_evaluate=total_weight).finished
+    assert run(config, TOTAL_WEIGHT).finished
     assert_same_run(undisturbed, tmp_path / "run")
 
 
 def test_a_run_killed_before_its_export_exports(undisturbed, inputs, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("model"))
-    assert train(config_in(inputs, tmp_path / "run"), make_evaluate=total_weight).finished
+    assert run(config_in(inputs, tmp_path / "run"), TOTAL_WEIGHT).finished
     assert_same_run(undisturbed, tmp_path / "run")
 
 
@@ -109,7 +108,7 @@ def test_a_finished_run_does_nothing(undisturbed, inputs, caplog):
 
     before = look()
     with caplog.at_level(logging.INFO, "sdar_jax"):
-        outcome = train(config_in(inputs, undisturbed), make_evaluate=total_weight)
+        outcome = run(config_in(inputs, undisturbed), TOTAL_WEIGHT)
     assert outcome == Outcome(6, finished=True) and "nothing is left to do" in caplog.text
     assert look() == before
 
@@ -130,7 +129,7 @@ def test_a_finished_run_does_nothing(undisturbed, inputs, caplog):
 )
 def test_a_run_does_not_go_on_with_another_config(change, named, undisturbed, inputs):
     with pytest.raises(ConfigError, match=named) as raised:
-        train(config_in(inputs, undisturbed, **change), make_evaluate=total_weight)
+        run(config_in(inputs, undisturbed, **change), TOTAL_WEIGHT)
     assert "restore these, or use a new run_dir" in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -145,9 +144,9 @@ def test_a_run_does_not_go_on_with_another_config(change, named, undisturbed, in
 )
 def test_what_does_not_change_the_result_may_change(rounding, changes, undisturbed, inputs, tmp_path):
     """Half of the run with one config and half with the other, in another place."""
-    train(config_in(inputs, tmp_path / "run"), make_evaluate=at_evaluation(1, terminate))
+    run(config_in(inputs, tmp_path / "run"), at_evaluation(1, terminate))
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert train(config_in(inputs, tmp_path / "moved", **changes), make_evaluate=total_weight).finished
+    assert run(config_in(inputs, tmp_path / "moved", **changes), TOTAL_WEIGHT).finished
     ours, theirs = state_of(tmp_path / "moved")[1], state_of(undisturbed)[1]
     tolerance = {"rtol": 2e-3, "atol": 2e-5} if rounding else {"rtol": 0, "atol": 0}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), ours, theirs)
@@ -157,7 +156,7 @@ def test_lines_have_the_step_the_averages_and_the_evaluation(undisturbed):
     lines = metrics_of(undisturbed)
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     assert set(lines[0]) == {"step", "loss", "nll", "accuracy", "grad_norm", "learning_rate", "tokens"}
-    assert set(lines[1]) == {"step", "eval_weight"}
+    assert set(lines[1]) == {"step", "eval_nelbo", "eval_nelbo_se", "eval_weight"}
     assert [line["tokens"] for line in lines if "tokens" in line] == [2 * 64, 4 * 64, 6 * 64]
     assert lines[3]["learning_rate"] == 0
     first = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])
@@ -173,9 +172,7 @@ def test_the_moving_average_is_what_is_evaluated_and_exported(undisturbed, input
     weights, _ = model_weights(stack_layers(model))
     jax.tree.map(np.testing.assert_array_equal, weights, state["ema"])
     assert any((state["ema"][name] != state["weights"][name]).any() for name in weights)
-    total = total_weight(None, iter([{"tokens": np.zeros(1)}]))(weights)["weight"]
-    held_out = metrics_of(undisturbed)[-1]["eval_weight"] - total
-    assert held_out == pytest.approx(round(held_out), abs=1e-3) and held_out > 0
+    assert metrics_of(undisturbed)[-1]["eval_weight"] == total_weight(model, 6)["weight"]
 
 
 def test_the_resolved_config_is_left_in_the_run(undisturbed, inputs):
@@ -186,9 +183,9 @@ def test_a_run_goes_on_without_the_weights_it_started_from(undisturbed, inputs, 
     shutil.copytree(undisturbed / "model", tmp_path / "start")
     changes = {"init_from": str(tmp_path / "start"), "shape": None}
     config = config_in(inputs, tmp_path / "run", model=changes)
-    train(config, make_evaluate=at_evaluation(1, terminate))
+    run(config, at_evaluation(1, terminate))
     (tmp_path / "start" / "model.safetensors").unlink()
-    assert train(config, make_evaluate=total_weight).finished
+    assert run(config, TOTAL_WEIGHT).finished
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(inputs, tmp_path):
@@ -197,7 +194,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(inputs, tmp
     plain = {"ema_decay": None, "micro_batch_size": None, "eval": None}
     config = config_in(inputs, run_dir, optimizer=explosive, checkpoint={"every": 1}, **plain)
     with pytest.raises(TrainingError) as raised:
-        train(config)
+        run(config)
     message = str(raised.value)
     assert message.startswith("step 2: loss ") and "\n" not in message
     assert "sums.jsonl:" in message and f"the last good checkpoint is {run_dir / 'checkpoints' / '1'}" in message
@@ -212,15 +209,10 @@ def test_data_that_changed_under_a_run_is_noticed(inputs, tmp_path):
     copy = tmp_path / "sums.jsonl"
     shutil.copy(inputs / "sums.jsonl", copy)
     config = config_in(inputs, tmp_path / "run", data=data_values(copy))
-    train(config, make_evaluate=at_evaluation(1, terminate))
+    run(config, at_evaluation(1, terminate))
     copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DataError, match="records"):
-        train(config, make_evaluate=total_weight)
-
-
-def test_eval_needs_someone_who_evaluates(inputs, tmp_path):
-    with pytest.raises(ConfigError, match="eval is set and train.. has no make_evaluate"):
-        train(config_in(inputs, tmp_path / "run"))
+        run(config, TOTAL_WEIGHT)
 
 
 def test_a_run_from_before_a_field_goes_on_with_its_default(inputs, tmp_path):
@@ -244,21 +236,21 @@ def test_a_process_with_another_config_is_noticed(inputs, tmp_path, monkeypatch)
 def test_two_jobs_do_not_share_a_run_dir(inputs, tmp_path):
     config = config_in(inputs, tmp_path / "run")
     with occupied(tmp_path / "run"), pytest.raises(ConfigError, match="run_dir '.*' is in use by another job"):
-        train(config, make_evaluate=total_weight)
+        run(config, TOTAL_WEIGHT)
     with occupied(tmp_path / "run"):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_shards_of_data_go_on_exactly(inputs, tmp_path):
     changes = {"data": {"shards": 2}}
-    train(config_in(inputs, tmp_path / "whole", **changes), make_evaluate=total_weight)
+    run(config_in(inputs, tmp_path / "whole", **changes), TOTAL_WEIGHT)
     config = config_in(inputs, tmp_path / "run", **changes)
-    train(config, make_evaluate=at_evaluation(1, terminate))
-    assert train(config, make_evaluate=total_weight).finished
+    run(config, at_evaluation(1, terminate))
+    assert run(config, TOTAL_WEIGHT).finished
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_run_dir_that_cannot_be_is_named(inputs, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="run_dir .* cannot be made"):
-        train(config_in(inputs, tmp_path / "file" / "run", eval=None))
+        run(config_in(inputs, tmp_path / "file" / "run", eval=None))

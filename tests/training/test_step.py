@@ -1,6 +1,7 @@
 """A step against a plain one, and what must not change it: micro-batches, nothing to learn, bad numbers."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ import pytest
 
 from sdar_jax.config import ModelConfig
 from sdar_jax.corruption import CorruptionConfig
-from sdar_jax.data import DataConfig, SourceConfig
+from sdar_jax.data import DataConfig
 from sdar_jax.experts import balance_loss, max_load, z_loss
 from sdar_jax.model import Model, stack_layers
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, training_loss, weighted_loss
 from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
-from sdar_jax.training.optimizer import is_decayed, learning_rate
+from sdar_jax.training.optimizer import adamw, is_decayed, learning_rate
+from sdar_jax.training.setup import configured_step
 from sdar_jax.training.step import initial_state, make_step, model_weights
 
 SHAPE = ModelConfig(32, 16, 32, 1, 2, 1, 8, block_size=4, mask_token_id=31)
@@ -27,11 +29,13 @@ def shape(objective: str) -> ModelConfig:
     return dataclasses.replace(SHAPE, objective=objective)
 
 
-def make_config(complementary: bool = False, **changes) -> TrainConfig:
-    data = DataConfig((SourceConfig("unread", "text"),), sequence_length=LENGTH, batch_size=ROWS)
-    objective = ObjectiveConfig(CorruptionConfig(complementary=complementary))
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup=0, clip_norm=0.1)
-    return TrainConfig("unused", 100, InitConfig(init_from="unread"), data, objective, optimizer, **changes)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup=0, clip_norm=0.1)
+RATE = learning_rate(OPTIMIZER, 100)
+PLAIN = ObjectiveConfig()
+
+
+def complementary(wanted: bool = True) -> ObjectiveConfig:
+    return ObjectiveConfig(CorruptionConfig(complementary=wanted))
 
 
 def random_batch(noisy: bool = False) -> Batch:
@@ -51,10 +55,19 @@ def nothing_to_learn(batch: Batch) -> Batch:
     return batch._replace(loss_mask=jnp.zeros((ROWS, LENGTH), bool))
 
 
-def fresh(config: TrainConfig, model: ModelConfig, dtype=jnp.float32):
-    """State and step of a model with random weights."""
+def fresh(model: ModelConfig, objective: ObjectiveConfig = PLAIN, dtype=jnp.float32, *, micro=ROWS, ema_decay=None):
+    """State and step of a model with random weights; `micro` rows are computed at once."""
     weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), dtype)))
-    return initial_state(config, weights, jax.random.key(1)), make_step(config, model, rebuild)
+    step = make_step(
+        lambda batch, key: make_example(batch, key, objective, model),
+        partial(training_loss, config=objective),
+        rebuild,
+        adamw(OPTIMIZER),
+        RATE,
+        micro_batches=ROWS // micro,
+        ema_decay=ema_decay,
+    )
+    return initial_state(adamw(OPTIMIZER), weights, jax.random.key(1), averaged=ema_decay is not None), step
 
 
 def host(tree):
@@ -66,31 +79,30 @@ def largest_difference(a, b) -> float:
 
 
 @pytest.mark.parametrize(
-    ("objective", "complementary", "micro"),
+    ("objective", "views", "micro"),
     [("autoregressive", False, 4), ("masked_diffusion", False, 2), ("block_diffusion", True, 2)],
 )
-def test_micro_batches_make_the_plain_step_of_the_whole_batch(objective, complementary, micro, x64):
+def test_micro_batches_make_the_plain_step_of_the_whole_batch(objective, views, micro, x64):
     """Two steps, against the whole batch at once, its loss divided by its count, and optax's AdamW.
 
     Rows have unequal weight, so dividing each micro-batch by its own count would show. A third batch has nothing to
     learn, and changes nothing but the count of steps.
     """
-    config, model = make_config(complementary, micro_batch_size=micro, ema_decay=0.75), shape(objective)
+    config, model = complementary(views), shape(objective)
     batch = random_batch(noisy=objective == "block_diffusion")
-    state, step = fresh(config, model, jnp.float64)
+    state, step = fresh(model, config, jnp.float64, micro=micro, ema_decay=0.75)
     weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), jnp.float64)))
-    schedule = learning_rate(config.optimizer, config.steps)
-    o = config.optimizer
+    o = OPTIMIZER
     optimizer = optax.chain(
         optax.clip_by_global_norm(0.1),
-        optax.adamw(lambda n: schedule(n + 1), o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay, mask=is_decayed),
+        optax.adamw(lambda n: RATE(n + 1), o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay, mask=is_decayed),
     )
     moments, average = optimizer.init(weights), weights
 
     @jax.jit
     def loss_and_gradient(weights, number):
         key = jax.random.fold_in(jax.random.key(1), number)
-        example = make_example(batch, key, config.objective, model)
+        example = make_example(batch, key, config, model)
         loss = lambda weights: weighted_loss(rebuild(weights), example)[0] / example.count.sum()  # noqa: E731
         return jax.value_and_grad(loss)(weights)
 
@@ -114,14 +126,14 @@ def test_micro_batches_make_the_plain_step_of_the_whole_batch(objective, complem
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("complementary", [False, True])
+@pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_accumulation_changes_nothing(objective, complementary, x64):
+def test_accumulation_changes_nothing(objective, views, x64):
     """Every split of the batch, with layers that are scanned."""
     results = []
-    for micro in (None, 4, 1):
-        config, model = make_config(complementary, micro_batch_size=micro), shape(objective)
-        state, step = fresh(config, dataclasses.replace(model, num_layers=3), jnp.float64)
+    model = dataclasses.replace(shape(objective), num_layers=3)
+    for micro in (ROWS, 4, 1):
+        state, step = fresh(model, complementary(views), jnp.float64, micro=micro)
         state, metrics = step(state, random_batch())
         results.append(host((state.weights, state.optimizer, metrics)))
     norm = results[0][2].grad_norm
@@ -135,13 +147,12 @@ def test_a_mixture_s_losses_are_the_mean_of_its_micro_batches(x64):
     """Weighted by count, each with the statistics of its own tokens, and reported beside the loss they are part of."""
     experts = {"num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8, "initializer_range": 0.5}
     model = dataclasses.replace(SHAPE, architecture="qwen3_moe", objective="autoregressive", **experts)
-    config = make_config(micro_batch_size=4)
-    config = dataclasses.replace(config, objective=ObjectiveConfig(router_balance=0.5, router_z=0.25))
+    config = ObjectiveConfig(router_balance=0.5, router_z=0.25)
     weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), jnp.float64)))
 
     @jax.jit
     def expected(weights):
-        example = make_example(random_batch(), jax.random.key(0), config.objective, model)
+        example = make_example(random_batch(), jax.random.key(0), config, model)
         total, routers = 0.0, 0.0
         for part in (slice(0, 4), slice(4, 8)):
             own = jax.tree.map(lambda x, part=part: x[part], example)
@@ -152,7 +163,8 @@ def test_a_mixture_s_losses_are_the_mean_of_its_micro_batches(x64):
         return total / example.count.sum(), routers
 
     (value, routers), gradients = jax.value_and_grad(expected, has_aux=True)(weights)
-    _, metrics = fresh(config, model, jnp.float64)[1](initial_state(config, weights, jax.random.key(1)), random_batch())
+    state, step = fresh(model, config, jnp.float64, micro=4)
+    _, metrics = step(state, random_batch())
     assert abs(metrics.loss / metrics.count - value) < 1e-12 * value
     assert abs(metrics.grad_norm - optax.tree.norm(gradients)) < 1e-9
     np.testing.assert_allclose(jnp.stack(metrics.scores.router), routers, rtol=1e-6)
@@ -161,9 +173,9 @@ def test_a_mixture_s_losses_are_the_mean_of_its_micro_batches(x64):
 @pytest.fixture(scope="module")
 def diffusion_step():
     """Compiled once; a fresh state for each test."""
-    config, model = make_config(ema_decay=0.9), shape("block_diffusion")
-    step = fresh(config, model)[1]
-    return lambda: (fresh(config, model)[0], step)
+    model = shape("block_diffusion")
+    step = fresh(model, ema_decay=0.9)[1]
+    return lambda: (fresh(model, ema_decay=0.9)[0], step)
 
 
 def test_noise_differs_from_step_to_step_and_not_from_run_to_run(diffusion_step):
@@ -207,8 +219,17 @@ def test_remat_and_compute_dtype_reach_the_model():
         ("none", "bfloat16"),
         ("none", "float32"),
     ]:
-        state, step = fresh(make_config(remat=remat, compute_dtype=dtype), model)
-        programs[remat, dtype] = step.lower(state, batch).as_text()
+        config = TrainConfig(
+            "unused",
+            100,
+            InitConfig(shape=model, tokenizer="unused"),
+            DataConfig((), sequence_length=LENGTH, batch_size=ROWS),
+            optimizer=OPTIMIZER,
+            remat=remat,
+            compute_dtype=dtype,
+        )
+        step = configured_step(config, model, model_weights(stack_layers(Model(model, jax.random.key(0))))[1])
+        programs[remat, dtype] = step.lower(fresh(model)[0], batch).as_text()
     plain = programs["none", "auto"]
     dots = {name: text.count("dot_general") for name, text in programs.items()}
     assert dots["full", "auto"] > dots["none", "auto"]
@@ -228,8 +249,8 @@ def test_weights_have_names_and_go_back():
 
 def test_optimiser_and_average_are_float32_and_start_at_the_weights():
     weights, _ = model_weights(stack_layers(Model(SHAPE, jax.random.key(0))))
-    state = initial_state(make_config(ema_decay=0.5), weights, jax.random.key(1))
+    state = initial_state(adamw(OPTIMIZER), weights, jax.random.key(1), averaged=True)
     jax.tree.map(np.testing.assert_array_equal, state.ema, weights)
     moments = [leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert moments and set(moments) == {jnp.dtype(jnp.float32)}
-    assert initial_state(make_config(), weights, jax.random.key(1)).ema is None
+    assert initial_state(adamw(OPTIMIZER), weights, jax.random.key(1), averaged=False).ema is None

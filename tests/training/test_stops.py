@@ -10,7 +10,7 @@ from sdar_jax.config import ModelConfig
 from sdar_jax.data import SourceConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.pretrained import load_pretrained
-from sdar_jax.training import TrainConfig, train
+from sdar_jax.training import TrainConfig, run
 from sdar_jax.training.reading import from_values
 from sdar_jax.training.stops import turn_ends, with_learned_stops
 from tests.data.conftest import CHATML, SPECIAL, make_byte_tokenizer
@@ -96,7 +96,7 @@ def test_a_run_exports_where_its_conversations_end(inputs, tmp_path):
     data = {"sources": [{"path": str(tmp_path / "chat.jsonl"), "format": "chat"}], "loss": "response"}
     changes = {"steps": 1, "model": {"tokenizer": str(tmp_path / "tokenizer"), "shape": {"vocab_size": 264}}}
     values = merged(run_values(inputs, tmp_path / "run"), {**changes, "data": {**data, "sequence_length": 64}})
-    assert train(from_values(TrainConfig, values)).finished
+    assert run(from_values(TrainConfig, values)).finished
     saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [TURN, END]
     assert load_pretrained(tmp_path / "run" / "model").config.stop_token_ids == (TURN, END)

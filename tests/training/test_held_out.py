@@ -1,4 +1,4 @@
-"""train.py's evaluation: the batches of held-out rows put together are the whole of them."""
+"""Held-out likelihood: the batches of held-out rows put together are the whole of them."""
 
 from dataclasses import replace
 
@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from sdar_jax.cli.train import make_evaluate
 from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer
 from sdar_jax.errors import DataError
 from sdar_jax.evaluation import autoregressive_nll, nelbo
+from sdar_jax.evaluation.config import EvalConfig
+from sdar_jax.evaluation.held_out import held_out_likelihood
 from sdar_jax.model import Model
-from sdar_jax.training import EvalConfig
 from sdar_jax.training.setup import open_dataset
 
 SHAPE = ModelConfig(32, 16, 32, 1, 2, 1, 8, block_size=1, mask_token_id=20)
@@ -35,7 +35,7 @@ def whole(inputs, model: ModelConfig, batches: int) -> dict[str, np.ndarray]:
 def test_batches_make_up_the_whole_exact_nll(rows, inputs):
     """Rows are rounded up to batches of 2."""
     model = Model(SHAPE, jax.random.key(0))
-    found = make_evaluate(*held_out(inputs, SHAPE, rows))(model)
+    found = held_out_likelihood(*held_out(inputs, SHAPE, rows))(model, 0)
     rows_in_all = whole(inputs, SHAPE, 2)
     assert set(found) == {"nll"}
     assert found["nll"] == pytest.approx(autoregressive_nll(model, rows_in_all.pop("tokens"), **rows_in_all), rel=1e-6)
@@ -45,7 +45,7 @@ def test_batches_make_up_the_whole_bound(inputs):
     """At S = 1 the bound is exact, so the whole and its parts agree, with no error left."""
     config = replace(SHAPE, objective="block_diffusion")
     model = Model(config, jax.random.key(0))
-    found = make_evaluate(*held_out(inputs, config, 4))(model)
+    found = held_out_likelihood(*held_out(inputs, config, 4))(model, 0)
     rows_in_all = whole(inputs, config, 2)
     expected = nelbo(model, rows_in_all.pop("tokens"), block_size=1, **rows_in_all)[0]
     assert found["nelbo"] == pytest.approx(expected, rel=1e-6) and found["nelbo_se"] < 1e-6
@@ -56,7 +56,7 @@ def test_the_error_of_the_bound_shrinks_with_the_rows(inputs):
     config = replace(SHAPE, objective="masked_diffusion")
     model = Model(config, jax.random.key(0))
     evaluation, data = held_out(inputs, config, 10)
-    found = make_evaluate(replace(evaluation, samples=32), data)(model)
+    found = held_out_likelihood(replace(evaluation, samples=32), data)(model, 0)
     rows_in_all = whole(inputs, config, 5)
     mean, error = nelbo(model, rows_in_all.pop("tokens"), block_size=None, samples=32, seed=5, **rows_in_all)
     assert abs(found["nelbo"] - mean) < 5 * np.hypot(error, found["nelbo_se"])
@@ -78,4 +78,4 @@ class Blank:
 
 def test_data_without_a_token_that_counts_is_refused_at_once(inputs):
     with pytest.raises(DataError, match="eval.data has no token that counts in its first rows"):
-        make_evaluate(held_out(inputs, SHAPE, 4)[0], Blank())
+        held_out_likelihood(held_out(inputs, SHAPE, 4)[0], Blank())

@@ -1,0 +1,62 @@
+"""What a run may be given from Python besides its config: data, evaluators, callbacks, an objective, frozen weights."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array
+
+from sdar_jax.config import ModelConfig
+from sdar_jax.errors import ConfigError
+from sdar_jax.model import Model
+from sdar_jax.objectives import Batch, Example, LossMetrics
+
+Evaluator = Callable[[Model, int], dict[str, float]]
+"""(model, step) -> named numbers."""
+Callback = Callable[[int, dict[str, Any], Callable[[], Model]], None]
+"""(step, line, model): called with each line of metrics.jsonl; `model()` is the model as it would be exported now."""
+
+
+class TrainingObjective(NamedTuple):
+    """An objective of one's own: two functions of JAX arrays, which are traced into the step.
+
+    Attributes:
+        make_example: (batch, key, model's config) -> what the network reads and is asked, and how much each row counts.
+            Called on the whole batch of a step; the key differs from step to step. An example has the batch's rows in
+            their order, or for each as many views, one after the other.
+        loss: (model, example, *, remat, compute_dtype) -> the weighted sum over an example, float32, and its metrics.
+            Called on each micro-batch, and divided by the sum of `example.count`. None: weighted cross-entropy, with a
+            mixture's router losses.
+    """
+
+    make_example: Callable[[Batch, jax.Array, ModelConfig], Example]
+    loss: Callable[..., tuple[Array, LossMetrics]] | None = None
+
+    @property
+    def name(self) -> str:
+        """How checkpoints know it."""
+        functions = (self.make_example, self.loss)
+        return ", ".join(getattr(each, "__qualname__", type(each).__qualname__) for each in functions if each)
+
+
+class Extensions(NamedTuple):
+    """The arguments of `train` behind the config."""
+
+    data: Iterable[dict[str, Any]] | None = None
+    evaluators: Sequence[Evaluator] = ()
+    callbacks: Sequence[Callback] = ()
+    objective: TrainingObjective | None = None
+    trainable: Callable[[str], bool] | None = None
+
+    def split(self, weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Weights (or their shapes) by name: those that are trained, and those that are frozen.
+
+        Raises:
+            ConfigError: none is trained.
+        """
+        if self.trainable is None:
+            return weights, {}
+        trained = {name: weight for name, weight in weights.items() if self.trainable(name)}
+        if not trained:
+            raise ConfigError(f"trainable chooses none of the weights; their names are {', '.join(weights)}")
+        return trained, {name: weight for name, weight in weights.items() if name not in trained}
