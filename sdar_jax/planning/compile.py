@@ -90,7 +90,7 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
     else:
         memory = _memory(compiled.memory_analysis(), held)
         routed = 1 / mesh.shape["expert"]
-        counts = count(parse(compiled.as_text()), rounds, routed=routed)
+        counts = count(parse(compiled.as_text() or ""), rounds, routed=routed)
     tokens = config.data.batch_size * config.data.sequence_length
     spent = time.perf_counter() - begun
     return Compiled(config, model, name, chip, mesh, asked, memory, counts, tokens, spent)
