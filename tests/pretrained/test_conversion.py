@@ -153,3 +153,15 @@ def test_what_a_refusal_advises_is_taken(config, options, advice, advised) -> No
     with pytest.raises(ConfigError, match=advice):
         to_diffusion(make(config), **options)
     to_diffusion(make(config), **(options | advised))
+
+
+def test_the_other_values_of_the_paradigm() -> None:
+    """Given, they are the new model's; not given, they stay."""
+    values = {"shifted": True, "causal_clean": True}
+    converted = to_diffusion(make(CONFIG), block_size=4, mask_token_id=39, **values)
+    assert (converted.config.paradigm.shifted, converted.config.paradigm.causal_clean) == (True, True)
+    assert ModelConfig.from_hf(converted.config.to_hf()).paradigm == converted.config.paradigm
+    other = to_diffusion(converted, block_size=8, causal_clean=False)
+    assert other.config == dataclasses.replace(converted.config, block_size=8, causal_clean=False)
+    with pytest.raises(ConfigError, match="bidirectional_prompt is True and blocks do not start at the response; set"):
+        to_diffusion(converted, block_size=4, bidirectional_prompt=True)

@@ -23,23 +23,29 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.ci] * (name == "response")) for name in VALUES],
+)
 def test_a_run_learns_and_exports_its_paradigm(name, values, write_yaml, tmp_path):
-    """And evaluates by it; a run that starts from the model keeps it."""
+    """And evaluates by it."""
     options = [f"--model.{field}={value}" for field, value in VALUES[name].items()]
     held_out = merged(values["data"], {"epochs": 1})
     values = merged(values, {"steps": 2, "data": {"loss": "response"}, "eval": {"data": held_out, "rows": 4}})
     assert run(read_command_line([write_yaml(values), *options])).finished
     lines = metrics_of(tmp_path / "run")
     assert lines[-2]["nll"] > 0 and lines[-1]["eval_nelbo"] > 0
-    for _ in range(2):
-        config = load_pretrained(tmp_path / "run" / "model").config
-        assert {field: getattr(config, field) for field in VALUES[name]} == VALUES[name]
-        assert config.objective == "block_diffusion"
-        start = {"model": {"init_from": str(tmp_path / "run" / "model"), "shape": None}, "steps": 1}
-        values = merged(values, start | {"run_dir": str(tmp_path / "next"), "eval": None})
+    config = load_pretrained(tmp_path / "run" / "model").config
+    assert {field: getattr(config, field) for field in VALUES[name]} == VALUES[name]
+    assert config.objective == "block_diffusion"
+
+
+def test_a_run_keeps_the_paradigm_of_the_model_that_it_starts_from(values, tmp_path):
+    values = merged(values, {"steps": 1, "model": {"causal_clean": True}})
     assert run(from_values(TrainConfig, values)).finished
-    assert load_pretrained(tmp_path / "next" / "model").config.paradigm == config.paradigm
+    start = {"init_from": str(tmp_path / "run" / "model"), "shape": None, "causal_clean": None}
+    assert run(from_values(TrainConfig, merged(values, {"run_dir": str(tmp_path / "next"), "model": start}))).finished
+    assert load_pretrained(tmp_path / "next" / "model").config.paradigm.causal_clean
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,22 @@ def test_the_state_is_donated(diffusion_step):
     assert all(array.is_deleted() for array in arrays)
 
 
+def test_frozen_weights_are_read_and_stay_the_caller_s():
+    """The step is that of all weights, but for what it moves: the same loss, and moments of the trained ones alone."""
+    model = shape("block_diffusion")
+    weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0))))
+    trained = {name: jnp.copy(weight) for name, weight in weights.items() if name.startswith("layers")}
+    frozen = {name: weight for name, weight in weights.items() if name not in trained}
+    state, step = fresh(model)
+    _, expected = step(state, random_batch())
+    state = initial_state(adamw(OPTIMIZER), trained, jax.random.key(1), averaged=False)
+    state, metrics = step(state, random_batch(), frozen)
+    assert metrics.loss == expected.loss and 0 < metrics.grad_norm < expected.grad_norm
+    assert not any(weight.is_deleted() for weight in frozen.values())
+    assert set(state.weights) == set(trained)
+    assert largest_difference(state.weights, {name: weights[name] for name in trained}) > 0
+
+
 def test_remat_and_compute_dtype_reach_the_model():
     batch, model = random_batch(), dataclasses.replace(SHAPE, objective="block_diffusion", num_layers=2)
     programs = {}
