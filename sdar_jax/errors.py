@@ -5,7 +5,7 @@ from typing import Any
 
 
 class SdarError(ValueError):
-    """Base of every error that bad input can cause; `train.py` and `sample.py` print it as one line."""
+    """Base of every error that bad input can cause; the commands print it as one line."""
 
 
 class ConfigError(SdarError):

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import sample
 from sdar_jax import DecodingConfig, Engine, generate, load_pretrained, save_pretrained
+from sdar_jax.cli import sample
 from sdar_jax.decoding.terminal import MASKED, BlockText
 from tests.data.conftest import CHATML, make_byte_tokenizer
 from tests.tiny import tiny_model
 
-SCRIPT = str(Path(sample.__file__))
+SCRIPT = str(Path(__file__).parents[1] / "sample.py")
 TOKENIZER_SIZE = 260
 END = 2
 
@@ -319,7 +319,7 @@ def test_a_chat_that_outgrows_its_engine_goes_on(model_dir, monkeypatch, capsys)
     monkeypatch.setattr(sample, "LEAST_LENGTH", 1)
     question = "and now, what of a longer question?"
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"hi\n{question}\n"))
-    sample.main(sample.SampleConfig(model=str(model_dir), chat=True, json=True, max_new_tokens=5))
+    sample.run(sample.SampleConfig(model=str(model_dir), chat=True, json=True, max_new_tokens=5))
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n".format
     ids = make_byte_tokenizer().encode(turn("hi") + first["text"] + "<|im_end|>\n" + turn(question))

@@ -76,6 +76,6 @@ class Blank:
         pass
 
 
-def test_data_without_a_token_that_counts_is_refused_at_once(inputs):
+def test_data_without_a_token_that_counts_is_refused_at_once(inputs, unchecked_types):
     with pytest.raises(DataError, match="eval.data has no token that counts in its first rows"):
         held_out_likelihood(held_out(inputs, SHAPE, 4)[0], Blank())
