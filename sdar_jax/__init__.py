@@ -7,7 +7,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from sdar_jax.config import ModelConfig
 from sdar_jax.conversion import to_diffusion
-from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate
+from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate, infill
 from sdar_jax.evaluation import nelbo
 from sdar_jax.model import logits
 from sdar_jax.objectives import block_diffusion_loss
@@ -20,6 +20,7 @@ __all__ = [
     "ModelConfig",
     "block_diffusion_loss",
     "generate",
+    "infill",
     "load_pretrained",
     "logits",
     "nelbo",

@@ -180,10 +180,8 @@ def _prompts(rows: Rows, sizes: Int[Array, "B P"], pieces: Array, config: Buffer
 
 def canvas_forward(model: Model, rows: Rows, window: Window) -> Packed:
     """The open blocks' hidden states: each row's canvas, prompt to last block, every position seeing all of it."""
-    size = window.positions.shape[-1]
     index = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32), rows.tokens.shape)
-    end = rows.start + -(-(rows.limit - rows.start) // size) * size
-    inside = (index < end[:, None]).astype(jnp.int32)
+    inside = (index < rows.canvas_end[:, None]).astype(jnp.int32)
     hidden = model.hidden(rows.tokens, index, visibility.bidirectional(inside))
     batch = rows.start.size
     opened = jnp.take_along_axis(hidden, window.positions[:, 0, :, None], axis=1, mode="clip")
