@@ -190,11 +190,11 @@ def _commit(rows: Rows, window: Window, masked: Bool[Array, "B K S"], proposal: 
 
 
 def _count(rows: Rows, live: Array, masked: Array) -> Rows:
-    """Counts the forward, and ends rows that have had more than any strategy can need: one a position and a block."""
+    """Counts the forward, and ends rows that have had more than any strategy can need."""
     denoises = masked.any(axis=(1, 2))
     denoising = rows.denoising_forwards + denoises
     commits = rows.commit_forwards + (live.any(axis=1) & ~denoises)
-    spent = denoising + commits > 2 * (rows.limit - rows.prompt_length + masked.shape[-1])
+    spent = denoising + commits > rows.forward_budget
     return rows._replace(
         denoising_forwards=denoising, commit_forwards=commits, failed=rows.failed | spent, done=rows.done | spent
     )

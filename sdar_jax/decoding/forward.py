@@ -237,10 +237,8 @@ def _clean_end(positions: Array, origin: Array, config: BufferConfig) -> Array:
 
 def canvas_forward(model: Model, rows: Rows, window: Window, config: BufferConfig) -> Packed:
     """What predicts the open blocks: each row's canvas, prompt to last block, every position seeing all of it."""
-    size = window.positions.shape[-1]
     index = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32), rows.tokens.shape)
-    end = rows.start + -(-(rows.limit - rows.start) // size) * size
-    inside = (index < end[:, None]).astype(jnp.int32)
+    inside = (index < rows.canvas_end[:, None]).astype(jnp.int32)
     hidden = model.hidden(rows.tokens, index, visibility.bidirectional(inside))
     batch = rows.start.size
     predicting = jnp.maximum(window.positions[:, 0] - config.paradigm.shifted, 0)

@@ -107,6 +107,41 @@ def decode(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int
     return [], [], [], "length", 0, 0
 
 
+def infill(model, canvas: list[int], config: DecodingConfig, stops: tuple[int, ...] = ()):
+    """Greedy (tokens, logprobs, steps, reason, denoising forwards) of one canvas; given tokens have 0 and -1.
+
+    What follows the canvas is masks to the end of its last block, as in `decode`; where its last token is given they
+    are never filled, and a reader of the whole canvas does not see them.
+    """
+    mask, semi = model.config.mask_token_id, config.strategy == "semi_autoregressive"
+    size, length = config.block_size or model.config.block_size, len(canvas)
+    last = max((i for i in range(length) if canvas[i] != mask), default=-1)
+    first = next((i for i in range(length) if canvas[i] == mask), length)
+    origin = first if semi and model.config.block_origin == "response" else 0
+    end = origin + math.ceil((length - origin) / size) * size
+    closed = last == length - 1
+    sequence = list(canvas) + [mask] * (end - length)
+    known = [token != mask for token in canvas] + [closed] * (end - length)
+    logprobs, steps, forwards = [0.0] * length, [-1] * length, 0
+    for start in range(origin, end, size):
+        step = 0
+        while not all(known[start : start + size]):
+            read = sequence[: length if closed else end] if semi else sequence[: start + size]
+            probs = softmax(forward(model, read, None if semi else size)[start : start + size])
+            masked = [i for i in range(size) if not known[start + i]]
+            for i in choose(config, probs, masked, step, size):
+                sequence[start + i], known[start + i] = int(probs[i].argmax()), True
+                if start + i < length:
+                    logprobs[start + i], steps[start + i] = math.log(probs[i].max()), forwards
+            step, forwards = step + 1, forwards + 1
+            for i in range(last + 1, length):
+                if all(known[: i + 1]) and sequence[i] in stops:
+                    return sequence[:i], logprobs[:i], steps[:i], "stop", forwards
+            if all(known[:length]):
+                break
+    return sequence[:length], logprobs, steps, "length", forwards
+
+
 def decode_window(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops, slots: int):
     """As `decode`, with up to `slots` blocks at once, by D2F's rule; the whole sequence is read each time."""
     size = config.block_size or model.config.block_size
