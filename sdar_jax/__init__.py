@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sdar_jax.config import ModelConfig
     from sdar_jax.conversion import to_diffusion
     from sdar_jax.data import load_tokenizer
-    from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate
+    from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate, infill
     from sdar_jax.evaluation import nelbo
     from sdar_jax.model import logits
     from sdar_jax.objectives import block_diffusion_loss
@@ -25,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "block_diffusion_loss",
     "generate",
+    "infill",
     "load_pretrained",
     "load_tokenizer",
     "logits",
@@ -42,6 +43,7 @@ _HOMES = {
     "ModelConfig": "config",
     "block_diffusion_loss": "objectives",
     "generate": "decoding",
+    "infill": "decoding",
     "load_pretrained": "pretrained",
     "load_tokenizer": "data",
     "logits": "model",

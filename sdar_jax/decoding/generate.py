@@ -10,7 +10,8 @@ import numpy as np
 from sdar_jax.config import ModelConfig
 from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
-from sdar_jax.decoding.rows import Rows, RowShape, make_row, output
+from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
+from sdar_jax.decoding.rows import Rows, RowShape, first_mask, make_row, output, top_logprobs
 from sdar_jax.decoding.text import TextReader, find_stop, unknown_ids
 from sdar_jax.decoding.updates import end_row
 from sdar_jax.errors import DataError, DecodingError, is_int
@@ -63,28 +64,38 @@ def generate(
     """
     if isinstance(prompts, str):
         raise DecodingError(f"prompts is one text, {prompts[:20]!r}; give a list of prompts")
-    configs = _one_each(config, len(prompts), model.config)
+    configs = one_each(config, len(prompts), model.config)
     ids = [to_ids(prompt, i, tokenizer) for i, prompt in enumerate(prompts)]
     check_prompts(ids, configs, model.config, max_new_tokens)
     check_seed(seed, len(ids))
     check_slots(window_slots)
     stops = model.config.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model.config)
     strings = checked_stop_strings(stop_strings, tokenizer)
+    for each in {*configs}:
+        check_options(each, model.config, stops, tokenizer, max_new_tokens)
     if not ids:
         return []
-    state, buffer = start_state(
-        model,
-        ids,
-        configs,
-        max_new_tokens=max_new_tokens,
-        stop_ids=stops,
-        seed=seed,
-        window_slots=window_slots,
-        tokenizer=tokenizer,
-    )
+    options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
+    rows = decode_batch(model, ids, configs, max_new_tokens=[max_new_tokens] * len(ids), strings=strings, **options)
+    asked = [prompt_logprobs(model, p) if c.prompt_logprobs else None for p, c in zip(ids, configs, strict=True)]
+    done = _completions(rows, tokenizer, strings)
+    return [each._replace(prompt_logprobs=own) for each, own in zip(done, asked, strict=True)]
+
+
+def decode_batch(
+    model: Model,
+    ids: Sequence[np.ndarray],
+    configs: Sequence[DecodingConfig],
+    *,
+    strings: Sequence[str] = (),
+    tokenizer: Any = None,
+    **options,
+) -> Rows:
+    """The rows of checked prompts, on the host, when all have ended; `options` are those of `start_state`."""
+    state, buffer = start_state(model, ids, configs, tokenizer=tokenizer, **options)
     decoder = Decoder(unstack_layers(model), buffer)
     rows = _decoded_to_strings(decoder, state, strings, tokenizer) if strings else decoder(state, _ENDLESS)[0].rows
-    return _completions(jax.device_get(rows), tokenizer, strings)
+    return jax.device_get(rows)
 
 
 def _decoded_to_strings(decoder: Decoder, state: State, strings: Sequence[str], tokenizer: Any) -> Rows:
@@ -94,14 +105,14 @@ def _decoded_to_strings(decoder: Decoder, state: State, strings: Sequence[str], 
         state, _ = decoder(state, _TURNS)
         rows = jax.device_get(state.rows)
         for i in np.flatnonzero(~rows.done).tolist():
-            readers[i].read(output(_row(rows, i)))
+            readers[i].read(output(row_at(rows, i)))
             if readers[i].found:
                 state = state._replace(rows=end_row(state.rows, i))
         if all(done or reader.found for done, reader in zip(rows.done, readers, strict=True)):
             return state.rows
 
 
-def _one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig):
+def one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig) -> list[DecodingConfig]:
     """A config a prompt, all with one block size and one way of reading; checked though there be no prompt."""
     configs = [config] * count if isinstance(config, DecodingConfig) else list(config)
     if len(configs) != count:
@@ -146,16 +157,23 @@ def check_prompts(
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
         raise DecodingError(f"max_new_tokens is {max_new_tokens!r}; give an integer >= 0")
     for i, (prompt, config) in enumerate(zip(ids, configs, strict=True)):
-        if prompt.size and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
-            wrong = prompt[(prompt < 0) | (prompt >= model.vocab_size)][0]
-            raise DecodingError(f"prompt {i} holds token id {wrong}; the vocabulary is 0 to {model.vocab_size - 1}")
+        check_ids(prompt, i, model, max_new_tokens)
+        if masks := np.flatnonzero(prompt == model.mask_token_id).tolist():
+            place = f"prompt {i} holds the mask token {model.mask_token_id} at position {masks[0]}"
+            raise DecodingError(f"{place}; fill masks with sdar_jax.infill")
         if not prompt.size and config.paradigm(model).shifted:
             raise DecodingError(
                 f"prompt {i} is empty and each token is predicted by the one before it; give at least one token"
             )
-        if len(prompt) + max_new_tokens > model.max_position_embeddings:
-            total = f"prompt {i} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}"
-            raise DecodingError(f"{total}; together at most max_position_embeddings {model.max_position_embeddings}")
+
+
+def check_ids(prompt: np.ndarray, index: int, model: ModelConfig, max_new_tokens: int) -> None:
+    if prompt.size and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
+        wrong = prompt[(prompt < 0) | (prompt >= model.vocab_size)][0]
+        raise DecodingError(f"prompt {index} holds token id {wrong}; the vocabulary is 0 to {model.vocab_size - 1}")
+    if len(prompt) + max_new_tokens > model.max_position_embeddings:
+        total = f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}"
+        raise DecodingError(f"{total}; together at most max_position_embeddings {model.max_position_embeddings}")
 
 
 def check_seed(seed: int, rows: int) -> None:
@@ -187,12 +205,38 @@ def checked_stop_strings(strings: Sequence[str], tokenizer: Any) -> tuple[str, .
     return tuple(strings)
 
 
+def check_options(
+    config: DecodingConfig,
+    model: ModelConfig,
+    stops: Sequence[int],
+    tokenizer: Any,
+    max_new_tokens: int | None,
+) -> None:
+    """What of a config depends on the model and the request. Raises DecodingError."""
+    size, ids = model.vocab_size, config.suppress_token_ids
+    if wrong := [each for each in ids if each >= size]:
+        raise DecodingError(f"suppress_token_ids holds {wrong[0]}; the vocabulary is 0 to {size - 1}")
+    if config.top_logprobs > size:
+        raise DecodingError(f"top_logprobs is {config.top_logprobs} and the vocabulary {size}; use at most that")
+    if max_new_tokens is not None and config.min_new_tokens > max_new_tokens:
+        least = f"min_new_tokens is {config.min_new_tokens} and max_new_tokens {max_new_tokens}"
+        raise DecodingError(f"{least}; use at most that")
+    if not ids and not config.min_new_tokens:
+        return
+    unknown = unknown_ids(tokenizer, size)
+    left = np.ones(size, bool) if unknown is None else ~unknown
+    masks = [] if model.mask_token_id is None else [model.mask_token_id]
+    left[[*ids, *masks, *(stops if config.min_new_tokens else ())]] = False
+    if not left.any():
+        raise DecodingError("suppress_token_ids and min_new_tokens leave no token to propose; suppress fewer")
+
+
 def start_state(
     model: Model,
     ids: Sequence[np.ndarray],
     configs: Sequence[DecodingConfig],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Sequence[int],
     seed: int,
     window_slots: int,
@@ -200,28 +244,37 @@ def start_state(
     page_size: int | None = None,
     prefill_tokens: int = _PREFILL_TOKENS,
 ) -> tuple[State, BufferConfig]:
-    """A batch whose rows have all their pages from the first. Lengths are bucketed: few shapes are ever compiled."""
+    """A batch whose rows have all their pages from the first. Lengths are bucketed: few shapes are ever compiled.
+
+    Masks in a prompt are to be filled, and so are the positions behind it: `max_new_tokens` for all, or of each.
+    """
     size = configs[0].resolve_block_size(model.config)
     paradigm = configs[0].paradigm(model.config)
-    origins = [paradigm.origin_of(len(prompt)) for prompt in ids]
-    ends = [at + -(-(len(p) + max_new_tokens - at) // size) * size for at, p in zip(origins, ids, strict=True)]
+    new = [max_new_tokens] * len(ids) if isinstance(max_new_tokens, int | np.integer) else max_new_tokens
+    given = [prompt != (-1 if model.config.mask_token_id is None else model.config.mask_token_id) for prompt in ids]
+    origins = [paradigm.origin_of(first_mask(there)) for there in given]
+    ends = [at + -(-(len(p) + count - at) // size) * size for at, p, count in zip(origins, ids, new, strict=True)]
     page_size = page_size or _page_size(size)
     length = _bucket(max(1, *ends), page_size if paradigm.cached else size)
     pages = -(-length // page_size)
-    shape = RowShape(length, len(stop_ids), pages, size, paradigm.slots(window_slots))
+    suppressed = -(-max(len(config.suppress_token_ids) for config in configs) // 8) * 8
+    alternatives = max(config.top_logprobs for config in configs)
+    slots = paradigm.slots(window_slots)
+    shape = RowShape(length, len(stop_ids), pages, size, slots, suppressed, alternatives)
     rows = [
         make_row(
             prompt,
             config,
             shape,
-            origin=at,
-            max_new_tokens=max_new_tokens,
+            origin=origins[i],
+            max_new_tokens=int(new[i]),
             stop_ids=stop_ids,
             mask_token_id=model.config.mask_token_id or 0,
             seed=seed + i,
             float_type=jnp.promote_types(model.embedding.dtype, jnp.float32),
+            given=given[i],
         )
-        for i, (prompt, config, at) in enumerate(zip(ids, configs, origins, strict=True))
+        for i, (prompt, config) in enumerate(zip(ids, configs, strict=True))
     ]
     table = np.arange(len(ids) * pages, dtype=np.int32).reshape(-1, pages)
     batch = jax.tree.map(lambda *each: np.stack(each), *rows)
@@ -258,16 +311,17 @@ def _bucket(length: int, multiple: int) -> int:
 
 
 def _completions(rows: Rows, tokenizer: Any, stop_strings: Sequence[str] = ()) -> list[Completion]:
-    return [completion(_row(rows, i), tokenizer, stop_strings) for i in range(len(rows.start))]
+    return [completion(row_at(rows, i), tokenizer, stop_strings) for i in range(len(rows.start))]
 
 
-def _row(rows: Rows, index: int) -> Rows:
+def row_at(rows: Rows, index: int) -> Rows:
     return jax.tree.map(lambda x: x[index], rows)
 
 
-def completion(row: Rows, tokenizer: Any, stop_strings: Sequence[str] = ()) -> Completion:
-    """What one row, on the host, has generated, up to the first stop string."""
-    tokens = output(row).tolist()
+def completion(row: Rows, tokenizer: Any, stop_strings: Sequence[str] = (), *, start: int | None = None) -> Completion:
+    """What one row, on the host, has generated, up to the first stop string; with `start`, what it has from there."""
+    start = int(row.prompt_length) if start is None else start
+    tokens = output(row, start).tolist()
     text = None
     reason: FinishReason = "error" if row.failed else "stop" if row.stopped else "length"
     stop: int | str | None = int(row.tokens[int(row.end)]) if row.stopped else None
@@ -275,7 +329,7 @@ def completion(row: Rows, tokenizer: Any, stop_strings: Sequence[str] = ()) -> C
         text = tokenizer.decode(tokens)
         if found := find_stop(tokens, stop_strings, tokenizer.decode):
             tokens, text, reason, stop = tokens[: found.count], found.text, "stop", found.string
-    generated = slice(int(row.prompt_length), int(row.prompt_length) + len(tokens))
+    generated = slice(start, start + len(tokens))
     return Completion(
         tokens=tokens,
         text=text,
@@ -286,4 +340,5 @@ def completion(row: Rows, tokenizer: Any, stop_strings: Sequence[str] = ()) -> C
         commit_forwards=int(row.commit_forwards),
         prefill_forwards=int(row.prefill_forwards),
         stop_reason=stop,
+        top_logprobs=top_logprobs(row, generated),
     )
