@@ -178,6 +178,12 @@ def _commit(rows: Rows, window: Window, masked: Bool[Array, "B K S"], proposal: 
     at = jnp.where(chosen & ~failed[:, None, None], window.positions, rows.tokens.shape[1]).reshape(batch, -1)
     write = lambda x, new: x.at[jnp.arange(batch)[:, None], at].set(new, mode="drop")
     in_row = lambda x: x.reshape(batch, -1)
+    if (others := proposal.alternatives) is not None:
+        several = lambda x: x.reshape(batch, slots * size, -1)
+        rows = rows._replace(
+            top_token=write(rows.top_token, several(others.token)),
+            top_logprob=write(rows.top_logprob, several(others.logprob)),
+        )
     return rows._replace(
         tokens=write(rows.tokens, in_row(proposal.token)),
         committed=write(rows.committed, True),

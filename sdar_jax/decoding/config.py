@@ -60,6 +60,15 @@ class DecodingConfig:
             block is decoded. 1, the default, opens blocks one after another.
         activate_threshold: tau_act: a block commits by the strategy once this share of the block before it is decoded;
             until then, only what passes `confidence_threshold` (D2F, arXiv 2508.09192; it uses 0.1, 0.95, 0.9).
+        min_new_tokens: no stop token is proposed for the first so many positions. Stop strings are found there too.
+        suppress_token_ids: tokens that are never proposed. Confidence and sampling are then among the rest, and so they
+            are without stop tokens where `min_new_tokens` keeps these away; `logprobs` stay those of all tokens.
+        eos_last: positions whose proposal is a stop token rank behind all others of their block, so that they are
+            committed when nothing else of it is left to commit, or in the step that commits all the rest (LLaDA's
+            `confidence_eos_eot_inf`). "sequential" and "autoregressive", which do not rank, are the same with it.
+        top_logprobs: with each committed token, so many of the likeliest tokens there, with log-probabilities as those
+            of `logprobs`.
+        prompt_logprobs: the log-probability of each prompt token, given those before it; for "autoregressive" alone.
 
     Raises:
         ConfigError: an unknown name or a number out of range.
@@ -81,6 +90,11 @@ class DecodingConfig:
     factor: float = 1.0
     add_threshold: float = 1.0
     activate_threshold: float = 1.0
+    min_new_tokens: int = 0
+    suppress_token_ids: tuple[int, ...] = ()
+    eos_last: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -89,6 +103,20 @@ class DecodingConfig:
                 raise ConfigError(f"{field.name} {getattr(self, field.name)!r} is unknown; use one of {names}")
         if self.block_size is not None:
             check_block_size(self.block_size)
+        for name in ("min_new_tokens", "top_logprobs"):
+            value = getattr(self, name)
+            _require(is_int(value) and 0 <= value < 2**31, name, value, "0 (off) or a positive integer")
+        for name in ("eos_last", "prompt_logprobs"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        ids = self.suppress_token_ids
+        listed = isinstance(ids, list | tuple) and all(is_int(each) and each >= 0 for each in ids)
+        _require(listed, "suppress_token_ids", ids, "a list of token ids")
+        object.__setattr__(self, "suppress_token_ids", tuple(ids))
+        if self.prompt_logprobs and self.strategy != "autoregressive":
+            raise ConfigError(
+                f"prompt_logprobs with strategy {self.strategy!r}: a diffusion model has no exact likelihood of a text "
+                "in one pass; leave it out, and bound that with sdar_jax.nelbo"
+            )
         steps = self.denoising_steps
         _require(steps is None or is_int(steps) and steps >= 1, "denoising_steps", steps, "a positive integer")
         _require(is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
@@ -119,13 +147,21 @@ class DecodingConfig:
         if self.strategy == "autoregressive":
             return 1
         size = self.block_size or model.block_size
+        if model.objective == "autoregressive" and (size is None or model.mask_token_id is None):
+            raise DecodingError(
+                f"strategy {self.strategy!r} is for diffusion models and this one is autoregressive; "
+                "use strategy='autoregressive', or convert it with sdar_jax.to_diffusion"
+            )
         if size is None:
             raise DecodingError(
                 f"strategy {self.strategy!r} needs block_size and the model has none; "
-                "set it, or strategy='autoregressive'"
+                "give DecodingConfig(block_size=...)"
             )
         if model.mask_token_id is None:
-            raise DecodingError(f"strategy {self.strategy!r} needs mask_token_id and the model has none; set it")
+            raise DecodingError(
+                f"strategy {self.strategy!r} needs mask_token_id and the model has none; "
+                "set it with load_pretrained(..., mask_token_id=...)"
+            )
         if (self.denoising_steps or 1) > size:
             raise DecodingError(
                 f"denoising_steps {self.denoising_steps} is more than block_size {size}; use at most that"
@@ -161,6 +197,8 @@ class Completion(NamedTuple):
             forward does that (`window_slots` of 2 or more).
         prefill_forwards: forwards that read the prompt.
         stop_reason: the stop token or the stop string that ended it, where one did.
+        top_logprobs: of each token, the likeliest there and their log-probabilities, largest first, if asked for.
+        prompt_logprobs: of each prompt token given those before it, None for the first, if asked for.
     """
 
     tokens: list[int]
@@ -172,6 +210,8 @@ class Completion(NamedTuple):
     commit_forwards: int
     prefill_forwards: int
     stop_reason: int | str | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    prompt_logprobs: list[float | None] | None = None
 
     @property
     def tokens_per_forward(self) -> float:

@@ -31,6 +31,7 @@ from sdar_jax.decoding.events import Event, Progress
 from sdar_jax.decoding.forward import BufferConfig
 from sdar_jax.decoding.generate import (
     Prompt,
+    check_options,
     check_prompts,
     check_seed,
     check_slots,
@@ -40,6 +41,7 @@ from sdar_jax.decoding.generate import (
 )
 from sdar_jax.decoding.locks import TurnLock
 from sdar_jax.decoding.pages import PagePool
+from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
 from sdar_jax.decoding.requests import COUNTS, Request, Stats, ended
 from sdar_jax.decoding.rows import Rows, RowShape, make_row, output
 from sdar_jax.decoding.text import TextReader, unknown_ids
@@ -48,7 +50,8 @@ from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
 from sdar_jax.sharding import mesh_of
 
-_STOPS = 8  # Stop tokens a request may have, in the shape of the batch.
+# Stop tokens, and tokens to suppress, that a request may have: in the shape of the batch.
+_STOPS, _SUPPRESSED = 8, 32
 
 
 class Engine:
@@ -66,6 +69,7 @@ class Engine:
         max_queue: requests that may wait.
         prefill_tokens: of a prompt, the most that a forward reads beside the decoding of others.
         turns: forwards a call of the device, at most.
+        top_logprobs: the most of these that a request may ask for: room that every position has.
 
     Raises:
         ConfigError, DecodingError: sizes that cannot be served.
@@ -85,6 +89,7 @@ class Engine:
         max_queue: int = 1024,
         prefill_tokens: int = 256,
         turns: int = 8,
+        top_logprobs: int = 0,
     ):
         config = model.config
         self._autoregressive = config.objective == "autoregressive"
@@ -94,6 +99,8 @@ class Engine:
         for name, value in {**sizes, "max_length": 1 if max_length is None else max_length}.items():
             if not is_int(value) or value < 1:
                 raise DecodingError(f"{name} is {value!r}; give a positive integer")
+        if not is_int(top_logprobs) or not 0 <= top_logprobs <= config.vocab_size:
+            raise DecodingError(f"top_logprobs is {top_logprobs!r}; give an integer of 0 to {config.vocab_size}")
         check_slots(window_slots)
         self._pool = PagePool(pages, page_size, size)
         most = min(pages * page_size, config.max_position_embeddings)
@@ -102,7 +109,7 @@ class Engine:
         table = -(-(self._max_length + size) // page_size)
         self._paradigm = DecodingConfig(size, kind).paradigm(config)
         slots = self._paradigm.slots(window_slots)
-        self._shape = RowShape(table * page_size, _STOPS, table, size, slots)
+        self._shape = RowShape(table * page_size, _STOPS, table, size, slots, _SUPPRESSED, top_logprobs)
         self._model, self._tokenizer = unstack_layers(model), tokenizer
         self._batch_slots, self._max_queue, self._turns = batch_slots, max_queue, turns
         self._buffer = BufferConfig(
@@ -149,7 +156,7 @@ class Engine:
             self._settle()
             if len(self._queue) >= self._max_queue:
                 count = len(self._queue)
-                raise DecodingError(f"the queue holds {count} requests, its max_queue; take results, or wait")
+                raise DecodingError(f"the queue holds {count} requests, its max_queue; take a result first")
             return self._enqueue(request)
 
     def _accept(
@@ -175,13 +182,24 @@ class Engine:
             )
         if len(ids) + max_new_tokens > self._max_length:
             total = f"the prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}"
-            raise DecodingError(f"{total}; this engine holds {self._max_length} a request: give it more pages, or less")
+            limit = "pages" if self._max_length == np.prod(self._pool.sizes) else "max_length"
+            holds = f"this engine holds {self._max_length} per request"
+            raise DecodingError(f"{total}; {holds}: ask for less, or give Engine(...) a larger {limit}")
         stops = model.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model)
         if len(stops) > _STOPS:
             raise DecodingError(f"{len(stops)} stop tokens are given; use at most {_STOPS}")
+        check_options(config, model, stops, self._tokenizer, max_new_tokens)
+        if (count := len(config.suppress_token_ids)) > _SUPPRESSED:
+            raise DecodingError(
+                f"{count} suppress_token_ids are given; use at most {_SUPPRESSED}, or sdar_jax.generate"
+            )
+        if config.top_logprobs > (most := self._shape.alternatives):
+            asked = f"top_logprobs is {config.top_logprobs} and the engine's {most}"
+            raise DecodingError(f"{asked}; give Engine(top_logprobs={config.top_logprobs})")
         strings = checked_stop_strings(stop_strings, self._tokenizer)
         row = self._make_row(ids, config, max_new_tokens, stops, seed)
-        return Request(row, ids, strings, self._reader(strings))
+        own = prompt_logprobs(self._model, ids) if config.prompt_logprobs else None
+        return Request(row, ids, strings, self._reader(strings), own)
 
     def _enqueue(self, request: Request) -> int:
         request.id = next(self._ids)
@@ -341,7 +359,8 @@ class Engine:
             raise DecodingError("strategy 'semi_autoregressive' has no cache to share; use sdar_jax.generate")
         if (config.strategy == "autoregressive") != self._autoregressive:
             kind = "an autoregressive" if self._autoregressive else "a diffusion"
-            raise DecodingError(f"strategy {config.strategy!r} is not for {kind} model's engine; choose another")
+            other = "use strategy='autoregressive'" if self._autoregressive else "use sdar_jax.generate for it"
+            raise DecodingError(f"strategy {config.strategy!r} is not for {kind} model's engine; {other}")
         if config.block_size not in (None, size):
             raise DecodingError(f"block_size is {config.block_size}, the engine's {size}; leave it None")
         replace(config, block_size=size).resolve_block_size(self._model.config)

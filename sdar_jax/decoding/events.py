@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdar_jax.decoding.config import Completion
-from sdar_jax.decoding.rows import Rows, output
+from sdar_jax.decoding.rows import Rows, output, top_logprobs
 from sdar_jax.decoding.text import Decode, TextReader, tokens_within, whole_characters
 
 
@@ -16,7 +16,8 @@ class Event(NamedTuple):
     start: place in the output of the first of `tokens`. tokens: finished ones; with `changes`, everything from `start`
     to the end of the last block that has a token, None where it is masked or held back. logprobs: of `tokens`, as they
     were committed. finished: of `tokens`, those in blocks that `forward` had no part in; the rest are open blocks.
-    forward: the denoising forward after which this held.
+    forward: the denoising forward after which this held. top_logprobs: of `tokens`, the likeliest where each was
+    committed, if they were asked for.
     """
 
     start: int
@@ -24,15 +25,15 @@ class Event(NamedTuple):
     logprobs: list[float | None]
     finished: int
     forward: int
+    top_logprobs: Sequence[list[tuple[int, float]] | None] | None = None
 
 
 def finished(row: Rows, first: int, end: int) -> Event:
     """Tokens first to end of the output, all of them final."""
     at = int(row.prompt_length)
     chosen = slice(at + first, at + end)
-    return Event(
-        first, row.tokens[chosen].tolist(), row.logprob[chosen].tolist(), end - first, int(row.denoising_forwards)
-    )
+    tokens, logprobs = row.tokens[chosen].tolist(), row.logprob[chosen].tolist()
+    return Event(first, tokens, logprobs, end - first, int(row.denoising_forwards), top_logprobs(row, chosen))
 
 
 def snapshot(row: Rows, forward: int, block_size: int) -> Event:
@@ -47,13 +48,15 @@ def snapshot(row: Rows, forward: int, block_size: int) -> Event:
     last = at + int(np.flatnonzero(steps <= forward)[-1]) if (steps <= forward).any() else at - 1
     end = min(block_end(last + 1), limit)
     known = (steps <= forward)[: end - at].tolist()
-    tokens, logprobs = row.tokens[at:end].tolist(), row.logprob[at:end].tolist()
+    there = lambda values: [value if here else None for value, here in zip(values, known, strict=True)]
+    others = top_logprobs(row, slice(at, end))
     return Event(
         0,
-        [token if here else None for token, here in zip(tokens, known, strict=True)],
-        [logprob if here else None for logprob, here in zip(logprobs, known, strict=True)],
+        there(row.tokens[at:end].tolist()),
+        there(row.logprob[at:end].tolist()),
         max(first_open - at, 0),
         forward,
+        None if others is None else there(others),
     )
 
 
@@ -118,5 +121,8 @@ def _held_back(event: Event, reader: TextReader) -> Event:
     hidden |= {*range(reader.shown, there)}
     show = lambda values: [None if i in hidden else value for i, value in enumerate(values[:length])]
     return event._replace(
-        tokens=show(event.tokens), logprobs=show(event.logprobs), finished=min(event.finished, reader.shown)
+        tokens=show(event.tokens),
+        logprobs=show(event.logprobs),
+        finished=min(event.finished, reader.shown),
+        top_logprobs=None if event.top_logprobs is None else show(event.top_logprobs),
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import visibility
-from sdar_jax.decoding.proposal import Proposal, propose
+from sdar_jax.decoding.proposal import Alternatives, Proposal, propose
 from sdar_jax.decoding.rows import Rows, Window, take
 from sdar_jax.model import LayerPages, Model, Windows
 from sdar_jax.paradigm import Paradigm
@@ -263,7 +263,8 @@ def propose_masked(
     used = jnp.arange(packed.index.size) < packed.count
     order, count = _first(masked.reshape(-1, size)[packed.index] & used[:, None])
     order = jnp.pad(order, (0, -order.size % _PROPOSALS))
-    none = _no_proposal(masked.size, jnp.promote_types(packed.hidden.dtype, jnp.float32))
+    alternatives = rows.top_token.shape[-1]
+    none = _no_proposal(masked.size, jnp.promote_types(packed.hidden.dtype, jnp.float32), alternatives)
 
     def head(width: int, proposal: Proposal, first: int | Array = 0) -> Proposal:
         if width == 0:
@@ -274,15 +275,23 @@ def propose_masked(
         place = packed.index[source // size] * size + source % size
         row = place // (masked.size // masked.shape[0])
         logits = model.unembed(packed.hidden.reshape(-1, packed.hidden.shape[-1])[source])
+        knobs, positions = rows.knobs.at(row), window.positions.reshape(-1)[place]
+        stops = rows.stop_ids[row]
+        behind_prompt = positions - rows.prompt_length[row]
+        early = (behind_prompt >= 0) & (behind_prompt < knobs.min_new_tokens)
         found = propose(
             logits,
-            rows.knobs.at(row),
-            window.positions.reshape(-1)[place],
+            knobs,
+            positions,
             rows.denoising_forwards[row],
             lambda: _seen(rows, logits.shape[-1])[row],
             mask_token_id=model.config.mask_token_id,
             banned=banned,
+            suppressed=jnp.concatenate([knobs.suppress_token_ids, jnp.where(early[:, None], stops, -1)], axis=1),
+            alternatives=alternatives,
         )
+        last = (knobs.eos_last == 1) & (found.token[:, None] == stops).any(axis=1)
+        found = found._replace(score=jnp.where(last, -jnp.inf, found.score))
         to = jnp.where(used, place, masked.size)
         return jax.tree.map(lambda all, new: all.at[to].set(new, mode="drop"), proposal, found)
 
@@ -295,12 +304,14 @@ def propose_masked(
     else:
         widths = [0, *_parts_of(one_block, (4, 8)), *([most] if most > one_block else [])]
         proposal = _switch(_narrowest(widths, count), [(width,) for width in widths], head, none)
-    return jax.tree.map(lambda x: x.reshape(masked.shape), proposal)
+    return jax.tree.map(lambda x: x.reshape(*masked.shape, *x.shape[1:]), proposal)
 
 
-def _no_proposal(length: int, dtype) -> Proposal:
-    number = jnp.zeros(length, dtype)
-    return Proposal(jnp.zeros(length, jnp.int32), number, number, number, jnp.ones(length, bool))
+def _no_proposal(length: int, dtype, alternatives: int) -> Proposal:
+    number, token = jnp.zeros(length, dtype), jnp.zeros(length, jnp.int32)
+    several = lambda x: jnp.zeros((length, alternatives), x.dtype)
+    others = Alternatives(several(token), several(number)) if alternatives else None
+    return Proposal(token, number, number, number, jnp.ones(length, bool), others)
 
 
 def _seen(rows: Rows, vocab_size: int) -> Bool[Array, "B V"]:

@@ -10,7 +10,8 @@ import numpy as np
 from sdar_jax.config import ModelConfig
 from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
-from sdar_jax.decoding.rows import Rows, RowShape, known_prefix, make_row, output
+from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
+from sdar_jax.decoding.rows import Rows, RowShape, first_mask, make_row, output, top_logprobs
 from sdar_jax.decoding.text import TextReader, find_stop, unknown_ids
 from sdar_jax.decoding.updates import end_row
 from sdar_jax.errors import DataError, DecodingError, is_int
@@ -70,11 +71,15 @@ def generate(
     check_slots(window_slots)
     stops = model.config.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model.config)
     strings = checked_stop_strings(stop_strings, tokenizer)
+    for each in {*configs}:
+        check_options(each, model.config, stops, tokenizer, max_new_tokens)
     if not ids:
         return []
     options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
     rows = decode_batch(model, ids, configs, max_new_tokens=[max_new_tokens] * len(ids), strings=strings, **options)
-    return _completions(rows, tokenizer, strings)
+    asked = [prompt_logprobs(model, p) if c.prompt_logprobs else None for p, c in zip(ids, configs, strict=True)]
+    done = _completions(rows, tokenizer, strings)
+    return [each._replace(prompt_logprobs=own) for each, own in zip(done, asked, strict=True)]
 
 
 def decode_batch(
@@ -200,6 +205,32 @@ def checked_stop_strings(strings: Sequence[str], tokenizer: Any) -> tuple[str, .
     return tuple(strings)
 
 
+def check_options(
+    config: DecodingConfig,
+    model: ModelConfig,
+    stops: Sequence[int],
+    tokenizer: Any,
+    max_new_tokens: int | None,
+) -> None:
+    """What of a config depends on the model and the request. Raises DecodingError."""
+    size, ids = model.vocab_size, config.suppress_token_ids
+    if wrong := [each for each in ids if each >= size]:
+        raise DecodingError(f"suppress_token_ids holds {wrong[0]}; the vocabulary is 0 to {size - 1}")
+    if config.top_logprobs > size:
+        raise DecodingError(f"top_logprobs is {config.top_logprobs} and the vocabulary {size}; use at most that")
+    if max_new_tokens is not None and config.min_new_tokens > max_new_tokens:
+        least = f"min_new_tokens is {config.min_new_tokens} and max_new_tokens {max_new_tokens}"
+        raise DecodingError(f"{least}; use at most that")
+    if not ids and not config.min_new_tokens:
+        return
+    unknown = unknown_ids(tokenizer, size)
+    left = np.ones(size, bool) if unknown is None else ~unknown
+    masks = [] if model.mask_token_id is None else [model.mask_token_id]
+    left[[*ids, *masks, *(stops if config.min_new_tokens else ())]] = False
+    if not left.any():
+        raise DecodingError("suppress_token_ids and min_new_tokens leave no token to propose; suppress fewer")
+
+
 def start_state(
     model: Model,
     ids: Sequence[np.ndarray],
@@ -221,12 +252,15 @@ def start_state(
     paradigm = configs[0].paradigm(model.config)
     new = [max_new_tokens] * len(ids) if isinstance(max_new_tokens, int | np.integer) else max_new_tokens
     given = [prompt != (-1 if model.config.mask_token_id is None else model.config.mask_token_id) for prompt in ids]
-    origins = [paradigm.origin_of(known_prefix(there)) for there in given]
+    origins = [paradigm.origin_of(first_mask(there)) for there in given]
     ends = [at + -(-(len(p) + count - at) // size) * size for at, p, count in zip(origins, ids, new, strict=True)]
     page_size = page_size or _page_size(size)
     length = _bucket(max(1, *ends), page_size if paradigm.cached else size)
     pages = -(-length // page_size)
-    shape = RowShape(length, len(stop_ids), pages, size, paradigm.slots(window_slots))
+    suppressed = -(-max(len(config.suppress_token_ids) for config in configs) // 8) * 8
+    alternatives = max(config.top_logprobs for config in configs)
+    slots = paradigm.slots(window_slots)
+    shape = RowShape(length, len(stop_ids), pages, size, slots, suppressed, alternatives)
     rows = [
         make_row(
             prompt,
@@ -306,4 +340,5 @@ def completion(row: Rows, tokenizer: Any, stop_strings: Sequence[str] = (), *, s
         commit_forwards=int(row.commit_forwards),
         prefill_forwards=int(row.prefill_forwards),
         stop_reason=stop,
+        top_logprobs=top_logprobs(row, generated),
     )

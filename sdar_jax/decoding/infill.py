@@ -11,6 +11,7 @@ from sdar_jax.decoding.config import Completion, DecodingConfig
 from sdar_jax.decoding.generate import (
     Prompt,
     check_ids,
+    check_options,
     check_seed,
     check_slots,
     checked_stops,
@@ -20,7 +21,7 @@ from sdar_jax.decoding.generate import (
     row_at,
     to_ids,
 )
-from sdar_jax.decoding.rows import known_prefix
+from sdar_jax.decoding.rows import first_mask
 from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model
 from sdar_jax.paradigm import Paradigm, fills_masks, has_blocks
@@ -46,16 +47,17 @@ def infill(
         canvases: token id lists with the model's mask token wherever a token is wanted, or texts (with `tokenizer`).
         config: one for all, or one for each canvas, of one block size; None is greedy, "semi_autoregressive" for a
             masked-diffusion model and "low_confidence_dynamic" for a block-diffusion model.
-        stop_token_ids: a canvas ends before the first of these that fills a mask behind the last token that is given.
-            () is none, so that all masks are filled; None is the model's own list.
+        stop_token_ids: a canvas ends before the first of these that fills a mask behind the last token that is given;
+            `min_new_tokens` counts from there, too. () is none, so that all masks are filled; None is the model's own
+            list.
         tokenizer: a Hugging Face tokenizer; completions then have `text`, and ids that it does not have are never
             proposed.
         seed: canvas i samples with seed + i.
         window_slots: K, as for `generate`.
 
     Returns:
-        One `Completion` a canvas, in order. `tokens` is the whole canvas, filled; of what was given, `logprobs` are 0
-        and `steps` -1.
+        One `Completion` a canvas, in order. `tokens` is the whole canvas, filled; of what was given, `logprobs` are 0,
+        `steps` -1, and `top_logprobs` empty.
 
     Raises:
         DecodingError: an autoregressive model, or what `generate` refuses.
@@ -65,24 +67,27 @@ def infill(
     if not fills_masks(model.config.objective):
         raise DecodingError("infill needs a diffusion model and this one is autoregressive; see sdar_jax.to_diffusion")
     configs = one_each(_config(model.config) if config is None else config, len(canvases), model.config)
-    paradigm = configs[0].paradigm(model.config) if configs else None
-    if paradigm and not paradigm.masks:
-        raise DecodingError(f"strategy {configs[0].strategy!r} fills no masks; use strategy='low_confidence_dynamic'")
+    if any(each.strategy == "autoregressive" for each in configs):
+        raise DecodingError("strategy 'autoregressive' fills no masks; use strategy='low_confidence_dynamic'")
     ids = [to_ids(canvas, i, tokenizer) for i, canvas in enumerate(canvases)]
     for i, canvas in enumerate(ids):
         check_ids(canvas, i, model.config, 0)
-        if paradigm and paradigm.shifted and canvas[:1] == model.config.mask_token_id:
-            raise DecodingError(
-                f"canvas {i} begins with a mask and each token is predicted by the one before it; give its first token"
-            )
     check_seed(seed, len(ids))
     check_slots(window_slots)
     stops = model.config.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model.config)
+    for each in {*configs}:
+        check_options(each, model.config, stops, tokenizer, None)
     if not ids:
         return []
     masks = [canvas == model.config.mask_token_id for canvas in ids]
-    if paradigm and paradigm.cached:
-        _warn_of_what_follows(masks, configs[0].resolve_block_size(model.config), paradigm)
+    paradigm = configs[0].paradigm(model.config)
+    for i, masked in enumerate(masks):
+        if paradigm.shifted and masked[:1].any():
+            raise DecodingError(
+                f"prompt {i} begins with a mask and each token is predicted by the one before it; give its first token"
+            )
+    if paradigm.cached:
+        _warn_of_what_follows(masks, paradigm, configs[0].resolve_block_size(model.config))
     behind = [_masks_at_end(masked) for masked in masks]
     heads = [canvas[: len(canvas) - count] for canvas, count in zip(ids, behind, strict=True)]
     options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
@@ -99,16 +104,18 @@ def _masks_at_end(masked: np.ndarray) -> int:
     return len(masked) if masked.all() else int((~masked[::-1]).argmax())
 
 
-def _warn_of_what_follows(masks: Sequence[np.ndarray], block_size: int, paradigm: Paradigm) -> None:
-    def follows(masked: np.ndarray) -> bool:
-        """Whether something is given behind the block of the first mask."""
-        origin = paradigm.origin_of(known_prefix(~masked))
-        blocks = lambda places: (np.flatnonzero(places) - origin) // block_size
-        return bool(masked.any() and (blocks(~masked) > blocks(masked).min()).any())
-
-    if any(map(follows, masks)):
+def _warn_of_what_follows(masks: Sequence[np.ndarray], paradigm: Paradigm, block_size: int) -> None:
+    if any(_unseen(masked, paradigm, block_size) for masked in masks):
         warnings.warn(
             "a block-diffusion model fills a mask from what precedes it and its own block; later blocks are kept as "
             "they are, and not seen",
             stacklevel=3,
         )
+
+
+def _unseen(masked: np.ndarray, paradigm: Paradigm, block_size: int) -> bool:
+    """Whether something is given in a later block than that of the first mask."""
+    first = first_mask(~masked)
+    origin = paradigm.origin_of(first)
+    end = origin + ((first - origin) // block_size + 1) * block_size
+    return bool((~masked[end:]).any())

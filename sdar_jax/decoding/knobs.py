@@ -19,7 +19,7 @@ _Code = Int[Array, "*B"]
 class Knobs(NamedTuple):
     """Fields of the config by name, float32; names as the codes above; schedule is n_k (`commit_schedule`).
 
-    post_filter: 1 where confidence is "post_filter", else 0.
+    post_filter: 1 where confidence is "post_filter", else 0. suppress_token_ids: padded with -1.
     """
 
     strategy: _Code
@@ -28,7 +28,11 @@ class Knobs(NamedTuple):
     post_filter: _Code
     seed: _Code
     top_k: _Code
+    min_new_tokens: _Code
+    eos_last: _Code
+    top_logprobs: _Code
     schedule: Int[Array, "*B S"]
+    suppress_token_ids: Int[Array, "*B W"]
     top_p: _Number
     temperature: _Number
     repetition_penalty: _Number
@@ -43,11 +47,13 @@ class Knobs(NamedTuple):
         return jax.tree.map(lambda knob: knob[rows], self)
 
 
-_INTEGERS = ("strategy", "score", "entropy_rule", "post_filter", "seed", "top_k", "schedule")
+_INTEGERS = ("strategy", "score", "entropy_rule", "post_filter", "seed", "top_k", "min_new_tokens", "eos_last")
+_INTEGERS += ("top_logprobs", "schedule", "suppress_token_ids")
 
 
-def make_knobs(config: DecodingConfig, block_size: int, seed: int) -> Knobs:
-    """Of one row, without the leading axis: numpy scalars, and the schedule [S]."""
+def make_knobs(config: DecodingConfig, block_size: int, seed: int, suppressed: int = 0) -> Knobs:
+    """Of one row, without the leading axis: numpy scalars, the schedule [S], and `suppressed` ids at least."""
+    ids = config.suppress_token_ids
     values = {name: getattr(config, name) for name in Knobs._fields if hasattr(config, name)}
     values |= {
         "strategy": STRATEGIES[config.strategy],
@@ -56,6 +62,7 @@ def make_knobs(config: DecodingConfig, block_size: int, seed: int) -> Knobs:
         "post_filter": int(config.confidence == "post_filter"),
         "top_k": min(config.top_k, np.iinfo(np.int32).max),
         "seed": seed,
+        "suppress_token_ids": ids + (-1,) * (suppressed - len(ids)),
         "schedule": commit_schedule(block_size, config.denoising_steps, config.schedule),
     }
     fields: dict[str, Any] = {name: np.asarray(values[name], _dtype(name)) for name in Knobs._fields}

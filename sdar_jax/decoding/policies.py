@@ -14,7 +14,7 @@ def select(
     activated: Bool[Array, " N"],
     knobs: Knobs,
 ) -> Bool[Array, "N S"]:
-    """Positions of N blocks to commit, among the masked ones; ties go to the leftmost.
+    """Positions of N blocks to commit, among the masked ones; ties go to the leftmost, a score of -inf to the end.
 
     Args:
         proposal: of the masked positions; what it holds elsewhere is not read.
@@ -31,7 +31,7 @@ def select(
         "sequential": jnp.cumsum(masked, axis=-1) <= wanted,
         "low_confidence_static": static,
         "low_confidence_dynamic": _dynamic(sure, static, masked, wanted),
-        "entropy_bounded": _entropy_bounded(proposal.entropy, masked, knobs),
+        "entropy_bounded": _entropy_bounded(proposal, masked, knobs),
         "factor": _factor(proposal.score, masked, rank, knobs),
         "autoregressive": masked,
         "semi_autoregressive": static,
@@ -55,8 +55,9 @@ def _dynamic(sure: Array, static: Array, masked: Array, wanted: Array) -> Array:
     return jnp.where(enough, sure, static)
 
 
-def _entropy_bounded(entropy: Array, masked: Array, knobs: Knobs) -> Array:
-    rank = _rank(-entropy, masked)
+def _entropy_bounded(proposal: Proposal, masked: Array, knobs: Knobs) -> Array:
+    entropy = proposal.entropy
+    rank = _rank(jnp.where(jnp.isneginf(proposal.score), -jnp.inf, -entropy), masked)
     counted = jnp.where(masked, entropy, 0)[:, None, :]
     first = rank[:, None, :] < rank[:, :, None]
     before = jnp.sum(jnp.where(first & masked[:, None, :], counted, 0), axis=-1)

@@ -10,15 +10,24 @@ from jaxtyping import Array, Bool, Float, Int
 from sdar_jax.decoding.knobs import SCORES, STRATEGIES, Knobs
 
 
+class Alternatives(NamedTuple):
+    """The likeliest tokens of each position, largest first, with their raw log-probabilities, nats."""
+
+    token: Int[Array, "*L A"]
+    logprob: Float[Array, "*L A"]
+
+
 class Proposal(NamedTuple):
     """Of each position: token, never the mask or a banned one; score, what ranks it; entropy, nats, where a row asks
-    for it (zero if none does); logprob, raw, nats; finite, whether the logits were numbers."""
+    for it (zero if none does); logprob, raw, nats; finite, whether the logits were numbers; alternatives, zeros if no
+    row asks for any."""
 
     token: Int[Array, "*L"]
     score: Float[Array, "*L"]
     entropy: Float[Array, "*L"]
     logprob: Float[Array, "*L"]
     finite: Bool[Array, "*L"]
+    alternatives: Alternatives | None = None
 
 
 def propose(
@@ -30,6 +39,8 @@ def propose(
     *,
     mask_token_id: int | None,
     banned: Bool[Array, " V"] | None = None,
+    suppressed: Int[Array, "L W"] | None = None,
+    alternatives: int = 0,
 ) -> Proposal:
     """Greedy or sampled tokens with their confidence (semantics: penalty, temperature, then top-k, then top-p).
 
@@ -40,18 +51,34 @@ def propose(
         seen: gives the tokens that the repetition penalty is for, if one is asked for; None is none.
         mask_token_id: has no part in any distribution.
         banned: tokens that are never proposed; what others' probabilities are is not changed by that.
+        suppressed: of each position, tokens that its proposal and its confidence are without; padded with -1.
+        alternatives: A, the most that a row asks for.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
     if mask_token_id is not None:
         logits = logits.at[:, mask_token_id].set(-jnp.inf)
     allow = lambda x: x if banned is None else jnp.where(banned, -jnp.inf, x)
+    suppressed = jnp.zeros((logits.shape[0], 0), jnp.int32) if suppressed is None else suppressed
     token, score, entropy, logprob = jax.lax.cond(
-        _all_plain(knobs),
+        _all_plain(knobs) & (suppressed < 0).all(),
         lambda logits: _plain(logits, allow),
-        lambda logits: _general(logits, knobs, positions, step, seen, allow),
+        lambda logits: _general(logits, knobs, positions, step, seen, suppressed, allow),
         logits,
     )
-    return Proposal(token, score, entropy, logprob, finite)
+    return Proposal(token, score, entropy, logprob, finite, _alternatives(logits, knobs, alternatives))
+
+
+def _alternatives(logits: Array, knobs: Knobs, count: int) -> Alternatives | None:
+    if not count:
+        return None
+
+    def likeliest(logits: Array) -> tuple[Array, Array]:
+        largest, token = jax.lax.top_k(logits, count)
+        return token.astype(jnp.int32), largest - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+    shape = (logits.shape[0], count)
+    none = lambda logits: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype))
+    return Alternatives(*jax.lax.cond((knobs.top_logprobs > 0).any(), likeliest, none, logits))
 
 
 def _all_plain(knobs: Knobs) -> Array:
@@ -73,11 +100,11 @@ def _first_largest(logits: Array) -> Array:
     return jnp.min(index, axis=-1)
 
 
-def _general(logits, knobs: Knobs, positions, step, seen, allow) -> tuple[Array, Array, Array, Array]:
-    wanted = logits
+def _general(logits, knobs: Knobs, positions, step, seen, suppressed, allow) -> tuple[Array, Array, Array, Array]:
+    wanted = jax.lax.cond((suppressed >= 0).any(), lambda x: _without(x, suppressed), lambda x: x, logits)
     if seen is not None:
         some = (knobs.repetition_penalty != 1).any()
-        wanted = jax.lax.cond(some, lambda x: _penalised(x, knobs, seen()), lambda x: x, logits)
+        wanted = jax.lax.cond(some, lambda x: _penalised(x, knobs, seen()), lambda x: x, wanted)
     greedy = knobs.temperature == 0
     # From the largest down, so that a low temperature cannot overflow the quotient.
     distribution = jax.nn.log_softmax(jax.nn.log_softmax(wanted) / jnp.where(greedy, 1, knobs.temperature)[:, None])
@@ -91,6 +118,11 @@ def _general(logits, knobs: Knobs, positions, step, seen, allow) -> tuple[Array,
     confident = jnp.where(after, jax.nn.log_softmax(filtered), distribution)
     entropy = -jnp.sum(jnp.exp(distribution) * jnp.where(jnp.isfinite(distribution), distribution, 0), axis=-1)
     return token, _score(confident, token, entropy, knobs), entropy, _at(jax.nn.log_softmax(logits), token)
+
+
+def _without(logits: Array, tokens: Array) -> Array:
+    at = jnp.where(tokens < 0, logits.shape[-1], tokens)
+    return logits.at[jnp.arange(logits.shape[0])[:, None], at].set(-jnp.inf, mode="drop")
 
 
 def _penalised(logits: Array, knobs: Knobs, seen: Array) -> Array:

@@ -61,6 +61,7 @@ class Request:
     prompt: np.ndarray
     stop_strings: tuple[str, ...]
     reader: TextReader | None
+    prompt_logprobs: list[float | None] | None = None
     id: int = -1
     place: int | None = None
     pages: list[int] = field(default_factory=list)
@@ -73,5 +74,5 @@ class Request:
 
 def ended(request: Request, row: Rows, reason: FinishReason | None, tokenizer: Any) -> Completion:
     """Its completion: what `row` has without a gap, ended for that reason, if there is one, or by a stop string."""
-    done = completion(row, tokenizer, request.stop_strings)
+    done = completion(row, tokenizer, request.stop_strings)._replace(prompt_logprobs=request.prompt_logprobs)
     return done if reason is None or isinstance(done.stop_reason, str) else done._replace(finish_reason=reason)

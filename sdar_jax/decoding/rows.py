@@ -22,6 +22,7 @@ class Rows(NamedTuple):
 
     tokens: the prompt, then masks, then what was committed. A prompt may hold masks too (infilling).
     step: the row's denoising forward that committed each position, -1 for the prompt. logprob: of what it committed.
+    top_token, top_logprob: the likeliest tokens there, of which the row may have asked for fewer.
     limit: prompt_length + max_new_tokens. stop_ids: padded with -1. origin: where blocks are counted from.
     canvas_end: of the positions that the row sees, where it reads all of them each time.
     forward_budget: more forwards than any strategy can need: two a position and a block.
@@ -39,6 +40,8 @@ class Rows(NamedTuple):
     committed: Bool[Array, "*B T"]
     step: Int[Array, "*B T"]
     logprob: Float[Array, "*B T"]
+    top_token: Int[Array, "*B T A"]
+    top_logprob: Float[Array, "*B T A"]
     prompt_length: _Number
     limit: _Number
     origin: _Number
@@ -64,13 +67,18 @@ class Rows(NamedTuple):
 
 
 class RowShape(NamedTuple):
-    """Sizes that all rows of a batch share, in entries: T, stop ids, pages a row may have, S, K."""
+    """Sizes that all rows of a batch share, in entries: T, stop ids, pages a row may have, S, K.
+
+    suppressed, alternatives: the most ids that a row may suppress, and likeliest tokens that it may ask for.
+    """
 
     length: int
     stops: int
     pages: int
     block_size: int
     slots: int
+    suppressed: int = 0
+    alternatives: int = 0
 
 
 def make_row(
@@ -97,8 +105,8 @@ def make_row(
     flag = lambda value: np.asarray(value, bool)
     known, limit = len(prompt), len(prompt) + max_new_tokens
     given = np.ones(known, bool) if given is None else given
-    first_block = origin + (known_prefix(given) - origin) // shape.block_size * shape.block_size
-    blocks_end = first_block + -(-(limit - first_block) // shape.block_size) * shape.block_size
+    first_block = origin + (first_mask(given) - origin) // shape.block_size * shape.block_size
+    blocks_end = origin + -(-(limit - origin) // shape.block_size) * shape.block_size
     # A prompt that nothing follows ends where it ends: its last block is not decoded past that.
     committed = np.arange(shape.length) >= limit if max_new_tokens == 0 else np.zeros(shape.length, bool)
     committed[:known] = given
@@ -107,13 +115,15 @@ def make_row(
         committed=committed,
         step=np.full(shape.length, -1, np.int32),
         logprob=np.zeros(shape.length, float_type),
+        top_token=np.zeros((shape.length, shape.alternatives), np.int32),
+        top_logprob=np.zeros((shape.length, shape.alternatives), float_type),
         prompt_length=number(known),
         limit=number(limit),
         origin=number(origin),
         canvas_end=number(limit if max_new_tokens == 0 else blocks_end),
         forward_budget=number(2 * (limit - min(first_block, known) + shape.block_size)),
         stop_ids=_padded(stop_ids, shape.stops, -1),
-        knobs=make_knobs(config, shape.block_size, seed),
+        knobs=make_knobs(config, shape.block_size, seed, shape.suppressed),
         page_table=np.zeros(shape.pages, np.int32),
         pages_end=number(0),
         admitted=number(0),
@@ -133,8 +143,8 @@ def make_row(
     return Rows(**fields)
 
 
-def known_prefix(given: np.ndarray) -> int:
-    """How many tokens are given before the first mask."""
+def first_mask(given: np.ndarray) -> int:
+    """Where the first token is that is not given; behind all of them if there is none."""
     return len(given) if given.all() else int(given.argmin())
 
 
@@ -149,6 +159,24 @@ def output(row: Rows, start: int | None = None) -> np.ndarray:
     start, end = int(row.prompt_length) if start is None else start, int(row.end)
     committed = np.asarray(row.committed[start:end])
     return np.asarray(row.tokens[start : end if committed.all() else start + int(committed.argmin())])
+
+
+def top_logprobs(row: Rows, places: slice) -> list[list[tuple[int, float]]] | None:
+    """The likeliest tokens at some places of one row, on the host, as many as it asked for; none where none are known.
+
+    Where the token that was committed is one of them, its log-probability is to the last bit that of `logprob`.
+    """
+    count = int(row.knobs.top_logprobs)
+    if not count:
+        return None
+    steps, own = np.asarray(row.step[places]).tolist(), row.logprob[places].tolist()
+    columns = row.tokens[places].tolist(), row.top_token[places].tolist(), row.top_logprob[places].tolist()
+    return [
+        [(id_, logprob if id_ == token else p) for id_, p in zip(ids[:count], ps[:count], strict=True) if p > -np.inf]
+        if step >= 0
+        else []
+        for step, logprob, token, ids, ps in zip(steps, own, *columns, strict=True)
+    ]
 
 
 class Window(NamedTuple):

@@ -40,12 +40,21 @@ def n_k(size: int, steps: int | None, schedule: str, step: int) -> int:
     return size // steps + (1 if step < size % steps else 0)
 
 
-def choose(config: DecodingConfig, probs: np.ndarray, masked: list[int], step: int, size: int) -> list[int]:
+def without(config: DecodingConfig, logits: np.ndarray, place: int, stops) -> np.ndarray:
+    """Logits [V] of one position, the so-manieth of the output, without what may not be proposed there."""
+    out = logits.copy()
+    out[[*config.suppress_token_ids, *(stops if place < config.min_new_tokens else ())]] = -np.inf
+    return out
+
+
+def choose(config: DecodingConfig, probs: np.ndarray, masked: list[int], step: int, size: int, stops=()) -> list[int]:
     """Window offsets to commit, greedy: `probs` [S, V], `masked` offsets in ascending order."""
     wanted = n_k(size, config.denoising_steps, config.schedule, step)
     top = np.sort(probs, axis=-1)
     entropy = -np.sum(np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0), axis=-1)
     score = {"probability": top[:, -1], "margin": top[:, -1] - top[:, -2], "neg_entropy": -entropy}[config.score]
+    if config.eos_last:
+        score = np.where(np.isin(probs.argmax(-1), stops), -np.inf, score)
     return pick(config, score, entropy, masked, wanted)
 
 
@@ -64,7 +73,7 @@ def pick(config: DecodingConfig, score, entropy, masked: list[int], wanted: int)
         passing = [n for n, i in enumerate(best, 1) if score[i] >= 1 - config.factor / (n + 1)]
         return best[: max(passing, default=1)]
     taken, total = [], 0.0
-    for i in sorted(masked, key=lambda i: (entropy[i], i)):
+    for i in sorted(masked, key=lambda i: (score[i] == -math.inf, entropy[i], i)):
         after = total + entropy[i]
         within = total <= config.entropy_bound if config.entropy_rule == "eb_sampler" else after < config.entropy_bound
         if taken and not within:
@@ -77,7 +86,7 @@ def pick(config: DecodingConfig, score, entropy, masked: list[int], wanted: int)
 def decode(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops: tuple[int, ...]):
     """Greedy (tokens, logprobs, steps, reason, denoising forwards, commit forwards) of one prompt."""
     if config.strategy == "autoregressive":
-        return _decode_autoregressive(model, prompt, max_new_tokens, stops)
+        return _decode_autoregressive(model, prompt, config, max_new_tokens, stops)
     size = config.block_size or model.config.block_size
     semi = config.strategy == "semi_autoregressive"
     origin = len(prompt) if semi and model.config.block_origin == "response" else 0
@@ -92,12 +101,14 @@ def decode(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int
         step = 0
         while not all(known[start : start + size]):
             read = sequence if semi else sequence[: start + size]
-            probs = softmax(forward(model, read, None if semi else size)[start : start + size])
+            logits = forward(model, read, None if semi else size)[start : start + size]
+            raw, place = softmax(logits), start - len(prompt)
+            probs = softmax(np.stack([without(config, row, place + i, stops) for i, row in enumerate(logits)]))
             masked = [i for i in range(size) if not known[start + i]]
-            for i in choose(config, probs, masked, step, size):
+            for i in choose(config, probs, masked, step, size, stops):
                 token = int(probs[i].argmax())
                 sequence[start + i], known[start + i] = token, True
-                record[start + i] = (token, math.log(probs[i].max()), denoising)
+                record[start + i] = (token, math.log(raw[i, token]), denoising)
             step, denoising = step + 1, denoising + 1
             end, reason = _ended(sequence, known, len(prompt), start, size, limit, stops)
             if reason:
@@ -193,16 +204,41 @@ def _ended(sequence, known, prompt_length, start, size, limit, stops):
     return None, None
 
 
-def _decode_autoregressive(model, prompt, max_new_tokens, stops):
+def _decode_autoregressive(model, prompt, config, max_new_tokens, stops):
     sequence, out = list(prompt), []
     for step in range(max_new_tokens):
-        probs = softmax(forward(model, sequence, 1)[-1])
-        token = int(probs.argmax())
+        logits = forward(model, sequence, 1)[-1]
+        probs, token = softmax(logits), int(without(config, logits, step, stops).argmax())
         if token in stops:
             return *_columns(out), "stop", step + 1, 0
         out.append((token, math.log(probs[token]), step))
         sequence.append(token)
     return *_columns(out), "length", max_new_tokens, 0
+
+
+def alternatives(model, prompt: list[int], completion, config: DecodingConfig):
+    """The likeliest tokens of each position, with their log-probabilities, in the state before it was committed."""
+    if config.strategy == "autoregressive":
+        rows = forward(model, prompt + completion.tokens, 1)[len(prompt) - 1 : -1]
+        return [_likeliest(softmax(row), config.top_logprobs) for row in rows]
+    size, mask = config.block_size or model.config.block_size, model.config.mask_token_id
+    out = []
+    for i, step in enumerate(completion.steps):
+        end = ((len(prompt) + i) // size + 1) * size
+        if config.strategy == "semi_autoregressive":
+            end = len(prompt) + len(completion.tokens)
+        known = zip(completion.tokens, completion.steps, strict=True)
+        sequence = prompt + [token if own < step else mask for token, own in known]
+        sequence = (sequence + [mask] * end)[:end]
+        seen = None if config.strategy == "semi_autoregressive" else size
+        probs = softmax(forward(model, sequence, seen)[len(prompt) + i])
+        out.append(_likeliest(probs, config.top_logprobs))
+    return out
+
+
+def _likeliest(probs: np.ndarray, count: int) -> list[tuple[int, float]]:
+    order = sorted(range(len(probs)), key=lambda token: -probs[token])[:count]
+    return [(token, math.log(probs[token])) for token in order if probs[token] > 0]
 
 
 def _columns(out):

@@ -96,7 +96,7 @@ def test_request(changes, names):
 
 
 MODELS = [
-    ({"block_size": None}, "'low_confidence_dynamic' needs block_size", "strategy='autoregressive'"),
+    ({"block_size": None}, "'low_confidence_dynamic' needs block_size", "DecodingConfig(block_size=...)"),
     ({"mask_token_id": None}, "'low_confidence_dynamic' needs mask_token_id", "set it"),
 ]
 

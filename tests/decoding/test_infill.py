@@ -13,6 +13,7 @@ from sdar_jax import DecodingConfig, Engine, generate, infill, to_diffusion
 from sdar_jax.errors import DecodingError
 from tests.bad_input import refused
 from tests.decoding import oracle
+from tests.objectives.test_paradigms import VALUES, model_with
 from tests.tiny import MASK, VOCAB, tiny_model
 
 BLOCKS = DecodingConfig(confidence_threshold=0.2)
@@ -88,6 +89,34 @@ def test_a_prompt_with_masks_behind_it_is_generated(seed, new, config):
     assert got.denoising_forwards == wanted.denoising_forwards
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("name", VALUES)
+def test_every_paradigm_fills_as_it_generates(name, x64):
+    """Behind a prompt; and with more behind that, what is given stays and all else is filled."""
+    model = model_with(**VALUES[name])
+    config = DecodingConfig(strategy="semi_autoregressive") if "no blocks" in name else DecodingConfig()
+    prompt = [1, 2, 3, 4, 5, 6, 7]
+    (wanted,) = generate(model, [prompt], config, max_new_tokens=9, stop_token_ids=())
+    (got,) = infill(model, [prompt + [model.config.mask_token_id] * 9], config)
+    assert (got.tokens, got.denoising_forwards) == (prompt + wanted.tokens, wanted.denoising_forwards)
+    mask = model.config.mask_token_id
+    canvas = [1, mask, 3, mask, mask, mask, mask, 8, 9, mask, mask, 2, 3, 4, 5, 6, 7, 8, mask, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        (got,) = infill(model, [canvas], config)
+    assert got.finish_reason == "length" and mask not in got.tokens
+    assert all(after == before for after, before in zip(got.tokens, canvas, strict=True) if before != mask)
+
+
+def test_a_shifted_model_needs_the_first_token():
+    model = model_with(jnp.float32, **VALUES["shifted"])
+    mask = model.config.mask_token_id
+    with refused(DecodingError, "prompt 0 begins with a mask", "give its first token"):
+        infill(model, [[mask, 2]])
+    assert mask not in infill(model, [[1, mask]])[0].tokens
+
+
 def test_a_model_that_sees_what_follows_uses_it(x64):
     """And one that cannot is told of, once a call, where there is something to see in later blocks."""
     one, other = [1, 2, MASK, 4, 5, 6, 7, 8], [1, 2, MASK, 4, 5, 6, 7, 9]
@@ -110,8 +139,6 @@ def test_the_config_follows_the_model(x64):
 
 def test_text_and_seeds(x64):
     class Letters:
-        bos_token_id = None
-
         def encode(self, text, **options):
             return [MASK if letter == "_" else ord(letter) - 97 for letter in text]
 
