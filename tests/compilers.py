@@ -1,4 +1,7 @@
-"""Compiling for chips that are not here, in child processes: the compilers print on their own stdout and stderr."""
+"""Compiling for chips that are not here, in child processes: the compilers print on their own stdout and stderr.
+
+The compilers are those of `make compilers`, or of the folder that the variable COMPILERS names.
+"""
 
 import os
 import subprocess
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMPILERS = ROOT / ".cache" / "compilers"
+COMPILERS = Path(os.environ.get("COMPILERS", ROOT / ".cache" / "compilers"))
 
 needs_compilers = pytest.mark.skipif(
     not (COMPILERS / "libtpu").is_dir(), reason="needs the TPU and CUDA compilers: make compilers"

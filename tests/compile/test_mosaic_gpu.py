@@ -4,6 +4,7 @@ import json
 import re
 from typing import NamedTuple
 
+import jax
 import pytest
 
 from tests.compilers import needs_compilers, run_python
@@ -37,10 +38,15 @@ LAYOUTS = {"1.7B": (16, 8, 128), "4B and 8B": (32, 8, 128), "30B-A3B": (32, 4, 1
 # What an H200 has: a block's shared memory, a multiprocessor's registers and its threads.
 SHARED, REGISTERS, THREADS = 227 * 1024, 65536, 2048
 BLOCK = 384
+# jax 0.11 does not print what shared memory a kernel takes.
+PRINTS_SHARED = jax.__version_info__ >= (0, 12)
 
 
 class Kernel(NamedTuple):
-    """registers: a thread at launch. budgets: what warpgroups then take. serialised: ptxas gave up on async wgmma."""
+    """registers: per thread at launch. budgets: what warpgroups then take. serialised: ptxas gave up on async wgmma.
+
+    shared: bytes, 0 where jax does not print them.
+    """
 
     registers: int
     spilled: int
@@ -52,7 +58,7 @@ class Kernel(NamedTuple):
 
     def occupancy(self) -> int:
         """Blocks a multiprocessor."""
-        return min(REGISTERS // (self.registers * BLOCK), SHARED // self.shared, THREADS // BLOCK)
+        return min(REGISTERS // (self.registers * BLOCK), SHARED // max(self.shared, 1), THREADS // BLOCK)
 
 
 def sections(text: str, name: str) -> dict[str, str]:
@@ -66,26 +72,35 @@ def parsed(output: str, errors: str) -> dict[str, Kernel]:
     text = output + errors
     ptxas = sections(text, r"Compiling entry function 'range_attention_(\w+)_mosaic_gpu_kernel'")
     ptx = sections(text, r"\.entry range_attention_(\w+)_mosaic_gpu_kernel")
-    shared = [int(size) for size in re.findall(r"smem_scratch_bytes=(\d+)", text)]
-    barriers = [re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", line) for line in re.findall(r"Resources\(.*", text)]
-    assert set(ptxas) == set(ptx) == set(KERNELS) and len(shared) == len(barriers) == len(KERNELS)
+    assert set(ptxas) == set(ptx) == set(KERNELS)
     found = {}
-    # Resources bear no name, but are printed as the kernels are traced; the rest as they are compiled, in any order.
-    for name, scratch, counts in zip(KERNELS, shared, barriers, strict=True):
+    for name, shared in zip(KERNELS, shared_memory(text), strict=True):
         report, code = ptxas[name], ptx[name]
-        budgets = [int(n) for n in re.findall(r"setmaxnreg\.(?:inc|dec)\S* (\d+)", code)]
+        budgets = [int(n) for n in re.findall(r"setmaxnreg\.(?:inc|dec)\S*\s+(\d+)", code)]
         found[name] = Kernel(
             int(re.search(r"Used (\d+) registers", report)[1]),
             sum(
                 map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report).groups())
             ),
-            scratch + 8 * sum(int(number) * int(times) for number, times in counts),
+            shared,
             tuple(sorted(budgets)),
             code.count("wgmma.mma_async"),
             code.count("cp.async.bulk.tensor"),
             "serialized" in report,
         )
     return found
+
+
+def shared_memory(text: str) -> list[int]:
+    """Bytes of each kernel, barriers included. Printed without names as they are traced, so in order."""
+    if not PRINTS_SHARED:
+        return [0] * len(KERNELS)
+    scratch = [int(size) for size in re.findall(r"smem_scratch_bytes=(\d+)", text)]
+    barriers = [re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", line) for line in re.findall(r"Resources\(.*", text)]
+    return [
+        size + 8 * sum(int(number) * int(times) for number, times in counts)
+        for size, counts in zip(scratch, barriers, strict=True)
+    ]
 
 
 def compiled(heads: int, kv_heads: int, dim: int, length: int) -> tuple[dict[str, Kernel], int]:
@@ -102,6 +117,7 @@ def check(kernels: dict[str, Kernel]) -> None:
         assert kernel.spilled == 0, name
         assert kernel.products and kernel.copies and not kernel.serialised, name
         assert kernel.shared <= SHARED and kernel.occupancy() == 1, name
+        assert kernel.shared or not PRINTS_SHARED, name
         # A budget a warpgroup: two consumers and a producer.
         producer, consumer = kernel.budgets
         assert 2 * consumer + producer <= REGISTERS // 128, name
