@@ -107,6 +107,18 @@ def test_prompt_and_decoding_options(cli, model_dir):
     assert result.records[0]["tokens"] == wanted.tokens and result.records[0]["text"] == wanted.text
 
 
+def test_options_of_decoding_are_flags(cli, model_dir):
+    """More new tokens at least than the small requests have that compile; likeliest tokens, as many as asked for."""
+    flags = ("--min-new-tokens", 5, "--suppress-token-ids", 7, 8, "--eos-last", "--top-logprobs", 2)
+    result = cli("--prompt-ids", "5,9,12", "--max-new-tokens", 6, "--json", *flags)
+    fields = dict(min_new_tokens=5, suppress_token_ids=(7, 8), eos_last=True, top_logprobs=2)
+    (wanted,) = expected(model_dir, [[5, 9, 12]], **fields)
+    assert result.records[0]["tokens"] == wanted.tokens and len(wanted.tokens) >= 5
+    assert [[id_ for id_, _ in each] for each in result.records[0]["top_logprobs"]] == [
+        [id_ for id_, _ in each] for each in wanted.top_logprobs
+    ]
+
+
 def test_block_size_and_mask_may_come_from_the_command_line(cli, model_dir):
     result = cli("--prompt-ids", "5,9", "--block-size", 8, "--mask-token-id", 262, "--max-new-tokens", 6, "--json")
     assert result.code == 0 and len(result.records[0]["tokens"]) <= 6

@@ -170,12 +170,15 @@ class Sampler:
             max_length=length,
             max_queue=AHEAD * slots,
             turns=1 if self.config.watch else 8,
+            top_logprobs=self.config.decoding.top_logprobs,
         )
         self.engine_length = length
         # From one page into the next; the second time, with a page that is shared in part and copied.
-        prompt = [0] * max(1, min(page_size - 1, length - 2))
+        token = 1 if self.model.config.mask_token_id == 0 else 0
+        prompt = [token] * max(1, min(page_size - 1, length - 2))
+        config = dataclasses.replace(self.config.decoding, min_new_tokens=0)
         for stops in (self.stop_token_ids, ()):
-            self.engine.generate([prompt], self.config.decoding, max_new_tokens=2, stop_token_ids=stops)
+            self.engine.generate([prompt], config, max_new_tokens=2, stop_token_ids=stops)
         print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
     def submit(self, request: Request) -> int:

@@ -149,7 +149,7 @@ class DecodingConfig:
         size = self.block_size or model.block_size
         if model.objective == "autoregressive" and (size is None or model.mask_token_id is None):
             raise DecodingError(
-                f"strategy {self.strategy!r} is for diffusion models and this one is autoregressive; "
+                f"strategy {self.strategy!r} needs block_size and a mask, and this model is autoregressive; "
                 "use strategy='autoregressive', or convert it with sdar_jax.to_diffusion"
             )
         if size is None:

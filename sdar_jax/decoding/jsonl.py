@@ -72,4 +72,5 @@ def _answers(line: bytes, asked: list[dict[str, Any]]) -> bool:
     kept = {key: value for record in asked for key, value in record.items() if key not in ours}
     if not asked or not isinstance(answer, dict):
         return False
-    return ours - {"text"} <= set(answer) and kept.items() <= answer.items()
+    always = ours - {"text", *Completion._field_defaults}
+    return always <= set(answer) and kept.items() <= answer.items()

@@ -68,7 +68,7 @@ def test_every_name_that_a_message_lists_is_known(name, unchecked_types):
 
 def test_an_autoregressive_model_is_decoded_or_converted():
     plain = model(**AUTOREGRESSIVE)
-    with refused(DecodingError, "this one is autoregressive", "strategy='autoregressive'", "sdar_jax.to_diffusion"):
+    with refused(DecodingError, "this model is autoregressive", "strategy='autoregressive'", "sdar_jax.to_diffusion"):
         decodes(plain, DecodingConfig(block_size=4))
     assert decodes(plain, DecodingConfig(strategy="autoregressive"))
     assert decodes(to_diffusion(plain, block_size=4, mask_token_id=VOCAB), DecodingConfig())
