@@ -100,7 +100,7 @@ def test_what_computes_where():
 
 
 def test_compilers_are_those_of_this_jax():
-    """That the command installs what plans can use is shown where it is run, in `make check-versions`."""
+    """What the command installs is not tried here: it downloads compilers."""
     command = doctor.report()["compilers"]["install"]
     assert command.startswith("pip install --no-deps --target .cache/compilers 'libtpu==0.")
     assert f">={importlib.metadata.version('jax')}" in command
