@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from benchmarks.timing import TorchPeer, compare, seconds
 from sdar_jax import visibility
 from sdar_jax.attention import attention
-from sdar_jax.chips import peak_flops
+from sdar_jax.devices.chips import peak_flops
 
 
 class Shape(NamedTuple):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.timing import seconds
-from sdar_jax.chips import peak_flops
+from sdar_jax.devices.chips import peak_flops
 from sdar_jax.losses import linear_cross_entropy
 
 

@@ -27,10 +27,10 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from sdar_jax import DecodingConfig, ModelConfig
-from sdar_jax.chips import CHIPS, Chip, compiling_for, topology
 from sdar_jax.decoding.buffer import State, advance
 from sdar_jax.decoding.forward import BufferConfig
 from sdar_jax.decoding.rows import RowShape, make_row
+from sdar_jax.devices.chips import CHIPS, Chip, compiling_for, topology
 from sdar_jax.model import Model, empty_pages
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from sdar_jax import ModelConfig, visibility
 from sdar_jax.attention.blocks import blocks_for
-from sdar_jax.attention.tiles import HIDDEN, tile_kinds
-from sdar_jax.chips import CHIPS
+from sdar_jax.attention.tiles import EMPTY, tile_kinds
+from sdar_jax.devices.chips import CHIPS
 from sdar_jax.training.flops import Work, training_flops
 from sdar_jax.visibility import Ranges
 
@@ -48,7 +48,7 @@ def tiled_pairs(ranges: Ranges, queries: int, keys: int) -> float:
     length = ranges.start.shape[1]
     missing = -length % queries
     padded = Ranges(*(jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in ranges))
-    return float((tile_kinds(padded, queries, keys, length) != HIDDEN).sum()) * queries * keys
+    return float((tile_kinds(padded, queries, keys, length) != EMPTY).sum()) * queries * keys
 
 
 def flops(count: float, heads: Heads, matmuls: int) -> float:

@@ -23,12 +23,12 @@ from dataclasses import replace
 
 from jax.sharding import Mesh
 
-from sdar_jax import plan
-from sdar_jax.chips import CHIPS, topology
+from sdar_jax.cli import plan
+from sdar_jax.devices.chips import CHIPS, topology
+from sdar_jax.devices.sharding import make_mesh
 from sdar_jax.planning import Compiled, Roofline, compile_step, roofline
 from sdar_jax.planning.count import Traffic
 from sdar_jax.planning.network import along, links
-from sdar_jax.sharding import make_mesh
 from sdar_jax.training import read_config
 
 RECIPES = [

@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdar_jax import ModelConfig, processes
+from sdar_jax import ModelConfig
+from sdar_jax.devices import processes
+from sdar_jax.devices.sharding import MeshConfig, make_mesh
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
+from sdar_jax.hf.tensor_files import TensorReader
 from sdar_jax.model import Model
-from sdar_jax.pretrained import load_pretrained, save_pretrained
-from sdar_jax.sharding import MeshConfig, make_mesh
-from sdar_jax.tensor_files import TensorReader
 
 ROOT = Path(__file__).parents[1]
 MB = 1_000_000

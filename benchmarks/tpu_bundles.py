@@ -117,7 +117,7 @@ def _compile(chip: str, family: Family, head_dim: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from sdar_jax.chips import topology
+    from sdar_jax.devices.chips import topology
 
     device = jax.sharding.SingleDeviceSharding(topology(CORES[chip].topology).devices[0])
     shape = lambda *size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(size, dtype, sharding=device)

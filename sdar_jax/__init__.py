@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 if TYPE_CHECKING:
-    from sdar_jax.config import ModelConfig
-    from sdar_jax.conversion import to_diffusion
     from sdar_jax.data import load_tokenizer
     from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate, infill
     from sdar_jax.evaluation import nelbo
-    from sdar_jax.model import logits
+    from sdar_jax.hf import load_pretrained, save_pretrained
+    from sdar_jax.model import ModelConfig, logits
+    from sdar_jax.model.conversion import to_diffusion
     from sdar_jax.objectives import block_diffusion_loss
-    from sdar_jax.pretrained import load_pretrained, save_pretrained
     from sdar_jax.training import TrainConfig, train
 
 __all__ = [
@@ -43,17 +42,17 @@ _HOMES = {
     "Completion": "decoding",
     "DecodingConfig": "decoding",
     "Engine": "decoding",
-    "ModelConfig": "config",
+    "ModelConfig": "model",
     "TrainConfig": "training",
     "block_diffusion_loss": "objectives",
     "generate": "decoding",
     "infill": "decoding",
-    "load_pretrained": "pretrained",
+    "load_pretrained": "hf",
     "load_tokenizer": "data",
     "logits": "model",
     "nelbo": "evaluation",
-    "save_pretrained": "pretrained",
-    "to_diffusion": "conversion",
+    "save_pretrained": "hf",
+    "to_diffusion": "model.conversion",
     "train": "training",
 }
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sdar_jax.chips import platform
+from sdar_jax.devices.chips import platform
+from sdar_jax.devices.sharding import current_mesh, mesh_axes
 from sdar_jax.errors import ConfigError
-from sdar_jax.sharding import carriers, current_mesh
 
 # Logits held at once, in numbers. On a CPU 16 MB of float32, which stay in its cache; on accelerators 1 GB, as each
 # chunk also reads and writes the head's whole gradient (docs/kernels.md).
@@ -50,10 +50,10 @@ def loss_sharding(tokens: tuple[int, ...], head: tuple[int, ...], vocab_axis: in
     mesh = current_mesh()
     if mesh is None:
         return None
-    batch = carriers("batch", tokens[0])
-    (vocab,) = carriers("vocab", head[vocab_axis]) or (None,)
-    (width,) = carriers("embed", head[1 - vocab_axis]) or (None,)
-    return LossSharding(mesh, batch, vocab, carriers("length", tokens[1]), width if width in batch else None)
+    batch = mesh_axes("batch", tokens[0])
+    (vocab,) = mesh_axes("vocab", head[vocab_axis]) or (None,)
+    (width,) = mesh_axes("embed", head[1 - vocab_axis]) or (None,)
+    return LossSharding(mesh, batch, vocab, mesh_axes("length", tokens[1]), width if width in batch else None)
 
 
 def linear_cross_entropy(

@@ -15,12 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import visibility
-from sdar_jax.config import ModelConfig
 from sdar_jax.corruption import CorruptionConfig, corrupt
 from sdar_jax.errors import ConfigError, is_number
 from sdar_jax.experts import RouterSums, balance_loss, max_load, z_loss
 from sdar_jax.losses import TokenScores, linear_cross_entropy, loss_sharding
 from sdar_jax.model import Model, Remat
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.paradigm import Paradigm
 from sdar_jax.visibility import Ranges
 

@@ -3,8 +3,8 @@
 import pytest
 
 from sdar_jax import ModelConfig
-from sdar_jax.config import RopeConfig
 from sdar_jax.errors import ConfigError
+from sdar_jax.model.config import RopeConfig
 from tests.bad_input import refused
 
 nan, infinite = float("nan"), float("inf")

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from sdar_jax.chips import device, platform
+from sdar_jax.devices.chips import device, platform
 from sdar_jax.errors import ConfigError
 
 TABLE = Path(__file__).with_name("blocks.toml")

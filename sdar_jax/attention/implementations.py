@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array
 
-from sdar_jax.chips import platform
+from sdar_jax.devices.chips import platform
 from sdar_jax.errors import ConfigError
 
 _KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from sdar_jax import sharding
+from sdar_jax.devices import sharding
 from sdar_jax.visibility import Ranges
 
 Attend = Callable[[Array, Array, Array, Ranges], Array]
@@ -32,10 +32,11 @@ def over_mesh(
     mesh = sharding.current_mesh()
     if mesh is None:
         return attend(q, k, v, ranges)
-    batch = sharding.carriers("batch", q.shape[0]) or None
-    context = sharding.carriers("length", math.gcd(q.shape[1], k.shape[1])) or None
-    kv_heads = sharding.carriers("kv_heads", k.shape[2]) or None
-    exchanged = k.shape[2] // sharding.parts("kv_heads", k.shape[2]) % sharding.parts("length", q.shape[1]) == 0
+    batch = sharding.mesh_axes("batch", q.shape[0]) or None
+    context = sharding.mesh_axes("length", math.gcd(q.shape[1], k.shape[1])) or None
+    kv_heads = sharding.mesh_axes("kv_heads", k.shape[2]) or None
+    heads_per_device = k.shape[2] // sharding.num_shards("kv_heads", k.shape[2])
+    exchanged = heads_per_device % sharding.num_shards("length", q.shape[1]) == 0
     by_head = PartitionSpec(batch, context, kv_heads)
     # Whoever has all queries of a head needs all of their ranges.
     by_query = PartitionSpec(batch, None if exchanged else context)
@@ -62,7 +63,7 @@ def over_heads[Out](
     mesh = sharding.current_mesh()
     if mesh is None:
         return compute(*operands)
-    split = sharding.carriers("kv_heads", kv_heads) or None
+    split = sharding.mesh_axes("kv_heads", kv_heads) or None
     spec = lambda axis: PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, split)
     outs = spec(out_at) if isinstance(out_at, int) else tuple(map(spec, out_at))
     ins = tuple(map(spec, heads_at))

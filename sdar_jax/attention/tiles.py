@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from sdar_jax.visibility import Ranges
 
-HIDDEN, PARTIAL, FULL = 0, 1, 2
+EMPTY, PARTIAL, FULL = 0, 1, 2
 
 # Comparisons of queries with key tiles held at once, so that memory does not grow with their product.
 _COMPARED = 2**20
@@ -45,7 +45,7 @@ class VisitLists(NamedTuple):
 
 
 def tile_kinds(ranges: Ranges, query_tile: int, key_tile: int, keys: int) -> Kinds:
-    """HIDDEN, PARTIAL or FULL for each pair, int8 [B, Q / query_tile, ceil(keys / key_tile)].
+    """EMPTY, PARTIAL or FULL for each pair, int8 [B, Q / query_tile, ceil(keys / key_tile)].
 
     A tile that only two ranges together cover counts as PARTIAL, as does one that reaches past `keys`. The query axis
     is a multiple of `query_tile`; pad it with empty ranges.
@@ -66,14 +66,14 @@ def tile_kinds(ranges: Ranges, query_tile: int, key_tile: int, keys: int) -> Kin
 
 def visits(kinds: Kinds) -> Visits:
     """Every visited tile of the batch in one list."""
-    visited = kinds != HIDDEN
+    visited = kinds != EMPTY
     row, query, key = (x.astype(jnp.int32) for x in jnp.nonzero(visited, size=visited.size, fill_value=0))
     return Visits(row, query, key, kinds[row, query, key] == FULL, visited.sum(dtype=jnp.int32))
 
 
 def visit_lists(kinds: Kinds) -> VisitLists:
     """For each query tile the key tiles it visits. Give `kinds.swapaxes(1, 2)` for the query tiles of each key tile."""
-    visited = kinds != HIDDEN
+    visited = kinds != EMPTY
     tiles = jnp.arange(kinds.shape[2], dtype=jnp.int32)
     # Stable: the visited come first, in order.
     order = jnp.argsort(~visited, axis=-1, stable=True).astype(jnp.int32)

@@ -139,7 +139,7 @@ def _operations() -> Iterator[Operation]:
 
     from sdar_jax.attention import api as attention
     from sdar_jax.attention.paged import api as paged
-    from sdar_jax.chips import platform as backend
+    from sdar_jax.devices.chips import platform as backend
     from sdar_jax.experts import grouped
 
     dtype = jnp.float32 if backend() == "cpu" else jnp.bfloat16
@@ -180,7 +180,7 @@ def _written_to() -> list[Path]:
 
 def _compilers() -> Report:
     """Whether `sdar-jax plan` has compilers for chips that are not here, and the command that installs them alone."""
-    from sdar_jax.chips import COMPILERS
+    from sdar_jax.devices.chips import COMPILERS
 
     modules = {"gpu": "jax_plugins", "tpu": "libtpu"}
     here = {

@@ -25,7 +25,6 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from sdar_jax import Completion, DecodingConfig, Engine, generate, load_pretrained
-from sdar_jax.chips import check_backend
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
@@ -34,10 +33,11 @@ from sdar_jax.decoding.jsonl import answered, as_record, numbered_records
 from sdar_jax.decoding.output_settings import check_settings, write_settings
 from sdar_jax.decoding.speed import timed
 from sdar_jax.decoding.terminal import BlockText, watching
+from sdar_jax.devices.chips import check_backend
 from sdar_jax.errors import DataError, DecodingError, SdarError, is_int
+from sdar_jax.hf.model_files import fingerprint
+from sdar_jax.hf.pretrained import model_directory
 from sdar_jax.model import Model
-from sdar_jax.model_files import fingerprint
-from sdar_jax.pretrained import model_directory
 
 PAGE = 64  # Positions of a page, at least: whole blocks.
 LEAST_LENGTH = 256  # An engine's requests may have this many tokens, at least; in a chat, more.

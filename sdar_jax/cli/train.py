@@ -17,7 +17,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sdar_jax import processes
+from sdar_jax.devices import processes
 from sdar_jax.errors import SdarError
 from sdar_jax.training import TrainConfig, read_command_line, run, tiny
 

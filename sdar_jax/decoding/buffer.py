@@ -39,8 +39,8 @@ from sdar_jax.decoding.policies import select
 from sdar_jax.decoding.proposal import Proposal
 from sdar_jax.decoding.rows import Rows, Window, take, window_of
 from sdar_jax.decoding.updates import Changed, changed
+from sdar_jax.devices.sharding import PAGES, activate_mesh, constrain, mesh_of
 from sdar_jax.model import LayerPages, Model
-from sdar_jax.sharding import PAGES, constrain, mesh_of, use
 
 
 class State(NamedTuple):
@@ -253,7 +253,7 @@ class Decoder:
             whole = NamedSharding(self._mesh, PartitionSpec())
             rows, banned = jax.device_put((state.rows, state.banned), whole)
             state = state._replace(rows=rows, banned=banned)
-        with use(self._mesh):
+        with activate_mesh(self._mesh):
             return self._program(self._weights, state, turns)
 
 

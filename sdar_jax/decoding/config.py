@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.errors import ConfigError, DecodingError, is_int, is_number
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm
 from sdar_jax.visibility import check_block_size
 

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdar_jax.chips import platform
 from sdar_jax.decoding.buffer import Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
 from sdar_jax.decoding.events import Event, Progress
@@ -46,9 +45,10 @@ from sdar_jax.decoding.requests import COUNTS, Request, Stats, ended
 from sdar_jax.decoding.rows import Rows, RowShape, make_row, output
 from sdar_jax.decoding.text import TextReader, unknown_ids
 from sdar_jax.decoding.updates import Seen, copy_page, end_row, give_pages, put_row
+from sdar_jax.devices.chips import platform
+from sdar_jax.devices.sharding import mesh_of
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
-from sdar_jax.sharding import mesh_of
 
 # Stop tokens, and tokens to suppress, that a request may have: in the shape of the batch.
 _STOPS, _SUPPRESSED = 8, 32

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
 from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
 from sdar_jax.decoding.rows import Rows, RowShape, first_mask, make_row, output, top_logprobs
 from sdar_jax.decoding.text import TextReader, find_stop, unknown_ids
 from sdar_jax.decoding.updates import end_row
+from sdar_jax.devices.sharding import mesh_of
 from sdar_jax.errors import DataError, DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
-from sdar_jax.sharding import mesh_of
+from sdar_jax.model.config import ModelConfig
 
 Prompt = Sequence[int] | str
 _DEFAULT = DecodingConfig()

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.decoding.config import Completion, DecodingConfig
 from sdar_jax.decoding.generate import (
     Prompt,
@@ -24,6 +23,7 @@ from sdar_jax.decoding.generate import (
 from sdar_jax.decoding.rows import first_mask
 from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.paradigm import Paradigm, fills_masks, has_blocks
 
 

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sdar_jax import visibility
+from sdar_jax.devices.sharding import activate_mesh, mesh_of
 from sdar_jax.model import Model
-from sdar_jax.sharding import mesh_of, use
 
 # Lengths are rounded up to this, or to a power of two above it; and so many positions have logits at once.
 _POSITIONS = 256
@@ -17,7 +17,7 @@ def prompt_logprobs(model: Model, prompt: np.ndarray) -> list[float | None]:
     """Of each token given those before it, nats, as `Completion.logprobs` has them; None for the first."""
     padded = np.zeros(max(_POSITIONS, 1 << (len(prompt) - 1).bit_length()), np.int32)
     padded[: len(prompt)] = prompt
-    with use(mesh_of(model)):
+    with activate_mesh(mesh_of(model)):
         found = _next_token(model, padded, np.int32(len(prompt)))
     return [None, *np.asarray(found)[: len(prompt) - 1].tolist()]
 

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.corruption import CorruptionConfig, corrupt
+from sdar_jax.devices.sharding import activate_mesh, mesh_of
 from sdar_jax.errors import ConfigError, DataError, is_int
 from sdar_jax.model import Model
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, diffusion_example, next_token_example, origin_of, predicted, score_tokens
-from sdar_jax.sharding import mesh_of, use
 
 Tokens = Int[Array | np.ndarray, "B L"]
 Mask = Bool[Array | np.ndarray, "B L"]
@@ -60,7 +60,7 @@ def nelbo(
     batch = _batch(model.config, tokens, segment_ids, loss_mask)
     count = _count(predicted(model.config.with_blocks(block_size), batch))
     key = jax.random.key(seed)
-    with use(mesh_of(model)):
+    with activate_mesh(mesh_of(model)):
         sums = [_bound(model, batch, jax.random.fold_in(key, i), block_size) for i in range(samples)]
     estimates = np.array(sums, np.float64) / count
     # From the first: estimates that are all equal then have an error of zero, where their mean would leave a rounding.
@@ -76,7 +76,7 @@ def autoregressive_nll(
     Arguments as for `nelbo`.
     """
     batch = _batch(model.config, tokens, segment_ids, loss_mask)
-    with use(mesh_of(model)):
+    with activate_mesh(mesh_of(model)):
         total, count = _exact(model, batch)
     return float(total) / _count(count)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sdar_jax.chips import not_hopper, platform
+from sdar_jax.devices.chips import not_hopper, platform
 
 # Rows multiplied at once where there is no grouped kernel: about as many as a group has, between these.
 _FEWEST_ROWS, _MOST_ROWS = 8, 128

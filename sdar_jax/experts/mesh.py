@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from sdar_jax import sharding
+from sdar_jax.devices import sharding
 from sdar_jax.experts.exchange import exchange
 from sdar_jax.experts.mlp import mlp, permute, rows_mlp
 
@@ -34,8 +34,8 @@ def expert_mlp(
     mesh = sharding.current_mesh()
     if mesh is None:
         return mlp(x.reshape(-1, x.shape[-1]), experts, gates, gate_up, down).reshape(x.shape)
-    rows, length = sharding.carriers("batch", x.shape[0]), sharding.carriers("length", x.shape[1])
-    owners, width = sharding.carriers("expert", len(gate_up)), sharding.carriers("mlp", down.shape[1])
+    rows, length = sharding.mesh_axes("batch", x.shape[0]), sharding.mesh_axes("length", x.shape[1])
+    owners, width = sharding.mesh_axes("expert", len(gate_up)), sharding.mesh_axes("mlp", down.shape[1])
     tokens = PartitionSpec(rows or None, length or None)
     up, back = PartitionSpec(owners or None, None, None, width or None), PartitionSpec(owners or None, width or None)
     body = partial(_on_device, owners, width, set(owners) <= set(rows))

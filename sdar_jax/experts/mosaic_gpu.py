@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from sdar_jax.mosaic_gpu import CONSUMERS, TILE, WARPGROUP_ROWS, filled, launch, roles, wait_until_free
+from sdar_jax.gpu_kernels import CONSUMERS, TILE, WARPGROUP_ROWS, filled, launch, roles, wait_until_free
 
 ROWS = CONSUMERS * WARPGROUP_ROWS
 COLUMNS = 128

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from sdar_jax import sharding
-from sdar_jax.chips import CHIPS, Chip, compiling_for, topology
-from sdar_jax.config import ModelConfig
+from sdar_jax.devices import sharding
+from sdar_jax.devices.chips import CHIPS, Chip, compiling_for, topology
+from sdar_jax.devices.sharding import batch_sharding, make_mesh
 from sdar_jax.losses import chunk_size
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch
 from sdar_jax.planning.count import Counts, Rounds, count
 from sdar_jax.planning.hlo import Instruction, parse
 from sdar_jax.planning.work import Expected, expected
-from sdar_jax.sharding import batch_sharding, make_mesh
 from sdar_jax.training import TrainConfig
 from sdar_jax.training.setup import abstract_state, check_run, configured_step
 from sdar_jax.training.stages import starting_shape, trained_shape
@@ -78,7 +78,7 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
         asked = expected(config, model)
         rebuild, state, _ = abstract_state(config, model, mesh)
         batch = _abstract_batch(config, model, mesh)
-        with sharding.use(mesh):
+        with sharding.activate_mesh(mesh):
             lowered = configured_step(config, model, rebuild).lower(state, batch)
         rounds = _loss_rounds(config, model, mesh, asked)
     weights, optimizer, ema = map(_held, (state.weights, state.optimizer, state.ema))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from sdar_jax.chips import CHIPS
+from sdar_jax.devices.chips import CHIPS
 from sdar_jax.errors import ConfigError
 from sdar_jax.planning.compile import Compiled, compile_step
 from sdar_jax.training import TrainConfig

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from sdar_jax.chips import Chip
+from sdar_jax.devices.chips import Chip
 from sdar_jax.planning.count import Traffic, group_list
 
 _ROUNDS = {"all-reduce": 2.0}

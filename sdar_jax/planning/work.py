@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from sdar_jax.attention.blocks import blocks_for
-from sdar_jax.attention.tiles import HIDDEN, tile_kinds
-from sdar_jax.chips import platform
-from sdar_jax.config import ModelConfig
+from sdar_jax.attention.tiles import EMPTY, tile_kinds
+from sdar_jax.devices.chips import platform
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, Example, make_example
 from sdar_jax.training import TrainConfig
 from sdar_jax.training.flops import Work, work
@@ -81,7 +81,7 @@ def _tiled(model: ModelConfig, ranges: Ranges, kernel: str, outputs: int) -> tup
     keys = _TPU_KEYS if implementation == "mosaic_tpu" else blocks.key_tile
     length = ranges.start.shape[1]
     kinds = tile_kinds(_padded(ranges, queries), queries, keys, length)
-    visited = (kinds != HIDDEN).sum(axis=-1)[0]
+    visited = (kinds != EMPTY).sum(axis=-1)[0]
     pairs = lambda tiles: float(tiles.sum()) * queries * keys
     return pairs(visited), pairs(visited[: -(-outputs // queries)])
 

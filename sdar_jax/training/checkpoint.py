@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from sdar_jax import processes
+from sdar_jax.devices import processes
 from sdar_jax.errors import CheckpointError
 from sdar_jax.training.config import CheckpointConfig
 from sdar_jax.training.optimizer import Weights

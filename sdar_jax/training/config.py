@@ -6,14 +6,14 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdar_jax.config import BlockOrigin, ModelConfig, Objective
-from sdar_jax.conversion import MaskInit
 from sdar_jax.data import DataConfig
+from sdar_jax.devices.sharding import MeshConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.model import Remat
+from sdar_jax.model.config import BlockOrigin, ModelConfig, Objective
+from sdar_jax.model.conversion import MaskInit
 from sdar_jax.objectives import ObjectiveConfig
-from sdar_jax.sharding import MeshConfig
 
 Schedule = Literal["constant", "cosine", "wsd"]
 

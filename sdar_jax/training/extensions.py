@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, Example, LossMetrics
 
 Evaluator = Callable[[Model, int], dict[str, float]]

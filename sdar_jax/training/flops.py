@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdar_jax.config import ModelConfig
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Example
 
 

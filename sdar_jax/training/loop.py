@@ -19,15 +19,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from sdar_jax import processes
-from sdar_jax.chips import check_backend
 from sdar_jax.data import join_states, load_tokenizer
+from sdar_jax.devices import processes
+from sdar_jax.devices.chips import check_backend
+from sdar_jax.devices.sharding import activate_mesh, batch_sharding, make_mesh
 from sdar_jax.errors import ConfigError, DataError, TrainingError, TrainingInterrupted
 from sdar_jax.evaluation.held_out import held_out_likelihood
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model
 from sdar_jax.objectives import Batch
-from sdar_jax.pretrained import load_pretrained, save_pretrained
-from sdar_jax.sharding import batch_sharding, make_mesh, use
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.extensions import Callback, Evaluator, Extensions, TrainingObjective
@@ -147,7 +147,7 @@ def _run(
         outputs = Silent()
     with closing(setup.data), outputs as trackers, Interrupts() as interrupts:
         loop = _Loop(setup, start, trackers, checkpoints, extensions, interrupts)
-        with use(setup.mesh):
+        with activate_mesh(setup.mesh):
             loop.run()
     checkpoints.wait()
     if loop.done < steps:

@@ -16,10 +16,10 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 import tyro
 import yaml
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.evaluation.config import EvalConfig
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.recipes import config_text
 

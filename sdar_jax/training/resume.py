@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sdar_jax import processes
+from sdar_jax.devices import processes
 from sdar_jax.errors import ConfigError
 from sdar_jax.training.checkpoint import Position
 from sdar_jax.training.config import OptimizerConfig, TrainConfig, whole_steps

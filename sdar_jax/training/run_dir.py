@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdar_jax import processes
+from sdar_jax.devices import processes
 from sdar_jax.errors import ConfigError
 from sdar_jax.training.config import TrainConfig
 

@@ -13,18 +13,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from sdar_jax import processes
-from sdar_jax.chips import peak_flops
-from sdar_jax.config import ModelConfig
-from sdar_jax.conversion import to_diffusion, with_purpose
 from sdar_jax.data import DataConfig, PackedDataset, make_dataset
 from sdar_jax.data.tokenizer import TokenIds, token_ids
+from sdar_jax.devices import processes
+from sdar_jax.devices.chips import peak_flops
+from sdar_jax.devices.sharding import batch_sharding, make_mesh
 from sdar_jax.errors import ConfigError, DataError
+from sdar_jax.hf.pretrained import load_pretrained, model_directory
 from sdar_jax.model import Model, stack_layers
+from sdar_jax.model.axes import check_mesh, shardings
+from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.conversion import to_diffusion, with_purpose
 from sdar_jax.objectives import Batch, Example, check_copies, make_example, training_loss
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm, fills_masks
-from sdar_jax.pretrained import load_pretrained, model_directory
-from sdar_jax.sharding import batch_sharding, check_mesh, make_mesh, shardings
 from sdar_jax.training.batches import GivenBatches
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.config import InitConfig, TrainConfig

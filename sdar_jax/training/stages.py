@@ -4,9 +4,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from sdar_jax.config import PRESETS, ModelConfig
-from sdar_jax.conversion import with_purpose
 from sdar_jax.errors import ConfigError
+from sdar_jax.model.config import PRESETS, ModelConfig
+from sdar_jax.model.conversion import with_purpose
 from sdar_jax.paradigm import fills_masks
 from sdar_jax.training.config import InitConfig
 from sdar_jax.training.reading import read_config

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from sdar_jax import sharding
-from sdar_jax.chips import platform
+from sdar_jax.devices import sharding
+from sdar_jax.devices.chips import platform
 from sdar_jax.model import Model
+from sdar_jax.model.axes import constrain_weights
 from sdar_jax.objectives import Batch, Example, LossMetrics
 from sdar_jax.training.flops import Work, work
 from sdar_jax.training.optimizer import Weights
@@ -111,7 +112,7 @@ def make_step(
         updated = _update(state, gradients, lr, optimizer, ema_decay)
         state = jax.tree.map(partial(jnp.where, finite & (count > 0)), updated, state)
         measured = StepMetrics(total, count, scores, work(example), norm, lr, finite)
-        return sharding.constrain_weights(state._replace(step=state.step + 1)), measured
+        return constrain_weights(state._replace(step=state.step + 1)), measured
 
     return jax.jit(step, donate_argnums=0)
 
@@ -134,12 +135,12 @@ def _accumulate(loss: Callable, weights: Weights, example: Example, parts: int):
 
     shapes = jax.eval_shape(lambda part: compute(weights, part), jax.tree.map(lambda x: x[0], slices))
     (total, scores), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, (sharding.constrain_weights(gradients), total, scores), slices)[0]
+    return jax.lax.scan(add, (constrain_weights(gradients), total, scores), slices)[0]
 
 
 def _sliced(x: Array, parts: int) -> Array:
     """[B, ...] -> [parts, B / parts, ...]: of the rows of each device an equal share in every slice."""
-    devices = sharding.parts("batch", x.shape[0] // parts)
+    devices = sharding.num_shards("batch", x.shape[0] // parts)
     slices = x.reshape(devices, parts, -1, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
     return sharding.constrain(slices, None, "batch")
 

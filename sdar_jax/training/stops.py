@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.data import SourceConfig
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder
 from sdar_jax.errors import ConfigError, DataError
+from sdar_jax.model.config import ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from sdar_jax import processes
-from sdar_jax.chips import check_backend
-from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig
+from sdar_jax.devices import processes
+from sdar_jax.devices.chips import check_backend
+from sdar_jax.devices.sharding import MESH_AXES, MeshConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.evaluation.config import EvalConfig
+from sdar_jax.hf.pretrained import save_pretrained
 from sdar_jax.model import Model
-from sdar_jax.pretrained import save_pretrained
-from sdar_jax.sharding import MESH_AXES, MeshConfig
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.made_up import write_source, write_tokenizer
 from sdar_jax.training.reading import from_values, to_values

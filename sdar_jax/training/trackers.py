@@ -15,8 +15,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tqdm import tqdm
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.errors import is_int
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.training.flops import training_flops
 from sdar_jax.training.step import StepMetrics
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sdar_jax import visibility
 from sdar_jax.attention import api, attention, chunked
 from sdar_jax.attention import tiles as tiles_module
-from sdar_jax.attention.tiles import FULL, HIDDEN, PARTIAL, tile_kinds, visit_lists, visits
+from sdar_jax.attention.tiles import EMPTY, FULL, PARTIAL, tile_kinds, visit_lists, visits
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 from tests.bad_input import refused
@@ -184,7 +184,7 @@ def kinds_by_definition(ranges: Ranges, query_tile: int, key_tile: int, keys: in
     alone = [visible(Ranges(*(x.at[..., 1 - i].set(0) for x in ranges)), tiles * key_tile) for i in (0, 1)]
     covered = [x.reshape(mask.shape).all(axis=4) for x in alone]
     full = (covered[0] | covered[1]).all(axis=2)
-    return np.where(full, FULL, np.where(mask.any(axis=(2, 4)), PARTIAL, HIDDEN))
+    return np.where(full, FULL, np.where(mask.any(axis=(2, 4)), PARTIAL, EMPTY))
 
 
 @pytest.mark.parametrize("compared", [1, 2**20])
@@ -200,7 +200,7 @@ def test_tile_lists(data, tiles, compared):
     np.testing.assert_array_equal(kinds, wanted)
 
     flat = visits(kinds)
-    visited = np.argwhere(wanted != HIDDEN)
+    visited = np.argwhere(wanted != EMPTY)
     assert flat.count == len(visited) and flat.row.shape == (wanted.size,)
     np.testing.assert_array_equal(np.stack(flat[:3], axis=-1)[: len(visited)], visited)
     np.testing.assert_array_equal(flat.full[: len(visited)], wanted[tuple(visited.T)] == FULL)

@@ -330,7 +330,7 @@ def test_the_backend_chooses(backend):
     taken, untaken = (random_case(Shape(1, 1, 1, 1, dim, 16, 1), 0).cast(jnp.bfloat16) for dim in (64, 32))
     with (
         mock.patch.object(jax, "default_backend", return_value=backend),
-        mock.patch("sdar_jax.chips.device", return_value=SimpleNamespace(compute_capability="9.0")),
+        mock.patch("sdar_jax.devices.chips.device", return_value=SimpleNamespace(compute_capability="9.0")),
         mock.patch.object(module, "forward", side_effect=InterruptedError),
     ):
         with pytest.raises(InterruptedError):

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from benchmarks import scaling
 from benchmarks.scaling import collective_seconds, impossible, point, shape
+from sdar_jax.devices.sharding import MESH_AXES
 from sdar_jax.planning import Memory, Roofline
 from sdar_jax.planning.network import Link
-from sdar_jax.sharding import MESH_AXES
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sdar_jax.chips import compiling_for
 from sdar_jax.cli import doctor
+from sdar_jax.devices.chips import compiling_for
 
 KERNELS = {"attention": "mosaic_gpu", "paged attention": "mosaic_gpu", "experts": "mosaic_gpu"}
 

@@ -15,7 +15,8 @@ pytestmark = [needs_compilers, pytest.mark.slow]
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
-from sdar_jax import chips, visibility
+from sdar_jax import visibility
+from sdar_jax.devices import chips
 from sdar_jax.attention import api, attention
 heads, kv_heads, dim, length = map(int, sys.argv[1:])
 mesh = jax.sharding.Mesh(np.array(chips.topology("h200:1").devices), ("x",))

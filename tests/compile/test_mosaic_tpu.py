@@ -19,7 +19,7 @@ import json, sys
 import jax, jax.numpy as jnp
 from sdar_jax import visibility
 from sdar_jax.attention import api, attention
-from sdar_jax.chips import topology
+from sdar_jax.devices.chips import topology
 
 heads, kv_heads, dim, dtype, sizes = json.loads(sys.argv[2])
 device = jax.sharding.SingleDeviceSharding(topology(sys.argv[1]).devices[0])

@@ -49,7 +49,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 from sdar_jax.attention import api
 from sdar_jax.attention.paged import paged_attention, write_pages
-from sdar_jax.chips import topology
+from sdar_jax.devices.chips import topology
 
 what, name = sys.argv[1:3]
 one = SingleDeviceSharding(topology(name).devices[0])

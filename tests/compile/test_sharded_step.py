@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from sdar_jax.chips import CHIPS
+from sdar_jax.devices.chips import CHIPS
 from tests.compilers import needs_compilers, run_python
 
 pytestmark = [needs_compilers, pytest.mark.slow]
@@ -17,10 +17,10 @@ import dataclasses, json, re, sys
 import jax, jax.numpy as jnp
 from sdar_jax import ModelConfig
 from sdar_jax.attention import api
-from sdar_jax.chips import topology
+from sdar_jax.devices.chips import topology
 from sdar_jax.data import DataConfig
 from sdar_jax.objectives import Batch
-from sdar_jax.sharding import MeshConfig, batch_sharding, make_mesh, use
+from sdar_jax.devices.sharding import MeshConfig, batch_sharding, make_mesh, activate_mesh
 from sdar_jax.training import TrainConfig
 from sdar_jax.training.config import InitConfig
 from sdar_jax.training.setup import abstract_state, check_run, configured_step
@@ -35,7 +35,7 @@ mesh = make_mesh(sizes, topology(sys.argv[1]).devices)
 check_run(config, shape, mesh)
 rebuild, state, _ = abstract_state(config, shape, mesh)
 row = lambda kind: jax.ShapeDtypeStruct((4, 4096), kind, sharding=batch_sharding(mesh))
-with api.override(sys.argv[2]), use(mesh):
+with api.override(sys.argv[2]), activate_mesh(mesh):
     lowered = configured_step(config, shape, rebuild).lower(state, Batch(row(jnp.int32), row(jnp.int32), row(bool)))
 compiled = lowered.compile()
 memory = compiled.memory_analysis()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sdar_jax.chips import CHIPS
+from sdar_jax.devices.chips import CHIPS
 from tests.compilers import needs_compilers, run_python
 
 pytestmark = [needs_compilers, pytest.mark.slow]
@@ -15,7 +15,7 @@ import dataclasses, json, re, sys
 import jax, jax.numpy as jnp
 from sdar_jax import ModelConfig
 from sdar_jax.attention import api
-from sdar_jax.chips import topology
+from sdar_jax.devices.chips import topology
 from sdar_jax.data import DataConfig
 from sdar_jax.model import Model, Stack
 from sdar_jax.objectives import Batch

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from sdar_jax.devices.sharding import MeshConfig, activate_mesh, batch_sharding, make_mesh
 from sdar_jax.experts import expert_mlp
 from sdar_jax.experts.exchange import exchange
 from sdar_jax.experts.mlp import mlp
+from sdar_jax.hf.pretrained import load_pretrained
+from sdar_jax.hf.tensor_files import TensorReader
 from sdar_jax.model import stack_layers
+from sdar_jax.model.axes import shardings
 from sdar_jax.objectives import ObjectiveConfig, make_example, training_loss
-from sdar_jax.pretrained import load_pretrained
-from sdar_jax.sharding import MeshConfig, batch_sharding, make_mesh, shardings, use
-from sdar_jax.tensor_files import TensorReader
 from tests.sharding.losses_on_meshes import on_host, packed_batch
 from tests.tiny import tiny_mixture
 
@@ -56,7 +57,7 @@ def check_experts(sizes: tuple[int, ...], top_k: int, rows: int = 8) -> None:
     plain, meshed = gradients(one_device), gradients(expert_mlp)
     for name, experts in routings(rows * length, top_k).items():
         expected = plain(jnp.asarray(experts), *arrays)
-        with use(mesh_of(sizes)):
+        with activate_mesh(mesh_of(sizes)):
             found = meshed(jnp.asarray(experts), *arrays)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), on_host(found), on_host(expected))
         print("experts", sizes, top_k, rows, name, flush=True)
@@ -93,7 +94,7 @@ def check_loss(sizes: tuple[int, ...]) -> None:
 
     expected = on_host(jax.jit(run)(model, batch))
     mesh = mesh_of(sizes)
-    with use(mesh):
+    with activate_mesh(mesh):
         found = jax.jit(run)(jax.device_put(model, shardings(model, mesh)), jax.device_put(batch, batch_sharding(mesh)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), on_host(found), expected)
     print("loss", sizes, flush=True)

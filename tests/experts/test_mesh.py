@@ -18,9 +18,9 @@ COMPILED = """
 import json, re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from sdar_jax.chips import topology
+from sdar_jax.devices.chips import topology
 from sdar_jax.experts import expert_mlp
-from sdar_jax.sharding import MESH_AXES, use
+from sdar_jax.devices.sharding import MESH_AXES, activate_mesh
 
 devices = np.array(topology(sys.argv[1]).devices[:4]).reshape(1, 1, 4, 1, 1)
 mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 5)
@@ -30,7 +30,7 @@ shape = lambda *sizes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(sizes, dtype, sh
 routed = shape(rows * length, top_k, dtype=jnp.int32), shape(rows * length, top_k)
 weights = shape(experts, hidden, 2, width), shape(experts, width, hidden)
 loss = lambda x, *rest: expert_mlp(x, *rest).astype(jnp.float32).sum()
-with use(mesh):
+with activate_mesh(mesh):
     text = jax.jit(jax.grad(loss, argnums=(0, 2, 3, 4))).lower(shape(rows, length, hidden), *routed, *weights)
     text = text.compile().as_text()
 print(json.dumps({"exchanges": len(re.findall(r" ragged-all-to-all(?:-start)?\\(", text))}))

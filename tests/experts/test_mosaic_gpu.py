@@ -110,7 +110,7 @@ def test_what_they_take(dtype, depth, columns, taken):
 
 COMPILED = """
 import jax, jax.numpy as jnp
-from sdar_jax.chips import compiling_for, topology
+from sdar_jax.devices.chips import compiling_for, topology
 from sdar_jax.experts.grouped import grouped_dot
 
 device = topology("h200:1").devices[0]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from sdar_jax import TrainConfig, load_pretrained, save_pretrained, train
-from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.errors import CheckpointError, ConfigError, DataError, TrainingError, TrainingInterrupted
 from sdar_jax.model import Model, stack_layers
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, diffusion_example, weighted_loss
 from sdar_jax.training import CheckpointConfig, InitConfig, OptimizerConfig, TrainingObjective
 from sdar_jax.training.step import model_weights

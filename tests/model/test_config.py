@@ -11,11 +11,12 @@ import jax
 import numpy as np
 import pytest
 
-from sdar_jax import config as config_module
-from sdar_jax.config import PRESETS, ModelConfig, RopeConfig
 from sdar_jax.errors import CheckpointError, ConfigError
-from sdar_jax.hf_fields import SUPPORTED_AT
-from sdar_jax.model import Model, rope_frequencies
+from sdar_jax.model import Model
+from sdar_jax.model import config as config_module
+from sdar_jax.model.config import PRESETS, ModelConfig, RopeConfig
+from sdar_jax.model.hf_fields import SUPPORTED_AT
+from sdar_jax.model.rope import rope_frequencies
 
 # As published: the tensors of the released checkpoints, added up.
 PARAMETERS = {

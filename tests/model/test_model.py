@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import LayerPages, Model, Stack, Windows, empty_pages, logits, stack_layers, unstack_layers
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.visibility import Ranges, block_causal, hybrid
 
 CONFIG = ModelConfig(40, 16, 24, 2, 4, 2, 8, qkv_bias=True, initializer_range=0.3)

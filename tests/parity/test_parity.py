@@ -12,10 +12,11 @@ import pytest
 from jaxtyping import Array
 from safetensors.numpy import load_file
 
-from sdar_jax.config import ModelConfig, RopeConfig
 from sdar_jax.experts import balance_loss
-from sdar_jax.model import Model, logits, rope_frequencies, stack_layers
-from sdar_jax.pretrained import load_pretrained, save_pretrained
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
+from sdar_jax.model import Model, logits, stack_layers
+from sdar_jax.model.config import ModelConfig, RopeConfig
+from sdar_jax.model.rope import rope_frequencies
 from sdar_jax.visibility import causal
 
 pytestmark = pytest.mark.parity

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from sdar_jax.hf.pretrained import load_pretrained
 from sdar_jax.model import Model, logits
-from sdar_jax.pretrained import load_pretrained
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.network]
 ROOT = Path(__file__).parents[2]

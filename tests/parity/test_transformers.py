@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdar_jax.config import ModelConfig, RopeConfig
-from sdar_jax.conversion import to_diffusion
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model, logits, stack_layers
-from sdar_jax.pretrained import load_pretrained, save_pretrained
+from sdar_jax.model.config import ModelConfig, RopeConfig
+from sdar_jax.model.conversion import to_diffusion
 
 PYTHON = os.environ.get("SDAR_TORCH_PYTHON")
 pytestmark = [

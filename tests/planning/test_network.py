@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sdar_jax.chips import CHIPS
+from sdar_jax.devices.chips import CHIPS
 from sdar_jax.planning.count import Traffic
 from sdar_jax.planning.network import seconds
 

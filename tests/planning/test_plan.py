@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sdar_jax import ModelConfig, plan
-from sdar_jax.chips import CHIPS
+from sdar_jax import ModelConfig
+from sdar_jax.cli import plan
 from sdar_jax.data import DataConfig, SourceConfig
+from sdar_jax.devices.chips import CHIPS
 from sdar_jax.errors import ConfigError
 from sdar_jax.planning import Compiled, Memory
 from sdar_jax.planning.compile import _memory, _refused

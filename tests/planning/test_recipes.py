@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdar_jax.plan import named_topology
+from sdar_jax.cli.plan import named_topology
 from sdar_jax.training import read_config
 from sdar_jax.training.stages import trained_shape
 from tests.compilers import ROOT, needs_compilers, run_python
@@ -46,14 +46,15 @@ def programs() -> list:
 
 PLAN = """
 import sys
-from sdar_jax.plan import main
+from sdar_jax.cli.plan import main
 sys.exit(main(sys.argv[1:]))
 """
 
 # Arguments: recipe, topology. Two layers compile to the program of all of them, but for the lengths of its loops.
 SHALLOW = """
 import dataclasses, json, sys
-from sdar_jax import plan, planning
+from sdar_jax import planning
+from sdar_jax.cli import plan
 from sdar_jax.training import read_config
 from sdar_jax.training.config import InitConfig
 from sdar_jax.training.stages import trained_shape

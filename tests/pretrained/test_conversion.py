@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdar_jax.config import ModelConfig
-from sdar_jax.conversion import to_diffusion
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model, logits, stack_layers, unstack_layers
+from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.conversion import to_diffusion
 
 CONFIG = ModelConfig(40, 16, 24, 3, 4, 2, 8, initializer_range=0.3)
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)

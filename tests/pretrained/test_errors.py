@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sdar_jax import pretrained
-from sdar_jax.config import ModelConfig
-from sdar_jax.conversion import to_diffusion
 from sdar_jax.errors import CheckpointError, ConfigError, SdarError
+from sdar_jax.hf import pretrained
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model
-from sdar_jax.pretrained import load_pretrained, save_pretrained
+from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.conversion import to_diffusion
 
 CONFIG = ModelConfig(40, 16, 24, 2, 4, 2, 8)
 DIFFUSION = ModelConfig(40, 16, 24, 2, 4, 2, 8, objective="block_diffusion", block_size=4)

@@ -16,9 +16,9 @@ import time
 
 import jax
 
-from sdar_jax.config import ModelConfig
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.model import Model
-from sdar_jax.pretrained import load_pretrained, save_pretrained
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 
 
 def memory() -> float:

@@ -20,12 +20,12 @@ from ml_dtypes import bfloat16
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sdar_jax import pretrained, tensor_files
-from sdar_jax.config import ModelConfig
 from sdar_jax.data import load_tokenizer
 from sdar_jax.errors import CheckpointError
+from sdar_jax.hf import pretrained, tensor_files
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model, stack_layers
-from sdar_jax.pretrained import load_pretrained, save_pretrained
+from sdar_jax.model.config import ModelConfig
 from tests.data.conftest import make_byte_tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdar_jax.errors import ConfigError
-from sdar_jax.sharding import check_rules
+from sdar_jax.model.axes import check_rules
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -22,8 +22,8 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec as P
 
 from sdar_jax.model import logits, stack_layers
-from sdar_jax.pretrained import load_pretrained, save_pretrained
-from sdar_jax.sharding import shardings
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
+from sdar_jax.model.axes import shardings
 
 path, saved = sys.argv[1:]
 mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto, AxisType.Auto))

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from sdar_jax import processes
+from sdar_jax.devices import processes
+from sdar_jax.devices.processes import _meet, _Place, _place
 from sdar_jax.errors import ConfigError
-from sdar_jax.processes import _meet, _Place, _place
 from tests.processes.job import free_port
 
 SLURM = {

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sdar_jax import ModelConfig, plan
+from sdar_jax import ModelConfig
+from sdar_jax.cli import plan
 from sdar_jax.errors import ConfigError
 from sdar_jax.training import InitConfig, read_command_line, read_config
 from sdar_jax.training.recipes import recipe_names

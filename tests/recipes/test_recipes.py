@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from sdar_jax import ModelConfig
-from sdar_jax.sharding import MESH_AXES, check_mesh
+from sdar_jax.devices.sharding import MESH_AXES
+from sdar_jax.model.axes import check_mesh
 from sdar_jax.training import TrainConfig, read_config
 from sdar_jax.training.reading import to_values
 from sdar_jax.training.stages import starting_shape, trained_shape

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sdar_jax import DecodingConfig, generate, load_pretrained
+from sdar_jax.devices.sharding import MeshConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.sharding import MeshConfig
 from sdar_jax.training import EvalConfig, InitConfig, OptimizerConfig, TrainConfig, read_config, run, tiny
 from sdar_jax.training.reading import to_values
 from sdar_jax.training.stages import starting_shape, trained_shape

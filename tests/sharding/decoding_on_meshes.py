@@ -8,9 +8,10 @@ import numpy as np
 
 from sdar_jax import DecodingConfig, generate
 from sdar_jax.decoding import Completion, Engine
+from sdar_jax.devices.sharding import MESH_AXES, MeshConfig, make_mesh
 from sdar_jax.model import Model
-from sdar_jax.quantization import quantize
-from sdar_jax.sharding import MESH_AXES, MeshConfig, make_mesh, shardings
+from sdar_jax.model.axes import shardings
+from sdar_jax.model.quantization import quantize
 from tests.tiny import tiny_mixture, tiny_model
 
 # No empty prompt: its masks would see only each other, tie exactly, and be told apart by rounding.

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sdar_jax.config import ModelConfig
+from sdar_jax.devices.sharding import MeshConfig, make_mesh
 from sdar_jax.errors import CheckpointError, ConfigError
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model
-from sdar_jax.pretrained import load_pretrained, save_pretrained
-from sdar_jax.sharding import MeshConfig, make_mesh, shardings
+from sdar_jax.model.axes import shardings
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.training import CheckpointConfig, TrainConfig, run
 from sdar_jax.training.checkpoint import Checkpoints, Position
 from sdar_jax.training.optimizer import adamw

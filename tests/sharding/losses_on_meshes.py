@@ -9,11 +9,12 @@ import jax
 import numpy as np
 
 from sdar_jax.attention import api
-from sdar_jax.config import ModelConfig
 from sdar_jax.corruption import CorruptionConfig
+from sdar_jax.devices.sharding import MeshConfig, activate_mesh, batch_sharding, make_mesh
 from sdar_jax.model import Model, Remat
+from sdar_jax.model.axes import shardings
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, weighted_loss
-from sdar_jax.sharding import MeshConfig, batch_sharding, make_mesh, shardings, use
 from tests.tiny import VOCAB, pack, tiny_model
 
 ROWS, LENGTH = 8, 24
@@ -78,7 +79,7 @@ def check(case: Case, sizes: list[tuple[int, ...]], **changes: Any) -> None:
         mesh = make_mesh(MeshConfig(*size), jax.devices()[: int(np.prod(size))])
         placed = jax.jit(make, out_shardings=shardings(model, mesh))(key)
         # The walk over tiles as well, and not the dense reference alone, that such short rows would be given.
-        with use(mesh), api.override("chunked"):
+        with activate_mesh(mesh), api.override("chunked"):
             found = jax.jit(compute)(placed, jax.device_put(batch, batch_sharding(mesh)))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), on_host(found), expected)
         print(case, changes, size, flush=True)

@@ -9,13 +9,14 @@ import pytest
 import yaml
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from sdar_jax import sharding
-from sdar_jax.config import PRESETS, ModelConfig
+from sdar_jax.devices import sharding
+from sdar_jax.devices.sharding import MESH_AXES, MeshConfig, make_mesh
 from sdar_jax.errors import ConfigError
+from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model
+from sdar_jax.model.axes import check_mesh, shardings
+from sdar_jax.model.config import PRESETS, ModelConfig
 from sdar_jax.objectives import block_diffusion_loss
-from sdar_jax.pretrained import load_pretrained, save_pretrained
-from sdar_jax.sharding import MESH_AXES, MeshConfig, check_mesh, make_mesh
 from sdar_jax.training import run
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.reading import from_values
@@ -94,22 +95,22 @@ def test_a_mesh_that_divides_is_taken():
 
 def test_an_axis_is_split_as_far_as_it_divides():
     mesh = abstract(data=2, fsdp=4, tensor=2)
-    assert sharding.spec(mesh, sharding.HIDDEN, (8, 6, 5)) == PartitionSpec(("data", "fsdp"), None, None)
-    assert sharding.spec(mesh, sharding.HIDDEN, (4, 6, 5)) == PartitionSpec("data", None, None)
+    assert sharding.spec(mesh, sharding.HIDDEN_STATES, (8, 6, 5)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert sharding.spec(mesh, sharding.HIDDEN_STATES, (4, 6, 5)) == PartitionSpec("data", None, None)
     assert sharding.spec(mesh, sharding.PAGES, (9, 3, 8, 8)) == PartitionSpec(None, None, None, None)
     assert sharding.spec(mesh, sharding.PAGES, (9, 4, 8, 8)) == PartitionSpec(None, "tensor", None, None)
 
 
 def test_an_array_that_is_not_in_the_table_is_refused():
     with refused(ConfigError, "layers.0.adapter is not a known weight; add its logical axes"):
-        sharding.shardings({"layers.0.adapter": jnp.zeros((2, 2))}, make_mesh(MeshConfig()))
+        shardings({"layers.0.adapter": jnp.zeros((2, 2))}, make_mesh(MeshConfig()))
 
 
 def test_every_weight_of_every_kind_of_model_is_in_the_table():
     for config in PRESETS.values():
         for stacked in (True, False):
             model = jax.eval_shape(lambda key, c=config, s=stacked: Model(c, key, stacked=s), jax.random.key(0))
-            sharding.shardings(model, make_mesh(MeshConfig()))
+            shardings(model, make_mesh(MeshConfig()))
 
 
 def test_one_device_computes_what_it_would_without_a_mesh():
@@ -117,7 +118,7 @@ def test_one_device_computes_what_it_would_without_a_mesh():
     loss = lambda model: block_diffusion_loss(model, tokens, tokens, jnp.ones((2, 8)), block_size=4)
     model = tiny_model(jnp.float32)
     plain = str(jax.make_jaxpr(loss)(model))
-    with sharding.use(make_mesh(MeshConfig())):
+    with sharding.activate_mesh(make_mesh(MeshConfig())):
         assert str(jax.make_jaxpr(loss)(model)) == plain
     assert "sharding_constraint" not in plain and "shard_map" not in plain
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import jax
 
-from sdar_jax.sharding import make_mesh, shardings
+from sdar_jax.devices.sharding import make_mesh
+from sdar_jax.model.axes import shardings
 from sdar_jax.training import loop as training_loop
 from sdar_jax.training import read_config, run
 from sdar_jax.training.extensions import Extensions

@@ -9,9 +9,9 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.training import (
     EvalConfig,
     InitConfig,

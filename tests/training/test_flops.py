@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdar_jax.chips import peak_flops
-from sdar_jax.config import ModelConfig
+from sdar_jax.devices.chips import peak_flops
 from sdar_jax.model import Model
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, ObjectiveConfig, diffusion_example, make_example
 from sdar_jax.paradigm import Paradigm
 from sdar_jax.training.flops import Work, training_flops, work

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer
 from sdar_jax.errors import DataError
 from sdar_jax.evaluation import autoregressive_nll, nelbo
 from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.evaluation.held_out import held_out_likelihood
 from sdar_jax.model import Model
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.training.setup import open_dataset
 
 SHAPE = ModelConfig(32, 16, 32, 1, 2, 1, 8, block_size=1, mask_token_id=20)

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.model import Model, stack_layers
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.training.config import OptimizerConfig, whole_steps
 from sdar_jax.training.optimizer import adamw, is_decayed, learning_rate
 from sdar_jax.training.step import model_weights

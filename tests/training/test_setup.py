@@ -10,12 +10,12 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from sdar_jax.config import PRESETS, ModelConfig
 from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer
+from sdar_jax.devices.sharding import MeshConfig, make_mesh
 from sdar_jax.errors import CheckpointError, ConfigError
+from sdar_jax.hf.pretrained import save_pretrained
 from sdar_jax.model import Model
-from sdar_jax.pretrained import save_pretrained
-from sdar_jax.sharding import MeshConfig, make_mesh
+from sdar_jax.model.config import PRESETS, ModelConfig
 from sdar_jax.training.config import InitConfig
 from sdar_jax.training.setup import initial_model, open_dataset, tokenizer_directory
 

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.corruption import CorruptionConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.experts import balance_loss, max_load, z_loss
 from sdar_jax.model import Model, stack_layers
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, training_loss, weighted_loss
 from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.optimizer import adamw, is_decayed, learning_rate

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from sdar_jax.config import ModelConfig
 from sdar_jax.data import SourceConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.pretrained import load_pretrained
+from sdar_jax.hf.pretrained import load_pretrained
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.training import TrainConfig, run
 from sdar_jax.training.reading import from_values
 from sdar_jax.training.stops import turn_ends, with_learned_stops

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from sdar_jax.config import ModelConfig
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import LossMetrics, RouterMetrics
 from sdar_jax.training import trackers
 from sdar_jax.training.flops import Work, training_flops

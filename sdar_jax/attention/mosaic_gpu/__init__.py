@@ -12,7 +12,7 @@ from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
 from sdar_jax.attention.mosaic_gpu.forward import outputs
 from sdar_jax.attention.mosaic_gpu.key_gradients import key_gradients
 from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals, query_gradient
-from sdar_jax.chips import not_hopper
+from sdar_jax.devices.chips import not_hopper
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 

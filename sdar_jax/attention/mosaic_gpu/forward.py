@@ -17,7 +17,7 @@ from jaxtyping import Array
 from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu.layout import ROW_TILE, Problem, visits_of_queries
 from sdar_jax.attention.mosaic_gpu.pipeline import KeyTiles, RowProgram, masked_unless_full
-from sdar_jax.mosaic_gpu import (
+from sdar_jax.gpu_kernels import (
     CONSUMERS,
     LOG2E,
     ROWS,

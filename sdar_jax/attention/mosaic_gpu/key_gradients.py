@@ -19,7 +19,7 @@ from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu.layout import ROW_TILE, Problem, visits_of_keys
 from sdar_jax.attention.mosaic_gpu.pipeline import masked_unless_full
 from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals
-from sdar_jax.mosaic_gpu import (
+from sdar_jax.gpu_kernels import (
     COLUMNS,
     CONSUMERS,
     LOG2E,

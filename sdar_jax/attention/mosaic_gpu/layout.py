@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sdar_jax.attention.tiles import tile_kinds, visit_lists
-from sdar_jax.mosaic_gpu import CONSUMERS, WARPGROUP_ROWS
+from sdar_jax.gpu_kernels import CONSUMERS, WARPGROUP_ROWS
 from sdar_jax.visibility import Ranges
 
 # Query rows or keys of a program.

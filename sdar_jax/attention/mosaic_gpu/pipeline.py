@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu.layout import Problem
-from sdar_jax.mosaic_gpu import COLUMNS, CONSUMERS, ROWS, TILE, along, wait_until_free
+from sdar_jax.gpu_kernels import COLUMNS, CONSUMERS, ROWS, TILE, along, wait_until_free
 
 
 class RowProgram(NamedTuple):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sdar_jax.attention.mosaic_tpu.layout import LANES, Layout
-from sdar_jax.attention.tiles import FULL, HIDDEN, tile_kinds
+from sdar_jax.attention.tiles import EMPTY, FULL, tile_kinds
 from sdar_jax.visibility import Ranges
 
 Array = jax.Array
@@ -78,7 +78,7 @@ def _flags(clipped: Ranges, layout: Layout) -> Array:
     kinds = tile_kinds(clipped, layout.query_tile, LANES, layout.key_tiles * layout.key_tile)
     kinds = kinds.reshape(*kinds.shape[:2], layout.key_tiles, -1)
     parts = jnp.arange(kinds.shape[-1], dtype=jnp.int32)
-    touched = kinds != HIDDEN
+    touched = kinds != EMPTY
     full = (kinds == FULL).all(axis=-1)
     low = jnp.where(touched, parts, 2**_BITS - 1).min(axis=-1)
     high = jnp.where(touched, parts + 1, 0).max(axis=-1)

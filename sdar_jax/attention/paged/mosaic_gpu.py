@@ -21,8 +21,8 @@ from jaxtyping import Array
 
 from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
 from sdar_jax.attention.paged.pages import folded, unfolded
-from sdar_jax.chips import not_hopper
-from sdar_jax.mosaic_gpu import (
+from sdar_jax.devices.chips import not_hopper
+from sdar_jax.gpu_kernels import (
     LOG2E,
     ROWS,
     TILE,

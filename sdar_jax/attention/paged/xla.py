@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sdar_jax.attention.paged.pages import folded, gathered, unfolded
-from sdar_jax.chips import platform
+from sdar_jax.devices.chips import platform
 
 # Keys a step: their float32 tiles of a dozen heads stay in a core's second-level cache.
 _KEYS = 256

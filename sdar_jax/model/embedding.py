@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sdar_jax.sharding import carriers, current_mesh, parts
+from sdar_jax.devices.sharding import current_mesh, mesh_axes, num_shards
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
@@ -19,10 +19,10 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLik
     if mesh is None:
         rows = jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
         return jnp.where(known[..., None], rows, jnp.nan)
-    batch, length = carriers("batch", tokens.shape[0]), carriers("length", tokens.shape[1])
-    vocab, width = carriers("vocab", table.shape[0]), carriers("embed", table.shape[1])
+    batch, length = mesh_axes("batch", tokens.shape[0]), mesh_axes("length", tokens.shape[1])
+    vocab, width = mesh_axes("vocab", table.shape[0]), mesh_axes("embed", table.shape[1])
     exchanged = width and set(width) <= set(batch)
-    size = table.shape[0] // parts("vocab", table.shape[0])
+    size = table.shape[0] // num_shards("vocab", table.shape[0])
 
     def look_up(table: Array, tokens: Array) -> Array:
         if exchanged:

@@ -1,6 +1,6 @@
 """Plans a run on devices that are not here: memory, FLOPs, traffic, and the least time and cost of its tokens.
 
-    python -m sdar_jax.plan CONFIG.yaml [--topology v5p:4x4x4] [--tokens 50e9] [--json] [--field.path value ...]
+    sdar-jax plan CONFIG.yaml [--topology v5p:4x4x4] [--tokens 50e9] [--json] [--field.path value ...]
 
 The real step is compiled by the chip's own compiler: TPU slices as libtpu names them (v5e:4x4, v5p:2x2x4), GPUs as
 h200:8 (a host) or h200:4x8 (4 hosts of 8). Without --topology, that of the file's line "# plan: TOPOLOGY". Fields of
@@ -22,13 +22,13 @@ from pathlib import Path
 
 import jax
 
-from sdar_jax.chips import COMPILERS
+from sdar_jax.devices.chips import COMPILERS
 from sdar_jax.errors import ConfigError, SdarError
 from sdar_jax.planning import compile_step, nearest, nearest_lines, roofline, table, values
 from sdar_jax.training import read_command_line
 from sdar_jax.training.recipes import config_text
 
-_PROGRAM = "python -m sdar_jax.plan"
+_PROGRAM = "sdar-jax plan"
 # Without these libtpu looks for the TPU host that it runs on, and complains that there is none.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sdar_jax.config import BlockOrigin, ModelConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model
+from sdar_jax.model.config import BlockOrigin, ModelConfig
 from sdar_jax.paradigm import DiffusionObjective, fills_masks, has_blocks
 
 MaskInit = Literal["mean", "normal", "zeros", "keep"]

@@ -22,15 +22,10 @@ from huggingface_hub import snapshot_download
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
-from sdar_jax import processes
-from sdar_jax.config import ModelConfig
+from sdar_jax.devices import processes
 from sdar_jax.errors import CheckpointError, ConfigError, is_int
-from sdar_jax.hf_fields import GENERATION_HARMLESS, unread_fields
-from sdar_jax.model import Model
-from sdar_jax.model_files import CARRIED_FILES, GENERATION_FILE, carried_files, check_replaceable, replacing
-from sdar_jax.quantization import is_quantized, quantize_weight
-from sdar_jax.sharding import check_mesh, shardings
-from sdar_jax.tensor_files import (
+from sdar_jax.hf.model_files import CARRIED_FILES, GENERATION_FILE, carried_files, check_replaceable, replacing
+from sdar_jax.hf.tensor_files import (
     INDEX_FILE,
     SUPPORTED_DTYPES,
     Tensor,
@@ -39,6 +34,11 @@ from sdar_jax.tensor_files import (
     listed,
     write_tensors,
 )
+from sdar_jax.model import Model
+from sdar_jax.model.axes import check_mesh, shardings
+from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.hf_fields import GENERATION_HARMLESS, unread_fields
+from sdar_jax.model.quantization import is_quantized, quantize_weight
 
 log = logging.getLogger(__name__)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -94,7 +94,7 @@ def load_pretrained(
     Args:
         dtype: of the weights: a name or type, or "auto": bfloat16 on GPU and TPU, float32 on CPU. "int8" is for
             decoding: matmul weights as integers (quantization.py), each as it is read, and the rest as "auto".
-        mesh: places every weight as `sharding.shardings` says; the default device if None.
+        mesh: places every weight as `shardings` says; the default device if None.
         block_size, mask_token_id: override, or supply, what config.json says.
 
     Raises:

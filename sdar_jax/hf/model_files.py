@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sdar_jax.errors import CheckpointError
-from sdar_jax.tensor_files import is_weights_file, listed
+from sdar_jax.hf.tensor_files import is_weights_file, listed
 
 GENERATION_FILE = "generation_config.json"
 # Patterns of what is carried along: all that a tokenizer, its chat templates or a preprocessor may be read from.

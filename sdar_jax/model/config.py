@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sdar_jax.errors import CheckpointError, ConfigError, is_int, is_number
-from sdar_jax.hf_fields import HARMLESS, ROPE_HARMLESS, SUPPORTED_AT, is_harmless, unread_fields
+from sdar_jax.model.hf_fields import HARMLESS, ROPE_HARMLESS, SUPPORTED_AT, is_harmless, unread_fields
 from sdar_jax.paradigm import BlockOrigin, Objective, Paradigm, fills_masks, has_blocks, paradigm_of
 from sdar_jax.visibility import check_block_size
 

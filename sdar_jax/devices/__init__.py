@@ -1,0 +1,1 @@
+"""Devices: what chips can do, the processes of a job, meshes. Nothing here knows a model."""

@@ -1,0 +1,27 @@
+"""The network: its shape, its weights and its forwards, and which axes of it a mesh splits."""
+
+from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.transformer import (
+    LayerPages,
+    Model,
+    Remat,
+    Stack,
+    Windows,
+    empty_pages,
+    logits,
+    stack_layers,
+    unstack_layers,
+)
+
+__all__ = [
+    "LayerPages",
+    "Model",
+    "ModelConfig",
+    "Remat",
+    "Stack",
+    "Windows",
+    "empty_pages",
+    "logits",
+    "stack_layers",
+    "unstack_layers",
+]

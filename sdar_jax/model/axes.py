@@ -1,0 +1,169 @@
+"""Which axes of this model's weights each axis of a mesh splits: the model's own table, over `devices.sharding`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from sdar_jax.devices.sharding import (
+    ACTIVATIONS,
+    MESH_AXES,
+    RULES,
+    Rules,
+    axis_size,
+    carriers_of,
+    check_divides,
+    current_mesh,
+    spec,
+)
+from sdar_jax.errors import ConfigError
+from sdar_jax.model.config import ModelConfig
+
+# Logical axes of each weight as transformer.py shapes it; None is never split, and shorter entries never split the last
+# axes. Gradients, optimiser moments and moving averages carry the names of their weights, and lie as these do.
+WEIGHTS = {
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "final_norm": (),
+    "attention_norm": (),
+    "qkv": ("embed", "kv_heads"),
+    "qkv_bias": ("kv_heads",),
+    "q_norm": (),
+    "k_norm": (),
+    "output": ("kv_heads", None, None, "embed"),
+    "output_bias": (),
+    "mlp_norm": (),
+    "gate_up": ("embed", None, "mlp"),
+    "gate_up_bias": (None, "mlp"),
+    "down": ("mlp", "embed"),
+    "down_bias": (),
+    "router": ("embed", None),
+    "experts_gate_up": ("expert", "embed", None, "mlp"),
+    "experts_down": ("expert", "mlp", "embed"),
+}
+
+
+def check_mesh(
+    mesh: Mesh | AbstractMesh,
+    model: ModelConfig,
+    *,
+    batch_size: int | None = None,
+    lengths: Sequence[int] = (),
+) -> None:
+    """Raises ConfigError, with the sizes that would do, where an axis of `mesh` does not divide what it splits.
+
+    Args:
+        batch_size: rows computed at once.
+        lengths: of the parts of a row that are computed: the whole of it, and its outputs.
+    """
+    check_rules(mesh)
+    heads, experts = model.num_kv_heads, model.num_experts
+    width = "moe_intermediate_size" if experts else "intermediate_size"
+    size = getattr(model, width)
+    wholes = {
+        "tensor": (math.gcd(heads, size), f"the model has {heads} key-value heads and {width} {size}"),
+        "fsdp": (model.hidden_size, f"the model has hidden_size {model.hidden_size}"),
+        "expert": (experts or 1, f"the model has {experts} experts"),
+    }
+    if lengths:
+        told = " and ".join(map(str, dict.fromkeys(lengths)))
+        wholes["context"] = math.gcd(*lengths), f"rows are computed over {told} positions"
+    for axis, (whole, told) in wholes.items():
+        check_divides(f"mesh.{axis} is", axis_size(mesh, axis), whole, told)
+    if batch_size is not None:
+        rows = math.prod(axis_size(mesh, axis) for axis in carriers_of("batch", RULES))
+        axes = " * ".join(f"mesh.{axis}" for axis in carriers_of("batch", RULES))
+        check_divides(f"{axes} is", rows, batch_size, f"{batch_size} rows are computed at once")
+
+
+def check_rules(mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> None:
+    """Raises ConfigError unless mesh and rules name known Auto axes, and no array would use one twice."""
+    for axis in (*mesh.axis_names, *(axis for name in rules for axis in carriers_of(name, rules))):
+        if axis not in MESH_AXES:
+            raise ConfigError(f"mesh axis {axis!r} is unknown; use axes out of {MESH_AXES}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ConfigError(f"mesh axes are {mesh.axis_types}; make the mesh with axis_types of AxisType.Auto")
+    unknown = set(rules) - set(RULES)
+    if unknown:
+        raise ConfigError(f"logical axes {sorted(unknown)} are unknown; rules may map {sorted(RULES)}")
+    for kind, table in (("weight", WEIGHTS), ("activation", ACTIVATIONS)):
+        for name, axes in table.items():
+            used = [carrier for axis in axes for carrier in carriers_of(axis, rules)]
+            for axis in used:
+                if used.count(axis) > 1:
+                    raise ConfigError(
+                        f"two axes of {kind} {name!r} map to mesh axis {axis!r}; give each one of its own"
+                    )
+
+
+def shardings[Tree](tree: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
+    """A tree like `tree`, with a NamedSharding for each array.
+
+    Args:
+        tree: weights or their shapes, stacked or not: a `Model`, weights by name, or anything that holds such, as a
+            training state does. What has no name of a weight, such as a count of steps, is replicated.
+        mesh: with axes out of MESH_AXES, all of type Auto.
+        rules: the mesh axes that carry each logical axis.
+
+    Raises:
+        ConfigError: a mesh or logical axis that is not known or not Auto, an array that would use one twice, or an
+            array of several axes that is not in the table.
+    """
+    check_rules(mesh, rules)
+    place = lambda path, leaf: NamedSharding(mesh, _weight_spec(path, leaf.shape, mesh, rules))
+    return jax.tree.map_with_path(place, tree)
+
+
+def constrain_weights[Tree](tree: Tree) -> Tree:
+    """Weights, or what has their names, lying as `shardings` says on the mesh in force."""
+    mesh = current_mesh()
+    if mesh is None:
+        return tree
+    place = lambda path, leaf: jax.lax.with_sharding_constraint(leaf, _weight_spec(path, leaf.shape, mesh, RULES))
+    return jax.tree.map_with_path(place, tree)
+
+
+def gathered[Tree](layer: Tree, dtype: DTypeLike) -> Tree:
+    """A layer's matrices in the type they are used in and complete along `embed`, gathered over the mesh in force.
+
+    Cast first: half as much travels. What splits them otherwise (heads, width, experts) still does.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return layer
+    rules = {name: carriers for name, carriers in RULES.items() if name != "embed"}
+
+    def gather(path: tuple, weight: Array) -> Array:
+        if "embed" not in _weight_axes(path, weight.ndim):
+            return weight
+        # Said twice, or the compiler may gather before it casts.
+        for table in (RULES, rules):
+            place = _weight_spec(path, weight.shape, mesh, table)
+            weight = jax.lax.with_sharding_constraint(weight.astype(dtype), place)
+        return weight
+
+    return jax.tree.map_with_path(gather, layer)
+
+
+def not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for jax.checkpoint: the backward pass keeps what it needs, but gathers weights once more."""
+    return primitive.name != "sharding_constraint"
+
+
+def _weight_spec(path: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules) -> PartitionSpec:
+    return spec(mesh, _weight_axes(path, len(shape)), shape, rules)
+
+
+def _weight_axes(path: tuple, rank: int) -> tuple[str | None, ...]:
+    """Logical axes by the last name of a weight in the path; layers in a stack have one more."""
+    names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    field = next((name for name in reversed(names) if name in WEIGHTS), None)
+    if field is None and rank > 1:
+        raise ConfigError(f"{'.'.join(names)} is not a known weight; add its logical axes to model.axes.WEIGHTS")
+    if field is None:
+        return ()
+    return ((None,) if "body" in names else ()) + WEIGHTS[field]
