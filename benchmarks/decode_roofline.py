@@ -135,10 +135,12 @@ def plot(model: ModelConfig, chips: Sequence[str], context: int, path: str) -> N
 def abstract_state(model: ModelConfig, batch: int, size: int, context: int) -> State:
     """An engine's state for `batch` rows of up to `context` tokens."""
     pages = -(-(context + size) // PAGE)
+    config = DecodingConfig(block_size=size)
     row = make_row(
         np.zeros(0, np.int32),
-        DecodingConfig(block_size=size),
+        config,
         RowShape(pages * PAGE, 8, pages, size, 2),
+        rule=(0, config.strategy_for(model).rule),
         origin=0,
         max_new_tokens=1,
         stop_ids=(),
@@ -157,7 +159,8 @@ def compile_for(chip: str, model: ModelConfig, batch: int, size: int, context: i
     place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
     weights: Any = jax.eval_shape(partial(Model, model, jax.random.key(0), jnp.bfloat16))
     state, turns = abstract_state(model, batch, size, context), jax.ShapeDtypeStruct((), jnp.int32)
-    config = BufferConfig(size, model.with_blocks(size), prefill_rows=1, prefill_tokens=256)
+    rules = (DecodingConfig().strategy_for(model).rule,)
+    config = BufferConfig(size, model.with_blocks(size), rules, prefill_rows=1, prefill_tokens=256)
     with compiling_for(device):
         program = jax.jit(partial(advance, config=config), donate_argnums=1)
         return program.lower(place(weights), place(state), place(turns)).compile()

@@ -28,6 +28,7 @@ from sdar_jax import Completion, DecodingConfig, Engine, generate, load_pretrain
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
+from sdar_jax.decoding.commit_rules import StrategyName
 from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, checked_stops, to_ids
 from sdar_jax.decoding.jsonl import answered, as_record, numbered_records
 from sdar_jax.decoding.output_settings import check_settings, write_settings
@@ -44,6 +45,13 @@ LEAST_LENGTH = 256  # An engine's requests may have this many tokens, at least; 
 CHAT_LENGTH = 2048
 AHEAD = 4  # Batches of a file under way: what an interruption can lose.
 INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingFlags(DecodingConfig):
+    __doc__ = DecodingConfig.__doc__
+    # A command line has no functions.
+    strategy: StrategyName | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +100,7 @@ class SampleConfig:
     json: bool = False
     dtype: str = "auto"
     mask_token_id: int | None = None
-    decoding: Annotated[DecodingConfig, tyro.conf.arg(name="")] = DecodingConfig()
+    decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = DecodingFlags()
 
 
 class Request(NamedTuple):
@@ -125,6 +133,8 @@ class Sampler:
             mask_token_id=config.mask_token_id,
         )
         self.block_size = config.decoding.resolve_block_size(self.model.config)
+        if config.watch and self.canvas:
+            raise DecodingError("--watch follows the engine, and this model reads its whole canvas; leave it out")
         self.stop_token_ids = None if stops is None else checked_stops(stops, self.model.config)
         self.engine: Engine | None = None
         self.engine_length = 0
@@ -132,7 +142,7 @@ class Sampler:
     @property
     def canvas(self) -> bool:
         """Whether there is no cache to keep in pages, and so no use for an engine."""
-        return self.config.decoding.strategy == "semi_autoregressive"
+        return not self.config.decoding.paradigm(self.model.config).cached
 
     def render(self, conversation: dict[str, Any]) -> list[int]:
         """Ids of {"messages": [...]}, up to where the assistant answers. Raises DataError or DecodingError."""
@@ -446,8 +456,6 @@ def run(config: SampleConfig) -> int:
         raise DecodingError(f"--batch-size is {config.batch_size}; give a positive integer")
     if config.watch and (config.json or config.input is not None):
         raise DecodingError("--watch shows one answer at a time, as text; leave out --json and --input")
-    if config.watch and config.decoding.strategy == "semi_autoregressive":
-        raise DecodingError("--watch follows the engine, which semi_autoregressive does not use; leave it out")
     check_backend()
     if config.prompt is not None or config.prompt_ids is not None:
         return sample_once(config)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
+from sdar_jax.decoding.commit_rules import CommitRule, select
 from sdar_jax.decoding.forward import (
     BufferConfig,
     canvas_forward,
@@ -35,7 +36,6 @@ from sdar_jax.decoding.forward import (
     prompt_windows,
     propose_masked,
 )
-from sdar_jax.decoding.policies import select
 from sdar_jax.decoding.proposal import Proposal
 from sdar_jax.decoding.rows import Rows, Window, take, window_of
 from sdar_jax.decoding.updates import Changed, changed
@@ -97,7 +97,7 @@ def _turn(model: Model, config: BufferConfig, state: State) -> State:
         packed, cache = paged_forward(model, rows, state.cache, window, live, reads, config)
         rows = _count_prompts(rows, reads, config)
     proposal = propose_masked(model, rows, window, masked, packed, config, state.banned)
-    rows = _commit(rows, window, masked, proposal)
+    rows = _commit(rows, window, masked, proposal, config.rules)
     rows = _finish(_count(rows, live, masked), config.block_size)
     return State(_mark_starved(_leave(rows, window, live, config), config), cache, state.banned)
 
@@ -108,7 +108,7 @@ def _wants_block(rows: Rows, size: int) -> Bool[Array, " B"]:
     window = window_of(rows, size)
     last = jnp.maximum(rows.open - 1, 0)[:, None]
     share = jnp.take_along_axis(window.decoded, last, axis=1)[:, 0] / size
-    follows = (share >= rows.knobs.add_threshold) & ~window.stops.any(axis=(1, 2))
+    follows = (share >= rows.sampling.add_threshold) & ~window.stops.any(axis=(1, 2))
     needed = rows.start + rows.open * size < rows.limit
     return (rows.open < slots) & needed & ((rows.open == 0) | follows)
 
@@ -158,22 +158,29 @@ def _count_prompts(rows: Rows, reads: Bool[Array, " B"], config: BufferConfig) -
 def _activated(rows: Rows, window: Window) -> Bool[Array, "B K"]:
     """Slots that commit by the strategy: the first, and those behind one that is decoded far enough."""
     share = window.decoded / window.positions.shape[-1]
-    behind = share[:, :-1] >= rows.knobs.activate_threshold[:, None]
+    behind = share[:, :-1] >= rows.sampling.activate_threshold[:, None]
     return jnp.concatenate([jnp.ones_like(behind, shape=(behind.shape[0], 1)), behind], axis=1)
 
 
-def _commit(rows: Rows, window: Window, masked: Bool[Array, "B K S"], proposal: Proposal) -> Rows:
-    """Writes what the strategies choose; committed tokens never change again."""
+def _commit(
+    rows: Rows,
+    window: Window,
+    masked: Bool[Array, "B K S"],
+    proposal: Proposal,
+    rules: tuple[CommitRule, ...],
+) -> Rows:
+    """Writes what the rules choose; committed tokens never change again."""
     batch, slots, size = masked.shape
     failed = (masked & ~proposal.finite).any(axis=(1, 2))
     activated = _activated(rows, window)
     of_slots = lambda x: x.reshape(batch * slots, *x.shape[2:])
     chosen = select(
+        rules,
         jax.tree.map(of_slots, proposal),
         of_slots(masked),
         of_slots(rows.block_step),
         of_slots(activated),
-        rows.knobs.at(jnp.repeat(jnp.arange(batch), slots)),
+        rows.sampling.at(jnp.repeat(jnp.arange(batch), slots)),
     ).reshape(masked.shape)
     at = jnp.where(chosen & ~failed[:, None, None], window.positions, rows.tokens.shape[1]).reshape(batch, -1)
     write = lambda x, new: x.at[jnp.arange(batch)[:, None], at].set(new, mode="drop")

@@ -2,28 +2,29 @@
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from sdar_jax.decoding.commit_rules import (
+    STRATEGIES,
+    CommitFunction,
+    CommitRule,
+    Strategy,
+    StrategyName,
+    check_rule,
+    own_strategy,
+    strategy_of,
+)
+from sdar_jax.decoding.sampling_params import ENTROPY_RULES, SCORES, EntropyRule, SamplingParams, Score
 from sdar_jax.errors import ConfigError, DecodingError, is_int, is_number
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.paradigm import NEXT_TOKEN, Paradigm
+from sdar_jax.paradigm import Paradigm, fills_masks
 from sdar_jax.visibility import check_block_size
 
-Strategy = Literal[
-    "sequential",
-    "low_confidence_static",
-    "low_confidence_dynamic",
-    "entropy_bounded",
-    "factor",
-    "autoregressive",
-    "semi_autoregressive",
-]
 Schedule = Literal["released", "paper"]
 Confidence = Literal["pre_filter", "post_filter"]
-Score = Literal["probability", "margin", "neg_entropy"]
-EntropyRule = Literal["eb_sampler", "jetengine"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -33,7 +34,9 @@ class DecodingConfig:
 
     Attributes:
         block_size: S; None is the model's own.
-        strategy: which proposals a step commits. With n_k from `schedule`:
+        strategy: which proposals a step commits; a name, a commit rule (`sdar_jax.decoding.commit_rules` says what
+            that is), or None for the model's own: "autoregressive", "semi_autoregressive" for a masked-diffusion model,
+            and "low_confidence_dynamic" for a block-diffusion model. With n_k from `schedule`:
             "sequential": the leftmost n_k masked;
             "low_confidence_static": the n_k most confident;
             "low_confidence_dynamic": all above `confidence_threshold` if they are at least n_k, else the n_k best;
@@ -75,7 +78,7 @@ class DecodingConfig:
     """
 
     block_size: int | None = None
-    strategy: Strategy = "low_confidence_dynamic"
+    strategy: StrategyName | CommitFunction | None = None
     confidence_threshold: float = 0.9
     denoising_steps: int | None = None
     schedule: Schedule = "released"
@@ -101,6 +104,9 @@ class DecodingConfig:
             names = get_args(field.type)
             if names and isinstance(names[0], str) and getattr(self, field.name) not in names:
                 raise ConfigError(f"{field.name} {getattr(self, field.name)!r} is unknown; use one of {names}")
+        if self.strategy not in (None, *STRATEGIES) and not callable(self.strategy):
+            names = tuple(STRATEGIES)
+            raise ConfigError(f"strategy {self.strategy!r} is unknown; give None, a commit rule, or use one of {names}")
         if self.block_size is not None:
             check_block_size(self.block_size)
         for name in ("min_new_tokens", "top_logprobs"):
@@ -112,11 +118,6 @@ class DecodingConfig:
         listed = isinstance(ids, list | tuple) and all(is_int(each) and each >= 0 for each in ids)
         _require(listed, "suppress_token_ids", ids, "a list of token ids")
         object.__setattr__(self, "suppress_token_ids", tuple(ids))
-        if self.prompt_logprobs and self.strategy != "autoregressive":
-            raise ConfigError(
-                f"prompt_logprobs with strategy {self.strategy!r}: a diffusion model has no exact likelihood of a text "
-                "in one pass; leave it out, and bound that with sdar_jax.nelbo"
-            )
         steps = self.denoising_steps
         _require(steps is None or is_int(steps) and steps >= 1, "denoising_steps", steps, "a positive integer")
         _require(is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
@@ -143,44 +144,65 @@ class DecodingConfig:
 
         Raises:
             DecodingError: neither the config nor the model names one, the model has no mask token, or T > S.
+            ConfigError: a commit rule that does not return what it should.
         """
-        if self.strategy == "autoregressive":
-            return 1
-        size = self.block_size or model.block_size
-        if model.objective == "autoregressive" and (size is None or model.mask_token_id is None):
+        strategy = self.strategy_for(model)
+        size = self.block_size or model.block_size if strategy.fills_masks else 1
+        if strategy.fills_masks:
+            self._check_masks(model, size)
+        elif self.strategy is None and self.block_size not in (None, 1):
             raise DecodingError(
-                f"strategy {self.strategy!r} needs block_size and a mask, and this model is autoregressive; "
-                "use strategy='autoregressive', or convert it with sdar_jax.to_diffusion"
+                f"block_size is {self.block_size} and this model is autoregressive; leave it out, "
+                "use strategy='autoregressive', or convert the model with sdar_jax.to_diffusion"
             )
-        if size is None:
-            raise DecodingError(
-                f"strategy {self.strategy!r} needs block_size and the model has none; "
-                "give DecodingConfig(block_size=...)"
-            )
-        if model.mask_token_id is None:
-            raise DecodingError(
-                f"strategy {self.strategy!r} needs mask_token_id and the model has none; "
-                "set it with load_pretrained(..., mask_token_id=...)"
-            )
-        if (self.denoising_steps or 1) > size:
+        assert size is not None
+        paradigm = self.paradigm(model)
+        if paradigm.masks and (self.denoising_steps or 1) > size:
             raise DecodingError(
                 f"denoising_steps {self.denoising_steps} is more than block_size {size}; use at most that"
             )
-        paradigm = self.paradigm(model)
-        if paradigm.causal_clean and self.add_threshold < 1:
+        if paradigm.causal_clean and paradigm.masks and self.add_threshold < 1:
             raise DecodingError(
                 f"add_threshold is {self.add_threshold} and the model's clean positions are causal: a block that opens "
                 "before the one in front is full would see keys that are not final; leave it 1"
             )
+        if self.prompt_logprobs and paradigm.masks:
+            asked = self.strategy_text(model)
+            raise DecodingError(
+                f"prompt_logprobs with {asked}: a diffusion model has no exact likelihood of a text in one pass; "
+                "leave it out, and bound that with sdar_jax.nelbo"
+            )
+        if callable(self.strategy):
+            check_rule(strategy.rule, sampling_params(self, size, rule=(0, strategy.rule)))
         return size
+
+    def _check_masks(self, model: ModelConfig, size: int | None) -> None:
+        asked = self.strategy_text(model)
+        if not fills_masks(model.objective) and (size is None or model.mask_token_id is None):
+            raise DecodingError(
+                f"{asked} needs block_size and a mask, and this model is autoregressive; "
+                "use strategy='autoregressive', or convert it with sdar_jax.to_diffusion"
+            )
+        if size is None:
+            raise DecodingError(f"{asked} needs block_size and the model has none; give DecodingConfig(block_size=...)")
+        if model.mask_token_id is None:
+            raise DecodingError(
+                f"{asked} needs mask_token_id and the model has none; "
+                "set it with load_pretrained(..., mask_token_id=...)"
+            )
+
+    def strategy_text(self, model: ModelConfig) -> str:
+        """How an error names the strategy that this model is decoded by."""
+        strategy = own_strategy(model) if self.strategy is None else self.strategy
+        return f"strategy {strategy!r}"
+
+    def strategy_for(self, model: ModelConfig) -> Strategy:
+        """The commit rule, and how this model is read for it."""
+        return strategy_of(self.strategy, model)
 
     def paradigm(self, model: ModelConfig) -> Paradigm:
         """What a forward reads and predicts when this model is decoded in this way."""
-        if self.strategy == "autoregressive":
-            return NEXT_TOKEN
-        if self.strategy == "semi_autoregressive":
-            return model.with_blocks(None)
-        return model.with_blocks(self.block_size or model.block_size)
+        return self.strategy_for(model).paradigm(model, self.block_size or model.block_size)
 
 
 class Completion(NamedTuple):
@@ -231,6 +253,49 @@ def commit_schedule(block_size: int, steps: int | None, schedule: str) -> np.nda
         counts[:] = block_size // steps
         counts[: block_size % steps] += 1
     return counts
+
+
+def sampling_params(
+    config: DecodingConfig,
+    block_size: int,
+    *,
+    rule: tuple[int, CommitRule],
+    seed: int = 0,
+    width: int = 0,
+) -> SamplingParams:
+    """The parameters of one sequence: numpy scalars, and the schedule [S].
+
+    Args:
+        rule: the commit rule, and its index among those of the compiled program.
+        width: entries of `suppress_token_ids` at least.
+    """
+    index, of_sequence = rule
+    integer = partial(np.asarray, dtype=np.int32)
+    real = partial(np.asarray, dtype=np.float32)
+    ids = config.suppress_token_ids
+    fields: dict[str, Any] = {
+        "rule": integer(index),
+        "reads_entropy": integer(of_sequence.reads_entropy),
+        "score": integer(SCORES[config.score]),
+        "entropy_rule": integer(ENTROPY_RULES[config.entropy_rule]),
+        "post_filter": integer(config.confidence == "post_filter"),
+        "seed": integer(seed),
+        "top_k": integer(min(config.top_k, np.iinfo(np.int32).max)),
+        "min_new_tokens": integer(config.min_new_tokens),
+        "eos_last": integer(config.eos_last),
+        "top_logprobs": integer(config.top_logprobs),
+        "schedule": commit_schedule(block_size, config.denoising_steps, config.schedule),
+        "suppress_token_ids": integer(ids + (-1,) * (width - len(ids))),
+        "top_p": real(config.top_p),
+        "temperature": real(config.temperature),
+        "repetition_penalty": real(config.repetition_penalty),
+        "confidence_threshold": real(config.confidence_threshold),
+        "entropy_bound": real(config.entropy_bound),
+        "factor": real(config.factor),
+        "add_threshold": real(config.add_threshold),
+        "activate_threshold": real(config.activate_threshold),
+    }
+    return SamplingParams(**fields)
 
 
 def _require(condition: bool, name: str, value, wanted: str) -> None:

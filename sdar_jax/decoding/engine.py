@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdar_jax.decoding.buffer import Decoder, State
+from sdar_jax.decoding.commit_rules import CommitRule
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
 from sdar_jax.decoding.events import Event, Progress
 from sdar_jax.decoding.forward import BufferConfig
@@ -48,10 +49,16 @@ from sdar_jax.decoding.updates import Seen, copy_page, end_row, give_pages, put_
 from sdar_jax.devices.chips import platform
 from sdar_jax.devices.sharding import mesh_of
 from sdar_jax.errors import DecodingError, is_int
-from sdar_jax.model import Model, empty_pages, unstack_layers
+from sdar_jax.model import Model, ModelConfig, empty_pages, unstack_layers
+from sdar_jax.paradigm import fills_masks
 
 # Stop tokens, and tokens to suppress, that a request may have: in the shape of the batch.
 _STOPS, _SUPPRESSED = 8, 32
+
+
+def _own_config(model: ModelConfig, block_size: int | None) -> DecodingConfig:
+    """The config that an engine of this model is made for: in blocks, whatever else the model could do."""
+    return DecodingConfig(block_size, "low_confidence_dynamic" if fills_masks(model.objective) else None)
 
 
 class Engine:
@@ -92,9 +99,8 @@ class Engine:
         top_logprobs: int = 0,
     ):
         config = model.config
-        self._autoregressive = config.objective == "autoregressive"
-        kind = "autoregressive" if self._autoregressive else "low_confidence_dynamic"
-        size = DecodingConfig(block_size, kind).resolve_block_size(config)
+        self._own = own = _own_config(config, block_size)
+        size = own.resolve_block_size(config)
         sizes = {"batch_slots": batch_slots, "max_queue": max_queue, "turns": turns, "prefill_tokens": prefill_tokens}
         for name, value in {**sizes, "max_length": 1 if max_length is None else max_length}.items():
             if not is_int(value) or value < 1:
@@ -107,7 +113,7 @@ class Engine:
         self._max_length = most if max_length is None else min(max_length, most)
         # One block more than is asked for may be open.
         table = -(-(self._max_length + size) // page_size)
-        self._paradigm = DecodingConfig(size, kind).paradigm(config)
+        self._paradigm = replace(own, block_size=size).paradigm(config)
         slots = self._paradigm.slots(window_slots)
         self._shape = RowShape(table * page_size, _STOPS, table, size, slots, _SUPPRESSED, top_logprobs)
         self._model, self._tokenizer = unstack_layers(model), tokenizer
@@ -115,6 +121,7 @@ class Engine:
         self._buffer = BufferConfig(
             block_size=size,
             paradigm=self._paradigm,
+            rules=(own.strategy_for(config).rule,),
             prefill_rows=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
             many_widths=platform() == "cpu",
@@ -350,26 +357,40 @@ class Engine:
         self._settled = True
 
     def _idle_rows(self) -> Rows:
-        idle = self._make_row(np.zeros(0, np.int32), DecodingConfig(), 0, (), 0)
+        idle = self._make_row(np.zeros(0, np.int32), self._own, 0, (), 0)
         return jax.tree.map(lambda x: jnp.asarray(np.stack([x] * len(self._places))), idle)
 
     def _check_config(self, config: DecodingConfig) -> None:
-        size = self._shape.block_size
-        if config.strategy == "semi_autoregressive":
-            raise DecodingError("strategy 'semi_autoregressive' has no cache to share; use sdar_jax.generate")
-        if (config.strategy == "autoregressive") != self._autoregressive:
-            kind = "an autoregressive" if self._autoregressive else "a diffusion"
-            other = "use strategy='autoregressive'" if self._autoregressive else "use sdar_jax.generate for it"
-            raise DecodingError(f"strategy {config.strategy!r} is not for {kind} model's engine; {other}")
+        size, model = self._shape.block_size, self._model.config
         if config.block_size not in (None, size):
             raise DecodingError(f"block_size is {config.block_size}, the engine's {size}; leave it None")
-        replace(config, block_size=size).resolve_block_size(self._model.config)
+        config = replace(config, block_size=size)
+        strategy, asked = config.strategy_for(model), config.strategy_text(model)
+        if strategy.fills_masks and not self._paradigm.masks:
+            raise DecodingError(f"{asked} is not for an autoregressive model's engine; use strategy='autoregressive'")
+        paradigm = config.paradigm(model)
+        if not paradigm.cached:
+            raise DecodingError(f"{asked} has no cache to share; use sdar_jax.generate")
+        if paradigm != self._paradigm:
+            raise DecodingError(f"{asked} is not for a diffusion model's engine; use sdar_jax.generate for it")
+        config.resolve_block_size(model)
+
+    def _rule(self, config: DecodingConfig) -> tuple[int, CommitRule]:
+        """The rule of a request and its index in the program, which is another one from a new rule on."""
+        rule = config.strategy_for(self._model.config).rule
+        if rule not in self._buffer.rules:
+            with self._lock:
+                if rule not in self._buffer.rules:
+                    self._buffer = replace(self._buffer, rules=(*self._buffer.rules, rule))
+                    self._decode = Decoder(self._model, self._buffer)
+        return self._buffer.rules.index(rule), rule
 
     def _make_row(self, ids: np.ndarray, config: DecodingConfig, max_new_tokens: int, stops, seed: int) -> Rows:
         return make_row(
             ids,
             config,
             self._shape,
+            rule=self._rule(config),
             origin=self._paradigm.origin_of(len(ids)),
             max_new_tokens=max_new_tokens,
             stop_ids=stops,
@@ -422,7 +443,7 @@ class Engine:
 
     def _unread(self, request: Request) -> int:
         """Positions to read before the request can decode; an autoregressive row reads the last as it decodes."""
-        return max(int(request.row.start) - self._autoregressive - request.cached, 0)
+        return max(int(request.row.start) - self._buffer.reads_before - request.cached, 0)
 
     def _admit(self) -> None:
         """First come, first served: a request that does not fit yet is not overtaken."""
@@ -448,7 +469,7 @@ class Engine:
         """Pages for what the request has and one block more, with what others recorded of its prefix; or False."""
         row, page_size = request.row, self._pool.page_size
         # An autoregressive row reads the token before its first place as it decodes.
-        known = self._paradigm.shared(int(row.start) - self._autoregressive, len(request.prompt))
+        known = self._paradigm.shared(int(row.start) - self._buffer.reads_before, len(request.prompt))
         prefix = self._pool.match(row.tokens[:known].tolist())
         missing = -(-self._reach(row, int(row.start), int(row.open), 1) // page_size) - len(prefix.pages)
         # Rows that run will want more: half a page each is left to them, or many would soon be preempted; and a whole
@@ -551,7 +572,7 @@ class Engine:
         if self._last(request, "failed") or self._last(request, "denoising_forwards") == request.forwards_before:
             return 0
         cached = self._last(request, "cached")
-        if self._autoregressive or self._last(request, "open"):
+        if self._buffer.reads_before or self._last(request, "open"):
             return cached
         # The forward that wrote the last blocks' keys had no mask to predict, so no logits saw them.
         return max(cached - self._shape.slots * self._shape.block_size, 0)

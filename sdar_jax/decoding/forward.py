@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import visibility
+from sdar_jax.decoding.commit_rules import CommitRule
 from sdar_jax.decoding.proposal import Alternatives, Proposal, propose
 from sdar_jax.decoding.rows import Rows, Window, take
 from sdar_jax.model import LayerPages, Model, Windows
@@ -35,6 +36,7 @@ class BufferConfig:
         paradigm: what the model reads and predicts. One that fills no masks reads, in place of a block of one, the
             token before it (S = K = 1); one that cannot be cached reads the whole canvas each time, without pages
             (K = 1).
+        rules: the commit rules in use; `SamplingParams.rule` of a row says which is its own.
         prefill_rows: a forward reads up to prefill_rows x prefill_tokens of prompts, of as many rows as that serves; 0
             where none has any to read.
         prefill_tokens: of one row, the most a forward reads; a multiple of S.
@@ -49,6 +51,7 @@ class BufferConfig:
 
     block_size: int
     paradigm: Paradigm
+    rules: tuple[CommitRule, ...]
     prefill_rows: int = 0
     prefill_tokens: int = 0
     decodes_beside_prefill: bool = True
@@ -275,22 +278,23 @@ def propose_masked(
         place = packed.index[source // size] * size + source % size
         row = place // (masked.size // masked.shape[0])
         logits = model.unembed(packed.hidden.reshape(-1, packed.hidden.shape[-1])[source])
-        knobs, positions = rows.knobs.at(row), window.positions.reshape(-1)[place]
+        sampling = rows.sampling.at(row)
+        positions = window.positions.reshape(-1)[place]
         stops = rows.stop_ids[row]
         behind_prompt = positions - rows.prompt_length[row]
-        early = (behind_prompt >= 0) & (behind_prompt < knobs.min_new_tokens)
+        early = (behind_prompt >= 0) & (behind_prompt < sampling.min_new_tokens)
         found = propose(
             logits,
-            knobs,
+            sampling,
             positions,
             rows.denoising_forwards[row],
             lambda: _seen(rows, logits.shape[-1])[row],
             mask_token_id=model.config.mask_token_id,
             banned=banned,
-            suppressed=jnp.concatenate([knobs.suppress_token_ids, jnp.where(early[:, None], stops, -1)], axis=1),
+            suppressed=jnp.concatenate([sampling.suppress_token_ids, jnp.where(early[:, None], stops, -1)], axis=1),
             alternatives=alternatives,
         )
-        last = (knobs.eos_last == 1) & (found.token[:, None] == stops).any(axis=1)
+        last = (sampling.eos_last == 1) & (found.token[:, None] == stops).any(axis=1)
         found = found._replace(score=jnp.where(last, -jnp.inf, found.score))
         to = jnp.where(used, place, masked.size)
         return jax.tree.map(lambda all, new: all.at[to].set(new, mode="drop"), proposal, found)

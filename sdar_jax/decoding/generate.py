@@ -261,11 +261,14 @@ def start_state(
     alternatives = max(config.top_logprobs for config in configs)
     slots = paradigm.slots(window_slots)
     shape = RowShape(length, len(stop_ids), pages, size, slots, suppressed, alternatives)
+    own_rules = [config.strategy_for(model.config).rule for config in configs]
+    rules = tuple(dict.fromkeys(own_rules))
     rows = [
         make_row(
             prompt,
             config,
             shape,
+            rule=(rules.index(own_rules[i]), own_rules[i]),
             origin=origins[i],
             max_new_tokens=int(new[i]),
             stop_ids=stop_ids,
@@ -290,6 +293,7 @@ def start_state(
     config = BufferConfig(
         block_size=size,
         paradigm=paradigm,
+        rules=rules,
         prefill_rows=len(ids) if paradigm.cached else 0,
         prefill_tokens=chunk,
         decodes_beside_prefill=False,

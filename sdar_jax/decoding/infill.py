@@ -23,14 +23,15 @@ from sdar_jax.decoding.generate import (
 from sdar_jax.decoding.rows import first_mask
 from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model
-from sdar_jax.model.config import ModelConfig
-from sdar_jax.paradigm import Paradigm, fills_masks, has_blocks
+from sdar_jax.paradigm import Paradigm, fills_masks
+
+_DEFAULT = DecodingConfig()
 
 
 def infill(
     model: Model,
     canvases: Sequence[Prompt],
-    config: DecodingConfig | Sequence[DecodingConfig] | None = None,
+    config: DecodingConfig | Sequence[DecodingConfig] = _DEFAULT,
     *,
     stop_token_ids: Sequence[int] | None = (),
     tokenizer: Any = None,
@@ -45,8 +46,7 @@ def infill(
 
     Args:
         canvases: token id lists with the model's mask token wherever a token is wanted, or texts (with `tokenizer`).
-        config: one for all, or one for each canvas, of one block size; None is greedy, "semi_autoregressive" for a
-            masked-diffusion model and "low_confidence_dynamic" for a block-diffusion model.
+        config: one for all, or one for each canvas, of one block size.
         stop_token_ids: a canvas ends before the first of these that fills a mask behind the last token that is given;
             `min_new_tokens` counts from there, too. () is none, so that all masks are filled; None is the model's own
             list.
@@ -66,8 +66,8 @@ def infill(
         raise DecodingError(f"canvases is one text, {canvases[:20]!r}; give a list of canvases")
     if not fills_masks(model.config.objective):
         raise DecodingError("infill needs a diffusion model and this one is autoregressive; see sdar_jax.to_diffusion")
-    configs = one_each(_config(model.config) if config is None else config, len(canvases), model.config)
-    if any(each.strategy == "autoregressive" for each in configs):
+    configs = one_each(config, len(canvases), model.config)
+    if not all(each.strategy_for(model.config).fills_masks for each in configs):
         raise DecodingError("strategy 'autoregressive' fills no masks; use strategy='low_confidence_dynamic'")
     ids = [to_ids(canvas, i, tokenizer) for i, canvas in enumerate(canvases)]
     for i, canvas in enumerate(ids):
@@ -93,10 +93,6 @@ def infill(
     options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
     rows = decode_batch(model, heads, configs, max_new_tokens=behind, **options)
     return [completion(row_at(rows, i), tokenizer, start=0) for i in range(len(ids))]
-
-
-def _config(model: ModelConfig) -> DecodingConfig:
-    return DecodingConfig() if has_blocks(model.objective) else DecodingConfig(strategy="semi_autoregressive")
 
 
 def _masks_at_end(masked: np.ndarray) -> int:

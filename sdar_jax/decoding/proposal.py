@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sdar_jax.decoding.knobs import SCORES, STRATEGIES, Knobs
+from sdar_jax.decoding.sampling_params import SCORES, SamplingParams
 
 
 class Alternatives(NamedTuple):
@@ -32,7 +32,7 @@ class Proposal(NamedTuple):
 
 def propose(
     logits: Float[Array, "L V"],
-    knobs: Knobs,
+    parameters: SamplingParams,
     positions: Int[Array, " L"],
     step: Int[Array, " L"],
     seen: Callable[[], Bool[Array, "L V"]] | None = None,
@@ -47,7 +47,7 @@ def propose(
     Randomness is keyed by (seed, position, step) alone.
 
     Args:
-        knobs: of each position's row.
+        parameters: of each position's row.
         seen: gives the tokens that the repetition penalty is for, if one is asked for; None is none.
         mask_token_id: has no part in any distribution.
         banned: tokens that are never proposed; what others' probabilities are is not changed by that.
@@ -60,15 +60,15 @@ def propose(
     allow = lambda x: x if banned is None else jnp.where(banned, -jnp.inf, x)
     suppressed = jnp.zeros((logits.shape[0], 0), jnp.int32) if suppressed is None else suppressed
     token, score, entropy, logprob = jax.lax.cond(
-        _all_plain(knobs) & (suppressed < 0).all(),
+        _all_plain(parameters) & (suppressed < 0).all(),
         lambda logits: _plain(logits, allow),
-        lambda logits: _general(logits, knobs, positions, step, seen, suppressed, allow),
+        lambda logits: _general(logits, parameters, positions, step, seen, suppressed, allow),
         logits,
     )
-    return Proposal(token, score, entropy, logprob, finite, _alternatives(logits, knobs, alternatives))
+    return Proposal(token, score, entropy, logprob, finite, _alternatives(logits, parameters, alternatives))
 
 
-def _alternatives(logits: Array, knobs: Knobs, count: int) -> Alternatives | None:
+def _alternatives(logits: Array, parameters: SamplingParams, count: int) -> Alternatives | None:
     if not count:
         return None
 
@@ -78,13 +78,13 @@ def _alternatives(logits: Array, knobs: Knobs, count: int) -> Alternatives | Non
 
     shape = (logits.shape[0], count)
     none = lambda logits: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, logits.dtype))
-    return Alternatives(*jax.lax.cond((knobs.top_logprobs > 0).any(), likeliest, none, logits))
+    return Alternatives(*jax.lax.cond((parameters.top_logprobs > 0).any(), likeliest, none, logits))
 
 
-def _all_plain(knobs: Knobs) -> Array:
+def _all_plain(parameters: SamplingParams) -> Array:
     """Whether every row is greedy, without penalty, and ranks by probability: what costs two passes over the logits."""
-    greedy = (knobs.temperature == 0) & (knobs.repetition_penalty == 1)
-    return (greedy & (knobs.score == SCORES["probability"]) & (knobs.strategy != STRATEGIES["entropy_bounded"])).all()
+    greedy = (parameters.temperature == 0) & (parameters.repetition_penalty == 1)
+    return (greedy & (parameters.score == SCORES["probability"]) & (parameters.reads_entropy == 0)).all()
 
 
 def _plain(logits: Array, allow: Callable[[Array], Array]) -> tuple[Array, Array, Array, Array]:
@@ -100,24 +100,34 @@ def _first_largest(logits: Array) -> Array:
     return jnp.min(index, axis=-1)
 
 
-def _general(logits, knobs: Knobs, positions, step, seen, suppressed, allow) -> tuple[Array, Array, Array, Array]:
+def _general(
+    logits: Array,
+    parameters: SamplingParams,
+    positions: Array,
+    step: Array,
+    seen: Callable[[], Array] | None,
+    suppressed: Array,
+    allow: Callable[[Array], Array],
+) -> tuple[Array, Array, Array, Array]:
     wanted = jax.lax.cond((suppressed >= 0).any(), lambda x: _without(x, suppressed), lambda x: x, logits)
     if seen is not None:
-        some = (knobs.repetition_penalty != 1).any()
-        wanted = jax.lax.cond(some, lambda x: _penalised(x, knobs, seen()), lambda x: x, wanted)
-    greedy = knobs.temperature == 0
+        some = (parameters.repetition_penalty != 1).any()
+        wanted = jax.lax.cond(some, lambda x: _penalised(x, parameters, seen()), lambda x: x, wanted)
+    greedy = parameters.temperature == 0
     # From the largest down, so that a low temperature cannot overflow the quotient.
-    distribution = jax.nn.log_softmax(jax.nn.log_softmax(wanted) / jnp.where(greedy, 1, knobs.temperature)[:, None])
-    filters = ~greedy & ((knobs.top_k > 0) | (knobs.top_p < 1))
+    distribution = jax.nn.log_softmax(
+        jax.nn.log_softmax(wanted) / jnp.where(greedy, 1, parameters.temperature)[:, None]
+    )
+    filters = ~greedy & ((parameters.top_k > 0) | (parameters.top_p < 1))
     allowed = allow(distribution)
-    filtered = jax.lax.cond(filters.any(), lambda x: _filter(x, knobs, filters), lambda x: x, allowed)
+    filtered = jax.lax.cond(filters.any(), lambda x: _filter(x, parameters, filters), lambda x: x, allowed)
     best = _first_largest(allow(wanted))
-    draw = lambda: jnp.where(greedy, best, _sample(filtered, knobs.seed, positions, step))
+    draw = lambda: jnp.where(greedy, best, _sample(filtered, parameters.seed, positions, step))
     token = jax.lax.cond(greedy.all(), lambda: best, draw)
-    after = (filters & (knobs.post_filter == 1))[:, None]
+    after = (filters & (parameters.post_filter == 1))[:, None]
     confident = jnp.where(after, jax.nn.log_softmax(filtered), distribution)
     entropy = -jnp.sum(jnp.exp(distribution) * jnp.where(jnp.isfinite(distribution), distribution, 0), axis=-1)
-    return token, _score(confident, token, entropy, knobs), entropy, _at(jax.nn.log_softmax(logits), token)
+    return token, _score(confident, token, entropy, parameters), entropy, _at(jax.nn.log_softmax(logits), token)
 
 
 def _without(logits: Array, tokens: Array) -> Array:
@@ -125,8 +135,8 @@ def _without(logits: Array, tokens: Array) -> Array:
     return logits.at[jnp.arange(logits.shape[0])[:, None], at].set(-jnp.inf, mode="drop")
 
 
-def _penalised(logits: Array, knobs: Knobs, seen: Array) -> Array:
-    penalty = knobs.repetition_penalty[:, None]
+def _penalised(logits: Array, parameters: SamplingParams, seen: Array) -> Array:
+    penalty = parameters.repetition_penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -134,28 +144,28 @@ def _at(log_probs: Array, token: Array) -> Array:
     return jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
 
 
-def _score(log_probs: Array, token: Array, entropy: Array, knobs: Knobs) -> Array:
+def _score(log_probs: Array, token: Array, entropy: Array, parameters: SamplingParams) -> Array:
     """By the row's kind of score."""
 
     def margin(log_probs):
         best, second = jnp.moveaxis(jax.lax.top_k(jnp.exp(log_probs), 2)[0], -1, 0)
         return best - second
 
-    by_margin = knobs.score == SCORES["margin"]
+    by_margin = parameters.score == SCORES["margin"]
     margins = jax.lax.cond(by_margin.any(), margin, lambda log_probs: jnp.zeros_like(log_probs[:, 0]), log_probs)
     score = jnp.where(by_margin, margins, jnp.exp(_at(log_probs, token)))
-    return jnp.where(knobs.score == SCORES["neg_entropy"], -entropy, score)
+    return jnp.where(parameters.score == SCORES["neg_entropy"], -entropy, score)
 
 
-def _filter(log_probs: Array, knobs: Knobs, rows: Bool[Array, " L"]) -> Array:
+def _filter(log_probs: Array, parameters: SamplingParams, rows: Bool[Array, " L"]) -> Array:
     """-inf for what top-k, then top-p, leave out in these rows; the token that crosses p stays, and so do ties."""
     bits = _ordered_bits(log_probs)
-    top_k = jnp.where(knobs.top_k == 0, log_probs.shape[-1], knobs.top_k)
+    top_k = jnp.where(parameters.top_k == 0, log_probs.shape[-1], parameters.top_k)
     in_top_k = bits >= _least_bits(bits, lambda above: above.sum(axis=-1) < top_k)[:, None]
     probs = jnp.where(in_top_k, jnp.exp(log_probs), 0)
-    mass = knobs.top_p * probs.sum(axis=-1)
+    mass = parameters.top_p * probs.sum(axis=-1)
     # With p = 1 rounding must leave out nothing.
-    crosses = lambda above: (jnp.where(above, probs, 0).sum(axis=-1) < mass) | (knobs.top_p == 1)
+    crosses = lambda above: (jnp.where(above, probs, 0).sum(axis=-1) < mass) | (parameters.top_p == 1)
     stays = in_top_k & (bits >= _least_bits(bits, crosses)[:, None])
     return jnp.where(rows[:, None] & ~stays, -jnp.inf, log_probs)
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sdar_jax.decoding.config import DecodingConfig
-from sdar_jax.decoding.knobs import Knobs, make_knobs
+from sdar_jax.decoding.commit_rules import CommitRule
+from sdar_jax.decoding.config import DecodingConfig, sampling_params
+from sdar_jax.decoding.sampling_params import SamplingParams
 
 _Number = Int[Array, "*B"]
 _Flag = Bool[Array, "*B"]
@@ -48,7 +49,7 @@ class Rows(NamedTuple):
     canvas_end: _Number
     forward_budget: _Number
     stop_ids: Int[Array, "*B stops"]
-    knobs: Knobs
+    sampling: SamplingParams
     page_table: Int[Array, "*B M"]
     pages_end: _Number
     admitted: _Number
@@ -86,6 +87,7 @@ def make_row(
     config: DecodingConfig,
     shape: RowShape,
     *,
+    rule: tuple[int, CommitRule],
     origin: int,
     max_new_tokens: int,
     stop_ids: Sequence[int],
@@ -97,6 +99,7 @@ def make_row(
     """One row, numpy, with no pages and nothing cached; done where there is nothing to generate.
 
     Args:
+        rule: the commit rule, and its index among those of the compiled program.
         origin: where blocks are counted from; decoding starts with the block that holds the first mask.
         float_type: of log-probabilities: what logits have.
         given: bool, of the prompt's tokens, those that are there; the others are masks to be filled. None is all.
@@ -123,7 +126,7 @@ def make_row(
         canvas_end=number(limit if max_new_tokens == 0 else blocks_end),
         forward_budget=number(2 * (limit - min(first_block, known) + shape.block_size)),
         stop_ids=_padded(stop_ids, shape.stops, -1),
-        knobs=make_knobs(config, shape.block_size, seed, shape.suppressed),
+        sampling=sampling_params(config, shape.block_size, seed=seed, rule=rule, width=shape.suppressed),
         page_table=np.zeros(shape.pages, np.int32),
         pages_end=number(0),
         admitted=number(0),
@@ -166,7 +169,7 @@ def top_logprobs(row: Rows, places: slice) -> list[list[tuple[int, float]]] | No
 
     Where the token that was committed is one of them, its log-probability is to the last bit that of `logprob`.
     """
-    count = int(row.knobs.top_logprobs)
+    count = int(row.sampling.top_logprobs)
     if not count:
         return None
     steps, own = np.asarray(row.step[places]).tolist(), row.logprob[places].tolist()

@@ -15,7 +15,7 @@ _Index = int | Int[Array, ""]
 
 
 # What the device does not change of a row, and the host has.
-_GIVEN = ("prompt_length", "limit", "origin", "canvas_end", "forward_budget", "stop_ids", "knobs")
+_GIVEN = ("prompt_length", "limit", "origin", "canvas_end", "forward_budget", "stop_ids", "sampling")
 _GIVEN += ("page_table", "pages_end", "admitted")
 _ARRAYS = ("tokens", "committed", "step", "logprob", "top_token", "top_logprob", "block_step")
 _NUMBERS = tuple(name for name in Rows._fields if name not in _GIVEN + _ARRAYS)

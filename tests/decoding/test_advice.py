@@ -45,7 +45,6 @@ CONFIGS = [
     ({"top_logprobs": -1}, "0 (off) or a positive integer", {"top_logprobs": 1}),
     ({"suppress_token_ids": 3}, "a list of token ids", {"suppress_token_ids": (3,)}),
     ({"eos_last": "yes"}, "True or False", {"eos_last": True}),
-    ({"prompt_logprobs": True}, "leave it out", {"prompt_logprobs": False}),
 ]
 
 
@@ -87,6 +86,12 @@ def test_a_block_size_and_a_mask_where_the_model_has_none(tmp_path):
     assert decodes(load_pretrained(tmp_path, mask_token_id=MASK), DecodingConfig())
 
 
+def test_the_log_probabilities_of_a_prompt_are_left_out():
+    with refused(DecodingError, "prompt_logprobs with strategy 'low_confidence_dynamic'", "leave it out"):
+        decodes(model(), DecodingConfig(prompt_logprobs=True))
+    assert decodes(model(), DecodingConfig())
+
+
 def test_steps_that_fit_the_block():
     with refused(DecodingError, "denoising_steps 5", "block_size 4", "use at most that"):
         engine().submit([1], DecodingConfig(denoising_steps=5), max_new_tokens=1)
@@ -101,7 +106,7 @@ def test_strategies_that_an_engine_does_not_serve():
         assert decodes(model(), config)
     served = engine(model(**AUTOREGRESSIVE))
     with refused(DecodingError, "an autoregressive model's engine", "strategy='autoregressive'"):
-        served.submit([1], DecodingConfig(), max_new_tokens=1)
+        served.submit([1], DecodingConfig(strategy="sequential"), max_new_tokens=1)
     served.submit([1], causal, max_new_tokens=1)
     with refused(DecodingError, "block_size is 8", "leave it None"):
         engine().submit([1], DecodingConfig(block_size=8), max_new_tokens=1)

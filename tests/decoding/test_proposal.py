@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig
-from sdar_jax.decoding.knobs import Knobs, make_knobs
+from sdar_jax.decoding.commit_rules import STRATEGIES
+from sdar_jax.decoding.config import sampling_params
 from sdar_jax.decoding.proposal import _filter, propose
+from sdar_jax.decoding.sampling_params import SamplingParams
 
 ROWS, SIZE, VOCAB, MASK = 3, 4, 9, 8
 
@@ -21,9 +23,14 @@ _propose = jax.jit(partial(propose, mask_token_id=MASK))
 _propose_seen = jax.jit(lambda seen, *args: propose(*args, lambda: seen, mask_token_id=MASK))
 
 
-def knobs_of(configs: list[DecodingConfig], size: int, seed: int) -> Knobs:
+def params_of(configs: list[DecodingConfig], size: int, seed: int) -> SamplingParams:
     """Of each position of each row; row i has seed + i."""
-    rows = [make_knobs(config, size, seed + i) for i, config in enumerate(configs) for _ in range(size)]
+
+    def params(config: DecodingConfig, seed: int) -> SamplingParams:
+        rule = STRATEGIES[config.strategy or "low_confidence_dynamic"].rule
+        return sampling_params(config, size, rule=(0, rule), seed=seed)
+
+    rows = [params(config, seed + i) for i, config in enumerate(configs) for _ in range(size)]
     return jax.tree.map(lambda *each: np.stack(each), *rows)
 
 
@@ -34,7 +41,7 @@ def proposed(logits, config: DecodingConfig | list[DecodingConfig], seed=0, step
     positions = np.tile(np.arange(size, dtype=np.int32), (rows, 1)) if positions is None else positions
     arguments = (
         logits.reshape(-1, VOCAB),
-        knobs_of(configs, size, seed),
+        params_of(configs, size, seed),
         positions.reshape(-1),
         np.full(rows * size, step, np.int32),
     )
@@ -100,7 +107,7 @@ def test_top_k_then_top_p(seed, top_k, top_p):
     with jax.enable_x64(True):
         log_probs = jax.nn.log_softmax(logits).reshape(-1, VOCAB)
         some = np.arange(len(log_probs)) % 4 != 1
-        found = jax.jit(_filter)(log_probs, knobs_of([config] * ROWS, SIZE, 0), some)
+        found = jax.jit(_filter)(log_probs, params_of([config] * ROWS, SIZE, 0), some)
     wanted = np.apply_along_axis(filtered, -1, softmax(logits), top_k, top_p).reshape(-1, VOCAB)
     np.testing.assert_array_equal(found[~some], log_probs[~some])
     np.testing.assert_allclose(softmax(np.asarray(found))[some], wanted[some], rtol=1e-9)
@@ -109,8 +116,8 @@ def test_top_k_then_top_p(seed, top_k, top_p):
 def test_top_k_of_equal_tokens_keeps_them_all():
     """Which of equals to leave out would be arbitrary."""
     log_probs = jnp.log(jnp.array([[0.3, 0.3, 0.3, 0.1]]))
-    knobs = knobs_of([DecodingConfig(temperature=1.0, top_k=2)], 1, 0)
-    kept = jnp.isfinite(_filter(log_probs, knobs, jnp.ones(1, bool)))
+    parameters = params_of([DecodingConfig(temperature=1.0, top_k=2)], 1, 0)
+    kept = jnp.isfinite(_filter(log_probs, parameters, jnp.ones(1, bool)))
     np.testing.assert_array_equal(kept, [[True, True, True, False]])
 
 
@@ -130,14 +137,14 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p):
 
 def test_confidence_before_and_after_the_filter(x64):
     logits = random_logits(4, rows=50)
-    knobs = dict(temperature=0.7, top_k=3, top_p=0.95)
-    before = proposed(logits, DecodingConfig(**knobs))
-    after = proposed(logits, DecodingConfig(**knobs, confidence="post_filter"))
+    parameters = dict(temperature=0.7, top_k=3, top_p=0.95)
+    before = proposed(logits, DecodingConfig(**parameters))
+    after = proposed(logits, DecodingConfig(**parameters, confidence="post_filter"))
     np.testing.assert_array_equal(before.token, after.token)
     probs = softmax(banned(logits) / 0.7)
     kept = np.apply_along_axis(filtered, -1, probs, 3, 0.95)
     at = lambda x: np.take_along_axis(x, np.asarray(before.token)[..., None], axis=-1)[..., 0]
-    # Knobs are float32: 0.7 is so to 2e-8 of its value.
+    # SamplingParams are float32: 0.7 is so to 2e-8 of its value.
     np.testing.assert_allclose(before.score, at(probs), rtol=1e-6)
     np.testing.assert_allclose(after.score, at(kept), rtol=1e-6)
     # Of the committed token, at temperature 1 and unfiltered, in both.

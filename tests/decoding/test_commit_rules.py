@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig
-from sdar_jax.decoding.config import commit_schedule
-from sdar_jax.decoding.knobs import make_knobs
-from sdar_jax.decoding.policies import select
+from sdar_jax.decoding.commit_rules import STRATEGIES, select
+from sdar_jax.decoding.config import commit_schedule, sampling_params
 from sdar_jax.decoding.proposal import Proposal
 from sdar_jax.errors import DecodingError
 from tests.bad_input import refused
@@ -55,15 +54,19 @@ def test_more_steps_than_positions_is_refused():
         DecodingConfig(denoising_steps=5).resolve_block_size(tiny_model(jnp.float32).config)
 
 
-_select = jax.jit(select)
+# All rules at once, as in a batch whose requests differ.
+RULES = tuple(dict.fromkeys(strategy.rule for strategy in STRATEGIES.values()))
+_select = jax.jit(partial(select, RULES))
 
 
 def selected(config: DecodingConfig, scores, entropy, masked, step: int, activated=True) -> np.ndarray:
     row = lambda values, dtype: jnp.asarray([values], dtype)
     score, uncertain = row(scores, jnp.float32), row(entropy, jnp.float32)
     proposal = Proposal(row([0] * SIZE, jnp.int32), score, uncertain, score, row([True] * SIZE, bool))
-    knobs = jax.tree.map(lambda knob: knob[None], make_knobs(config, SIZE, 0))
-    return np.asarray(_select(proposal, row(masked, bool), jnp.int32([step]), jnp.array([activated]), knobs)[0])
+    rule = STRATEGIES[config.strategy].rule
+    own = sampling_params(config, SIZE, rule=(RULES.index(rule), rule))
+    parameters = jax.tree.map(lambda value: value[None], own)
+    return np.asarray(_select(proposal, row(masked, bool), jnp.int32([step]), jnp.array([activated]), parameters)[0])
 
 
 # Few values, so that ties are common; exact in float32, as the thresholds are.
