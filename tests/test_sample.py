@@ -202,7 +202,8 @@ def test_autoregressive_models(monkeypatch, tmp_path):
     result = run(monkeypatch, *options, "--strategy", "autoregressive")
     (wanted,) = generate(model, [[5, 9, 12]], DecodingConfig(strategy="autoregressive"), max_new_tokens=6)
     assert result.records[0]["tokens"] == wanted.tokens and "prefill: 2 tokens" in result.err
-    assert_one_line(run(monkeypatch, *options), "block_size", "strategy='autoregressive'")
+    assert run(monkeypatch, *options).records == result.records
+    assert_one_line(run(monkeypatch, *options, "--strategy", "sequential"), "block_size", "strategy='autoregressive'")
 
 
 CONVERSATION = {"messages": [{"role": "user", "content": "1+1"}]}

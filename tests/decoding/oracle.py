@@ -66,7 +66,8 @@ def pick(config: DecodingConfig, score, entropy, masked: list[int], wanted: int)
         return masked[:wanted]
     if config.strategy in ("low_confidence_static", "semi_autoregressive"):
         return best[:wanted]
-    if config.strategy == "low_confidence_dynamic":
+    # Without a name, as for the block-diffusion models that these tests decode.
+    if config.strategy in (None, "low_confidence_dynamic"):
         sure = [i for i in masked if score[i] > config.confidence_threshold]
         return sure if len(sure) >= wanted else best[:wanted]
     if config.strategy == "factor":

@@ -210,7 +210,7 @@ def test_autoregressive_models_are_served_too(x64):
     assert [c.tokens for c in got] == [c.tokens for c in wanted]
     assert served.stats().prefix_tokens > 0 and served.stats().preemptions > 0
     with refused(DecodingError, "low_confidence_dynamic", "an autoregressive"):
-        served.submit(LONG[:3], DecodingConfig(), max_new_tokens=1)
+        served.submit(LONG[:3], DecodingConfig(strategy="low_confidence_dynamic"), max_new_tokens=1)
 
 
 def test_the_engines_block_size_is_every_requests(x64):

@@ -1,8 +1,5 @@
 """What `generate` promises: no batch effects, stops, trimming, one program, no surprise compilation."""
 
-from functools import lru_cache
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig, generate
-from sdar_jax.decoding import buffer
 from sdar_jax.decoding.buffer import advance
 from sdar_jax.decoding.generate import start_state
 from sdar_jax.model import stack_layers
@@ -273,7 +269,7 @@ def test_decoding_is_one_loop_on_the_device(config):
     assert not [name for name in names if "callback" in name or "infeed" in name or "outfeed" in name]
 
 
-def test_numbers_and_strategies_compile_nothing_anew():
+def test_numbers_compile_nothing_anew():
     model = tiny_model(jnp.float32)
     first = DecodingConfig(confidence_threshold=0.5, temperature=0.7, top_k=5, top_p=0.9)
     generate(model, [POOL[1]], first, max_new_tokens=9, stop_token_ids=(3, 4), seed=1)
@@ -281,7 +277,7 @@ def test_numbers_and_strategies_compile_nothing_anew():
     changed = DecodingConfig(**other, denoising_steps=2, schedule="paper", repetition_penalty=1.2, score="margin")
     # A length in the same bucket is the same program too.
     with compilations() as compiled:
-        for prompt, new, config in ((POOL[1], 9, changed), (POOL[1][:5], 7, DecodingConfig(strategy="sequential"))):
+        for prompt, new, config in ((POOL[1], 9, changed), (POOL[1][:5], 7, DecodingConfig())):
             generate(model, [prompt], config, max_new_tokens=new, stop_token_ids=(7, 8), seed=5)
     assert not compiled
 
@@ -339,11 +335,10 @@ def test_forwards_a_block(steps, size, x64):
 
 
 def test_a_strategy_that_gets_nowhere_fails(x64):
-    """A cap on forwards ends rows whose strategy commits nothing, and those alone."""
-    stuck = lambda proposal, masked, *args: masked & (jnp.arange(len(masked)) % 2 == 0)[:, None]
-    programs = lru_cache(buffer._program.__wrapped__)
-    with mock.patch.object(buffer, "select", stuck), mock.patch.object(buffer, "_program", programs):
-        healthy, failed = run([POOL[3]] * 2, window_slots=1)
+    """A cap on forwards ends rows whose rule commits nothing, and those alone."""
+    stuck = lambda proposal, masked, step, parameters: jnp.zeros_like(masked)
+    configs = [DecodingConfig(), DecodingConfig(strategy=stuck)]
+    healthy, failed = generate(tiny_model(), [POOL[3]] * 2, configs, max_new_tokens=NEW, window_slots=1)
     assert healthy.finish_reason == "length" and len(healthy.tokens) == NEW
     assert failed.finish_reason == "error" and failed.tokens == []
     assert failed.denoising_forwards <= 2 * (NEW + 4) + 1
