@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from benchmarks.timing import seconds
 from sdar_jax import visibility
 from sdar_jax.attention import attention
-from sdar_jax.attention.blocks import TABLE, Blocks, Row, blocks_for, chip_here, trial
+from sdar_jax.attention.tile_sizes import TABLE, Row, TileSizes, chip_here, tile_sizes_for, trial
 
 IMPLEMENTATIONS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 KERNELS = ("forward", "dq", "dkv")
@@ -31,8 +31,8 @@ SHAPES = {
 HEADS, KV_HEADS, BLOCK_SIZE = 32, 8, 4
 
 
-def candidates(implementation: str) -> Iterator[Blocks]:
-    return itertools.starmap(Blocks, itertools.product(*SHAPES[implementation]))
+def candidates(implementation: str) -> Iterator[TileSizes]:
+    return itertools.starmap(TileSizes, itertools.product(*SHAPES[implementation]))
 
 
 def work(kernel: str, head_dim: int, length: int) -> tuple[Callable, tuple]:
@@ -51,25 +51,25 @@ def work(kernel: str, head_dim: int, length: int) -> tuple[Callable, tuple]:
     return lambda pullback, d_out: pullback(d_out)[asked], (pullback, d_out)
 
 
-def measure(row: Row, blocks: Blocks, length: int) -> float | None:
-    """Seconds, or None if these blocks do not compile or run."""
-    with trial(row, blocks):
+def measure(row: Row, tile_sizes: TileSizes, length: int) -> float | None:
+    """Seconds, or None if these tile sizes do not compile or run."""
+    with trial(row, tile_sizes):
         function, args = work(row.kernel, row.head_dim, length)
         try:
             return seconds(jax.jit(function), *args)
         except Exception as error:  # Whatever the compiler objects to, the next candidate may do.
-            print(f"  {tuple(blocks)}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            print(f"  {tuple(tile_sizes)}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
             return None
 
 
-def tune(row: Row, length: int) -> tuple[Blocks, str] | None:
-    """The fastest blocks and what was measured, or None if nothing ran."""
-    shipped = blocks_for(row.implementation, row.kernel, row.head_dim)
+def tune(row: Row, length: int) -> tuple[TileSizes, str] | None:
+    """The fastest tile sizes and what was measured, or None if nothing ran."""
+    shipped = tile_sizes_for(row.implementation, row.kernel, row.head_dim)
     times = {}
-    for blocks in dict.fromkeys((shipped, *candidates(row.implementation))):
-        if (took := measure(row, blocks, length)) is not None:
-            times[blocks] = took
-            print(f"  {tuple(blocks)}: {1e3 * took:.3f} ms", flush=True)
+    for tile_sizes in dict.fromkeys((shipped, *candidates(row.implementation))):
+        if (took := measure(row, tile_sizes, length)) is not None:
+            times[tile_sizes] = took
+            print(f"  {tuple(tile_sizes)}: {1e3 * took:.3f} ms", flush=True)
     if not times:
         return None
     best = min(times, key=times.__getitem__)
@@ -77,19 +77,19 @@ def tune(row: Row, length: int) -> tuple[Blocks, str] | None:
     return best, f"measured at L = {length}: {1e3 * times[best]:.3f} ms{before}; best of {len(times)}"
 
 
-def write(found: dict[Row, tuple[Blocks, str]]):
-    """Replaces or adds these rows in blocks.toml; the others and the comment on top stay as they are."""
+def write(found: dict[Row, tuple[TileSizes, str]]):
+    """Replaces or adds these rows in tile_sizes.toml; the others and the comment on top stay as they are."""
     text = TABLE.read_text()
-    head = text[: text.index("[[blocks]]")]
-    rows = {Row(*(row[name] for name in Row._fields)): row for row in tomllib.loads(text)["blocks"]}
-    for row, (blocks, reason) in found.items():
-        rows[row] = {**row._asdict(), **blocks._asdict(), "reason": reason}
+    head = text[: text.index("[[tile_sizes]]")]
+    rows = {Row(*(row[name] for name in Row._fields)): row for row in tomllib.loads(text)["tile_sizes"]}
+    for row, (tile_sizes, reason) in found.items():
+        rows[row] = {**row._asdict(), **tile_sizes._asdict(), "reason": reason}
     TABLE.write_text(head + "\n".join(map(_as_toml, rows.values())))
 
 
 def _as_toml(row: dict) -> str:
     quoted = lambda value: f'"{value}"' if isinstance(value, str) else str(value)
-    return "[[blocks]]\n" + "".join(f"{name} = {quoted(value)}\n" for name, value in row.items())
+    return "[[tile_sizes]]\n" + "".join(f"{name} = {quoted(value)}\n" for name, value in row.items())
 
 
 def main():

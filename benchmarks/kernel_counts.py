@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from sdar_jax import ModelConfig, visibility
-from sdar_jax.attention.blocks import blocks_for
+from sdar_jax.attention.tile_sizes import tile_sizes_for
 from sdar_jax.attention.tiles import EMPTY, tile_kinds
 from sdar_jax.devices.chips import CHIPS
-from sdar_jax.training.flops import Work, training_flops
+from sdar_jax.training.flops import TokenCounts, training_flops
 from sdar_jax.visibility import Ranges
 
 # Matmuls of [rows, D] by [D, keys] size: what the gradient needs, and what two kernels that each make the scores do.
@@ -104,9 +104,9 @@ def _kernel_rows(chip: str, name: str, heads: Heads, length: int, ranges: Ranges
         least = least_bytes(2 * length, heads, backward=backward)
         done, loaded, tiles, visited = 0.0, 0.0, [], 0.0
         for kernel, matmuls in parts.items():
-            blocks = blocks_for(name, kernel, heads.head_dim)
-            queries = max(blocks.query_tile // groups, 1)
-            keys = TPU_KEYS if name == "mosaic_tpu" else blocks.key_tile
+            tile_sizes = tile_sizes_for(name, kernel, heads.head_dim)
+            queries = max(tile_sizes.query_tile // groups, 1)
+            keys = TPU_KEYS if name == "mosaic_tpu" else tile_sizes.key_tile
             count = tiled_pairs(ranges, queries, keys)
             visited += count * matmuls
             done += flops(count, heads, matmuls)
@@ -144,9 +144,9 @@ def price():
             )
             noisy = Ranges(hybrid.start[:, :length], hybrid.end[:, :length])
             number = lambda x: jnp.float32(x)
-            ar = Work(*(number(x) for x in (length, length, pairs(causal), pairs(causal), length)))
+            ar = TokenCounts(*(number(x) for x in (length, length, pairs(causal), pairs(causal), length)))
             outputs = (2 * length, length, pairs(hybrid), pairs(noisy), length / 2)
-            diffusion = Work(*(number(x) for x in outputs))
+            diffusion = TokenCounts(*(number(x) for x in outputs))
             attention = [
                 12 * config.num_heads * config.head_dim * config.num_layers * float(w.pairs) for w in (ar, diffusion)
             ]

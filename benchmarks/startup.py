@@ -75,7 +75,7 @@ def largest_tensor(directory: Path) -> int:
 
 def load(directory: str, small: str) -> None:
     """What each process does: tells when it is ready, loads when told, and tells the bytes that it holds."""
-    with processes.joined():
+    with processes.distributed():
         mesh = make_mesh(MeshConfig())
         load_pretrained(small, dtype="bfloat16", mesh=mesh)
         processes.barrier("warm")

@@ -174,10 +174,10 @@ def _elements(kernel: Kernel, head_dim: int) -> int:
     """Scores in a full tile."""
     if kernel.name.startswith("splash"):
         return SPLASH_TILE**2
-    from sdar_jax.attention.blocks import blocks_for
+    from sdar_jax.attention.tile_sizes import tile_sizes_for
 
-    blocks = blocks_for("mosaic_tpu", kernel.name.rpartition("_")[2], head_dim)
-    return blocks.query_tile * blocks.key_tile
+    tile_sizes = tile_sizes_for("mosaic_tpu", kernel.name.rpartition("_")[2], head_dim)
+    return tile_sizes.query_tile * tile_sizes.key_tile
 
 
 def of_peak(kernel: Kernel, core: Core, head_dim: int = 128) -> float:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from benchmarks.timing import TorchPeer, compare
 from sdar_jax import ModelConfig
 from sdar_jax.model import Model, stack_layers
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, training_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, training_loss
 from sdar_jax.training.config import OptimizerConfig
 from sdar_jax.training.optimizer import adamw, learning_rate
 from sdar_jax.training.step import initial_state, make_step, model_weights
@@ -45,7 +45,7 @@ def our_step(length: int):
     weights, rebuild = model_weights(stack_layers(Model(config, jax.random.key(0))))
     count = sum(weight.size for weight in weights.values())
     step = make_step(
-        lambda batch, key: make_example(batch, key, objective, config),
+        lambda batch, key: make_inputs(batch, key, objective, config),
         partial(training_loss, config=objective),
         rebuild,
         optimizer,

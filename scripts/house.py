@@ -15,6 +15,7 @@ from pathlib import Path
 # From the ground floor up: a room imports from those before it, and from itself.
 FLOORS = (
     "errors",
+    "arithmetic",
     "compatibility",
     "devices",
     "visibility",

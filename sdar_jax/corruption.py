@@ -5,14 +5,14 @@ devices or micro-batches afterwards changes no draw.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sdar_jax.errors import ConfigError, is_number
-from sdar_jax.visibility import Segments, block_bounds, segments
+from sdar_jax.errors import ConfigError, check_choices, is_number
+from sdar_jax.visibility import block_bounds, segments
 
 _REDRAWS = 10
 # 2^32 / golden ratio: multiples of it, modulo 2^32, are spread evenly however many are taken.
@@ -21,20 +21,20 @@ _GOLDEN = 2654435769
 
 @dataclasses.dataclass(frozen=True)
 class CorruptionConfig:
-    """A corruption policy. The defaults are SDAR's: t per document, each eligible token masked with p, weight 1 / p.
+    """A corruption policy. The defaults are SDAR's: t per document, each token with loss masked with p, weight 1 / p.
 
     Attributes:
         level: the unit that shares a noise level t: "row", "document" (SDAR) or "block" (BD3-LM, Eq. 7).
-        draw: "independent", or "stratified": over the units of a batch that have eligible tokens, t is spread evenly
-            (lower variance).
-        distribution: of t, before it is scaled to [t_min, t_max]: "uniform" or "beta" (with `beta`).
+        draw: "independent", or "stratified": over the units of a batch that have tokens with loss, t is spread
+            evenly (lower variance).
+        distribution: distribution of t, before it is scaled to [t_min, t_max]: "uniform" or "beta" (with `beta`).
         t_min, t_max: the range of t. None is 0.001 for "bernoulli", whose weight is 1 / t, and 0 for "exact".
-        mask: "bernoulli": each eligible token with p = t, weight 1 / p; "exact": k = ceil(t n) of a unit's n eligible
-            tokens, weight n / k (the same bound for uniform t in [0, 1], with lower variance).
+        mask: "bernoulli": each token with loss is masked with p = t, weight 1 / p; "exact": k = ceil(t n) of a unit's
+            n tokens with loss, weight n / k (the same bound for uniform t in [0, 1], with lower variance).
         weighting: "bound", as above, or "unit": 1 for each masked token, which is a reweighted objective and no bound,
             as is anything but uniform t over the whole range.
         complementary: each row gives a second view that masks exactly what the first left, weight 1 / (1 - p).
-        at_least_one: a row with an eligible token and none masked is redrawn up to 10 times, then one is forced.
+        at_least_one: a row with a token with loss and none masked is redrawn up to 10 times, then one is forced.
             For training: it biases a bound.
 
     Raises:
@@ -53,12 +53,7 @@ class CorruptionConfig:
     at_least_one: bool = True
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            names = get_args(field.type)
-            if names and isinstance(names[0], str) and getattr(self, field.name) not in names:
-                raise ConfigError(
-                    f"corruption {field.name} {getattr(self, field.name)!r} is unknown; use one of {names}"
-                )
+        check_choices(self, "corruption ")
         low, high = self.range
         if not (is_number(low) and is_number(high) and 0 <= low <= high <= 1 and high > 0):
             raise ConfigError(f"corruption range [{low}, {high}] is not one; give 0 <= t_min <= t_max <= 1, t_max > 0")
@@ -75,24 +70,33 @@ class CorruptionConfig:
 
     @property
     def views(self) -> int:
-        """Corrupted rows a clean row gives."""
+        """Number of corrupted rows per clean row."""
         return 2 if self.complementary else 1
 
 
 class Corrupted(NamedTuple):
-    """masked: bool [B, L]. weights: float32 [B, L], zero where not masked. With a complementary pair, rows 2i and
-    2i + 1 are the views of row i."""
+    """What is masked. With a complementary pair, rows 2i and 2i + 1 are the views of row i.
+
+    Attributes:
+        masked: bool [B, L].
+        weights: float32 [B, L], zero where not masked.
+    """
 
     masked: Bool[Array, "B L"]
     weights: Float[Array, "B L"]
 
 
 class _Units(NamedTuple):
-    """The unit of each position, [B, L]: where it starts in its row, how many tokens of it are eligible, and its number
-    among the units of the batch that have any."""
+    """The unit of each position, all [B, L].
+
+    Attributes:
+        start: where the unit starts in its row.
+        num_loss_tokens: how many of its tokens have loss.
+        stratum: its number among the units of the batch that have such tokens.
+    """
 
     start: Array
-    eligible: Array
+    num_loss_tokens: Array
     stratum: Array
 
 
@@ -104,18 +108,18 @@ class _Draw(NamedTuple):
 
 def corrupt(
     segment_ids: Int[Array, "B L"],
-    eligible: Bool[Array, "B L"],
+    loss_mask: Bool[Array, "B L"],
     key: jax.Array,
     config: CorruptionConfig,
     *,
     block_size: int | None,
     origin: Int[Array, "B L"] | None = None,
 ) -> Corrupted:
-    """Draws what to mask among the eligible tokens of a whole batch.
+    """Draws what to mask among the tokens with loss of a whole batch.
 
     Args:
-        segment_ids: int32, > 0 for each document of a packed row, 0 for padding.
-        eligible: tokens that may be masked and carry loss; the prompt and the padding are not.
+        segment_ids: int32 [B, L], > 0 for each document of a packed row, 0 for padding.
+        loss_mask: bool [B, L], tokens that may be masked and carry loss; the prompt and the padding are not.
         key: of the step.
         block_size: of the blocks that level "block" means.
         origin: where blocks are counted from, as for `visibility.block_bounds`; None: each document's first token.
@@ -123,54 +127,70 @@ def corrupt(
     Returns:
         B rows, or 2 B with `config.complementary`.
     """
-    eligible = eligible & (segment_ids > 0)
-    units = _units(segment_ids, eligible, config.level, block_size, origin)
-    drawn = _draw(units, eligible, jax.random.fold_in(key, 0), config)
+    loss_mask = loss_mask & (segment_ids > 0)
+    units = _units(segment_ids, loss_mask, config.level, block_size, origin)
+    drawn = _draw(units, loss_mask, jax.random.fold_in(key, 0), config)
     if config.at_least_one:
-        drawn = _redraw_empty_rows(drawn, units, eligible, key, config)
-    views = [(drawn.masked, drawn.weights)]
+        drawn = _redraw_empty_rows(drawn, units, loss_mask, key, config)
+    masked = drawn.masked
+    weights = drawn.weights
     if config.complementary:
-        views.append((eligible & ~drawn.masked, drawn.complement_weights))
-    masked, weights = (jnp.stack(parts, axis=1).reshape(-1, eligible.shape[1]) for parts in zip(*views, strict=True))
+        length = loss_mask.shape[1]
+        masked = jnp.stack([masked, loss_mask & ~masked], axis=1).reshape(-1, length)
+        weights = jnp.stack([weights, drawn.complement_weights], axis=1).reshape(-1, length)
     return Corrupted(masked, jnp.where(masked, weights, 0))
 
 
-def _units(segment_ids: Array, eligible: Array, level: str, block_size: int | None, origin: Array | None) -> _Units:
+def _units(segment_ids: Array, loss_mask: Array, level: str, block_size: int | None, origin: Array | None) -> _Units:
     rows, length = segment_ids.shape
     index = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    bounds = segments(segment_ids)
-    if level == "row":
-        start = jnp.zeros_like(index)
-    elif level == "document":
-        start = bounds.start
-    else:
-        # Padding is a unit of its own, so that its blocks start somewhere.
-        bounds = Segments(bounds.start, jnp.maximum(bounds.end, index + 1), bounds.positions)
-        start = block_bounds(bounds, block_size, origin)[0]
-    number = lambda firsts: jnp.cumsum(firsts.reshape(-1)).reshape(rows, length) - 1
+    start = _unit_start(segment_ids, index, level, block_size, origin)
+
+    def numbered(firsts: Array) -> Array:
+        """Numbers the units of the batch, given where each of them starts."""
+        return jnp.cumsum(firsts.reshape(-1)).reshape(rows, length) - 1
+
     first = start == index
-    counts = jnp.zeros(rows * length, jnp.int32).at[number(first)].add(eligible.astype(jnp.int32))
-    counts = counts[number(first)]
-    return _Units(start, counts, number(first & (counts > 0)))
+    number = numbered(first)
+    counts = jnp.zeros(rows * length, jnp.int32).at[number].add(loss_mask.astype(jnp.int32))
+    counts = counts[number]
+    return _Units(start, counts, stratum=numbered(first & (counts > 0)))
 
 
-def _draw(units: _Units, eligible: Array, key: jax.Array, config: CorruptionConfig) -> _Draw:
+def _unit_start(segment_ids: Array, index: Array, level: str, block_size: int | None, origin: Array | None) -> Array:
+    if level == "row":
+        return jnp.zeros_like(index)
+    bounds = segments(segment_ids)
+    if level == "document":
+        return bounds.start
+    # Padding is a unit of its own, so that its blocks start somewhere.
+    bounds = bounds._replace(end=jnp.maximum(bounds.end, index + 1))
+    start, _ = block_bounds(bounds, block_size, origin)
+    return start
+
+
+def _draw(units: _Units, loss_mask: Array, key: jax.Array, config: CorruptionConfig) -> _Draw:
     level_key, token_key = jax.random.split(key)
     t = _noise_levels(units, level_key, config)
-    chance = jax.random.uniform(token_key, eligible.shape)
+    chance = jax.random.uniform(token_key, loss_mask.shape)
     if config.mask == "bernoulli":
-        masked, share = eligible & (chance < t), t
+        masked = loss_mask & (chance < t)
+        share = t
     else:
-        wanted = jnp.clip(jnp.ceil(t * units.eligible), 1, units.eligible)
-        masked = eligible & (_rank_in_unit(chance, units, eligible) < wanted)
-        share = wanted / jnp.maximum(units.eligible, 1)
+        wanted = jnp.clip(jnp.ceil(t * units.num_loss_tokens), 1, units.num_loss_tokens)
+        masked = loss_mask & (_rank_in_unit(chance, units, loss_mask) < wanted)
+        share = wanted / jnp.maximum(units.num_loss_tokens, 1)
     if config.weighting == "unit":
         return _Draw(masked, jnp.ones_like(share), jnp.ones_like(share))
-    return _Draw(masked, 1 / jnp.where(share > 0, share, 1), 1 / jnp.where(share < 1, 1 - share, 1))
+    return _Draw(
+        masked,
+        weights=1 / jnp.where(share > 0, share, 1),
+        complement_weights=1 / jnp.where(share < 1, 1 - share, 1),
+    )
 
 
 def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Array:
-    """t of each position's unit, float32 [B, L]."""
+    """Draws t of each position's unit, float32 [B, L]."""
     if config.draw == "stratified":
         offset = jax.random.bits(key, (), jnp.uint32)
         # 24 bits, so that float32 holds the fraction exactly and it stays below 1.
@@ -185,7 +205,7 @@ def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Ar
 
 
 def _beta_quantile(probability: Array, a: float, b: float) -> Array:
-    """Inverse of the Beta(a, b) distribution function, by 24 bisections: float32's resolution on [0, 1]."""
+    """Inverts the Beta(a, b) distribution function, by 24 bisections: float32's resolution on [0, 1]."""
 
     def halve(_, bounds):
         low, high = bounds
@@ -197,27 +217,32 @@ def _beta_quantile(probability: Array, a: float, b: float) -> Array:
     return (low + high) / 2
 
 
-def _rank_in_unit(chance: Array, units: _Units, eligible: Array) -> Array:
-    """Place of each eligible token in its unit by ascending `chance`; the ineligible come last."""
-    order = jnp.lexsort((chance, ~eligible, units.start), axis=-1)
+def _rank_in_unit(chance: Array, units: _Units, loss_mask: Array) -> Array:
+    """Ranks the tokens with loss within their unit by ascending `chance`; the others come last."""
+    order = jnp.lexsort((chance, ~loss_mask, units.start), axis=-1)
     return jnp.argsort(order, axis=-1) - units.start
 
 
-def _redraw_empty_rows(drawn: _Draw, units: _Units, eligible: Array, key: jax.Array, config: CorruptionConfig) -> _Draw:
-    wanted = eligible.any(axis=1)
+def _redraw_empty_rows(
+    drawn: _Draw, units: _Units, loss_mask: Array, key: jax.Array, config: CorruptionConfig
+) -> _Draw:
+    has_loss = loss_mask.any(axis=1)
 
     def empty(drawn: _Draw) -> Array:
-        return wanted & ~drawn.masked.any(axis=1)
+        return has_loss & ~drawn.masked.any(axis=1)
+
+    def any_empty(carry):
+        attempt, drawn = carry
+        return (attempt <= _REDRAWS) & empty(drawn).any()
 
     def redraw(carry):
         attempt, drawn = carry
-        fresh = _draw(units, eligible, jax.random.fold_in(key, attempt), config)
+        fresh = _draw(units, loss_mask, jax.random.fold_in(key, attempt), config)
         again = empty(drawn)[:, None]
-        return attempt + 1, _Draw(*(jnp.where(again, new, old) for new, old in zip(fresh, drawn, strict=True)))
+        return attempt + 1, jax.tree.map(lambda new, old: jnp.where(again, new, old), fresh, drawn)
 
-    more = lambda carry: (carry[0] <= _REDRAWS) & empty(carry[1]).any()
-    _, drawn = jax.lax.while_loop(more, redraw, (1, drawn))
-    chance = jax.random.uniform(jax.random.fold_in(key, _REDRAWS + 1), eligible.shape)
-    chosen = jnp.argmax(jnp.where(eligible, chance, -1), axis=1)
-    forced = jnp.arange(eligible.shape[1]) == chosen[:, None]
+    _, drawn = jax.lax.while_loop(any_empty, redraw, (1, drawn))
+    chance = jax.random.uniform(jax.random.fold_in(key, _REDRAWS + 1), loss_mask.shape)
+    chosen = jnp.argmax(jnp.where(loss_mask, chance, -1), axis=1)
+    forced = jnp.arange(loss_mask.shape[1]) == chosen[:, None]
     return drawn._replace(masked=drawn.masked | (forced & empty(drawn)[:, None]))

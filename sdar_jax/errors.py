@@ -1,7 +1,8 @@
 """Typed errors. Each message is one line that names the offending value and the fix."""
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 
 class SdarError(ValueError):
@@ -25,11 +26,11 @@ class DecodingError(SdarError):
 
 
 class TrainingError(SdarError):
-    """A training run that cannot go on."""
+    """A training run that cannot continue."""
 
 
 class TrainingInterrupted(TrainingError):
-    """A training run that a signal stopped, with all of its steps saved; started again, it goes on.
+    """A training run that a signal stopped, with all of its steps saved; started again, it resumes.
 
     Attributes:
         signal: its number.
@@ -38,6 +39,25 @@ class TrainingInterrupted(TrainingError):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+def require(name: str, value: object, good: bool, wanted: str) -> None:
+    """Raises ConfigError, with what is wanted, unless the setting's value is good."""
+    if not good:
+        raise ConfigError(f"{name} is {value!r}; give {wanted}")
+
+
+def check_choices(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError unless each field of a dataclass whose type is a `Literal` of names has one of them.
+
+    Args:
+        prefix: what the message puts before the field's name.
+    """
+    for field in dataclasses.fields(config):
+        names = get_args(field.type)
+        value = getattr(config, field.name)
+        if names and isinstance(names[0], str) and value not in names:
+            raise ConfigError(f"{prefix}{field.name} {value!r} is unknown; use one of {names}")
 
 
 def is_int(value: Any) -> bool:

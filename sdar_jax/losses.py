@@ -20,10 +20,11 @@ _LOGITS_HELD_ELSEWHERE = 2**28
 
 
 class TokenScores(NamedTuple):
-    """What each token scored, where its weight is not zero; zero and False elsewhere. No gradient flows through it.
+    """Scores of each token whose weight is not zero; zero and False elsewhere. No gradient flows through them.
 
-    nll: float32 [N] or [B, L], as the tokens, in nats. correct: bool, whether no token had a higher logit than the
-    target.
+    Attributes:
+        nll: float32 [N] or [B, L], as the tokens, in nats.
+        correct: bool [N] or [B, L], whether no token had a higher logit than the target.
     """
 
     nll: Float[Array, "*N"]
@@ -31,11 +32,15 @@ class TokenScores(NamedTuple):
 
 
 class LossSharding(NamedTuple):
-    """How the loss is split over a mesh: hashable, for static arguments.
+    """The split of the loss over a mesh: hashable, for static arguments.
 
-    tokens: mesh axes that split the first axis of hidden, targets and weights. length: those that split the second,
-    where tokens are [B, L]. vocab: the axis that splits the head's vocabulary, or None. width: one of `tokens` that
-    splits the other side of the head, or None; the head is gathered over it, and its gradient scattered.
+    Attributes:
+        mesh: the mesh in force.
+        tokens: mesh axes that split the first axis of hidden, targets and weights.
+        vocab: the axis that splits the head's vocabulary, or None.
+        length: mesh axes that split the second axis of hidden, targets and weights, where tokens are [B, L].
+        width: one of `tokens` that splits the other side of the head, or None; the head is gathered over it, and its
+            gradient scattered.
     """
 
     mesh: Mesh | AbstractMesh
@@ -46,14 +51,20 @@ class LossSharding(NamedTuple):
 
 
 def loss_sharding(tokens: tuple[int, ...], head: tuple[int, ...], vocab_axis: int) -> LossSharding | None:
-    """How the mesh in force splits a loss over tokens [B, L] and a head of these shapes; None without a mesh."""
+    """Finds how the mesh in force splits a loss over tokens [B, L] and a head of these shapes; None without a mesh."""
     mesh = current_mesh()
     if mesh is None:
         return None
     batch = mesh_axes("batch", tokens[0])
     (vocab,) = mesh_axes("vocab", head[vocab_axis]) or (None,)
     (width,) = mesh_axes("embed", head[1 - vocab_axis]) or (None,)
-    return LossSharding(mesh, batch, vocab, mesh_axes("length", tokens[1]), width if width in batch else None)
+    return LossSharding(
+        mesh,
+        tokens=batch,
+        vocab=vocab,
+        length=mesh_axes("length", tokens[1]),
+        width=width if width in batch else None,
+    )
 
 
 def linear_cross_entropy(
@@ -66,17 +77,20 @@ def linear_cross_entropy(
     chunk: int | None = None,
     sharding: LossSharding | None = None,
 ) -> tuple[Float[Array, ""], TokenScores]:
-    """sum_i w_i CE(hidden_i . head, target_i), float32 accumulation, and each token's score.
+    """Computes sum_i w_i CE(hidden_i . head, target_i) with float32 accumulation, and each token's score.
 
-    Tokens of weight zero cost nothing: the head walks over ceil(weighted / chunk) chunks, a number known only at run
-    time, so no capacity ever drops a token. Under differentiation the gradients are made in the same walk (the loss
-    is linear in its cotangent), and accumulated in float32. Differentiable once, in hidden and head.
+    Tokens of weight zero cost nothing: a loop runs over ceil(weighted / chunk) chunks, a number known only at run time,
+    so no capacity ever drops a token. Under differentiation the same loop makes the gradients (the loss is linear in
+    its cotangent), and accumulates them in float32. Differentiable once, in hidden and head.
 
     Args:
-        hidden, targets, weights: of tokens [N], or of rows of them [B, L].
+        hidden: states of tokens [N, D], or of rows of them [B, L, D].
+        head: [D, V], or [V, D] with `vocab_axis` 0.
+        targets: int32 [N] or [B, L].
+        weights: float [N] or [B, L].
         vocab_axis: the axis of `head` that is the vocabulary: 1, or 0 for tied embeddings.
         chunk: tokens whose logits are held at once; by default what fits 16 MB (1 GB on accelerators), at least 128.
-        sharding: on a mesh, each device walks its own tokens and its own part of the vocabulary.
+        sharding: on a mesh, each device computes its own tokens and its own part of the vocabulary.
 
     Raises:
         ConfigError: tokens or vocabulary do not divide over the mesh axes that split them.
@@ -89,26 +103,29 @@ def linear_cross_entropy(
 
 
 def chunk_size(vocabulary: int) -> int:
-    """Tokens whose logits are held at once by default, for a device's part of the vocabulary."""
+    """Chooses how many tokens' logits are held at once by default, for a device's part of the vocabulary."""
     return max(_LOGITS_HELD.get(platform(), _LOGITS_HELD_ELSEWHERE) // vocabulary, 128)
 
 
 def _checked_parts(hidden: Array, head: Array, vocab_axis: int, sharding: LossSharding | None) -> tuple[int, int]:
-    """Into how many parts tokens and vocabulary are split."""
+    """Counts the parts that tokens and vocabulary are split into, and checks that they are equal."""
     if sharding is None:
         return 1, 1
-    size = lambda axes: math.prod(sharding.mesh.shape[axis] for axis in axes if axis is not None)
-    rows, columns, vocab, width = (
-        size(axes) for axes in (sharding.tokens, sharding.length, (sharding.vocab,), (sharding.width,))
-    )
-    _check_divides("tokens", hidden.shape[0], rows)
-    _check_divides("tokens a row", hidden.shape[-2], columns)
-    _check_divides("vocabulary entries", head.shape[vocab_axis], vocab)
-    _check_divides("columns of the head", head.shape[1 - vocab_axis], width)
-    return rows * columns, vocab
+
+    def size(*axes: str | None) -> int:
+        return math.prod(sharding.mesh.shape[axis] for axis in axes if axis is not None)
+
+    row_parts = size(*sharding.tokens)
+    length_parts = size(*sharding.length)
+    vocab_parts = size(sharding.vocab)
+    _check_equal_parts("tokens", hidden.shape[0], row_parts)
+    _check_equal_parts("tokens per row", hidden.shape[-2], length_parts)
+    _check_equal_parts("vocabulary entries", head.shape[vocab_axis], vocab_parts)
+    _check_equal_parts("columns of the head", head.shape[1 - vocab_axis], size(sharding.width))
+    return row_parts * length_parts, vocab_parts
 
 
-def _check_divides(what: str, size: int, parts: int) -> None:
+def _check_equal_parts(what: str, size: int, parts: int) -> None:
     if size % parts:
         raise ConfigError(f"{size} {what} do not divide over {parts} devices; pad them or use fewer devices")
 
@@ -120,13 +137,16 @@ def _loss(hidden, head, targets, weights, vocab_axis, chunk, sharding):
 
 def _loss_fwd(hidden, head, targets, weights, vocab_axis, chunk, sharding):
     out, gradients = _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, gradients=True)
+    # Residuals are arrays, so empty ones carry the dtypes.
     like = jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype)
     return out, (gradients, like)
 
 
 def _loss_bwd(vocab_axis, chunk, sharding, residuals, cotangents):
     gradients, like = residuals
-    d_hidden, d_head = ((g * cotangents[0]).astype(x.dtype) for g, x in zip(gradients, like, strict=True))
+    d_loss = cotangents[0]
+    d_hidden = (gradients[0] * d_loss).astype(like[0].dtype)
+    d_head = (gradients[1] * d_loss).astype(like[1].dtype)
     return d_hidden, d_head, None, None
 
 
@@ -134,50 +154,56 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
 def _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, *, gradients):
-    """`_walk`, by each device over its part of tokens and vocabulary, where there is a mesh."""
-    walk = partial(_walk_rows, vocab_axis=vocab_axis, chunk=chunk, gradients=gradients)
+    """Runs `_over_chunks`, on each device over its part of tokens and vocabulary where there is a mesh."""
+    compute = partial(_over_rows, vocab_axis=vocab_axis, chunk=chunk, gradients=gradients)
     if sharding is None:
-        return walk(hidden, head, targets, weights)
+        return compute(hidden, head, targets, weights)
     mesh, tokens, vocab, length, width = sharding
     by_token = PartitionSpec(tokens or None, length or None) if length else PartitionSpec(tokens or None)
     by_vocab = PartitionSpec(*((vocab, width) if vocab_axis == 0 else (width, vocab)))
-    outs = (PartitionSpec(), by_token, by_token), (by_token, by_vocab) if gradients else ()
-    others = tuple(axis for axis in (*tokens, *length) if axis != width)
+    token_axes = (*tokens, *length)
+    other_token_axes = tuple(axis for axis in token_axes if axis != width)
 
-    def walk_part(hidden, head, targets, weights):
+    def compute_part(hidden, head, targets, weights):
         if width is not None:
             head = jax.lax.all_gather(head.astype(hidden.dtype), width, axis=1 - vocab_axis, tiled=True)
-        (total, nll, correct), grads = walk(hidden, head, targets, weights, vocab=vocab)
+        (total, nll, correct), grads = compute(hidden, head, targets, weights, vocab=vocab)
         # The rest of the vocabulary adds to a token's gradient, the other tokens to that of the head.
         if grads:
             d_hidden, d_head = grads
             if width is not None:
                 d_head = jax.lax.psum_scatter(d_head, width, scatter_dimension=1 - vocab_axis, tiled=True)
-            grads = _psum(d_hidden, vocab), _psum(d_head, others)
-        return (_psum(total, (*tokens, *length)), nll, correct), grads
+            grads = _psum(d_hidden, vocab), _psum(d_head, other_token_axes)
+        return (_psum(total, token_axes), nll, correct), grads
 
-    specs = (by_token, by_vocab, by_token, by_token)
-    return jax.shard_map(walk_part, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=False)(
-        hidden, head, targets, weights
+    on_mesh = jax.shard_map(
+        compute_part,
+        mesh=mesh,
+        in_specs=(by_token, by_vocab, by_token, by_token),
+        out_specs=((PartitionSpec(), by_token, by_token), (by_token, by_vocab) if gradients else ()),
+        check_vma=False,
     )
+    return on_mesh(hidden, head, targets, weights)
 
 
 def _psum(x: Array, axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _walk_rows(hidden, head, targets, weights, vocab=None, **options):
-    """`_walk` over tokens [N] or [B, L], as they come."""
-    tokens = targets.shape
-    flat = hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1), weights.reshape(-1)
-    (total, nll, correct), grads = _walk(*flat, vocab, **options)
+def _over_rows(hidden, head, targets, weights, vocab=None, **options):
+    """Runs `_over_chunks` over tokens [N] or [B, L], as they come."""
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    (total, nll, correct), grads = _over_chunks(
+        flat_hidden, head, targets.reshape(-1), weights.reshape(-1), vocab, **options
+    )
     if grads:
-        grads = grads[0].reshape(hidden.shape), grads[1]
-    return (total, nll.reshape(tokens), correct.reshape(tokens)), grads
+        d_hidden, d_head = grads
+        grads = d_hidden.reshape(hidden.shape), d_head
+    return (total, nll.reshape(targets.shape), correct.reshape(targets.shape)), grads
 
 
-def _walk(hidden, head, targets, weights, vocab=None, *, vocab_axis, chunk, gradients):
-    """Loss, scores and, if asked, the float32 gradients for hidden and head, over the weighted tokens alone.
+def _over_chunks(hidden, head, targets, weights, vocab=None, *, vocab_axis, chunk, gradients):
+    """Computes loss, scores and, with `gradients`, those of hidden and head in float32, over weighted tokens alone.
 
     vocab: the mesh axis that splits the vocabulary, inside shard_map.
     """
@@ -190,17 +216,17 @@ def _walk(hidden, head, targets, weights, vocab=None, *, vocab_axis, chunk, grad
     order = jnp.pad(weighted_first, (0, -tokens % chunk), constant_values=tokens)
     chunks = (jnp.count_nonzero(weights) + chunk - 1) // chunk
 
-    def visit(i, carry):
+    def add_chunk(i, carry):
         total, nll, correct, d_hidden, d_head = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         weight = jnp.take(weights, at, mode="fill", fill_value=0)
-        asked = weight != 0
-        h = jnp.where(asked[:, None], jnp.take(hidden, at, axis=0, mode="clip"), 0)
-        target = jnp.where(asked, jnp.take(targets, at, mode="clip"), 0)
+        loss_mask = weight != 0
+        h = jnp.where(loss_mask[:, None], jnp.take(hidden, at, axis=0, mode="clip"), 0)
+        target = jnp.where(loss_mask, jnp.take(targets, at, mode="clip"), 0)
         score = _chunk_scores(h, head, target, vocab_axis, accumulate, vocab)
         total += jnp.sum(weight * score.nll)
-        nll = nll.at[at].set(jnp.where(asked, score.nll, 0), mode="drop")
-        correct = correct.at[at].set(asked & score.correct, mode="drop")
+        nll = nll.at[at].set(jnp.where(loss_mask, score.nll, 0), mode="drop")
+        correct = correct.at[at].set(loss_mask & score.correct, mode="drop")
         if gradients:
             d_logits = (weight[:, None] * score.d_logits).astype(hidden.dtype)
             d_hidden = d_hidden.at[at].set(_dot("nv,vd->nd", d_logits, head, vocab_axis, accumulate), mode="drop")
@@ -208,10 +234,16 @@ def _walk(hidden, head, targets, weights, vocab=None, *, vocab_axis, chunk, grad
             d_head += jnp.einsum("na,nb->ab", *pair, preferred_element_type=accumulate)
         return total, nll, correct, d_hidden, d_head
 
-    zeros = (jnp.zeros(hidden.shape, accumulate), jnp.zeros(head.shape, accumulate)) if gradients else (None, None)
-    scores = jnp.zeros(tokens, accumulate), jnp.zeros(tokens, bool)
+    start = (
+        jnp.zeros((), accumulate),
+        jnp.zeros(tokens, accumulate),
+        jnp.zeros(tokens, bool),
+        jnp.zeros(hidden.shape, accumulate) if gradients else None,
+        jnp.zeros(head.shape, accumulate) if gradients else None,
+    )
+    # Planning finds the loop by this name.
     with jax.named_scope("loss"):
-        total, nll, correct, *grads = jax.lax.fori_loop(0, chunks, visit, (jnp.zeros((), accumulate), *scores, *zeros))
+        total, nll, correct, *grads = jax.lax.fori_loop(0, chunks, add_chunk, start)
     return (total, nll, correct), tuple(grads) if gradients else ()
 
 

@@ -1,8 +1,8 @@
-"""Objectives as data: each one turns a clean batch into an `Example`, and one function computes every loss.
+"""Objectives as data: each one turns a clean batch into `LossInputs`, and one function computes every loss.
 
     loss = sum_i w_i CE_i / N
 
-What N counts is a named choice; the sum and N are added up over all micro-batches and devices and divided once.
+N, the normalizer, is a named choice; the sum and N are added up over all micro-batches and devices and divided once.
 """
 
 import dataclasses
@@ -28,9 +28,12 @@ from sdar_jax.visibility import Ranges
 class Batch(NamedTuple):
     """Packed clean rows.
 
-    tokens: int32 [B, L]. segment_ids: int32 [B, L], > 0 and contiguous a document, 0 for padding. loss_mask: bool
-    [B, L], the tokens that are learned. noisy_index: int32 [B, Ln] or None: which positions get a noisy copy: whole
-    blocks, ascending, -1 for unused at the end.
+    Attributes:
+        tokens: int32 [B, L].
+        segment_ids: int32 [B, L], > 0 and contiguous in each document, 0 for padding.
+        loss_mask: bool [B, L], the tokens that carry loss.
+        noisy_index: int32 [B, N] or None: the positions that get a noisy copy: complete blocks, ascending, with -1
+            (unused) only at the end.
     """
 
     tokens: Int[Array, "B L"]
@@ -39,23 +42,28 @@ class Batch(NamedTuple):
     noisy_index: Int[Array, "B N"] | None = None
 
 
-class Example(NamedTuple):
-    """What the network reads and is asked. The first N of its T positions are the outputs.
+class LossInputs(NamedTuple):
+    """A batch as the network reads it, and what it has to predict. The first N of its T positions are the outputs.
 
-    inputs, positions: int32 [B, T]. ranges: of the T positions. targets: int32 [B, N]. weights: float32 [B, N], zero
-    where nothing is asked. count: float32 [B], each row's share of the normaliser.
+    Attributes:
+        tokens: int32 [B, T].
+        positions: int32 [B, T], counted from each document's first token.
+        ranges: what each of the T positions sees.
+        targets: int32 [B, N].
+        weights: float32 [B, N], zero where there is no loss.
+        normalizer: float32 [B], what each row adds to N.
     """
 
-    inputs: Int[Array, "B T"]
+    tokens: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     ranges: Ranges
     targets: Int[Array, "B N"]
     weights: Float[Array, "B N"]
-    count: Float[Array, " B"]
+    normalizer: Float[Array, " B"]
 
 
 class RouterMetrics(NamedTuple):
-    """A mixture's balance loss, z-loss and `max_load`, each times the examples' count. Float32 scalars."""
+    """An MoE's balance loss, z-loss and `max_load`, each times the sum of `LossInputs.normalizer`. Float32 scalars."""
 
     balance: Float[Array, ""]
     z: Float[Array, ""]
@@ -63,26 +71,30 @@ class RouterMetrics(NamedTuple):
 
 
 class LossMetrics(NamedTuple):
-    """Sums over the asked tokens, float32 scalars: cross-entropy in nats, right first guesses, and how many.
+    """Sums over the tokens with loss. Float32 scalars.
 
-    router: None for dense models, and where it is not asked for.
+    Attributes:
+        nll: cross-entropy in nats, unweighted.
+        correct: how many first guesses are right.
+        num_loss_tokens: how many tokens have a weight.
+        router: None for dense models, and from `weighted_loss`.
     """
 
     nll: Float[Array, ""]
     correct: Float[Array, ""]
-    asked: Float[Array, ""]
+    num_loss_tokens: Float[Array, ""]
     router: RouterMetrics | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is learned, and how it is averaged.
+    """How tokens are corrupted, and how the loss is averaged.
 
     Attributes:
         corruption: what diffusion masks; nothing for AR.
-        normalizer: N: "response" counts the eligible tokens (SDAR), "masked" the masked ones, "weights" adds up w.
-        router_balance: coefficient of a mixture's balance loss; its model's `router_aux_loss_coef` if None.
-        router_z: of the router's z-loss.
+        normalizer: N: "response" counts the tokens with loss (SDAR), "masked" the masked ones, "weights" adds up w.
+        router_balance: coefficient of an MoE's balance loss; its model's `router_aux_loss_coef` if None.
+        router_z: coefficient of the router's z-loss.
     """
 
     corruption: CorruptionConfig = CorruptionConfig()
@@ -105,8 +117,8 @@ def check_objective(model: ModelConfig) -> None:
         raise ConfigError(f"objective {model.objective!r} needs mask_token_id and the model has none; set it")
 
 
-def make_example(batch: Batch, key: jax.Array, config: ObjectiveConfig, model: ModelConfig) -> Example:
-    """The batch as the model's own paradigm asks it (Eq. 3, 5 or 7); `key` draws the corruption.
+def make_inputs(batch: Batch, key: jax.Array, config: ObjectiveConfig, model: ModelConfig) -> LossInputs:
+    """Turns a batch into inputs as the model's own paradigm has them (Eq. 3, 5 or 7); `key` draws the corruption.
 
     Called on the whole batch of a step, before it is split into micro-batches.
 
@@ -117,16 +129,23 @@ def make_example(batch: Batch, key: jax.Array, config: ObjectiveConfig, model: M
     paradigm = model.paradigm
     check_copies(paradigm, batch.noisy_index is not None)
     if not paradigm.masks:
-        return next_token_example(batch)
+        return next_token_inputs(batch)
     origin = origin_of(paradigm, batch)
-    options = {"block_size": model.block_size, "origin": origin}
-    corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, config.corruption, **options)
+    corrupted = corrupt(
+        batch.segment_ids,
+        batch.loss_mask,
+        key,
+        config.corruption,
+        block_size=model.block_size,
+        origin=origin,
+    )
     if config.corruption.complementary:
         batch, origin = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (batch, origin))
-    noisy = jnp.where(corrupted.masked, jnp.int32(model.mask_token_id), batch.tokens)
-    noisy, weights = (_take(x, batch.noisy_index) for x in (noisy, corrupted.weights))
-    example = diffusion_example(paradigm, batch, noisy, weights, origin)
-    return example._replace(count=_count(example.weights, paradigm, batch, config.normalizer))
+    noisy_tokens = jnp.where(corrupted.masked, jnp.int32(model.mask_token_id), batch.tokens)
+    noisy_tokens = _take(noisy_tokens, batch.noisy_index)
+    weights = _take(corrupted.weights, batch.noisy_index)
+    inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin)
+    return inputs._replace(normalizer=_normalizer(inputs.weights, paradigm, batch, config.normalizer))
 
 
 def check_copies(paradigm: Paradigm, indexed: bool) -> None:
@@ -145,120 +164,163 @@ def check_copies(paradigm: Paradigm, indexed: bool) -> None:
         )
 
 
-def next_token_example(batch: Batch) -> Example:
-    """Next-token prediction within each document (Eq. 3)."""
-    segment_ids, learned = batch.segment_ids, batch.loss_mask.astype(jnp.float32)
+def next_token_inputs(batch: Batch) -> LossInputs:
+    """Turns a batch into next-token prediction within each document (Eq. 3)."""
+    segment_ids = batch.segment_ids
     positions = visibility.segments(segment_ids).positions
-    targets, weights = _predicted_before(segment_ids, batch.tokens, learned)
-    return Example(batch.tokens, positions, visibility.causal(segment_ids), targets, weights, weights.sum(axis=1))
+    targets, weights = _shifted(segment_ids, batch.tokens, batch.loss_mask.astype(jnp.float32))
+    return LossInputs(
+        tokens=batch.tokens,
+        positions=positions,
+        ranges=visibility.causal(segment_ids),
+        targets=targets,
+        weights=weights,
+        normalizer=weights.sum(axis=1),
+    )
 
 
-def diffusion_example(
+def diffusion_inputs(
     paradigm: Paradigm,
     batch: Batch,
     noisy_tokens: Int[Array, "B N"],
     weights: Float[Array, "B N"],
     origin: Int[Array, "B L"] | None = None,
-) -> Example:
-    """Prediction of what is masked in `noisy_tokens`, weighted, as the paradigm reads it.
+) -> LossInputs:
+    """Turns a batch and its noisy copy into weighted prediction of what is masked, as the paradigm reads it.
 
     With blocks, in the hybrid layout [noisy | clean] (Eq. 7); without, in the noisy copy alone, every key of the
     document in sight (Eq. 5). In place, or shifted: by the position before, in the noisy copy, within the document.
 
     Args:
+        noisy_tokens: int32 [B, N], N = L unless the batch has a noisy_index.
+        weights: float32 [B, N], zero where there is no loss.
         origin: where each document's response starts, if blocks are counted from there (`visibility.block_bounds`).
     """
-    segment_ids, noisy_index = batch.segment_ids, batch.noisy_index
+    segment_ids = batch.segment_ids
+    noisy_index = batch.noisy_index
     positions = visibility.segments(segment_ids).positions
     targets = _take(batch.tokens, noisy_index)
-    weights = weights if noisy_index is None else jnp.where(noisy_index >= 0, weights, 0)
+    if noisy_index is not None:
+        weights = jnp.where(noisy_index >= 0, weights, 0)
     if paradigm.shifted:
-        targets, weights = _predicted_before(segment_ids, targets, weights)
-    count = weights.sum(axis=1)
+        targets, weights = _shifted(segment_ids, targets, weights)
     if not paradigm.two_copies:
-        return Example(noisy_tokens, positions, visibility.bidirectional(segment_ids), targets, weights, count)
-    ranges = visibility.hybrid(
-        segment_ids,
-        paradigm.block_size,
-        noisy_index,
-        origin=origin,
-        whole_prompt=paradigm.bidirectional_prompt,
-        causal_clean=paradigm.causal_clean,
-    )
-    inputs = jnp.concatenate([noisy_tokens, batch.tokens], axis=1)
-    positions = jnp.concatenate([_take(positions, noisy_index), positions], axis=1)
-    return Example(inputs, positions, ranges, targets, weights, count)
+        tokens = noisy_tokens
+        ranges = visibility.bidirectional(segment_ids)
+    else:
+        tokens = jnp.concatenate([noisy_tokens, batch.tokens], axis=1)
+        positions = jnp.concatenate([_take(positions, noisy_index), positions], axis=1)
+        ranges = visibility.hybrid(
+            segment_ids,
+            paradigm.block_size,
+            noisy_index,
+            origin=origin,
+            bidirectional_prompt=paradigm.bidirectional_prompt,
+            causal_clean=paradigm.causal_clean,
+        )
+    return LossInputs(tokens, positions, ranges, targets, weights, normalizer=weights.sum(axis=1))
 
 
 def origin_of(paradigm: Paradigm, batch: Batch) -> Int[Array, "B L"] | None:
-    """Where blocks are counted from, if not from each document's start."""
+    """Finds where blocks are counted from; None: from each document's start."""
     if paradigm.origin == "sequence":
         return None
     return visibility.response_start(batch.segment_ids, batch.loss_mask)
 
 
 def predicted(paradigm: Paradigm, batch: Batch) -> Float[Array, "B L"]:
-    """1 where a learned token is predicted, else 0: in the token's place, or of a shifted model in the place before."""
-    learned = (batch.loss_mask & (batch.segment_ids > 0)).astype(jnp.float32)
-    return _predicted_before(batch.segment_ids, learned, learned)[1] if paradigm.shifted else learned
+    """Marks the positions that predict a token with loss: 1 there, else 0.
+
+    They are the tokens' own places, or for a shifted model the places before.
+    """
+    mask = (batch.loss_mask & (batch.segment_ids > 0)).astype(jnp.float32)
+    if not paradigm.shifted:
+        return mask
+    _, shifted_mask = _shifted(batch.segment_ids, mask, mask)
+    return shifted_mask
 
 
-def _predicted_before(segment_ids: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
-    """What each position predicts of the next, and how much that weighs: nothing at a document's last."""
-    shift = lambda x: jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
-    same = (shift(segment_ids) == segment_ids) & (segment_ids > 0)
-    return shift(targets), jnp.where(same, shift(weights), 0)
+def _shifted(segment_ids: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    """Moves targets and weights to the position before, within each document; the last position has weight zero."""
+
+    def next_of(x: Array) -> Array:
+        return jnp.pad(x[:, 1:], [(0, 0), (0, 1)])
+
+    same_document = (next_of(segment_ids) == segment_ids) & (segment_ids > 0)
+    return next_of(targets), jnp.where(same_document, next_of(weights), 0)
 
 
 def training_loss(
     model: Model,
-    example: Example,
+    inputs: LossInputs,
     config: ObjectiveConfig,
     *,
     remat: Remat = "none",
     compute_dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, ""], LossMetrics]:
-    """`weighted_loss`, for a mixture plus the sum of `example.count` times the router's losses.
+    """Computes `weighted_loss`, for an MoE plus the sum of `inputs.normalizer` times the router's losses.
 
-    Divided by the sum of counts, a step of one micro-batch has exactly the router's losses on it, and a step of several
-    their mean weighted by count: they are functions of a micro-batch's statistics, and do not add up as tokens do.
+    Divided by the sum of normalizers, a step of one micro-batch has exactly the router's losses on it, and a step of
+    several their mean weighted by normalizer: they are functions of a micro-batch's statistics, and do not add up as
+    tokens do.
     """
-    total, scores, routing = _scored(model, example, remat=remat, compute_dtype=compute_dtype)
-    metrics = _metrics(scores, example)
+    total, scores, routing = _scored(model, inputs, remat=remat, compute_dtype=compute_dtype)
+    metrics = _metrics(scores, inputs)
     if routing is None:
         return total, metrics
-    balance, z, count = balance_loss(routing), z_loss(routing), example.count.sum()
+    balance = balance_loss(routing)
+    z = z_loss(routing)
+    normalizer = inputs.normalizer.sum()
     coefficient = model.config.router_aux_loss_coef if config.router_balance is None else config.router_balance
-    router = RouterMetrics(*((count * x).astype(jnp.float32) for x in (balance, z, max_load(routing))))
-    return total + count * (coefficient * balance + config.router_z * z), metrics._replace(router=router)
+    router = RouterMetrics(
+        balance=(normalizer * balance).astype(jnp.float32),
+        z=(normalizer * z).astype(jnp.float32),
+        max_load=(normalizer * max_load(routing)).astype(jnp.float32),
+    )
+    total = total + normalizer * (coefficient * balance + config.router_z * z)
+    return total, metrics._replace(router=router)
 
 
 def weighted_loss(
-    model: Model, example: Example, *, remat: Remat = "none", compute_dtype: DTypeLike | None = None
+    model: Model, inputs: LossInputs, *, remat: Remat = "none", compute_dtype: DTypeLike | None = None
 ) -> tuple[Float[Array, ""], LossMetrics]:
-    """sum_i w_i CE_i over an example, float32, and its metrics. Divide by the sum of `example.count`."""
-    total, scores = score_tokens(model, example, remat=remat, compute_dtype=compute_dtype)
-    return total, _metrics(scores, example)
+    """Computes sum_i w_i CE_i, a float32 scalar, and its metrics. Divide by the sum of `inputs.normalizer`."""
+    total, scores = score_tokens(model, inputs, remat=remat, compute_dtype=compute_dtype)
+    return total, _metrics(scores, inputs)
 
 
-def score_tokens(model: Model, example: Example, **options) -> tuple[Float[Array, ""], TokenScores]:
-    """As `weighted_loss`, with the score of each of the [B, N] outputs instead of their sums."""
-    return _scored(model, example, **options)[:2]
+def score_tokens(model: Model, inputs: LossInputs, **options) -> tuple[Float[Array, ""], TokenScores]:
+    """Computes `weighted_loss` with the score of each of the [B, N] outputs instead of their sums."""
+    total, scores, _ = _scored(model, inputs, **options)
+    return total, scores
 
 
-def _scored(model: Model, example: Example, **options) -> tuple[Array, TokenScores, RouterSums | None]:
-    read = example.inputs, example.positions, example.ranges
-    hidden, routing = model.hidden_and_routing(*read, outputs=example.targets.shape[1], **options)
+def _scored(model: Model, inputs: LossInputs, **options) -> tuple[Array, TokenScores, RouterSums | None]:
+    hidden, routing = model.hidden_and_routing(
+        inputs.tokens,
+        inputs.positions,
+        inputs.ranges,
+        outputs=inputs.targets.shape[1],
+        **options,
+    )
     head, vocab_axis = model.output_weights()
-    split = loss_sharding(example.targets.shape, head.shape, vocab_axis)
-    asked = hidden, head, example.targets, example.weights
-    return *linear_cross_entropy(*asked, vocab_axis=vocab_axis, sharding=split), routing
+    total, scores = linear_cross_entropy(
+        hidden,
+        head,
+        inputs.targets,
+        inputs.weights,
+        vocab_axis=vocab_axis,
+        sharding=loss_sharding(inputs.targets.shape, head.shape, vocab_axis),
+    )
+    return total, scores, routing
 
 
-def _metrics(scores: TokenScores, example: Example) -> LossMetrics:
-    sums = scores.nll.sum(), scores.correct.sum(), jnp.count_nonzero(example.weights)
-    nll, correct, asked = (x.astype(jnp.float32) for x in sums)
-    return LossMetrics(nll, correct, asked)
+def _metrics(scores: TokenScores, inputs: LossInputs) -> LossMetrics:
+    return LossMetrics(
+        nll=scores.nll.sum().astype(jnp.float32),
+        correct=scores.correct.sum().astype(jnp.float32),
+        num_loss_tokens=jnp.count_nonzero(inputs.weights).astype(jnp.float32),
+    )
 
 
 def block_diffusion_loss(
@@ -272,26 +334,28 @@ def block_diffusion_loss(
     noisy_index: Int[Array | np.ndarray, "B N"] | None = None,
     loss_mask: Bool[Array | np.ndarray, "B L"] | None = None,
 ) -> Float[Array, ""]:
-    """Sum of weights * CE over the hybrid layout (Eq. 7); divide by what you mean to.
+    """Computes the sum of weights * CE over the hybrid layout (Eq. 7); divide by what you mean to.
 
     What else the model's paradigm says holds: a shifted model predicts each token at the noisy position before it.
 
     Args:
         tokens: int32 [B, L], clean.
-        noisy_tokens: int32 [B, Ln], the copy with masks; Ln = L unless `noisy_index` is given.
-        weights: float32 [B, Ln]; zero where there is no loss.
-        segment_ids: int32 [B, L], > 0 and contiguous a document, 0 for padding; None: a row is one document.
-        noisy_index: int32 [B, Ln], the clean position of each noisy one, ascending, -1 for unused at the end.
+        noisy_tokens: int32 [B, N], the copy with masks; N = L unless `noisy_index` is given.
+        weights: float32 [B, N]; zero where there is no loss.
+        segment_ids: int32 [B, L], > 0 and contiguous in each document, 0 for padding; None: a row is one document.
+        noisy_index: int32 [B, N], the clean position of each noisy one, ascending, with -1 (unused) only at the end.
         loss_mask: bool [B, L], the response, for a model whose blocks start at its first token; None: all of it.
 
     Raises:
         ConfigError: shapes that do not fit, or noisy_index with a paradigm that cannot use it.
     """
-    tokens, noisy_tokens = jnp.asarray(tokens, jnp.int32), jnp.asarray(noisy_tokens, jnp.int32)
-    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
-    noisy_index = None if noisy_index is None else jnp.asarray(noisy_index, jnp.int32)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    noisy_tokens = jnp.asarray(noisy_tokens, jnp.int32)
     weights = jnp.asarray(weights)
+    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     loss_mask = jnp.ones_like(tokens, bool) if loss_mask is None else jnp.asarray(loss_mask, bool)
+    if noisy_index is not None:
+        noisy_index = jnp.asarray(noisy_index, jnp.int32)
     _check_fit("tokens", tokens, segment_ids=segment_ids, loss_mask=loss_mask)
     if noisy_index is None and noisy_tokens.shape != tokens.shape:
         raise ConfigError(f"noisy_tokens {noisy_tokens.shape} differs from tokens {tokens.shape}; give noisy_index")
@@ -299,8 +363,9 @@ def block_diffusion_loss(
     paradigm = model.config.with_blocks(block_size)
     batch = Batch(tokens, segment_ids, loss_mask, noisy_index)
     check_copies(paradigm, noisy_index is not None)
-    example = diffusion_example(paradigm, batch, noisy_tokens, weights, origin_of(paradigm, batch))
-    return weighted_loss(model, example)[0]
+    inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin_of(paradigm, batch))
+    loss, _ = weighted_loss(model, inputs)
+    return loss
 
 
 def _check_fit(name: str, array: Array, **others: Array | None) -> None:
@@ -310,15 +375,16 @@ def _check_fit(name: str, array: Array, **others: Array | None) -> None:
 
 
 def _take(x: Array, noisy_index: Array | None) -> Array:
-    """x [B, L] at the clean position of each noisy one; zero where unused."""
+    """Gathers x [B, L] at the clean position of each noisy one; zero where unused."""
     if noisy_index is None:
         return x
-    return jnp.where(noisy_index >= 0, jnp.take_along_axis(x, jnp.maximum(noisy_index, 0), axis=1), 0)
+    gathered = jnp.take_along_axis(x, jnp.maximum(noisy_index, 0), axis=1)
+    return jnp.where(noisy_index >= 0, gathered, 0)
 
 
-def _count(weights: Array, paradigm: Paradigm, batch: Batch, normalizer: str) -> Array:
-    if normalizer == "weights":
+def _normalizer(weights: Array, paradigm: Paradigm, batch: Batch, name: str) -> Array:
+    if name == "weights":
         return weights.sum(axis=1)
-    if normalizer == "masked":
+    if name == "masked":
         return (weights != 0).sum(axis=1).astype(jnp.float32)
     return predicted(paradigm, batch).sum(axis=1)

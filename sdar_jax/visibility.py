@@ -1,6 +1,6 @@
-"""What a query may see: two half-open key ranges a row, for every paradigm.
+"""What a query may see: two half-open key ranges per row, for every paradigm.
 
-`Ranges` is the only thing `attention` is told. Training AR, MDLM or block diffusion and scoring differ in these
+`Ranges` is all that `attention` knows of a paradigm. Training AR, MDLM or block diffusion and scoring differ in these
 integers and in nothing else. No function here builds an array with both a query and a key axis.
 
     causal          block-causal, S = 2      hybrid, L = 4, S = 2, rows and columns [noisy | clean]
@@ -30,22 +30,30 @@ Positions = Int[Array, "B L"]
 
 
 class Ranges(NamedTuple):
-    """Two disjoint key ranges `[start, end)` a query row; `start == end` sees nothing.
+    """Two disjoint key ranges `[start, end)` per query row; `start == end` sees nothing.
 
-    start, end: int32 [B, Q, 2].
+    Attributes:
+        start: int32 [B, Q, 2].
+        end: int32 [B, Q, 2].
     """
 
     start: Int[Array, "B Q 2"]
     end: Int[Array, "B Q 2"]
 
     def sees(self, keys: Int[Array, " K"]) -> Bool[Array, "B Q K"]:
-        """Dense visibility of the given key indices: for references, pictures and single tiles."""
+        """Makes the dense mask of the given key indices: for references, pictures and single tiles."""
         visible = (self.start[..., None] <= keys) & (keys < self.end[..., None])
         return visible.any(axis=2)
 
 
 class Segments(NamedTuple):
-    """Where each position's document starts and ends, and its place in it: int32 [B, L]. Padding has end = start."""
+    """Each position's document. All int32 [B, L].
+
+    Attributes:
+        start: where the document starts in its row.
+        end: one past its last position; of padding, `start`.
+        positions: places within the document, from 0.
+    """
 
     start: Positions
     end: Positions
@@ -53,7 +61,7 @@ class Segments(NamedTuple):
 
 
 def segments(segment_ids: SegmentIds) -> Segments:
-    """Bounds of the document each position belongs to, and positions that count from its first token."""
+    """Finds the bounds of the document that each position belongs to, and positions that count from its first token."""
     batch, length = segment_ids.shape
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     edge = jnp.ones((batch, 1), bool)
@@ -62,19 +70,27 @@ def segments(segment_ids: SegmentIds) -> Segments:
     last = jnp.concatenate([change, edge], axis=1)
     start = jax.lax.cummax(jnp.where(first, index, 0), axis=1)
     end = jax.lax.cummin(jnp.where(last, index + 1, length), axis=1, reverse=True)
-    return Segments(start, jnp.where(segment_ids > 0, end, start), index - start)
+    return Segments(
+        start=start,
+        end=jnp.where(segment_ids > 0, end, start),
+        positions=index - start,
+    )
 
 
 def block_bounds(
-    bounds: Segments, block_size: int | None, origin: Positions | None = None, *, whole_prompt: bool = False
+    bounds: Segments, block_size: int | None, origin: Positions | None = None, *, bidirectional_prompt: bool = False
 ) -> tuple[Positions, Positions]:
-    """First position of each position's block and one past its last, cut at the document's end. None: one block.
+    """Finds the first position of each position's block and one past its last, cut at the document's end.
 
     Args:
+        block_size: S; None: a document is one block.
         origin: int32 [B, L], where the response of each position's document starts: blocks are counted from there, and
             those of the prompt from the document's start, the last of them cut where the response starts. None: all are
             counted from the document's start.
-        whole_prompt: the prompt is one block, whatever its length.
+        bidirectional_prompt: the prompt is one block, whatever its length.
+
+    Returns:
+        int32 [B, L] and int32 [B, L].
     """
     if block_size is None:
         return bounds.start, bounds.end
@@ -86,14 +102,15 @@ def block_bounds(
     in_response = index >= origin
     counted_from = jnp.where(in_response, origin, bounds.start)
     start = counted_from + (index - counted_from) // block_size * block_size
-    start = jnp.where(in_response | (not whole_prompt), start, bounds.start)
-    end = jnp.where(in_response, bounds.end, jnp.minimum(origin, bounds.end))
+    start = jnp.where(in_response | (not bidirectional_prompt), start, bounds.start)
     start = jnp.minimum(start, bounds.end)
-    return start, jnp.where(~in_response & whole_prompt, end, jnp.minimum(start + block_size, end))
+    part_end = jnp.where(in_response, bounds.end, jnp.minimum(origin, bounds.end))
+    block_end = jnp.minimum(start + block_size, part_end)
+    return start, jnp.where(~in_response & bidirectional_prompt, part_end, block_end)
 
 
 def response_start(segment_ids: SegmentIds, response: Bool[Array, "B L"]) -> Positions:
-    """Where each position's document has its first token of `response`; where it has none, the document's start."""
+    """Finds where each position's document has its first token of `response`; where it has none, its own start."""
     bounds = segments(segment_ids)
     index = bounds.start + bounds.positions
     length = segment_ids.shape[1]
@@ -109,27 +126,30 @@ def check_block_size(block_size: int) -> None:
 
 
 def _one_range(start: Positions, end: Positions) -> Ranges:
-    nothing = jnp.zeros_like(start)
-    start, end = jnp.stack([start, nothing], axis=-1), jnp.stack([end, nothing], axis=-1)
-    return Ranges(start.astype(jnp.int32), end.astype(jnp.int32))
+    empty = jnp.zeros_like(start)
+    return Ranges(
+        jnp.stack([start, empty], axis=-1).astype(jnp.int32),
+        jnp.stack([end, empty], axis=-1).astype(jnp.int32),
+    )
 
 
 def block_causal(segment_ids: SegmentIds, block_size: int | None) -> Ranges:
-    """Keys of the query's document up to the end of its own block.
+    """Shows each query the keys of its document up to the end of its own block.
 
-    block_size 1 is causal, None is bidirectional: the whole document is one block.
+    block_size 1 is causal, None is bidirectional: the document is one block.
     """
     bounds = segments(segment_ids)
-    return _one_range(bounds.start, block_bounds(bounds, block_size)[1])
+    _, block_end = block_bounds(bounds, block_size)
+    return _one_range(bounds.start, block_end)
 
 
 def causal(segment_ids: SegmentIds) -> Ranges:
-    """Keys at or before the query in its document (Eq. 3)."""
+    """Shows each query the keys at or before it in its document (Eq. 3)."""
     return block_causal(segment_ids, 1)
 
 
 def bidirectional(segment_ids: SegmentIds) -> Ranges:
-    """Every key of the query's document (Eq. 5)."""
+    """Shows each query every key of its document (Eq. 5)."""
     return block_causal(segment_ids, None)
 
 
@@ -139,50 +159,59 @@ def hybrid(
     noisy_index: Int[Array, "B N"] | None = None,
     *,
     origin: Positions | None = None,
-    whole_prompt: bool = False,
+    bidirectional_prompt: bool = False,
     causal_clean: bool = False,
 ) -> Ranges:
-    """Queries and keys laid out [noisy | clean], N + L of them (Eq. 7).
+    """Lays out queries and keys as [noisy | clean], N + L of them (Eq. 7).
 
     A noisy query of block b sees the noisy keys of block b and the clean keys of its document's blocks before b; a
     clean query sees the clean keys of blocks up to its own, or with `causal_clean` those up to itself.
 
     Args:
-        noisy_index: the clean position that each noisy one copies, ascending, with -1 (unused) only at the end; None
-            means that every position has its noisy copy, in place.
-        origin, whole_prompt: where blocks start, as for `block_bounds`.
+        noisy_index: int32 [B, N], the clean position that each noisy one copies, ascending, with -1 (unused) only at
+            the end; None: every position has its noisy copy, in place.
+        origin, bidirectional_prompt: where blocks start, as for `block_bounds`.
     """
     bounds = segments(segment_ids)
-    block_start, block_end = block_bounds(bounds, block_size, origin, whole_prompt=whole_prompt)
+    block_start, block_end = block_bounds(bounds, block_size, origin, bidirectional_prompt=bidirectional_prompt)
     clean_end = block_bounds(bounds, 1)[1] if causal_clean else block_end
-    length = segment_ids.shape[1]
     if noisy_index is None:
-        noisy = (block_start, block_end)
+        noisy_length = segment_ids.shape[1]
+        own_block = (block_start, block_end)
         before = (bounds.start, block_start)
-        noisy_length = length
     else:
-        noisy, before = _indexed_noisy(bounds.start, block_start, block_end, noisy_index)
         noisy_length = noisy_index.shape[1]
+        own_block, before = _indexed_noisy(bounds.start, block_start, block_end, noisy_index)
     clean = _one_range(bounds.start + noisy_length, clean_end + noisy_length)
-    start = jnp.stack([noisy[0], before[0] + noisy_length], axis=-1)
-    end = jnp.stack([noisy[1], before[1] + noisy_length], axis=-1)
+    start = jnp.stack([own_block[0], before[0] + noisy_length], axis=-1)
+    end = jnp.stack([own_block[1], before[1] + noisy_length], axis=-1)
     return Ranges(
         jnp.concatenate([start, clean.start], axis=1).astype(jnp.int32),
         jnp.concatenate([end, clean.end], axis=1).astype(jnp.int32),
     )
 
 
-def _indexed_noisy(document_start, block_start, block_end, noisy_index):
-    """Ranges of noisy queries among noisy keys, and among clean keys, when only some positions have noisy copies."""
+Bounds = tuple[Array, Array]
+
+
+def _indexed_noisy(
+    document_start: Array, block_start: Array, block_end: Array, noisy_index: Array
+) -> tuple[Bounds, Bounds]:
+    """Finds the ranges of noisy queries among noisy keys, and among clean keys, where some have no copy."""
     length = document_start.shape[1]
     used = noisy_index >= 0
     index = jnp.where(used, noisy_index, 0)
     take = jax.vmap(jnp.take)
-    first, last = take(block_start, index), take(block_end, index)
+    first = take(block_start, index)
+    last = take(block_end, index)
+    # Unused copies sort past every position, so that searching finds only used ones.
     order = jnp.where(used, noisy_index, length)
     find = jax.vmap(jnp.searchsorted)
-    noisy = find(order, first), find(order, last)
+    own_block = find(order, first), find(order, last)
     before = take(document_start, index), first
-    nothing = jnp.zeros_like(index)
-    hide = lambda pair: tuple(jnp.where(used, bound, nothing) for bound in pair)
-    return hide(noisy), hide(before)
+
+    def hide_unused(bounds: Bounds) -> Bounds:
+        empty = jnp.zeros_like(index)
+        return jnp.where(used, bounds[0], empty), jnp.where(used, bounds[1], empty)
+
+    return hide_unused(own_block), hide_unused(before)

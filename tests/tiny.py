@@ -39,7 +39,7 @@ def pack(*rows: Sequence[int], length: int) -> np.ndarray:
 
 
 @cache
-def tiny_mixture(dtype: DTypeLike = jnp.float64, **changes) -> Model:
+def tiny_moe(dtype: DTypeLike = jnp.float64, **changes) -> Model:
     """As `tiny_model`, with two of five experts for a token."""
     experts = {"architecture": "qwen3_moe", "num_experts": 5, "num_experts_per_token": 2, "moe_intermediate_size": 12}
     return tiny_model.__wrapped__(dtype, **(experts | changes))

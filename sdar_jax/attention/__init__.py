@@ -1,4 +1,4 @@
-"""Attention over two key ranges a query row."""
+"""Attention over two key ranges per query row."""
 
 from sdar_jax.attention.api import Implementation, attention
 

@@ -1,4 +1,4 @@
-"""The one door to attention: `attention(q, k, v, ranges)`, and the choice of who computes it.
+"""The one door to attention: `attention(q, k, v, ranges)`, and the choice of its implementation.
 
 An implementation is a module with
 
@@ -28,7 +28,8 @@ from sdar_jax.visibility import Ranges
 
 Implementation = Literal["reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
 
-# Where one dense product beats a loop over tiles: few queries, as in decoding, or few scores a head (docs/kernels.md).
+# Where one dense product beats a loop over tiles: few queries, as in decoding, or few scores per head
+# (docs/kernels.md).
 _DENSE_QUERIES = 16
 _DENSE_SCORES = 128 * 256
 
@@ -39,12 +40,13 @@ _override: Choice | None = None
 
 @contextlib.contextmanager
 def override(implementation: Implementation, *, interpret: bool = False) -> Iterator[None]:
-    """Every attention traced inside uses this implementation: for tests, and for compiling for a chip that is not here.
+    """Makes every attention traced inside use this implementation: for tests, and to compile for a chip that is absent.
 
-    What was traced before keeps its own: jit a new function inside.
+    A function that was traced before keeps its own: jit a new one inside.
     """
     global _override
-    before, _override = _override, Choice(implementation, interpret)
+    before = _override
+    _override = Choice(implementation, interpret)
     try:
         yield
     finally:
@@ -52,7 +54,7 @@ def override(implementation: Implementation, *, interpret: bool = False) -> Iter
 
 
 def overriding() -> Choice | None:
-    """What the `override` around this asks for, if there is one."""
+    """Returns what the enclosing `override` asks for, if there is one."""
     return _override
 
 
@@ -65,17 +67,24 @@ def attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B Q H D"]:
-    """softmax(q k^T scale) v over the keys that `ranges` lets each query see.
+    """Computes softmax(q k^T scale) v over the keys that `ranges` lets each query see.
 
     Query head h reads key-value head h // (H / G). Scores and sums are float32 (float64 for float64 inputs). A query
     that sees nothing gives zero; one that sees a key or value that is not finite gives NaN, and no other does.
-    Differentiable once, in q, k and v. Under a mesh (`sharding.use`) each device computes its own rows, heads and
-    positions, and chooses by its own shapes.
+    Differentiable once, in q, k and v. Under a mesh (`sharding.activate_mesh`) each device computes its own rows, heads
+    and positions, and chooses by its own shapes.
 
     Args:
+        q: queries [B, Q, H, D].
+        k: keys [B, K, G, D]; G divides H.
+        v: values [B, K, G, D].
+        ranges: the keys that each query sees, int32 [B, Q, 2] twice.
         scale: factor on the scores; 1 / sqrt(D) if None.
         implementation: "reference" (dense), "chunked" (visited tiles only, O(Q + K) memory, any backend), "mosaic_gpu"
             (Hopper), "mosaic_tpu", or None: the best for this backend and shape.
+
+    Returns:
+        [B, Q, H, D], in the queries' dtype.
 
     Raises:
         ConfigError: head counts that do not divide; an implementation that is unknown, or cannot take these inputs.
@@ -89,19 +98,21 @@ def attention(
 def _local(
     q: Array, k: Array, v: Array, ranges: Ranges, *, scale: float, implementation: Implementation | None
 ) -> Array:
-    """What one device computes, chosen by the shapes that it sees."""
+    """Computes one device's part, by an implementation chosen for the shapes that it has."""
     choice = choose(q, k, v, implementation)
     k, v = poisoned(k, v)
     if choice.implementation == "reference":
-        return reference.forward(q, k, v, ranges, scale=scale)[0]
+        out, _ = reference.forward(q, k, v, ranges, scale=scale)
+        return out
     return _attend(q, k, v, ranges, scale, choice)
 
 
 def choose(q: Array, k: Array, v: Array, implementation: Implementation | None = None) -> Choice:
-    """The named implementation, the override's, or the best of those that can; a named one that cannot raises."""
-    asked_for = _OP.asked_for(implementation, _override, q, k, v)
-    if asked_for is not None:
-        return asked_for
+    """Chooses the named implementation, the override's, or the best of those that can; a named one that cannot
+    raises."""
+    requested = _OP.requested(implementation, _override, q, k, v)
+    if requested is not None:
+        return requested
     queries, keys = q.shape[1], k.shape[1]
     if queries <= _DENSE_QUERIES or queries * keys <= _DENSE_SCORES:
         return Choice("reference")
@@ -109,13 +120,14 @@ def choose(q: Array, k: Array, v: Array, implementation: Implementation | None =
 
 
 def no_kernel(q: Array, k: Array, v: Array) -> str | None:
-    """Why no kernel of this platform takes these inputs; None if one does."""
+    """Says why no kernel of this platform takes these inputs; None if one does."""
     return _OP.no_kernel(q, k, v)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q: Array, k: Array, v: Array, ranges: Ranges, scale: float, choice: Choice) -> Array:
-    return _OP.function(choice, "forward")(q, k, v, ranges, scale=scale)[0]
+    out, _ = _OP.function(choice, "forward")(q, k, v, ranges, scale=scale)
+    return out
 
 
 def _attend_fwd(q, k, v, ranges, scale, choice):
@@ -126,7 +138,9 @@ def _attend_fwd(q, k, v, ranges, scale, choice):
 def _attend_bwd(scale, choice, residuals, d_out):
     q, k, v, ranges, out, logsumexp = residuals
     d_out = jnp.asarray(d_out, q.dtype)
-    return *_OP.function(choice, "backward")(q, k, v, ranges, out, logsumexp, d_out, scale=scale), None
+    backward = _OP.function(choice, "backward")
+    dq, dk, dv = backward(q, k, v, ranges, out, logsumexp, d_out, scale=scale)
+    return dq, dk, dv, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

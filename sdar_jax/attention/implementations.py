@@ -1,4 +1,4 @@
-"""Implementations of an op: modules of one package, one of which computes a call."""
+"""Implementations of an op: modules of one package, of which one is chosen for each call."""
 
 import importlib
 from collections.abc import Callable
@@ -15,24 +15,29 @@ _KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
 
 class Choice(NamedTuple):
-    """Who computes, and whether a kernel runs in its interpreter."""
+    """A chosen implementation, and whether its kernel runs in the interpreter."""
 
     implementation: str
     interpret: bool = False
 
 
 class Implementations(NamedTuple):
-    """op: in words. package: where there is a module for each of the names.
+    """The implementations of one op.
 
-    Each has `unsupported(*inputs) -> str | None`, which says why it cannot take these shapes and types.
+    Each is a module with `unsupported(*inputs) -> str | None`, which says why it cannot take these shapes and types.
+
+    Attributes:
+        op: its name, for messages.
+        package: the package that has a module for each of the names.
+        names: of the implementations.
     """
 
     op: str
     package: str
     names: tuple[str, ...]
 
-    def asked_for(self, name: str | None, override: Choice | None, *inputs: Array) -> Choice | None:
-        """The named one, or the override's, if any.
+    def requested(self, name: str | None, override: Choice | None, *inputs: Array) -> Choice | None:
+        """Returns the named implementation, or the override's, if any.
 
         Raises:
             ConfigError: it is unknown, or cannot take these inputs.
@@ -48,18 +53,20 @@ class Implementations(NamedTuple):
         return choice
 
     def kernel(self, *inputs: Array) -> Choice | None:
-        """The platform's kernel, if there is one and it takes these inputs."""
-        return Choice(_KERNELS[platform()]) if self.no_kernel(*inputs) is None else None
+        """Returns the platform's kernel, if there is one and it takes these inputs."""
+        if self.no_kernel(*inputs) is not None:
+            return None
+        return Choice(_KERNELS[platform()])
 
     def no_kernel(self, *inputs: Array) -> str | None:
-        """Why no kernel of the platform takes these inputs; None if one does."""
+        """Says why no kernel of the platform takes these inputs; None if one does."""
         name = _KERNELS.get(platform())
         if name is None:
             return f"there are kernels for {' and '.join(_KERNELS)}, none for {platform()}"
         return self._module(name).unsupported(*inputs)
 
     def function(self, choice: Choice, name: str) -> Callable:
-        """What the chosen module calls `name`."""
+        """Returns the function `name` of the chosen module."""
         function = getattr(self._module(choice.implementation), name)
         return partial(function, interpret=True) if choice.interpret else function
 

@@ -28,7 +28,7 @@ def over_mesh(
     v: Float[Array, "B K G D"],
     ranges: Ranges,
 ) -> Float[Array, "B Q H D"]:
-    """`attend(q, k, v, ranges)`, over the mesh in force; what its axes do not divide is computed whole on each."""
+    """Runs `attend(q, k, v, ranges)` over the mesh in force; axes that do not divide it compute copies of the same."""
     mesh = sharding.current_mesh()
     if mesh is None:
         return attend(q, k, v, ranges)
@@ -42,9 +42,14 @@ def over_mesh(
     by_query = PartitionSpec(batch, None if exchanged else context)
     if context is not None:
         attend = partial(_exchanged if exchanged else _gathered, attend, context)
-    return jax.shard_map(
-        attend, mesh=mesh, in_specs=(by_head, by_head, by_head, by_query), out_specs=by_head, check_vma=False
-    )(q, k, v, ranges)
+    on_mesh = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(by_head, by_head, by_head, by_query),
+        out_specs=by_head,
+        check_vma=False,
+    )
+    return on_mesh(q, k, v, ranges)
 
 
 def over_heads[Out](
@@ -55,19 +60,30 @@ def over_heads[Out](
     out_at: int | tuple[int, ...],
     kv_heads: int,
 ) -> Out:
-    """`compute(*operands)`, each device for its own key-value heads of the mesh in force.
+    """Runs `compute(*operands)` over the mesh in force, each device for its own key-value heads.
 
-    heads_at, out_at: the axis of each operand and result that is key-value heads, or query heads grouped by them; None
-    for one that all devices read.
+    Args:
+        heads_at: for each operand the axis that is key-value heads, or query heads grouped by them; None for one that
+            all devices read.
+        out_at: the same for the result, or for each of several.
+        kv_heads: how many there are on all devices together.
     """
     mesh = sharding.current_mesh()
     if mesh is None:
         return compute(*operands)
     split = sharding.mesh_axes("kv_heads", kv_heads) or None
-    spec = lambda axis: PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, split)
-    outs = spec(out_at) if isinstance(out_at, int) else tuple(map(spec, out_at))
-    ins = tuple(map(spec, heads_at))
-    return jax.shard_map(compute, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)(*operands)
+
+    def spec(axis: int | None) -> PartitionSpec:
+        return PartitionSpec() if axis is None else PartitionSpec(*(None,) * axis, split)
+
+    on_mesh = jax.shard_map(
+        compute,
+        mesh=mesh,
+        in_specs=tuple(map(spec, heads_at)),
+        out_specs=spec(out_at) if isinstance(out_at, int) else tuple(map(spec, out_at)),
+        check_vma=False,
+    )
+    return on_mesh(*operands)
 
 
 def _exchanged(attend: Attend, context: tuple[str, ...], q: Array, k: Array, v: Array, ranges: Ranges) -> Array:
@@ -77,5 +93,5 @@ def _exchanged(attend: Attend, context: tuple[str, ...], q: Array, k: Array, v: 
 
 
 def _gathered(attend: Attend, context: tuple[str, ...], q: Array, k: Array, v: Array, ranges: Ranges) -> Array:
-    whole = partial(jax.lax.all_gather, axis_name=context, axis=1, tiled=True)
-    return attend(q, whole(k), whole(v), ranges)
+    all_positions = partial(jax.lax.all_gather, axis_name=context, axis=1, tiled=True)
+    return attend(q, all_positions(k), all_positions(v), ranges)

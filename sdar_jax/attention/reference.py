@@ -14,9 +14,12 @@ def unsupported(q: Array, k: Array, v: Array) -> None:
 def forward(
     q: Float[Array, "B Q H D"], k: Float[Array, "B K G D"], v: Float[Array, "B K G D"], ranges: Ranges, *, scale: float
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
-    """Softmax over the keys that each query sees; a query that sees none gives zero. O(Q K) memory.
+    """Computes the softmax over the keys that each query sees; a query that sees none gives zero. O(Q K) memory.
 
     Differentiated as it stands, so there is no backward.
+
+    Returns:
+        The output [B, Q, H, D], and the scores' log-sum-exp [B, Q, H], +inf where nothing is seen.
     """
     batch, queries, heads, _ = q.shape
     kv_heads = k.shape[2]
@@ -34,5 +37,5 @@ def forward(
     total = jnp.where(empty, 1, total)
     out = jnp.einsum("bhgqk,bkhd->bqhgd", (exp / total).astype(v.dtype), v, preferred_element_type=accumulate)
     logsumexp = jnp.where(empty, jnp.inf, largest + jnp.log(total))[..., 0]
-    by_query = lambda x: x.transpose(0, 3, 1, 2).reshape(batch, queries, heads)
-    return out.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype), by_query(logsumexp)
+    logsumexp = logsumexp.transpose(0, 3, 1, 2).reshape(batch, queries, heads)
+    return out.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype), logsumexp

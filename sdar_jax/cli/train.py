@@ -29,8 +29,8 @@ def main(arguments: Sequence[str], program: str = "sdar-jax train") -> int:
     # Orbax logs what it also raises, a page of it, from several threads.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        with processes.joined():
-            if not processes.is_first():
+        with processes.distributed():
+            if not processes.is_main_process():
                 logging.getLogger("sdar_jax").setLevel(logging.WARNING)
             outcome = run(_config(arguments, program))
     except SdarError as error:

@@ -17,11 +17,16 @@ from sdar_jax.errors import ConfigError
 
 
 class Chip(NamedTuple):
-    """bf16_flops: FLOP/s of bfloat16 matmuls with float32 sums. memory: bytes of HBM. bandwidth: bytes/s of it.
+    """The figures of a chip.
 
-    link: bytes/s, in one direction, of a GPU's NVLink or of one link of a TPU's torus. between: bytes/s of a device to
-    those of other hosts (InfiniBand) or other slices. ring: an axis of the torus is a closed ring where its length is a
-    multiple of this.
+    Attributes:
+        platform: "gpu" or "tpu".
+        bf16_flops: FLOP/s of bfloat16 matmuls with float32 sums.
+        memory: bytes of HBM.
+        bandwidth: bytes/s of HBM.
+        link: bytes/s, in one direction, of a GPU's NVLink or of one link of a TPU's torus.
+        between: bytes/s of a device to those of other hosts (InfiniBand) or other slices.
+        ring: an axis of the torus is a closed ring where its length is a multiple of this.
     """
 
     platform: str
@@ -73,14 +78,15 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_
 """
 
 
-# Where the compilers alone are installed: beside an environment, in which JAX would look for their chips.
+# Where the compilers alone are installed: outside the environment, in which JAX would look for their chips.
 COMPILERS = Path(".cache/compilers")
 # The module of each platform's compiler, and the extra that installs it.
 _MODULES = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins", "cuda12")}
 
 
 def topology(name: str) -> TopologyDescription:
-    """Devices to compile for: "v5p:2x2x1" and the like (libtpu's own names), "h200:8" (one host), "h200:4x8" (4 hosts).
+    """Describes devices to compile for: "v5p:2x2x1" and the like (libtpu's own names), "h200:8" (one host), "h200:4x8"
+    (4 hosts).
 
     Needs libtpu for TPU, the CUDA plugin for GPU; the chips themselves need not be there.
 
@@ -107,10 +113,15 @@ def _described(name: str, chip: str, shape: str) -> TopologyDescription:
         return get_topology_desc(platform="tpu", topology_name=name)
     hosts, _, devices = shape.rpartition("x")
     config = _HOPPER.format(
-        bandwidth=int(CHIPS[chip].bandwidth), memory=151397597184 if chip == "h200" else 85899345920, name=chip.upper()
+        bandwidth=int(CHIPS[chip].bandwidth),
+        memory=151397597184 if chip == "h200" else 85899345920,
+        name=chip.upper(),
     )
     return get_topology_desc(
-        platform="cuda", topology_name=chip, topology=f"1x{hosts or 1}x{devices}", target_config=config
+        platform="cuda",
+        topology_name=chip,
+        topology=f"1x{hosts or 1}x{devices}",
+        target_config=config,
     )
 
 
@@ -119,12 +130,13 @@ _target: Any = None
 
 @contextlib.contextmanager
 def compiling_for(device: Any) -> Iterator[None]:
-    """What is traced inside is for such a device, of a `topology`, and not for those that are here.
+    """Makes what is traced inside be for such a device, of a `topology`, and not for those that are here.
 
     Functions that were jitted and traced before keep what they chose.
     """
     global _target
-    before, _target = _target, device
+    before = _target
+    _target = device
     try:
         yield
     finally:
@@ -132,12 +144,12 @@ def compiling_for(device: Any) -> Iterator[None]:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": what to compute on, which choices of kernels and sizes go by."""
+    """Returns "cpu", "gpu" or "tpu": what to compute on, by which kernels and sizes are chosen."""
     return jax.default_backend() if _target is None else _target.platform
 
 
 def device() -> Any:
-    """The first device to compute on; it can be asked for its properties alone."""
+    """Returns the first device to compute on; only its properties can be read."""
     return jax.devices()[0] if _target is None else _target
 
 
@@ -147,23 +159,24 @@ def check_backend() -> None:
         jax.devices()
     # The platform's plugin is missing, which JAX asserts or says, or finds no device.
     except (AssertionError, RuntimeError) as error:
-        asked = jax.config.jax_platforms or ""
+        platforms = jax.config.jax_platforms or ""
         names = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
-        known = next((names[name] for name in asked.split(",") if name in names), None)
+        known = next((names[name] for name in platforms.split(",") if name in names), None)
         reason = " ".join(str(error).split()) or "it has no plugin for it"
         fix = "set it to cpu, or unset it"
         if known is not None:
             fix = f"install sdar-jax[{_MODULES[known][1]}] and see that the {known.upper()} is there, or unset it"
-        raise ConfigError(f"JAX_PLATFORMS is {asked!r} and JAX cannot use that here ({reason}); {fix}") from None
+        raise ConfigError(f"JAX_PLATFORMS is {platforms!r} and JAX cannot use that here ({reason}); {fix}") from None
 
 
 def not_hopper() -> str | None:
-    """Why kernels for Hopper cannot run on the GPU to compute on; None if they can, or if it is no GPU."""
+    """Says why kernels for Hopper cannot run on the GPU to compute on; None if they can, or if it is no GPU."""
     if platform() != "gpu" or (capability := device().compute_capability) == "9.0":
         return None
     return f"the GPU has compute capability {capability}, not 9.0 (Hopper)"
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a known accelerator, by its `jax.Device.device_kind`; None for any other device."""
+    """Looks up the dense bfloat16 FLOP/s of a known accelerator, by its `jax.Device.device_kind`; None for any other
+    device."""
     return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)

@@ -1,4 +1,4 @@
-"""The processes of a job on many hosts: joined at the start, ended together, and what little they tell each other.
+"""The processes of a job on many hosts: they meet at the start, end together, and exchange a few messages.
 
 A process is found to be one of several by what SLURM, Open MPI or a TPU pod say, as JAX reads it, or by variables:
 
@@ -34,15 +34,22 @@ from sdar_jax.errors import ConfigError, SdarError
 _ADDRESS, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Names that JAX gives to what it can read; others want packages, or to be asked for.
 _CLUSTERS = ("ompi", "slurm", "gketpu", "gcetpu")
-# A process that stands still while its connection does not is noticed by JAX, which then aborts.
+# JAX notices a process that hangs while its connection is open, and then aborts.
 _HEARTBEAT_SECONDS = 60
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _ANSWER_SECONDS = 5.0
-_AGAIN = "start the job again, it goes on from its last checkpoint"
+_AGAIN = "start the job again, it resumes from its last checkpoint"
 
 
 class _Place(NamedTuple):
-    """devices: the local ones that are this process' own, None for all."""
+    """This process in its job.
+
+    Attributes:
+        address: host:port of process 0.
+        count: how many processes there are.
+        index: this one's number.
+        devices: the local ones that are this process' own, None for all.
+    """
 
     address: str
     count: int
@@ -56,8 +63,8 @@ class _Place(NamedTuple):
 
 
 @contextlib.contextmanager
-def joined(timeout: float = 300.0) -> Iterator[None]:
-    """Joins the job's processes before any JAX computation; what is raised inside ends all of them.
+def distributed(timeout: float = 300.0) -> Iterator[None]:
+    """Connects the job's processes before any JAX computation; an error raised inside ends all of them.
 
     A process that fails prints one line and exits: 2 for an `SdarError`, 1 for another (with its traceback). The others
     print and exit likewise, wherever they are; with 1 where a process was lost. Alone, errors are simply raised.
@@ -96,9 +103,9 @@ def joined(timeout: float = 300.0) -> Iterator[None]:
     link.leave()
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
-    # Asked of JAX alone, it would start the devices.
+def is_main_process() -> bool:
+    """Returns whether this is the process that writes what is written once."""
+    # `jax.process_index` alone would start the devices.
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -109,7 +116,7 @@ def barrier(name: str) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order; JSON holds them. All processes call this, as they do a barrier."""
+    """Collects the values of all processes, in their order; JSON holds them. All processes call this, as a barrier."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -121,20 +128,20 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def from_first(make: Callable[[], Any]) -> Any:
-    """make() of the first process, for all; JSON holds it. The others do not call it."""
-    return gather(make() if is_first() else None)[0]
+def broadcast(make: Callable[[], Any]) -> Any:
+    """Sends make() of the main process to all; JSON holds it. The others do not call it."""
+    return gather(make() if is_main_process() else None)[0]
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """The whole array, wherever its parts are. All processes that hold a part call this."""
+    """Gathers an array, wherever its parts are. All processes that hold a part call this."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _place(timeout: float) -> _Place | None:
-    """Of this process in its job; None if it is alone."""
+    """Finds this process in its job; None if it is alone."""
     given = {name: os.environ[name] for name in (_ADDRESS, _COUNT, _INDEX) if os.environ.get(name)}
     if _COUNT in given or _INDEX in given:
         return _plain_place(given)
@@ -174,7 +181,7 @@ def _plain_place(given: dict[str, str]) -> _Place | None:
 
 
 def _meet(place: _Place, deadline: float) -> dict[int, socket.socket]:
-    """Connections by the process at their other end: process 0's to all others, theirs to process 0."""
+    """Connects process 0 with all others; gives the connections by the process at their other end."""
     return _listen(place, deadline) if place.index == 0 else {0: _connect(place, deadline)}
 
 
@@ -206,7 +213,7 @@ def _listen(place: _Place, deadline: float) -> dict[int, socket.socket]:
 
 
 def _admit(server: socket.socket, place: _Place, found: dict[int, socket.socket], deadline: float) -> str | None:
-    """Lets the next process in; or says why there is no job."""
+    """Accepts the next process; or says why there is no job."""
     try:
         server.settimeout(max(0.01, deadline - time.monotonic()))
         connection, _ = server.accept()
@@ -216,13 +223,14 @@ def _admit(server: socket.socket, place: _Place, found: dict[int, socket.socket]
             f"{_COUNT} is {place.count} and processes {missing} did not come to {place.address} in time; start all of "
             "them, with the same values"
         )
-    said = _read(connection)
-    if said is None or "index" not in said:
+    message = _receive(connection)
+    if message is None or "index" not in message:
         connection.close()
         return None
-    problem = _contradiction(place, found, said["index"], said["count"])
+    index = message["index"]
+    problem = _contradiction(place, found, index, message["count"])
     if problem is None:
-        found[said["index"]] = _kept_alive(connection)
+        found[index] = _keep_alive(connection)
     else:
         _send(connection, {"problem": problem})
         connection.close()
@@ -245,16 +253,16 @@ def _connect(place: _Place, deadline: float) -> socket.socket:
         try:
             connection = socket.create_connection(place.endpoint, timeout=left)
             _send(connection, {"index": place.index, "count": place.count})
-            # Who listens answers at its own deadline, which may be a little later.
-            said = _read(connection, max(0.0, deadline - time.monotonic()) + _ANSWER_SECONDS)
-            if said == {"problem": None}:
-                return _kept_alive(connection)
+            # Process 0 answers at its own deadline, which may be a little later.
+            reply = _receive(connection, max(0.0, deadline - time.monotonic()) + _ANSWER_SECONDS)
+            if reply == {"problem": None}:
+                return _keep_alive(connection)
             connection.close()
-            if said is not None and "problem" in said:
-                raise ConfigError(said["problem"])
+            if reply is not None and "problem" in reply:
+                raise ConfigError(reply["problem"])
         except OSError as error:
             reason = error.strerror or str(error)
-        # It may not have been started yet; or who listens is a job that is about to end.
+        # It may not have been started yet; or a job that is about to end listens there.
         time.sleep(0.2)
     raise ConfigError(
         f"{_ADDRESS} {place.address}: process 0 cannot be reached there ({reason}); start it, or correct the address"
@@ -264,8 +272,9 @@ def _connect(place: _Place, deadline: float) -> socket.socket:
 class _Link:
     """The connections of this process, and a thread that listens to them."""
 
-    def __init__(self, place: _Place, lines: dict[int, socket.socket]):
-        self._place, self._lines = place, lines
+    def __init__(self, place: _Place, connections: dict[int, socket.socket]):
+        self._place = place
+        self._connections = connections
         self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="processes", daemon=True)
 
@@ -274,93 +283,99 @@ class _Link:
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
-            for index, line in self._lines.items():
-                selector.register(line, selectors.EVENT_READ, index)
+            for index, connection in self._connections.items():
+                selector.register(connection, selectors.EVENT_READ, index)
             while selector.get_map():
                 for key, _ in selector.select():
-                    self._hear(key, selector)
+                    self._handle(key, selector)
 
-    def _hear(self, key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
-        said = _read(key.fileobj)
-        if said is None:
+    def _handle(self, key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
+        """Reads a message: an empty one says that the process leaves in peace, another why the job ends."""
+        message = _receive(key.fileobj)
+        if message is None:
             self._end(f"process {key.data} of {self._place.count} was lost; {_AGAIN}", 1)
-        if "why" in said:
-            self._end(said["why"], said["status"])
+        if "why" in message:
+            self._end(message["why"], message["status"])
         selector.unregister(key.fileobj)
 
     def leave(self) -> None:
-        """Says good-bye, and hears that of the others: this process may end now."""
-        for line in self._lines.values():
-            _send(line, {})
+        """Tells the others that this process is done, and waits until they are: it may end then."""
+        for connection in self._connections.values():
+            _send(connection, {})
         self._thread.join(_ANSWER_SECONDS)
-        for line in () if self._thread.is_alive() else self._lines.values():
-            line.close()
+        if self._thread.is_alive():
+            return
+        for connection in self._connections.values():
+            connection.close()
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends this process and with it the job."""
-        # It may be that another one failed, which made this one fail: then the thread hears of it.
+        # Another process may have failed, which made this one fail: then the thread receives its message first.
         time.sleep(1)
-        status, why = (2, str(error)) if isinstance(error, SdarError) else (1, f"{type(error).__name__}: {error}")
-        self._end(why, status, error)
+        if isinstance(error, SdarError):
+            self._end(str(error), 2, error)
+        self._end(f"{type(error).__name__}: {error}", 1, error)
 
     def _end(self, why: str, status: int, error: BaseException | None = None) -> NoReturn:
-        # Never released: the first to come has the only say.
+        # Never released: only the first one reports.
         self._ending.acquire()
         try:
-            self._say_and_tell(why, status, error)
+            self._report(why, status, error)
         finally:
             os._exit(status)
 
-    def _say_and_tell(self, why: str, status: int, error: BaseException | None) -> None:
-        # Where nothing can be printed, as on a full disk, the others hear of it all the same.
+    def _report(self, why: str, status: int, error: BaseException | None) -> None:
+        """Prints why the job ends, and sends it to the others."""
+        # Where nothing can be printed, as on a full disk, the others are told all the same.
         with contextlib.suppress(OSError):
             if error is not None and not isinstance(error, SdarError):
                 traceback.print_exception(error)
             print(f"error: {why}", file=sys.stderr, flush=True)
             sys.stdout.flush()
-        me = f"process {self._place.index} of {self._place.count}: "
-        told = {"why": why if error is None else me + " ".join(why.split()), "status": status}
-        for line in self._lines.values():
-            _send(line, told)
+        if error is not None:
+            why = f"process {self._place.index} of {self._place.count}: " + " ".join(why.split())
+        for connection in self._connections.values():
+            _send(connection, {"why": why, "status": status})
         if self._place.index == 0:
-            self._see_off()
+            self._wait_for_others()
 
-    def _see_off(self) -> None:
-        """Returns when the others have gone: with process 0 JAX's service ends, and makes who is left abort."""
+    def _wait_for_others(self) -> None:
+        """Returns when the others have gone: with process 0 JAX's service ends, which makes those left abort."""
         deadline = time.monotonic() + _ANSWER_SECONDS
-        for line in self._lines.values():
+        for connection in self._connections.values():
             with contextlib.suppress(OSError):
-                line.settimeout(max(0.01, deadline - time.monotonic()))
-                while line.recv(4096):
+                connection.settimeout(max(0.01, deadline - time.monotonic()))
+                while connection.recv(4096):
                     pass
 
 
-def _kept_alive(line: socket.socket) -> socket.socket:
-    line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def _keep_alive(connection: socket.socket) -> socket.socket:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):
-            line.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return line
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection
 
 
-def _send(line: socket.socket, said: dict[str, Any]) -> None:
-    """One line of JSON; to nobody if the connection is gone."""
+def _send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Sends one line of JSON; nothing if the connection is gone."""
     with contextlib.suppress(OSError):
-        line.settimeout(_ANSWER_SECONDS)
-        line.sendall(json.dumps(said).encode() + b"\n")
+        connection.settimeout(_ANSWER_SECONDS)
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _read(line: Any, timeout: float = _ANSWER_SECONDS) -> dict[str, Any] | None:
-    """One line of JSON; None if the connection is gone, or does not speak so."""
-    found = b""
+def _receive(connection: Any, timeout: float = _ANSWER_SECONDS) -> dict[str, Any] | None:
+    """Receives one line of JSON; None if the connection is gone, or sends something else."""
+    line = b""
     try:
-        line.settimeout(timeout)
-        # Byte by byte: the next line is the next reader's.
-        while not found.endswith(b"\n"):
-            if not (byte := line.recv(1)) or len(found) > 2**16:
+        connection.settimeout(timeout)
+        # Byte by byte: what follows the line is for the next call.
+        while not line.endswith(b"\n"):
+            byte = connection.recv(1)
+            if not byte or len(line) > 2**16:
                 return None
-            found += byte
-        said = json.loads(found)
+            line += byte
+        message = json.loads(line)
     except (OSError, ValueError):
         return None
-    return said if isinstance(said, dict) else None
+    return message if isinstance(message, dict) else None

@@ -1,4 +1,4 @@
-"""Meshes of devices, and what of the computation each axis of a mesh splits.
+"""Meshes of devices, and how each axis of a mesh splits the computation.
 
 Every axis of every array has a logical name (`ACTIVATIONS`, and a model's own table for its weights), and `RULES` says
 which mesh axes carry it:
@@ -79,20 +79,21 @@ class MeshConfig:
             raise ConfigError(f"{' and '.join(free)} are -1; only one axis can take all devices that are left")
 
     def sizes(self, devices: int) -> dict[str, int]:
-        """The size of each axis over so many devices. Raises ConfigError unless the product is that number."""
+        """Computes the size of each axis over so many devices. Raises ConfigError unless their product is that
+        number."""
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         given = math.prod(size for size in sizes.values() if size > 0)
-        told = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "a mesh of 1"
+        shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "a mesh of 1"
         free = next((name for name, size in sizes.items() if size == -1), None)
         if free is None and given != devices:
-            raise ConfigError(f"{told} is {given} devices and there are {devices}; give sizes whose product is that")
+            raise ConfigError(f"{shown} is {given} devices and there are {devices}; give sizes whose product is that")
         if devices % given:
-            raise ConfigError(f"{told} does not divide {devices} devices; use {_listed(_divisors(devices))} in all")
+            raise ConfigError(f"{shown} does not divide {devices} devices; use {_listed(_divisors(devices))} in all")
         return sizes if free is None else {**sizes, free: devices // given}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with all of `MESH_AXES`, of type Auto, over `devices` (all of this job's if None).
+    """Makes a mesh with all of `MESH_AXES`, of type Auto, over `devices` (all of this job's if None).
 
     Neighbours on an inner axis are near each other where the platform tells.
 
@@ -105,36 +106,39 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def check_divides(what: str, size: int, whole: int, told: str) -> None:
-    if whole % size:
-        raise ConfigError(f"{what} {size} and {told}; use {_listed(_divisors(whole))}")
+def check_divides(what: str, size: int, total: int, reason: str) -> None:
+    """Raises ConfigError, with the sizes that would do, unless `size` divides `total`."""
+    if total % size:
+        raise ConfigError(f"{what} {size} and {reason}; use {_listed(_divisors(total))}")
 
 
 def spec(
     mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int], rules: Rules = RULES
 ) -> PartitionSpec:
-    """How an array of these logical axes and this shape lies on the mesh.
+    """Places an array of these logical axes and this shape on the mesh.
 
     A logical axis is split over the mesh axes that carry it, outermost first, as far as its size divides.
     """
-    carried = [_dividing(mesh, carriers_of(axis, rules), size) for axis, size in zip(axes, shape, strict=False)]
-    return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in carried))
+    parts = []
+    for axis, size in zip(axes, shape, strict=False):
+        names = _dividing(mesh, carriers_of(axis, rules), size)
+        parts.append(names[0] if len(names) == 1 else names or None)
+    return PartitionSpec(*parts)
 
 
 def named(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-    """`spec` by RULES, with its mesh."""
+    """Makes a NamedSharding of `spec` by RULES."""
     return NamedSharding(mesh, spec(mesh, axes, shape))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """How the rows of a batch [B, ...] lie on the mesh: over `batch`, each row whole."""
-    return NamedSharding(
-        mesh, PartitionSpec(tuple(axis for axis in carriers_of("batch", RULES) if axis_size(mesh, axis) > 1))
-    )
+    """Splits the rows of a batch [B, ...] over the mesh; no row is split."""
+    axes = tuple(axis for axis in carriers_of("batch", RULES) if axis_size(mesh, axis) > 1)
+    return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def mesh_of(tree: Any) -> Mesh | None:
-    """The mesh that the arrays of a model lie on; None for a single device."""
+    """Finds the mesh that the arrays of a model lie on; None for a single device."""
     places = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
     found = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
     return found if isinstance(found, Mesh) and found.size > 1 else None
@@ -142,7 +146,7 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 @contextlib.contextmanager
 def activate_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """What is jitted and called inside is computed on `mesh`; None and meshes of one device change nothing."""
+    """Computes what is jitted and called inside on `mesh`; None and meshes of one device change nothing."""
     if mesh is None or mesh.size == 1:
         yield
         return
@@ -151,7 +155,7 @@ def activate_mesh(mesh: Mesh | None) -> Iterator[None]:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh in force while something is traced; None without one, and inside shard_map."""
+    """Returns the mesh in force while something is traced; None without one, and inside shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None
@@ -159,31 +163,39 @@ def current_mesh() -> AbstractMesh | None:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """x, lying as its logical axes say on the mesh in force; shorter `axes` leave the last ones whole."""
+    """Constrains x to lie as its logical axes say on the mesh in force; shorter `axes` leave the last ones unsplit."""
     mesh = current_mesh()
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(mesh, axes, x.shape))
 
 
 def mesh_axes(axis: str, size: int) -> tuple[str, ...]:
-    """The axes of the mesh in force that split a logical axis of this size; () without a mesh."""
+    """Lists the axes of the mesh in force that split a logical axis of this size; () without a mesh."""
     mesh = current_mesh()
-    return () if mesh is None else _dividing(mesh, carriers_of(axis, RULES), size)
+    if mesh is None:
+        return ()
+    return _dividing(mesh, carriers_of(axis, RULES), size)
 
 
 def num_shards(axis: str, size: int) -> int:
-    """Into how many parts the mesh in force splits a logical axis of this size; 1 without a mesh."""
+    """Counts the parts that the mesh in force splits a logical axis of this size into; 1 without a mesh."""
     mesh = current_mesh()
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in mesh_axes(axis, size))
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[name] for name in mesh_axes(axis, size))
 
 
 def carriers_of(axis: str | None, rules: Rules) -> tuple[str, ...]:
+    """Lists the mesh axes that may split a logical axis."""
     found = () if axis is None else rules.get(axis, ())
     return (found,) if isinstance(found, str) else found
 
 
 def _dividing(mesh: Mesh | AbstractMesh, candidates: Sequence[str], size: int) -> tuple[str, ...]:
-    """The first of the candidates whose product divides `size`; those of one device left out."""
-    found, product = [], 1
+    """Takes the first candidates whose product divides `size`; those of one device are left out."""
+    found = []
+    product = 1
     for axis in candidates:
         product *= axis_size(mesh, axis)
         if size % product:
@@ -194,6 +206,7 @@ def _dividing(mesh: Mesh | AbstractMesh, candidates: Sequence[str], size: int) -
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Returns the size of a mesh axis; 1 where the mesh has none of this name."""
     return mesh.shape.get(axis, 1)
 
 

@@ -12,7 +12,7 @@ from sdar_jax.devices.sharding import activate_mesh, mesh_of
 from sdar_jax.errors import ConfigError, DataError, is_int
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, diffusion_example, next_token_example, origin_of, predicted, score_tokens
+from sdar_jax.objectives import Batch, diffusion_inputs, next_token_inputs, origin_of, predicted, score_tokens
 
 Tokens = Int[Array | np.ndarray, "B L"]
 Mask = Bool[Array | np.ndarray, "B L"]
@@ -107,7 +107,7 @@ def _bound(model: Model, batch: Batch, key: jax.Array, block_size: int | None) -
     origin = origin_of(paradigm, batch)
     corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, _BOUND, block_size=block_size, origin=origin)
     noisy = jnp.where(corrupted.masked, jnp.int32(_mask_id(model.config)), batch.tokens)
-    return score_tokens(model, diffusion_example(paradigm, batch, noisy, corrupted.weights, origin))[0]
+    return score_tokens(model, diffusion_inputs(paradigm, batch, noisy, corrupted.weights, origin))[0]
 
 
 def _mask_id(config: ModelConfig) -> int:
@@ -117,5 +117,5 @@ def _mask_id(config: ModelConfig) -> int:
 
 @jax.jit
 def _exact(model: Model, batch: Batch) -> tuple[Array, Array]:
-    example = next_token_example(batch)
-    return score_tokens(model, example)[0], example.count
+    inputs = next_token_inputs(batch)
+    return score_tokens(model, inputs)[0], inputs.normalizer

@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing and its losses, and the experts' feed-forward on one device and over a mesh."""
+"""Mixture of experts (MoE): routing and its losses, and the experts' feed-forward on one device and over a mesh."""
 
 from sdar_jax.experts.mesh import expert_mlp as expert_mlp
 from sdar_jax.experts.routing import RouterSums as RouterSums

@@ -1,4 +1,4 @@
-"""`exchange`: rows to other devices of a mesh axis, as many as the routing says."""
+"""`exchange`: sends rows to other devices of a mesh axis, as many as the routing says."""
 
 from functools import partial
 
@@ -10,20 +10,20 @@ from jaxtyping import Array, Float, Int
 def exchange(
     rows: Float[Array, "M D"], counts: Int[Array, "P P"], axis: tuple[str, ...], *, capacity: int
 ) -> Float[Array, "capacity D"]:
-    """Inside shard_map: each device's rows to the P devices of `axis`; zeros after the last that arrives.
+    """Sends each device's rows to the P devices of `axis`, inside shard_map; zeros follow the last that arrives.
 
     On accelerators a ragged all-to-all: no more than the counted rows travel. XLA has none for CPUs: there all rows go
     to all devices, which keep their own.
 
     Args:
-        rows: those for the first device, those for the second, and so on; what is left at the end stays.
-        counts: [sender, receiver], the same on all devices.
+        rows: [M, D]: those for the first device, those for the second, and so on; what is left at the end stays.
+        counts: int32 [sender, receiver], the same on all devices.
         capacity: at least the rows that arrive, which lie in the order of their senders.
     """
     me = jax.lax.axis_index(axis)
     before_receiver = jnp.cumsum(counts, axis=1) - counts
     before_sender = jnp.cumsum(counts, axis=0) - counts
-    plan = tuple(x.astype(jnp.int32) for x in (before_receiver, before_sender, counts))
+    plan = [x.astype(jnp.int32) for x in (before_receiver, before_sender, counts)]
     send = partial(_ragged, axis=axis, capacity=capacity)
     choose = partial(_gathered, axis=axis, capacity=capacity)
     return jax.lax.platform_dependent(rows, me, *plan, cpu=choose, default=send)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sdar_jax.arithmetic import ceil_div
 from sdar_jax.devices.chips import not_hopper, platform
 
 # Rows multiplied at once where there is no grouped kernel: about as many as a group has, between these.
@@ -19,14 +20,16 @@ _FEWEST_ROWS, _MOST_ROWS = 8, 128
 def grouped_dot(
     x: Float[Array, "M K"], weights: Float[Array, "G K N"], sizes: Int[Array, " G"], partly_filled: bool = False
 ) -> Float[Array, "M N"]:
-    """Rows of x, sorted by group, each times the weights of its group.
+    """Multiplies the rows of x, sorted by group, with the weights of their group.
 
     On TPU XLA's kernel for `jax.lax.ragged_dot`. Elsewhere XLA computes that operation for every row and every group,
     and holds as much: Hopper has kernels of our own (`mosaic_gpu.py`) for half precision, and on everything else a scan
     visits the tiles of rows that each group has.
 
     Args:
-        sizes: how many rows each group has; M in all.
+        x: [M, K].
+        weights: [G, K, N].
+        sizes: int32 [G], how many rows each group has; M in all.
         partly_filled: they may be fewer. The rows after the last group then give zero, and cost nothing.
     """
     kernels = _kernels(x, weights)
@@ -45,7 +48,8 @@ def _grouped_dot_bwd(partly_filled, residuals, d_out):
     x, weights, sizes = residuals
     kernels = _kernels(x, weights)
     if kernels is not None:
-        return kernels.product(d_out, weights, sizes, transposed=True), kernels.weight_gradient(x, d_out, sizes), None
+        d_x = kernels.product(d_out, weights, sizes, transposed=True)
+        return d_x, kernels.weight_gradient(x, d_out, sizes), None
     tiled = partial(_tiled_dot_gradients, skipping=partly_filled)
     ragged = partial(_ragged_dot_gradients, _filled_dot if partly_filled else jax.lax.ragged_dot)
     d_x, d_weights = jax.lax.platform_dependent(x, weights, sizes, d_out, tpu=ragged, default=tiled)
@@ -56,14 +60,14 @@ grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
 
 
 def choose(x: Array, weights: Array) -> str:
-    """Who multiplies: "mosaic_gpu", "ragged_dot" (XLA's kernel on TPU), or "tiled", the scan."""
+    """Chooses what multiplies: "mosaic_gpu", "ragged_dot" (XLA's kernel on TPU), or "tiled", the scan."""
     if no_kernel(x, weights) is not None:
         return "tiled"
     return "ragged_dot" if platform() == "tpu" else "mosaic_gpu"
 
 
 def no_kernel(x: Array, weights: Array) -> str | None:
-    """Why no kernel of this platform takes these operands; None if one does."""
+    """Says why no kernel of this platform takes these operands; None if one does."""
     if platform() == "tpu":
         return None
     if platform() != "gpu":
@@ -78,7 +82,7 @@ def no_kernel(x: Array, weights: Array) -> str | None:
 
 
 def _kernels(x: Array, weights: Array) -> ModuleType | None:
-    """Those for Hopper, where they are chosen."""
+    """Returns the kernels for Hopper, where they are chosen."""
     if choose(x, weights) != "mosaic_gpu":
         return None
     from sdar_jax.experts import mosaic_gpu
@@ -87,17 +91,18 @@ def _kernels(x: Array, weights: Array) -> ModuleType | None:
 
 
 def _filled_dot(x: Array, weights: Array, sizes: Array) -> Array:
-    """The kernel says nothing of rows after the last group, forward or backward."""
+    """Runs `ragged_dot` with zeros after the last group, of which XLA's kernel says nothing, forward or backward."""
     filled = jnp.arange(len(x))[:, None] < sizes.sum()
     return jnp.where(filled, jax.lax.ragged_dot(jnp.where(filled, x, 0), weights, sizes), 0)
 
 
 def _ragged_dot_gradients(dot, x: Array, weights: Array, sizes: Array, d_out: Array) -> tuple[Array, Array]:
-    return jax.vjp(lambda x, weights: dot(x, weights, sizes), x, weights)[1](d_out)
+    _, pull_back = jax.vjp(lambda x, weights: dot(x, weights, sizes), x, weights)
+    return pull_back(d_out)
 
 
 class _Visit(NamedTuple):
-    """Rows [start, end) of the tile that begins at row `tile` belong to `group`; none in visits that are not needed."""
+    """Says that rows [start, end) of the tile at row `tile` belong to `group`; none in visits that are not needed."""
 
     tile: Int[Array, " V"]
     group: Int[Array, " V"]
@@ -109,7 +114,7 @@ def _tiled_dot(
     x: Float[Array, "M K"], weights: Float[Array, "G K N"], sizes: Int[Array, " G"], *, skipping: bool
 ) -> Float[Array, "M N"]:
     size = _tile_size(len(x), len(sizes))
-    tiles = _whole_tiles(x, size)
+    tiles = _pad_to_tiles(x, size)
 
     def visit(out: Array, at: _Visit) -> Array:
         part = _slice(tiles, at.tile, size) @ weights[at.group]
@@ -117,14 +122,16 @@ def _tiled_dot(
         return jax.lax.dynamic_update_slice_in_dim(out, out_tile, at.tile, 0)
 
     out = jnp.zeros((len(tiles), weights.shape[-1]), x.dtype)
-    return _scan(visit, out, _visits(sizes, len(x), size), skipping)[: len(x)]
+    out = _scan(visit, out, _visits(sizes, len(x), size), skipping)
+    return out[: len(x)]
 
 
 def _tiled_dot_gradients(
     x: Array, weights: Array, sizes: Array, d_out: Array, *, skipping: bool
 ) -> tuple[Array, Array]:
     size = _tile_size(len(x), len(sizes))
-    tiles, d_tiles = _whole_tiles(x, size), _whole_tiles(d_out, size)
+    tiles = _pad_to_tiles(x, size)
+    d_tiles = _pad_to_tiles(d_out, size)
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def visit(total: Array, at: _Visit) -> Array:
@@ -134,18 +141,20 @@ def _tiled_dot_gradients(
 
     total = jnp.zeros(weights.shape, wide)
     d_weights = _scan(visit, total, _visits(sizes, len(x), size), skipping)
-    return _tiled_dot(d_out, weights.swapaxes(1, 2), sizes, skipping=skipping), d_weights.astype(weights.dtype)
+    d_x = _tiled_dot(d_out, weights.swapaxes(1, 2), sizes, skipping=skipping)
+    return d_x, d_weights.astype(weights.dtype)
 
 
 def _scan(visit: Callable[[Array, _Visit], Array], carry: Array, visits: _Visit, skipping: bool) -> Array:
-    """All visits, or those with rows: a branch for each, which pays where most may have none."""
+    """Does all visits, or with `skipping` those with rows: a branch for each, which pays where most may have none."""
 
-    def step(carry: Array, at: _Visit):
+    def step(carry: Array, at: _Visit) -> tuple[Array, None]:
         if skipping:
             return jax.lax.cond(at.end > at.start, visit, lambda carry, _: carry, carry, at), None
         return visit(carry, at), None
 
-    return jax.lax.scan(step, carry, visits)[0]
+    carry, _ = jax.lax.scan(step, carry, visits)
+    return carry
 
 
 def _tile_size(rows: int, groups: int) -> int:
@@ -153,24 +162,29 @@ def _tile_size(rows: int, groups: int) -> int:
     return min(rows, max(_FEWEST_ROWS, min(_MOST_ROWS, even)))
 
 
-def _whole_tiles(x: Array, size: int) -> Array:
+def _pad_to_tiles(x: Array, size: int) -> Array:
     return jnp.pad(x, [(0, -len(x) % size), (0, 0)])
 
 
 def _visits(sizes: Int[Array, " G"], rows: int, size: int) -> _Visit:
-    """Every tile of every group that has rows in it, and as many empty ones as the worst sizes would need."""
+    """Lists every tile of every group that has rows in it, and as many empty ones as the worst sizes would need."""
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     first = starts // size
     counts = jnp.where(sizes > 0, (ends - 1) // size - first + 1, 0)
     before = jnp.cumsum(counts) - counts
-    number = jnp.arange(-(-rows // size) + min(len(sizes), rows) - 1, dtype=jnp.int32)
+    most = ceil_div(rows, size) + min(len(sizes), rows) - 1
+    number = jnp.arange(most, dtype=jnp.int32)
     group = jnp.searchsorted(before + counts, number, side="right").astype(jnp.int32)
     group = jnp.minimum(group, len(sizes) - 1)
     needed = number < counts.sum()
     tile = jnp.where(needed, first[group] + number - before[group], 0)
     tile = (tile * size).astype(jnp.int32)
-    clip = lambda edge: jnp.where(needed, jnp.clip(edge[group] - tile, 0, size), 0).astype(jnp.int32)
+
+    def clip(edge: Array) -> Array:
+        """Places an edge of the visit's group within its tile."""
+        return jnp.where(needed, jnp.clip(edge[group] - tile, 0, size), 0).astype(jnp.int32)
+
     return _Visit(tile, group, clip(starts), clip(ends))
 
 

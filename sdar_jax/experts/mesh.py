@@ -7,7 +7,7 @@ Where rows are split over that axis, tokens travel to the experts and back, in o
 - Else every device reads all tokens of the axis, computes what its own experts add, and the sums are scattered. One row
   of a token goes to each other device, which is no more.
 
-Where rows are whole on each device, as few of them are in decoding, the sums over each device's experts are added up.
+Where rows are replicated, as few of them are in decoding, the sums over each device's experts are added up.
 Buffers have room for the worst routing; what is computed is what was routed.
 """
 
@@ -30,26 +30,35 @@ def expert_mlp(
     gate_up: Float[Array, "E D 2 F"],
     down: Float[Array, "E F D"],
 ) -> Float[Array, "B T D"]:
-    """sum_j g_j down_j(silu(gate_j(x)) * up_j(x)) over the experts of each of the N = B * T tokens, on any mesh."""
+    """Computes sum_j g_j down_j(silu(gate_j(x)) * up_j(x)) over the experts of each of N = B * T tokens, on any
+    mesh."""
     mesh = sharding.current_mesh()
     if mesh is None:
         return mlp(x.reshape(-1, x.shape[-1]), experts, gates, gate_up, down).reshape(x.shape)
-    rows, length = sharding.mesh_axes("batch", x.shape[0]), sharding.mesh_axes("length", x.shape[1])
-    owners, width = sharding.mesh_axes("expert", len(gate_up)), sharding.mesh_axes("mlp", down.shape[1])
-    tokens = PartitionSpec(rows or None, length or None)
-    up, back = PartitionSpec(owners or None, None, None, width or None), PartitionSpec(owners or None, width or None)
-    body = partial(_on_device, owners, width, set(owners) <= set(rows))
-    parts = (part.reshape(*x.shape[:2], -1) for part in (x, experts, gates))
-    return jax.shard_map(
-        body, mesh=mesh, in_specs=(tokens, tokens, tokens, up, back), out_specs=tokens, check_vma=False
-    )(*parts, gate_up, down)
+    rows = sharding.mesh_axes("batch", x.shape[0])
+    length = sharding.mesh_axes("length", x.shape[1])
+    owners = sharding.mesh_axes("expert", len(gate_up))
+    width = sharding.mesh_axes("mlp", down.shape[1])
+    by_token = PartitionSpec(rows or None, length or None)
+    by_expert_up = PartitionSpec(owners or None, None, None, width or None)
+    by_expert_down = PartitionSpec(owners or None, width or None)
+    on_mesh = jax.shard_map(
+        partial(_on_device, owners, width, set(owners) <= set(rows)),
+        mesh=mesh,
+        in_specs=(by_token, by_token, by_token, by_expert_up, by_expert_down),
+        out_specs=by_token,
+        check_vma=False,
+    )
+    experts = experts.reshape(*x.shape[:2], -1)
+    gates = gates.reshape(*x.shape[:2], -1)
+    return on_mesh(x, experts, gates, gate_up, down)
 
 
 def _on_device(
     owners: tuple[str, ...], width: tuple[str, ...], split: bool, x: Array, experts: Array, gates: Array, *weights
 ) -> Array:
-    """What a device does for its rows x [b, t, D], with its experts and its part of their width."""
-    parts = (part.reshape(-1, part.shape[-1]) for part in (x, experts, gates))
+    """Computes a device's rows x [b, t, D], with its experts and its part of their width."""
+    parts = [part.reshape(-1, part.shape[-1]) for part in (x, experts, gates)]
     if not owners:
         out = mlp(*parts, *weights)
     elif not split:
@@ -57,32 +66,40 @@ def _on_device(
     elif experts.shape[-1] < jax.lax.axis_size(owners):
         out = _sent(owners, *parts, *weights)
     else:
-        everyone = (jax.lax.all_gather(part, owners, tiled=True) for part in parts)
-        out = jax.lax.psum_scatter(_own_share(owners, *everyone, *weights), owners, tiled=True)
-    return (jax.lax.psum(out, width) if width else out).reshape(x.shape)
+        gathered = [jax.lax.all_gather(part, owners, tiled=True) for part in parts]
+        out = jax.lax.psum_scatter(_own_share(owners, *gathered, *weights), owners, tiled=True)
+    if width:
+        out = jax.lax.psum(out, width)
+    return out.reshape(x.shape)
 
 
 def _own_share(owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, down: Array) -> Array:
-    """What this device's experts add to these tokens."""
+    """Computes what this device's experts add to these tokens."""
     first = jax.lax.axis_index(owners) * len(gate_up)
     return mlp(x, experts - first, gates, gate_up, down, partly=True)
 
 
 def _sent(owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, down: Array) -> Array:
-    """Pairs go to the owners of their experts, are computed there, and come back."""
-    devices, held, flat = jax.lax.axis_size(owners), len(gate_up), experts.reshape(-1)
+    """Sends pairs to the owners of their experts, computes them there, and sends them back."""
+    devices = jax.lax.axis_size(owners)
+    held = len(gate_up)
+    flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     inverse = jnp.argsort(order)
     # Pairs of each sender for each expert: [sender, owner, expert of that owner].
-    counts = jax.lax.all_gather(jnp.bincount(flat, length=devices * held), owners).reshape(devices, devices, held)
+    counts = jax.lax.all_gather(jnp.bincount(flat, length=devices * held), owners)
+    counts = counts.reshape(devices, devices, held)
+    sent = counts.sum(axis=-1)
     rows = permute(jnp.repeat(x, experts.shape[-1], axis=0), order, inverse)
-    arrived = exchange(rows, counts.sum(axis=-1), owners, capacity=devices * len(rows))
+    arrived = exchange(rows, sent, owners, capacity=devices * len(rows))
     own = counts[:, jax.lax.axis_index(owners)]
     # They arrive by sender, and by expert within: what is after the last belongs to none.
-    expert = jnp.repeat(jnp.tile(jnp.arange(held), devices), own.reshape(-1), total_repeat_length=len(arrived))
+    expert_of_group = jnp.tile(jnp.arange(held), devices)
+    expert = jnp.repeat(expert_of_group, own.reshape(-1), total_repeat_length=len(arrived))
     expert = jnp.where(jnp.arange(len(arrived)) < own.sum(), expert, held)
     by_expert = jnp.argsort(expert, stable=True)
     back = jnp.argsort(by_expert)
     computed = rows_mlp(permute(arrived, by_expert, back), own.sum(axis=0), gate_up, down, partly=True)
-    returned = exchange(permute(computed, back, by_expert), counts.sum(axis=-1).T, owners, capacity=len(rows))
-    return jnp.einsum("nkd,nk->nd", permute(returned, inverse, order).reshape(*experts.shape, -1), gates)
+    returned = exchange(permute(computed, back, by_expert), sent.T, owners, capacity=len(rows))
+    by_pair = permute(returned, inverse, order).reshape(*experts.shape, -1)
+    return jnp.einsum("nkd,nk->nd", by_pair, gates)

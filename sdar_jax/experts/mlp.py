@@ -19,10 +19,15 @@ def mlp(
     *,
     partly: bool = False,
 ) -> Float[Array, "N D"]:
-    """sum_j g_j down_j(silu(gate_j(x)) * up_j(x)) over the experts of each token.
+    """Computes sum_j g_j down_j(silu(gate_j(x)) * up_j(x)) over the experts of each token.
 
     Args:
-        partly: `experts` outside 0 to E - 1 are others', and add nothing.
+        x: [N, D].
+        experts: int32 [N, k].
+        gates: [N, k].
+        gate_up: [E, D, 2, F].
+        down: [E, F, D].
+        partly: `experts` outside 0 to E - 1 belong to other devices, and add nothing.
     """
     count = len(gate_up)
     flat = experts.reshape(-1)
@@ -31,31 +36,43 @@ def mlp(
     inverse = jnp.argsort(order)
     rows = _dispatch(x, order, inverse)
     out = rows_mlp(rows, jnp.bincount(flat, length=count), gate_up, down, partly=partly)
-    return jnp.einsum("nkd,nk->nd", permute(out, inverse, order).reshape(*gates.shape, -1), gates)
+    by_pair = permute(out, inverse, order).reshape(*gates.shape, -1)
+    return jnp.einsum("nkd,nk->nd", by_pair, gates)
 
 
 def rows_mlp(
     rows: Float[Array, "M D"], sizes: Int[Array, " E"], gate_up: Array, down: Array, *, partly: bool
 ) -> Float[Array, "M D"]:
-    """Rows sorted by expert, through theirs; zero for those after the last expert's, if `partly` allows of any."""
+    """Computes each row through its expert, rows sorted by expert; with `partly` those after the last expert's give
+    zero."""
     count, width = len(gate_up), gate_up.shape[-1]
     hidden = grouped_dot(rows, gate_up.reshape(count, -1, 2 * width), sizes, partly)
-    return grouped_dot(jax.nn.silu(hidden[:, :width]) * hidden[:, width:], down, sizes, partly)
+    activated = jax.nn.silu(hidden[:, :width]) * hidden[:, width:]
+    return grouped_dot(activated, down, sizes, partly)
 
 
 @jax.custom_vjp
 def permute(x: Float[Array, "M D"], order: Int[Array, " M"], inverse: Int[Array, " M"]) -> Float[Array, "M D"]:
-    """x[order]. Its derivative gathers as well, where that of indexing would scatter."""
+    """Returns x[order]. Its derivative gathers as well, where that of indexing would scatter."""
     return x[order]
 
 
-permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, d_out: (d_out[inverse], None, None))
+def _permute_fwd(x, order, inverse):
+    return x[order], inverse
+
+
+def _permute_bwd(inverse, d_out):
+    return d_out[inverse], None, None
+
+
+permute.defvjp(_permute_fwd, _permute_bwd)
 
 
 @jax.custom_vjp
 def _dispatch(x: Float[Array, "N D"], order: Int[Array, " R"], inverse: Int[Array, " R"]) -> Float[Array, "R D"]:
-    """A row for each pair, in `order`, with such a derivative as well."""
-    return x[order // (len(order) // len(x))]
+    """Makes a row for each pair, in `order`. Its derivative gathers, too."""
+    pairs_per_token = len(order) // len(x)
+    return x[order // pairs_per_token]
 
 
 def _dispatch_fwd(x, order, inverse):

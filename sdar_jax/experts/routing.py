@@ -11,7 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Routing(NamedTuple):
-    """Where tokens go. logits: float32 [N, E] (or wider). experts: int32 [N, k]. gates: [N, k], in the tokens' type."""
+    """The experts of each token.
+
+    Attributes:
+        logits: float32 [N, E] (or wider).
+        experts: int32 [N, k], those with the highest probability.
+        gates: [N, k], their weights, in the tokens' dtype.
+    """
 
     logits: Float[Array, "N E"]
     experts: Int[Array, "N k"]
@@ -21,8 +27,11 @@ class Routing(NamedTuple):
 class RouterSums(NamedTuple):
     """Sums over the tokens of a layer, float32; layers on a leading axis where there are several.
 
-    slots: how many token-expert pairs each expert got. probability: of each expert. squares: of the logits'
-    log-sum-exp. tokens: how many.
+    Attributes:
+        slots: [E], how many token-expert pairs each expert got.
+        probability: [E], the sum of each expert's probability.
+        squares: the sum of the squared log-sum-exp of the logits.
+        tokens: how many there are.
     """
 
     slots: Float[Array, "*layers E"]
@@ -32,7 +41,7 @@ class RouterSums(NamedTuple):
 
 
 def route(x: Float[Array, "N D"], router: Float[Array, "D E"], *, top_k: int, renormalise: bool) -> Routing:
-    """Softmax over all experts in float32, the `top_k` highest, and their sum scaled to one if `renormalise`."""
+    """Takes the `top_k` highest of a float32 softmax over all experts, scaled to a sum of one if `renormalise`."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.einsum("nd,de->ne", x, router.astype(x.dtype), preferred_element_type=wide)
     gates, experts = jax.lax.top_k(jax.nn.softmax(logits), top_k)
@@ -42,33 +51,44 @@ def route(x: Float[Array, "N D"], router: Float[Array, "D E"], *, top_k: int, re
 
 
 def router_sums(routing: Routing, counted: Bool[Array, " N"]) -> RouterSums:
-    """Over the tokens that are `counted`, whatever the others' logits are."""
+    """Sums up the routing of the tokens that are `counted`, whatever the others' logits are."""
     # Selected, not multiplied: 0 * NaN is NaN.
     logits = jnp.where(counted[:, None], routing.logits, 0)
     counted = counted.astype(logits.dtype)
     chosen = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=counted.dtype).sum(axis=1)
     probability = jax.nn.softmax(logits)
     squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
-    return RouterSums(counted @ chosen, counted @ probability, counted @ squares, counted.sum())
+    return RouterSums(
+        slots=counted @ chosen,
+        probability=counted @ probability,
+        squares=counted @ squares,
+        tokens=counted.sum(),
+    )
 
 
 def balance_loss(sums: RouterSums) -> Float[Array, ""]:
-    """E sum_e f_e P_e over the tokens of all layers: f_e experts' share of pairs a token, P_e mean probability.
+    """Computes E sum_e f_e P_e over the tokens of all layers: f_e the pairs of an expert per token, P_e its mean
+    probability.
 
     Equations (4) to (6) of Switch Transformer (arXiv 2101.03961) as transformers' `load_balancing_loss_func` has them:
     k where the load is even. Gradients flow through P alone.
     """
     tokens = jnp.maximum(sums.tokens.sum(), 1)
-    slots, probability = (x.reshape(-1, x.shape[-1]).sum(axis=0) / tokens for x in (sums.slots, sums.probability))
-    return slots.size * slots @ probability
+
+    def per_token(x: Array) -> Array:
+        return x.reshape(-1, x.shape[-1]).sum(axis=0) / tokens
+
+    slots = per_token(sums.slots)
+    return slots.size * slots @ per_token(sums.probability)
 
 
 def z_loss(sums: RouterSums) -> Float[Array, ""]:
-    """Mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906, equation 5), over all layers."""
+    """Computes the mean squared log-sum-exp of the router's logits (ST-MoE, arXiv 2202.08906, equation 5), over all
+    layers."""
     return sums.squares.sum() / jnp.maximum(sums.tokens.sum(), 1)
 
 
 def max_load(sums: RouterSums) -> Float[Array, ""]:
-    """Pairs of the busiest expert of any layer, as a multiple of an even share."""
+    """Computes the pairs of the busiest expert of any layer, as a multiple of an even share."""
     even = sums.slots.mean(axis=-1)
     return jnp.max(sums.slots.max(axis=-1) / jnp.maximum(even, 1))

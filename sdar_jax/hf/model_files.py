@@ -1,4 +1,4 @@
-"""Model directories as files: what is carried along with a model, and how one directory takes the place of another."""
+"""Model directories as files: which are carried along with a model, and how one directory replaces another."""
 
 import contextlib
 import fcntl
@@ -35,11 +35,12 @@ CARRIED_FILES = (
     "*processor_config.json",
     GENERATION_FILE,
 )
+# Of each weights file so many samples of so many bytes enter the fingerprint.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def carried_files(directory: Path) -> list[str]:
-    """Their names, relative to a directory that holds a model or a tokenizer."""
+    """Lists the names of files to carry along, relative to a directory that holds a model or a tokenizer."""
     found = {file for pattern in CARRIED_FILES for file in directory.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(directory).as_posix() for file in found)
 
@@ -50,8 +51,11 @@ def check_replaceable(path: Path) -> None:
         return
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file; choose a directory")
-    ours, templates = {"config.json", *carried_files(path)}, path / "additional_chat_templates"
-    files = [*path.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]
+    ours = {"config.json", *carried_files(path)}
+    templates = path / "additional_chat_templates"
+    files = list(path.iterdir())
+    if templates.is_dir():
+        files += templates.iterdir()
     names = [file.relative_to(path).as_posix() for file in files if file != templates]
     foreign = sorted(name for name in names if name not in ours and not is_weights_file(name))
     if foreign:
@@ -59,10 +63,11 @@ def check_replaceable(path: Path) -> None:
 
 
 def fingerprint(directory: Path) -> str:
-    """A hash of a model and its tokenizer, the same wherever they lie. Of weights it reads their size and samples."""
+    """Hashes a model and its tokenizer, wherever they lie. Of weights it reads their size and samples."""
     digest = hashlib.sha256()
-    for name in [name for name in ("config.json", *carried_files(directory)) if (directory / name).is_file()]:
-        digest.update(name.encode() + (directory / name).read_bytes())
+    for name in ("config.json", *carried_files(directory)):
+        if (directory / name).is_file():
+            digest.update(name.encode() + (directory / name).read_bytes())
     for file in sorted(directory.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
@@ -75,7 +80,7 @@ def fingerprint(directory: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new directory beside `path`, which takes its place when the block ends without an error."""
+    """Makes a new directory next to `path`, which replaces it when the block ends without an error."""
     _remove_leftovers(path)
     staging = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     new = staging / "new"
@@ -105,10 +110,12 @@ def _replace(path: Path, new: Path, old: Path) -> None:
 def _remove_leftovers(path: Path) -> None:
     """Removes staging directories of saves to `path` that were killed. Those of living processes are locked."""
     for staging in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if re.fullmatch(r"[0-9a-f]{8}", staging.name.removeprefix(f".{path.name}.")) and staging.is_dir():
-            with contextlib.suppress(OSError), _locked(staging) as locked:
-                if locked:
-                    _discard(staging, path)
+        suffix = staging.name.removeprefix(f".{path.name}.")
+        if not re.fullmatch(r"[0-9a-f]{8}", suffix) or not staging.is_dir():
+            continue
+        with contextlib.suppress(OSError), _locked(staging) as locked:
+            if locked:
+                _discard(staging, path)
 
 
 def _discard(staging: Path, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Hugging Face model directories in and out: `load_pretrained` and `save_pretrained`.
 
-Both walk the weights one by one with one table of names (`_PARTS`), so that host memory holds a weight and the tensor
-being read into it or written from it, and never a second model.
+Both go through the weights one by one with one table of names (`_PARTS`), so that host memory holds a weight and the
+tensor being read into it or written from it, and never a second model.
 """
 
 import json
@@ -42,7 +42,7 @@ from sdar_jax.model.quantization import is_quantized, quantize_weight
 
 log = logging.getLogger(__name__)
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Which tensors of theirs make up each weight of ours, and where in it they lie (shapes: see model.py).
+# Which tensors of theirs make up each weight of ours, and where in it they lie (shapes: see transformer.py).
 _ALL, _QUERIES, _KEY, _VALUE = np.s_[...], np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
 _GATE, _UP = np.s_[..., 0, :], np.s_[..., 1, :]
 _PARTS = {
@@ -66,7 +66,7 @@ _PARTS = {
     "experts_gate_up": {"mlp.experts.{}.gate_proj.weight": _GATE, "mlp.experts.{}.up_proj.weight": _UP},
     "experts_down": {"mlp.experts.{}.down_proj.weight": _ALL},
 }
-# The layout that transformers 5 computes in: all experts in one tensor, which it saves where it is told to.
+# The layout that transformers 5 computes in: all experts in one tensor, which it saves on request.
 _FUSED = {"experts_gate_up": "mlp.experts.gate_up_proj", "experts_down": "mlp.experts.down_proj"}
 # How many leading axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
 _INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1, "head": 1, "router": 1}
@@ -85,7 +85,7 @@ def load_pretrained(
     block_size: int | None = None,
     mask_token_id: int | None = None,
 ) -> Model:
-    """A model from a directory or the Hugging Face hub, its layers one by one.
+    """Loads a model from a directory or the Hugging Face hub, its layers one by one.
 
     Of `model_type` qwen3, qwen3_moe, qwen2, llama, sdar or sdar_moe. A warning names what the files say and is not
     followed: fields of config.json and generation_config.json that are not read, and a second set of weights. A head
@@ -107,15 +107,17 @@ def load_pretrained(
     if mesh is not None:
         check_mesh(mesh, config)
     int8 = dtype in ("int8", jnp.int8)
-    resolved = _resolved("auto" if int8 else dtype, mesh)
+    float_dtype = _resolved("auto" if int8 else dtype, mesh)
     with TensorReader(directory) as tensors:
         if config.tie_embeddings and _has_own_head(tensors):
             wrong = f"tie_word_embeddings is true, and {_HEAD} is there and differs from the embedding"
             log.warning("%s: %s; both are kept: set it to false in config.json", directory, wrong)
             config = replace(config, tie_embeddings=False)
-        skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), resolved))
+        skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), float_dtype))
         structure = jax.tree.structure(skeleton)
-        places = [None] * structure.num_leaves if mesh is None else jax.tree.leaves(shardings(skeleton, mesh))
+        places = [None] * structure.num_leaves
+        if mesh is not None:
+            places = jax.tree.leaves(shardings(skeleton, mesh))
         weights = _weights(skeleton)
         _check(tensors, weights)
         load = _load_int8 if int8 else _load
@@ -135,7 +137,7 @@ def save_pretrained(
 
     An AR model becomes a qwen3, qwen3_moe, qwen2 or llama directory; a converted one has `model_type` sdar or sdar_moe
     and its block_size and mask_token_id. Tensor names are the released ones in both, with a tensor for each matrix of
-    an expert. The directory is whole or not there: it is written under another name beside `path` first, and what
+    an expert. The directory is complete or absent: it is written under another name next to `path` first, and what
     `path` held is replaced only then. What a killed save left there is removed by the next one.
 
     Of a model on a mesh of several processes all call this: each tensor is gathered in turn, and the first process
@@ -159,7 +161,7 @@ def save_pretrained(
     cast = None if dtype is None else _supported(dtype)
     tensors = _to_write(model, cast)
     shared = not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(model))
-    if not shared or processes.is_first():
+    if not shared or processes.is_main_process():
         _write_directory(path, model.config, tensors, tokenizer_from, max_shard_bytes)
     else:
         for tensor in tensors:
@@ -190,9 +192,13 @@ def _write_directory(
 
 
 class _Part(NamedTuple):
-    """Where a tensor of theirs, or an expert's row of a fused one, lies in a weight of ours.
+    """The place of a tensor of theirs, or of an expert's row of a fused one, in a weight of ours.
 
-    expert: index on the weight's first axis, None where it has no experts. index: in the weight, or in that expert's.
+    Attributes:
+        name: of the tensor.
+        index: in the weight, or in that expert's.
+        expert: index on the weight's first axis, None where it has no experts.
+        fused: whether the tensor holds all experts.
     """
 
     name: str
@@ -206,9 +212,13 @@ _Region = tuple[range, ...]
 
 
 class _Weight(NamedTuple):
-    """A weight of one layer, or of none: its field in `Model` or `Layer`, and its place in a stacked array.
+    """A weight of one layer, or of none.
 
-    array: a jax.Array, or a jax.ShapeDtypeStruct where the model is abstract.
+    Attributes:
+        prefix: of its tensors' names.
+        field: its name in `Model` or `Layer`.
+        array: a jax.Array, or a jax.ShapeDtypeStruct where the model is abstract.
+        stacked_at: its layer's index in a stacked array, None where it is not stacked.
     """
 
     prefix: str
@@ -221,7 +231,7 @@ class _Weight(NamedTuple):
         return self.array.shape if self.stacked_at is None else self.array.shape[1:]
 
     def parts(self, found: Container[str] = ()) -> list[_Part]:
-        """Their full names; a fused tensor is taken for the experts if it is among those `found`."""
+        """Lists its tensors by full name; a fused one is taken for the experts if it is among those `found`."""
         names = _PARTS[self.field]
         if self.field not in _FUSED:
             return [_Part(self.prefix + name, index) for name, index in names.items()]
@@ -229,8 +239,11 @@ class _Weight(NamedTuple):
         experts = range(self.shape[0])
         if fused in found:
             return [_Part(fused, _ALL, expert, fused=True) for expert in experts]
-        parts = [(self.prefix + name, index, expert) for expert in experts for name, index in names.items()]
-        return [_Part(name.format(expert), index, expert) for name, index, expert in parts]
+        parts = []
+        for expert in experts:
+            for name, index in names.items():
+                parts.append(_Part((self.prefix + name).format(expert), index, expert))
+        return parts
 
     def our_shape(self, part: _Part) -> tuple[int, ...]:
         shape = self.shape if part.expert is None else self.shape[1:]
@@ -242,7 +255,7 @@ class _Weight(NamedTuple):
 
 
 def _weights(model: Model) -> list[_Weight]:
-    """In the order of `jax.tree.leaves` where layers are not stacked."""
+    """Lists a model's weights, in the order of `jax.tree.leaves` where layers are not stacked."""
     found = []
     for path, leaf in jax.tree.leaves_with_path(model):
         names = [getattr(key, "name", getattr(key, "idx", None)) for key in path]
@@ -261,8 +274,10 @@ def _their_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
     if field == "embedding":
         return shape
     inputs = _INPUT_AXES.get(field, 0)
-    outputs = math.prod(shape[inputs:])
-    return (outputs, math.prod(shape[:inputs])) if inputs else (outputs,)
+    num_outputs = math.prod(shape[inputs:])
+    if not inputs:
+        return (num_outputs,)
+    return num_outputs, math.prod(shape[:inputs])
 
 
 def _to_theirs(ours: np.ndarray, field: str) -> np.ndarray:
@@ -275,9 +290,10 @@ def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...]) -> np.ndarr
 
 
 def model_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
-    """Where a model lies on this machine; that of a hub id is fetched, without its weights if they are not wanted.
+    """Finds a model on this machine; a hub id is fetched, without its weights if they are not wanted.
 
-    Raises CheckpointError if there is none.
+    Raises:
+        CheckpointError: there is none.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -315,24 +331,26 @@ def _read_config(directory: Path, given: dict[str, int | None]) -> ModelConfig:
 
 
 def _has_own_head(tensors: TensorReader) -> bool:
-    """Whether there is an output head, and of other values than the embedding. Reads a part of both at a time."""
+    """Returns whether there is an output head that differs from the embedding. Reads a part of both at a time."""
     if not tensors.names() >= {_EMBEDDING, _HEAD}:
         return False
-    (shape, dtype), (head_shape, head_dtype) = tensors.describe(_EMBEDDING), tensors.describe(_HEAD)
+    shape, dtype = tensors.describe(_EMBEDDING)
+    head_shape, head_dtype = tensors.describe(_HEAD)
     if head_shape != shape or not {dtype, head_dtype} <= set(SUPPORTED_DTYPES.values()):
         # What does not fit is named where all tensors are checked.
         return True
     for start in range(0, shape[0], _ROWS_AT_ONCE):
         rows = slice(start, min(start + _ROWS_AT_ONCE, shape[0]))
         # Types may differ; float64 holds the values of all.
-        embedding, head = (tensors.read(name, rows).astype(np.float64) for name in (_EMBEDDING, _HEAD))
+        embedding = tensors.read(_EMBEDDING, rows).astype(np.float64)
+        head = tensors.read(_HEAD, rows).astype(np.float64)
         if not np.array_equal(embedding, head):
             return True
     return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is no file."""
+    """Reads a JSON object; an empty one where there is no file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -365,12 +383,14 @@ def _supported(dtype: DTypeLike) -> np.dtype:
 
 
 def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
-    """Names, shapes and types of the files against what the config implies; all that is wrong in one error."""
+    """Checks the tensors' names, shapes and types against what the config implies; one error names all that is
+    wrong."""
     found = set(tensors.names())
     wanted = {part.name: weight.their_shape(part) for weight in weights for part in weight.parts(found)}
     # A tied model may carry its head as well.
     ignored = {name for name in found if _DERIVED.search(name)} | {_HEAD}
-    shapes, types = [], []
+    shapes = []
+    types = []
     for name in sorted(found & set(wanted)):
         shape, dtype = tensors.describe(name)
         if shape != wanted[name]:
@@ -383,27 +403,27 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
         "of a wrong shape": shapes,
         "of an unsupported type": types,
     }
-    told = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
-    if told:
+    wrong = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
+    if wrong:
         # A file of a tied model without the flag lacks this one tensor.
         tied = "" if problems["missing"] != [_HEAD] else ", or set tie_word_embeddings to true if it has no such head"
         raise CheckpointError(
-            f"{tensors.directory}: tensors do not fit config.json; {'; '.join(told)}; use the config.json and weights "
-            f"of one model, in {', '.join(SUPPORTED_DTYPES.values())}{tied}"
+            f"{tensors.directory}: tensors do not fit config.json; {'; '.join(wrong)}; use the config.json and "
+            f"weights of one model, in {', '.join(SUPPORTED_DTYPES.values())}{tied}"
         )
 
 
 def _load(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> jax.Array:
-    """A weight where it belongs. This process reads what its devices hold of it."""
+    """Loads a weight to where it belongs. This process reads what its devices hold of it."""
     shape = weight.array.shape
     if place is None:
-        (whole,) = _read(tensors, weight, [tuple(map(range, shape))])
+        (array,) = _read(tensors, weight, [tuple(map(range, shape))])
         # Copies run in the background, and would keep the buffers of many weights alive.
-        return jnp.asarray(whole).block_until_ready()
+        return jnp.asarray(array).block_until_ready()
     indices: dict[Any, Any] = dict(place.addressable_devices_indices_map(shape))
-    regions = {
-        device: tuple(range(n)[i] for n, i in zip(shape, index, strict=True)) for device, index in indices.items()
-    }
+    regions = {}
+    for device, index in indices.items():
+        regions[device] = tuple(range(size)[part] for size, part in zip(shape, index, strict=True))
     distinct = list(dict.fromkeys(regions.values()))
     buffers = dict(zip(distinct, _read(tensors, weight, distinct), strict=True))
     shards = [jax.device_put(buffers[region], device) for device, region in regions.items()]
@@ -412,32 +432,37 @@ def _load(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> jax
 
 def _load_int8(tensors: TensorReader, weight: _Weight, place: Sharding | None) -> Any:
     array = _load(tensors, weight, place)
-    return jax.block_until_ready(quantize_weight(array, weight.field)) if is_quantized(weight.field) else array
+    if not is_quantized(weight.field):
+        return array
+    return jax.block_until_ready(quantize_weight(array, weight.field))
 
 
 def _read(tensors: TensorReader, weight: _Weight, regions: list[_Region]) -> list[np.ndarray]:
-    """These regions of a weight; each tensor is read once for all of them."""
+    """Reads these regions of a weight; each tensor is read once for all of them."""
     buffers = [np.empty([len(axis) for axis in region], weight.array.dtype) for region in regions]
     for part in weight.parts(tensors.names()):
-        pairs = zip(buffers, regions, strict=True)
-        held = [_of_part(part, *pair) for pair in pairs if part.expert is None or part.expert in pair[1][0]]
-        if not held:
+        targets = []
+        for buffer, region in zip(buffers, regions, strict=True):
+            if part.expert is None or part.expert in region[0]:
+                targets.append(_target(part, buffer, region))
+        if not targets:
             continue
         tensor = tensors.read(part.name, part.expert if part.fused else None)
         ours = _to_ours(tensor, weight.field, weight.our_shape(part))
-        for target, index in held:
+        for target, index in targets:
             with np.errstate(over="ignore"):
                 target[...] = ours[index]
             check_range(f"{tensors.directory}: {part.name}", ours[index], target)
-        # It is gone before the next one is read.
+        # Freed before the next one is read.
         del tensor, ours
     return buffers
 
 
-def _of_part(part: _Part, buffer: np.ndarray, region: _Region) -> tuple[np.ndarray, tuple[slice, ...]]:
-    """Where a region's buffer holds a part, and which of the part it is."""
+def _target(part: _Part, buffer: np.ndarray, region: _Region) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Finds the view of a region's buffer that holds a part, and which slice of the part it is."""
     if part.expert is not None:
-        buffer, region = buffer[part.expert - region[0].start], region[1:]
+        buffer = buffer[part.expert - region[0].start]
+        region = region[1:]
     index = [slice(axis.start, axis.stop) for axis in region]
     if part.index is not _ALL:
         # The axis that parts lie along is never split.
@@ -446,11 +471,12 @@ def _of_part(part: _Part, buffer: np.ndarray, region: _Region) -> tuple[np.ndarr
 
 
 def _to_write(model: Model, cast: np.dtype | None) -> list[Tensor]:
-    return [
-        Tensor(part.name, weight.their_shape(part), cast or _supported(weight.array.dtype), _reader(weight, part))
-        for weight in _weights(model)
-        for part in weight.parts()
-    ]
+    tensors = []
+    for weight in _weights(model):
+        dtype = cast or _supported(weight.array.dtype)
+        for part in weight.parts():
+            tensors.append(Tensor(part.name, weight.their_shape(part), dtype, _reader(weight, part)))
+    return tensors
 
 
 def _reader(weight: _Weight, part: _Part) -> Callable[[], np.ndarray]:

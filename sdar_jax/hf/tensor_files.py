@@ -21,7 +21,7 @@ from sdar_jax.errors import CheckpointError
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 log = logging.getLogger(__name__)
-# Where weights may lie besides: what is not read of these is named.
+# Other places where weights may lie: what is not read of these is named.
 _OTHER_WEIGHTS = (
     "*.safetensors",
     "pytorch_model*.bin",
@@ -40,7 +40,7 @@ SUPPORTED_DTYPES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
 class TensorReader:
     """The tensors of a directory by name: of one file, or of the shards that an index names. A context manager.
 
-    The one file comes first, as in transformers. A warning names weights that lie beside and are not read.
+    The one file comes first, as in transformers. A warning names other weights, which are not read.
 
     Raises:
         CheckpointError: on entry, where a file is missing, cut short, or not what the index says.
@@ -64,17 +64,20 @@ class TensorReader:
         return self._files.keys()
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape, and the format's name for the type; reads no data."""
+        """Returns the shape, and the format's name for the dtype; reads no data."""
         header = self._files[name].get_slice(name)
         return tuple(header.get_shape()), header.get_dtype()
 
     def read(self, name: str, rows: int | slice | None = None) -> np.ndarray:
-        """The tensor, or a row or some rows of its first axis alone."""
+        """Reads the tensor, or a row or some rows of its first axis alone."""
         file = self._files[name]
-        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        if rows is None:
+            return file.get_tensor(name)
+        return file.get_slice(name)[rows]
 
     def _locate(self) -> dict[str, Any]:
-        single, index = self.directory / WEIGHTS_FILE, self.directory / INDEX_FILE
+        single = self.directory / WEIGHTS_FILE
+        index = self.directory / INDEX_FILE
         if single.exists():
             self._name_ignored({WEIGHTS_FILE}, WEIGHTS_FILE)
             file = self._open(single)
@@ -101,7 +104,7 @@ class TensorReader:
         return {name: shards[shard] for name, shard in shard_of.items()}
 
     def _others(self, read: Set[str]) -> list[str]:
-        """Files with weights, by name, except those that are `read`."""
+        """Lists files with weights, by name, except those that are `read`."""
         found = [file for pattern in _OTHER_WEIGHTS for file in self.directory.glob(pattern)]
         return sorted({file.relative_to(self.directory).as_posix() for file in found} - read)
 
@@ -129,8 +132,9 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def is_weights_file(name: str) -> bool:
-    """Whether `write_tensors` makes files of this name."""
-    return name in (WEIGHTS_FILE, INDEX_FILE) or re.fullmatch(r"model-\d{5,}-of-\d{5,}\.safetensors", name) is not None
+    """Returns whether `write_tensors` makes files of this name."""
+    shard = re.fullmatch(r"model-\d{5,}-of-\d{5,}\.safetensors", name)
+    return name in (WEIGHTS_FILE, INDEX_FILE) or shard is not None
 
 
 def check_range(name: str, wide: np.ndarray, cast: np.ndarray) -> None:
@@ -140,7 +144,7 @@ def check_range(name: str, wide: np.ndarray, cast: np.ndarray) -> None:
 
 
 def listed(names: list[str], limit: int = 5) -> str:
-    """The first names, and a count of the others."""
+    """Joins the first names, and counts the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
@@ -159,7 +163,7 @@ class Tensor(NamedTuple):
 
 
 def write_tensors(directory: Path, tensors: list[Tensor], max_shard_bytes: int) -> None:
-    """One file, or several of at most `max_shard_bytes` (but a whole tensor at least) and their index."""
+    """Writes one file, or several of at most `max_shard_bytes` (but a full tensor at least) and their index."""
     shards = list(_shards(tensors, max_shard_bytes))
     if len(shards) == 1:
         return _write_file(directory / WEIGHTS_FILE, tensors)
@@ -173,11 +177,13 @@ def write_tensors(directory: Path, tensors: list[Tensor], max_shard_bytes: int) 
 
 
 def _shards(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    shard, size = [], 0
+    shard = []
+    size = 0
     for tensor in tensors:
         if shard and size + tensor.nbytes > limit:
             yield shard
-            shard, size = [], 0
+            shard = []
+            size = 0
         shard.append(tensor)
         size += tensor.nbytes
     yield shard
@@ -187,9 +193,13 @@ def _write_file(path: Path, tensors: list[Tensor]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        offsets = {"data_offsets": [start, end]}
-        header[tensor.name] = {"dtype": SUPPORTED_DTYPES[tensor.dtype], "shape": list(tensor.shape), **offsets}
+        start = end
+        end += tensor.nbytes
+        header[tensor.name] = {
+            "dtype": SUPPORTED_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

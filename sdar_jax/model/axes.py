@@ -1,4 +1,4 @@
-"""Which axes of this model's weights each axis of a mesh splits: the model's own table, over `devices.sharding`."""
+"""The model's own table, over `devices.sharding`: which axes of its weights each axis of a mesh splits."""
 
 import math
 from collections.abc import Sequence
@@ -58,31 +58,35 @@ def check_mesh(
 
     Args:
         batch_size: rows computed at once.
-        lengths: of the parts of a row that are computed: the whole of it, and its outputs.
+        lengths: numbers of positions per row that are computed: all of them, and the outputs.
     """
     check_rules(mesh)
-    heads, experts = model.num_kv_heads, model.num_experts
+    heads = model.num_kv_heads
+    experts = model.num_experts
     width = "moe_intermediate_size" if experts else "intermediate_size"
     size = getattr(model, width)
-    wholes = {
+    # What each axis has to divide, and why.
+    totals = {
         "tensor": (math.gcd(heads, size), f"the model has {heads} key-value heads and {width} {size}"),
         "fsdp": (model.hidden_size, f"the model has hidden_size {model.hidden_size}"),
         "expert": (experts or 1, f"the model has {experts} experts"),
     }
     if lengths:
-        told = " and ".join(map(str, dict.fromkeys(lengths)))
-        wholes["context"] = math.gcd(*lengths), f"rows are computed over {told} positions"
-    for axis, (whole, told) in wholes.items():
-        check_divides(f"mesh.{axis} is", axis_size(mesh, axis), whole, told)
+        listed = " and ".join(map(str, dict.fromkeys(lengths)))
+        totals["context"] = (math.gcd(*lengths), f"rows are computed over {listed} positions")
+    for axis, (total, reason) in totals.items():
+        check_divides(f"mesh.{axis} is", axis_size(mesh, axis), total, reason)
     if batch_size is not None:
-        rows = math.prod(axis_size(mesh, axis) for axis in carriers_of("batch", RULES))
-        axes = " * ".join(f"mesh.{axis}" for axis in carriers_of("batch", RULES))
-        check_divides(f"{axes} is", rows, batch_size, f"{batch_size} rows are computed at once")
+        batch_axes = carriers_of("batch", RULES)
+        row_parts = math.prod(axis_size(mesh, axis) for axis in batch_axes)
+        names = " * ".join(f"mesh.{axis}" for axis in batch_axes)
+        check_divides(f"{names} is", row_parts, batch_size, f"{batch_size} rows are computed at once")
 
 
 def check_rules(mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> None:
     """Raises ConfigError unless mesh and rules name known Auto axes, and no array would use one twice."""
-    for axis in (*mesh.axis_names, *(axis for name in rules for axis in carriers_of(name, rules))):
+    carriers = [axis for name in rules for axis in carriers_of(name, rules)]
+    for axis in (*mesh.axis_names, *carriers):
         if axis not in MESH_AXES:
             raise ConfigError(f"mesh axis {axis!r} is unknown; use axes out of {MESH_AXES}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -101,7 +105,7 @@ def check_rules(mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> None:
 
 
 def shardings[Tree](tree: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
-    """A tree like `tree`, with a NamedSharding for each array.
+    """Makes a tree like `tree`, with a NamedSharding for each array.
 
     Args:
         tree: weights or their shapes, stacked or not: a `Model`, weights by name, or anything that holds such, as a
@@ -114,21 +118,27 @@ def shardings[Tree](tree: Tree, mesh: Mesh, rules: Rules = RULES) -> Tree:
             array of several axes that is not in the table.
     """
     check_rules(mesh, rules)
-    place = lambda path, leaf: NamedSharding(mesh, _weight_spec(path, leaf.shape, mesh, rules))
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, _weight_spec(path, leaf.shape, mesh, rules))
+
     return jax.tree.map_with_path(place, tree)
 
 
 def constrain_weights[Tree](tree: Tree) -> Tree:
-    """Weights, or what has their names, lying as `shardings` says on the mesh in force."""
+    """Constrains weights, or what has their names, to lie as `shardings` says on the mesh in force."""
     mesh = current_mesh()
     if mesh is None:
         return tree
-    place = lambda path, leaf: jax.lax.with_sharding_constraint(leaf, _weight_spec(path, leaf.shape, mesh, RULES))
+
+    def place(path: tuple, leaf: Array) -> Array:
+        return jax.lax.with_sharding_constraint(leaf, _weight_spec(path, leaf.shape, mesh, RULES))
+
     return jax.tree.map_with_path(place, tree)
 
 
 def gathered[Tree](layer: Tree, dtype: DTypeLike) -> Tree:
-    """A layer's matrices in the type they are used in and complete along `embed`, gathered over the mesh in force.
+    """Casts a layer's matrices to the dtype they are used in and gathers them along `embed` over the mesh in force.
 
     Cast first: half as much travels. What splits them otherwise (heads, width, experts) still does.
     """
@@ -140,7 +150,7 @@ def gathered[Tree](layer: Tree, dtype: DTypeLike) -> Tree:
     def gather(path: tuple, weight: Array) -> Array:
         if "embed" not in _weight_axes(path, weight.ndim):
             return weight
-        # Said twice, or the compiler may gather before it casts.
+        # Constrained twice, or the compiler may gather before it casts.
         for table in (RULES, rules):
             place = _weight_spec(path, weight.shape, mesh, table)
             weight = jax.lax.with_sharding_constraint(weight.astype(dtype), place)
@@ -150,7 +160,7 @@ def gathered[Tree](layer: Tree, dtype: DTypeLike) -> Tree:
 
 
 def not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy for jax.checkpoint: the backward pass keeps what it needs, but gathers weights once more."""
+    """Decides for jax.checkpoint what to save: everything the backward pass needs but gathered weights."""
     return primitive.name != "sharding_constraint"
 
 
@@ -159,11 +169,12 @@ def _weight_spec(path: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh,
 
 
 def _weight_axes(path: tuple, rank: int) -> tuple[str | None, ...]:
-    """Logical axes by the last name of a weight in the path; layers in a stack have one more."""
+    """Finds logical axes by the last name of a weight in the path; layers in a stack have one more."""
     names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
     field = next((name for name in reversed(names) if name in WEIGHTS), None)
     if field is None and rank > 1:
         raise ConfigError(f"{'.'.join(names)} is not a known weight; add its logical axes to model.axes.WEIGHTS")
     if field is None:
         return ()
-    return ((None,) if "body" in names else ()) + WEIGHTS[field]
+    axes = WEIGHTS[field]
+    return (None, *axes) if "body" in names else axes

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from sdar_jax.errors import CheckpointError, ConfigError, is_int, is_number
+from sdar_jax.errors import CheckpointError, ConfigError, check_choices, is_int, is_number
 from sdar_jax.model.hf_fields import HARMLESS, ROPE_HARMLESS, SUPPORTED_AT, is_harmless, unread_fields
 from sdar_jax.paradigm import BlockOrigin, Objective, Paradigm, fills_masks, has_blocks, paradigm_of
 from sdar_jax.visibility import check_block_size
@@ -76,7 +76,8 @@ class RopeConfig:
 
         Where both are there, `rope_scaling` was added by hand and is what counts, as in transformers 5.
         """
-        written, added = _rope_table(config, "rope_parameters"), _rope_table(config, "rope_scaling")
+        written = _rope_table(config, "rope_parameters")
+        added = _rope_table(config, "rope_scaling")
         scaling = added or written
         rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
         if added and written.get("rope_type", "default") not in ("default", rope_type):
@@ -100,7 +101,7 @@ class RopeConfig:
         return cls(theta=theta, rope_type=rope_type, **given)
 
     def to_hf(self) -> dict[str, Any]:
-        """The classic keys, which every transformers version reads."""
+        """Writes the classic keys, which every transformers version reads."""
         if self.rope_type == "default":
             return {"rope_theta": self.theta}
         values = {name: getattr(self, name) for name in _ROPE_FIELDS[self.rope_type]}
@@ -117,27 +118,22 @@ def _rope_table(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _with_mscale(scaling: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """YaRN's attention factor from DeepSeek's two scales, where both are there; taken out of what is left to read."""
-    scales, factor = [scaling.get(name, 0) for name in ("mscale", "mscale_all_dim")], given.get("factor", 0)
+    """Derives YaRN's attention factor from DeepSeek's two scales, where both are there, and takes these out."""
+    names = ("mscale", "mscale_all_dim")
+    scales = [scaling.get(name, 0) for name in names]
+    factor = given.get("factor", 0)
     if not all(is_number(value) and value > 0 for value in (*scales, factor)):
         return scaling, given
-    above, below = (0.1 * scale * math.log(max(factor, 1)) + 1.0 for scale in scales)
-    rest = {name: value for name, value in scaling.items() if name not in ("mscale", "mscale_all_dim")}
-    return rest, {"attention_factor": above / below, **given}
+    numerator, denominator = (0.1 * scale * math.log(max(factor, 1)) + 1.0 for scale in scales)
+    rest = {name: value for name, value in scaling.items() if name not in names}
+    return rest, {"attention_factor": numerator / denominator, **given}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and purpose of a model; hashable, saved with it and read back.
 
-    Besides the shape: `objective` is what the weights were trained for; `block_size` and `mask_token_id` belong to
-    diffusion; `block_origin` says from where blocks are counted when decoding: the first token of the "sequence"
-    (SDAR) or of the "response" (LLaDA, D2F); `shifted`, `causal_clean` and `bidirectional_prompt` are those of
-    `Paradigm`, which `paradigm` gives whole. `stop_token_ids` end a generation: generation_config.json's list.
-
-    A mixture of experts (`num_experts` > 0, architecture "qwen3_moe") has them in every layer, each of width
-    `moe_intermediate_size`; `intermediate_size` is then only carried. `norm_topk_prob`: the gates of a token's
-    `num_experts_per_token` experts add up to one. `router_aux_loss_coef`: of the balance loss in training.
+    An MoE (`num_experts` > 0, architecture "qwen3_moe") has experts in every layer.
 
     Raises:
         ConfigError: a field out of its range, or fields that contradict each other.
@@ -146,6 +142,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Width of the dense feed-forward; an MoE only carries it."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -163,18 +160,29 @@ class ModelConfig:
     num_experts: int = 0
     num_experts_per_token: int = 0
     moe_intermediate_size: int = 0
+    """Width of each expert's feed-forward."""
     norm_topk_prob: bool = True
+    """Whether the gates of a token's experts add up to one."""
     router_aux_loss_coef: float = 0.001
+    """Coefficient of the balance loss in training."""
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     objective: Objective = "autoregressive"
+    """What the weights were trained for."""
     block_size: int | None = None
+    """S of block diffusion."""
     mask_token_id: int | None = None
+    """The mask of diffusion models."""
     block_origin: BlockOrigin = "sequence"
+    """Where blocks are counted from: the first token of the "sequence" (SDAR) or of the "response" (LLaDA, D2F)."""
     shifted: bool = False
+    """As in `Paradigm`."""
     causal_clean: bool = False
+    """As in `Paradigm`."""
     bidirectional_prompt: bool = False
+    """As in `Paradigm`."""
     stop_token_ids: tuple[int, ...] = ()
+    """The tokens that end a generation: generation_config.json's list."""
 
     def __post_init__(self):
         for name in _SIZES:
@@ -194,9 +202,7 @@ class ModelConfig:
             raise ConfigError(f"mask_token_id is {mask!r}; give an id of the vocabulary, 0 to {self.vocab_size - 1}")
         if not isinstance(self.stop_token_ids, tuple) or not all(map(is_int, self.stop_token_ids)):
             raise ConfigError(f"stop_token_ids is {self.stop_token_ids!r}; give a tuple of token ids")
-        for name, kind in (("objective", Objective), ("block_origin", BlockOrigin), ("architecture", Architecture)):
-            if getattr(self, name) not in get_args(kind):
-                raise ConfigError(f"{name} {getattr(self, name)!r} is unknown; use one of {get_args(kind)}")
+        check_choices(self)
         for name in ("shifted", "causal_clean", "bidirectional_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
@@ -206,14 +212,14 @@ class ModelConfig:
 
     @property
     def paradigm(self) -> Paradigm:
-        """What the model reads and predicts. Raises ConfigError where block diffusion has no block size yet."""
+        """How the model reads and predicts. Raises ConfigError where block diffusion has no block size yet."""
         return paradigm_of(self.objective, block_size=self.block_size, **self._diffusion)
 
     def with_blocks(self, block_size: int | None) -> Paradigm:
-        """The paradigm of the same model as one that fills masks in blocks of this size (None: in a document)."""
-        return paradigm_of(
-            "masked_diffusion" if block_size is None else "block_diffusion", block_size=block_size, **self._diffusion
-        )
+        """Returns the paradigm of the same model as one that fills masks in blocks of this size (None: in a
+        document)."""
+        objective = "masked_diffusion" if block_size is None else "block_diffusion"
+        return paradigm_of(objective, block_size=block_size, **self._diffusion)
 
     @property
     def _diffusion(self) -> dict[str, Any]:
@@ -225,9 +231,8 @@ class ModelConfig:
         }
 
     def _check_experts(self) -> None:
-        sizes = {
-            name: getattr(self, name) for name in ("num_experts", "num_experts_per_token", "moe_intermediate_size")
-        }
+        names = ("num_experts", "num_experts_per_token", "moe_intermediate_size")
+        sizes = {name: getattr(self, name) for name in names}
         sparse = self.architecture == "qwen3_moe"
         if not sparse and any(size != 0 for size in sizes.values()):
             raise ConfigError(f"architecture {self.architecture!r} has no experts; leave out {', '.join(sizes)}")
@@ -244,14 +249,14 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
-        """A released shape by name, such as "sdar-8b" or "qwen3-1.7b"."""
+        """Returns a released shape by name, such as "sdar-8b" or "qwen3-1.7b"."""
         if name not in PRESETS:
             raise ConfigError(f"preset {name!r} is unknown; use one of {sorted(PRESETS)}")
         return PRESETS[name]
 
     @classmethod
     def from_hf(cls, source: "dict[str, Any] | str | Path") -> "ModelConfig":
-        """From a config.json: its dict, its path, or the directory that holds it.
+        """Reads a config.json: its dict, its path, or the directory that holds it.
 
         Raises:
             CheckpointError: no such file, or not JSON. ConfigError: an architecture or option that is not supported.
@@ -274,10 +279,12 @@ class ModelConfig:
                 f"{file}: unknown fields are ignored: {', '.join(unread)}; if they change what the model computes, its "
                 "results here are wrong"
             )
-        return cls(**_shape(config, architecture), **{k: config.get(k, v) for k, v in {**_PURPOSE, **defaults}.items()})
+        purpose = {name: config.get(name, default) for name, default in {**_PURPOSE, **defaults}.items()}
+        return cls(**_shape(config, architecture), **purpose)
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json: its architecture's own for an AR model; once converted, `model_type` sdar or sdar_moe."""
+        """Makes the config.json: its architecture's own for an AR model; once converted, `model_type` sdar or
+        sdar_moe."""
         model_type: str = self.architecture
         if fills_masks(self.objective):
             model_type = "sdar_moe" if self.num_experts else "sdar"
@@ -395,20 +402,24 @@ def _refuse_unsupported(config: dict[str, Any], architecture: Any) -> None:
 
 
 def _unread(config: dict[str, Any], architecture: Any) -> list[str]:
-    """Fields that are neither read nor known to change nothing."""
-    read = _HF_READ | set(SUPPORTED_AT) | (_HF_READ_OF_EXPERTS if architecture == "qwen3_moe" else set())
+    """Lists the fields that are neither read nor known to change nothing."""
+    read = _HF_READ | set(SUPPORTED_AT)
+    if architecture == "qwen3_moe":
+        read |= _HF_READ_OF_EXPERTS
     if "use_sliding_window" in config or config.get("sliding_window") is None:
         read |= {"sliding_window", "max_window_layers"}
     return unread_fields({name: value for name, value in config.items() if name not in read}, HARMLESS)
 
 
 def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
-    """Shape fields, with the defaults that transformers gives each architecture."""
+    """Reads the shape's fields, with the defaults that transformers gives each architecture."""
     heads = config["num_attention_heads"]
     rope = RopeConfig.from_hf(config)
     bias = config.get("attention_bias", False)
     eos = config.get("eos_token_id")
-    stops = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    stops = eos if isinstance(eos, list) else [eos]
+    if eos is None:
+        stops = []
     if not all(map(is_int, stops)):
         raise ConfigError(f"eos_token_id is {eos!r}; give a token id, or a list of them")
     return {
@@ -437,7 +448,7 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
 
 
 def _context_length(stated: Any, rope: RopeConfig) -> Any:
-    """What YaRN reaches: `factor` times the original length. Model cards leave max_position_embeddings as it was."""
+    """Computes what YaRN reaches, `factor` times the original length; files leave max_position_embeddings as it was."""
     if rope.rope_type != "yarn" or not is_int(stated):
         return stated
     if rope.original_max_position_embeddings is None:
@@ -450,8 +461,9 @@ def _context_length(stated: Any, rope: RopeConfig) -> Any:
 
 
 def _experts(config: dict[str, Any]) -> dict[str, Any]:
-    """Those of a mixture that has them in every layer."""
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
+    """Reads the experts' fields of an MoE that has experts in every layer."""
+    step = config.get("decoder_sparse_step", 1)
+    dense = config.get("mlp_only_layers") or []
     if step != 1:
         raise ConfigError(f"decoder_sparse_step is {step!r}; only 1 is supported, experts in every layer")
     if dense:

@@ -1,4 +1,4 @@
-"""`to_diffusion`: an autoregressive model made ready to be trained as a diffusion model (semantics.md, section 5)."""
+"""`to_diffusion`: makes an autoregressive model ready to be trained as a diffusion model."""
 
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -30,7 +30,7 @@ def to_diffusion(
     causal_clean: bool | None = None,
     bidirectional_prompt: bool | None = None,
 ) -> Model:
-    """The model with its output head untied, a row for the mask token, and a config that says what it is to be.
+    """Unties the model's output head, gives it a row for the mask token, and a config that says what it is to be.
 
     Layers are shared with the given model, stacked or not. A model that is a diffusion model already keeps its weights
     and its mask, and takes the objective and what belongs to it (block size, origin and the like) alone.
@@ -77,7 +77,7 @@ def to_diffusion(
 
 
 def with_purpose(config: ModelConfig, objective: str, **values: Any) -> ModelConfig:
-    """The config of a model that is to fill masks.
+    """Makes the config of a model that is to fill masks.
 
     Args:
         values: block_size, block_origin, shifted, causal_clean and bidirectional_prompt; where None, the model's own.
@@ -121,7 +121,7 @@ def _mask_row(config: ModelConfig, mask_token_id: int | None, tokenizer_size: in
 def _initial(
     mask_init: str, used: Float[Array, "V D"], config: ModelConfig, mask: int, key: jax.Array | None
 ) -> Float[Array, " D"] | None:
-    """The mask's embedding, None to keep the row."""
+    """Makes the mask's embedding; None keeps the row."""
     if mask_init == "mean":
         return _mean(used, axis=0)
     if mask_init == "zeros":

@@ -10,17 +10,20 @@ from sdar_jax.devices.sharding import current_mesh, mesh_axes, num_shards
 
 
 def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Rows of `table`, in `dtype`; NaN for what is no id of it.
+    """Looks up rows of `table`, in `dtype`; NaN for what is no id of it.
 
     On a mesh each device looks up, in its part of the table, the tokens of all devices that it shares rows with along
     `embed`, and sends each of these what is theirs: as much travels as one activation holds, whatever the vocabulary.
     """
-    mesh, known = current_mesh(), (tokens >= 0) & (tokens < table.shape[0])
+    mesh = current_mesh()
+    known = (tokens >= 0) & (tokens < table.shape[0])
     if mesh is None:
         rows = jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
         return jnp.where(known[..., None], rows, jnp.nan)
-    batch, length = mesh_axes("batch", tokens.shape[0]), mesh_axes("length", tokens.shape[1])
-    vocab, width = mesh_axes("vocab", table.shape[0]), mesh_axes("embed", table.shape[1])
+    batch = mesh_axes("batch", tokens.shape[0])
+    length = mesh_axes("length", tokens.shape[1])
+    vocab = mesh_axes("vocab", table.shape[0])
+    width = mesh_axes("embed", table.shape[1])
     exchanged = width and set(width) <= set(batch)
     size = table.shape[0] // num_shards("vocab", table.shape[0])
 
@@ -32,14 +35,21 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLik
         # Another part's tokens are out of range here; negative ones would count from the end.
         tokens = jnp.where(tokens < 0, size, tokens)
         rows = jnp.take(table, tokens, axis=0, mode="fill", fill_value=0).astype(dtype)
-        rows = jax.lax.psum(rows, vocab) if vocab else rows
+        if vocab:
+            rows = jax.lax.psum(rows, vocab)
         if exchanged:
             return jax.lax.all_to_all(rows, width, split_axis=0, concat_axis=2, tiled=True)
-        return jax.lax.all_gather(rows, width, axis=2, tiled=True) if width else rows
+        if width:
+            return jax.lax.all_gather(rows, width, axis=2, tiled=True)
+        return rows
 
     by_token = PartitionSpec(batch or None, length or None)
     by_vocab = PartitionSpec(vocab or None, width or None)
-    rows = jax.shard_map(look_up, mesh=mesh, in_specs=(by_vocab, by_token), out_specs=by_token, check_vma=False)(
-        table, tokens
+    on_mesh = jax.shard_map(
+        look_up,
+        mesh=mesh,
+        in_specs=(by_vocab, by_token),
+        out_specs=by_token,
+        check_vma=False,
     )
-    return jnp.where(known[..., None], rows, jnp.nan)
+    return jnp.where(known[..., None], on_mesh(table, tokens), jnp.nan)

@@ -1,4 +1,4 @@
-"""Fields of Hugging Face's JSON files that this library does not read: which change nothing, and which must be refused.
+"""Fields of Hugging Face's JSON files that this library does not read: which change nothing, which must be refused.
 
 Each table maps a field to the values at which it changes nothing; null and what is empty never do.
 """
@@ -10,12 +10,16 @@ Harmless = Mapping[str, tuple[Any, ...]]
 
 
 def is_harmless(name: str, value: Any, harmless: Harmless) -> bool:
-    """Whether a field that is not read changes nothing."""
-    return value in (None, {}, []) or (name in harmless and (not harmless[name] or value in harmless[name]))
+    """Returns whether a field that is not read changes nothing."""
+    if value in (None, {}, []):
+        return True
+    if name not in harmless:
+        return False
+    return not harmless[name] or value in harmless[name]
 
 
 def unread_fields(fields: Mapping[str, Any], harmless: Harmless) -> list[str]:
-    """The names, sorted, of those that may change something."""
+    """Lists the names, sorted, of those that may change something."""
     return sorted(name for name, value in fields.items() if not is_harmless(name, value, harmless))
 
 

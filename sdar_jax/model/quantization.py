@@ -1,7 +1,7 @@
-"""Weight-only int8 for decoding: each matmul weight as integers with one float scale an output (qwix's QArray).
+"""Weight-only int8 for decoding: each matmul weight as integers with one float scale per output (qwix's QArray).
 
 A forward that is bound by reading weights reads half the bytes of bfloat16. Activations, norms, the embedding, keys
-and values, and the experts of a mixture with their routers stay as they are. The product is scaled after the matmul, so
+and values, and the experts of an MoE with their routers stay as they are. The product is scaled after the matmul, so
 that the integers go into it with no more than a conversion, which XLA fuses on GPU and TPU:
 
     x W = (x Q) s        Q = round(W / s),  s = max |W| / 127.5 over each output's inputs
@@ -37,7 +37,7 @@ def is_quantized(field: str) -> bool:
 
 
 def quantize_weight(weight: Array, field: str) -> QArray:
-    """One weight; `field` is its name in `Model` or `Layer`."""
+    """Quantizes one weight; `field` is its name in `Model` or `Layer`."""
     return _to_int8(weight, _OUTPUTS[field])
 
 
@@ -49,7 +49,7 @@ def _to_int8(weight: Array, outputs: tuple[int, ...]) -> QArray:
 
 
 def quantize[Tree](model: Tree) -> Tree:
-    """The same model with its matmul weights in int8, for `generate`, `Engine`, `logits` and `nelbo`.
+    """Makes the same model with its matmul weights in int8, for `generate`, `Engine`, `logits` and `nelbo`.
 
     Shares what it leaves as it is with the given one. Not for training or `save_pretrained`: keep the float model.
 
@@ -60,22 +60,25 @@ def quantize[Tree](model: Tree) -> Tree:
     names = [[str(getattr(key, "name", "")) for key in path] for path, _ in flat]
     if any("body" in each for each in names):
         raise ConfigError("the layers are stacked for training; quantize unstack_layers(model)")
-    fields = [next((name for name in each if is_quantized(name)), None) for each in names]
-    leaves = [quantize_weight(x, field) if field else x for (_, x), field in zip(flat, fields, strict=True)]
+    leaves = []
+    for (_, leaf), path_names in zip(flat, names, strict=True):
+        field = next((name for name in path_names if is_quantized(name)), None)
+        leaves.append(leaf if field is None else quantize_weight(leaf, field))
     return jax.tree.unflatten(structure, leaves)
 
 
 def dot(spec: str, x: Array, weight: nnx.Param | Any, accumulate: DTypeLike | None = None) -> Array:
-    """einsum(spec, x, weight) in the type of x, or in `accumulate`. The axes of the result end in the outputs."""
+    """Computes einsum(spec, x, weight) in the dtype of x, or in `accumulate`. The result's axes end in the outputs."""
     weight = weight[...]
     if not isinstance(weight, QArray):
         return jnp.einsum(spec, x, weight.astype(x.dtype), preferred_element_type=accumulate)
     product = jnp.einsum(spec, x, weight.qvalue.astype(x.dtype), preferred_element_type=accumulate)
     operands, result = spec.split("->")
-    summed = tuple(i for i, axis in enumerate(operands.split(",")[1]) if axis not in result)
+    _, weight_axes = operands.split(",")
+    summed = tuple(i for i, axis in enumerate(weight_axes) if axis not in result)
     return (product * weight.scale.squeeze(summed)).astype(product.dtype)
 
 
 def dequantized(weight: Any) -> Array:
-    """The floats that a weight stands for; a float one is returned as it is."""
+    """Returns the floats that a weight stands for; a float one as it is."""
     return qwix.dequantize(weight) if isinstance(weight, QArray) else weight

@@ -9,21 +9,24 @@ from sdar_jax.model.config import ModelConfig, RopeConfig
 
 
 def rotate(x: Float[Array, "B T H K"], cos: Array, sin: Array) -> Float[Array, "B T H K"]:
-    """Rotary embedding on the two halves of the head dimension, as Hugging Face lays them out."""
+    """Applies rotary embedding to the two halves of the head dimension, as Hugging Face lays them out."""
     first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos = cos[:, :, None]
+    sin = sin[:, :, None]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def rope_tables(config: ModelConfig, positions: Int[Array, "B T"], dtype: DTypeLike) -> tuple[Array, Array]:
-    """cos and sin [B, T, K / 2], float32 or wider, with the attention factor of YaRN folded in."""
+    """Computes cos and sin [B, T, K / 2], float32 or wider, with the attention factor of YaRN folded in."""
     frequencies, factor = rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
     angles = positions[..., None].astype(jnp.promote_types(dtype, jnp.float32)) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies [K / 2] and the factor on cos and sin, as transformers' modeling_rope_utils has them."""
+    """Computes inverse frequencies [K / 2] and the factor on cos and sin, as transformers' modeling_rope_utils has
+    them."""
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
     if rope.rope_type == "linear":
         return (frequencies / rope.factor).astype(np.float32), 1.0
@@ -35,7 +38,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tup
 
 
 def _llama3_frequencies(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
-    """Long wavelengths divided by the factor, short ones kept, and a linear blend between."""
+    """Divides long wavelengths by the factor, keeps short ones, and blends linearly between."""
     turns = rope.original_max_position_embeddings * frequencies / (2 * np.pi)
     keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     keep = np.clip(keep, 0, 1)
@@ -43,8 +46,9 @@ def _llama3_frequencies(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray
 
 
 def _yarn_frequencies(rope: RopeConfig, frequencies: np.ndarray, max_positions: int) -> np.ndarray:
-    """YaRN (arXiv 2309.00071): interpolated below `beta_slow` turns, kept above `beta_fast`, a ramp over dimensions."""
-    length, count = rope.original_max_position_embeddings or max_positions, len(frequencies)
+    """Interpolates as YaRN (arXiv 2309.00071): below `beta_slow` turns fully, above `beta_fast` not, a ramp between."""
+    length = rope.original_max_position_embeddings or max_positions
+    count = len(frequencies)
 
     def dimension(turns: float) -> float:
         return count * np.log(length / (turns * 2 * np.pi)) / np.log(rope.theta)

@@ -21,7 +21,7 @@ inputs. Decoding holds them one by one, as a scan would copy each layer's weight
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,19 +49,23 @@ Attend = Callable[[Array, Array, Array], tuple[Array, "LayerPages | None"]]
 
 
 class LayerPages(NamedTuple):
-    """Keys (rotated) and values of one layer, in pages that `page_table`s lend to sequences."""
+    """Keys (rotated) and values of one layer, in pages that `page_table`s assign to sequences."""
 
     k: Float[Array, "P G page K"]
     v: Float[Array, "P G page K"]
 
 
 class Windows(NamedTuple):
-    """What a paged forward reads: W consecutive tokens of each of N sequences. int32.
+    """The input of a paged forward: W consecutive tokens of each of N sequences. All int32.
 
-    start: position of the first. count: how many of the W are real; only their keys and values are written. visible:
-    each sees the first so many keys of its sequence, the window's own included. page_table: as for `paged_attention`.
-    positions: of each, where those past `count` are read without being written and stand elsewhere; None: from `start`
-    on.
+    Attributes:
+        tokens: [N, W].
+        start: [N], position of the first token.
+        count: [N], how many of the W are real; only their keys and values are written.
+        visible: [N, W], how many of the first keys of its sequence each token sees, the window's own included.
+        page_table: [N, M], as for `paged_attention`.
+        positions: [N, W], given where those past `count` are read without being written and stand elsewhere; None:
+            from `start` on.
     """
 
     tokens: Int[Array, "N W"]
@@ -76,15 +80,25 @@ class Layer(nnx.Module):
     """One decoder layer. Weights that its config has no use for are None: biases, norms, experts or the dense MLP."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike):
-        c, groups = config, config.num_heads // config.num_kv_heads
+        c = config
+        groups = c.num_heads // c.num_kv_heads
+        dense = c.num_experts == 0
+        sparse = not dense
         normal = partial(_normal, scale=c.initializer_range, dtype=dtype)
-        keys = jax.random.split(key, 5 if c.num_experts else 4)
-        ones = lambda size: nnx.Param(jnp.ones(size, dtype))
-        zeros = lambda wanted, *shape: nnx.Param(jnp.zeros(shape, dtype)) if wanted else None
-        matrix = lambda wanted, key, *shape: normal(key, *shape) if wanted else None
-        dense, sparse = c.num_experts == 0, c.num_experts > 0
+        keys = jax.random.split(key, 5 if sparse else 4)
+
+        def ones(size: int) -> nnx.Param:
+            return nnx.Param(jnp.ones(size, dtype))
+
+        def zeros(wanted: bool, *shape: int) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros(shape, dtype)) if wanted else None
+
+        def matrix(wanted: bool, key: jax.Array, *shape: int) -> nnx.Param | None:
+            return normal(key, *shape) if wanted else None
+
         self.eps = c.rms_norm_eps
-        self.top_k, self.renormalise = c.num_experts_per_token, c.norm_topk_prob
+        self.top_k = c.num_experts_per_token
+        self.renormalise = c.norm_topk_prob
         self.attention_norm = ones(c.hidden_size)
         self.qkv = normal(keys[0], c.hidden_size, c.num_kv_heads, groups + 2, c.head_dim)
         self.qkv_bias = zeros(c.qkv_bias, c.num_kv_heads, groups + 2, c.head_dim)
@@ -103,7 +117,7 @@ class Layer(nnx.Module):
         self.experts_down = matrix(sparse, keys[3], c.num_experts, width, c.hidden_size)
 
     def __call__(self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None):
-        """[B, T, D] -> ([B, outputs, D], the layer's pages, the routing of the B * outputs tokens or None).
+        """Maps [B, T, D] to ([B, outputs, D], the layer's pages, the routing of the B * outputs tokens or None).
 
         Only the first `outputs` positions are computed, or as many as `attend` gives.
         """
@@ -120,40 +134,53 @@ class Layer(nnx.Module):
             return x + mixed, pages, routing
 
     def project(self, x: Array, rope: tuple[Array, Array], outputs: int) -> tuple[Array, Array, Array]:
-        """Rotated queries [B, outputs, G R, K] and keys [B, T, G, K], and values [B, T, G, K]."""
-        norms = None, None
+        """Projects [B, T, D] to rotated queries [B, outputs, G R, K] and keys [B, T, G, K], and values [B, T, G, K]."""
+        q_norm, k_norm = None, None
         if self.q_norm is not None and self.k_norm is not None:
-            norms = self.q_norm[...], self.k_norm[...]
+            q_norm = self.q_norm[...]
+            k_norm = self.k_norm[...]
         if outputs == x.shape[1]:
             qkv = _bias(dot("btd,dgrk->btgrk", x, self.qkv), self.qkv_bias)
             # As one, queries and keys are half as many small operations, which is what a CPU's decoding waits for.
-            qk, v = qkv[..., :-1, :], qkv[..., -1, :]
-            joint = None if norms[0] is None else _rows_of(norms[0], qk.shape[-2] - 1, norms[1])
-            qk = self._rotated(qk, joint, rope)
-            q, k = qk[..., :-1, :], qk[..., -1, :]
+            qk = qkv[..., :-1, :]
+            norm = None
+            if q_norm is not None and k_norm is not None:
+                norm = _repeat_then(q_norm, qk.shape[-2] - 1, k_norm)
+            qk = self._rotated(qk, norm, rope)
+            q = qk[..., :-1, :]
+            k = qk[..., -1, :]
+            v = qkv[..., -1, :]
         else:
-            bias = (None, None) if self.qkv_bias is None else (self.qkv_bias[:, :-2], self.qkv_bias[:, -2:])
-            q = _bias(dot("btd,dgrk->btgrk", x[:, :outputs], self.qkv[:, :, :-2]), bias[0])
-            kv = _bias(dot("btd,dgrk->btgrk", x, self.qkv[:, :, -2:]), bias[1])
-            q, k = self._rotated(q, norms[0], rope), self._rotated(kv[..., :1, :], norms[1], rope)[..., 0, :]
+            q_bias, kv_bias = None, None
+            if self.qkv_bias is not None:
+                q_bias = self.qkv_bias[:, :-2]
+                kv_bias = self.qkv_bias[:, -2:]
+            q = _bias(dot("btd,dgrk->btgrk", x[:, :outputs], self.qkv[:, :, :-2]), q_bias)
+            kv = _bias(dot("btd,dgrk->btgrk", x, self.qkv[:, :, -2:]), kv_bias)
+            q = self._rotated(q, q_norm, rope)
+            k = self._rotated(kv[..., :1, :], k_norm, rope)[..., 0, :]
             v = kv[..., 1, :]
         return q.reshape(*q.shape[:2], -1, q.shape[-1]), k, v
 
     def _rotated(self, heads: Array, norm: Array | None, rope: tuple[Array, Array]) -> Array:
-        """[B, T, G, R, K], normed if these layers do that, at the first T of the positions."""
+        """Rotates [B, T, G, R, K], normed if these layers do that, at the first T of the positions."""
         if norm is not None:
             heads = rms_norm(heads, norm, self.eps)
-        cos, sin = (table[:, : heads.shape[1]] for table in rope)
-        return rotate(heads.reshape(*heads.shape[:2], -1, heads.shape[-1]), cos, sin).reshape(heads.shape)
+        length = heads.shape[1]
+        cos, sin = (table[:, :length] for table in rope)
+        flat = heads.reshape(*heads.shape[:2], -1, heads.shape[-1])
+        return rotate(flat, cos, sin).reshape(heads.shape)
 
     def mlp(self, x: Array) -> tuple[Array, Routing | None]:
+        """Computes the feed-forward of [B, T, D], dense or of experts, and the routing of the latter."""
         if self.gate_up is None or self.down is None:
-            return self.mixture(x)
+            return self.moe(x)
         gate_up = _bias(dot("btd,dcf->btcf", x, self.gate_up), self.gate_up_bias)
         hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
         return _bias(dot("btf,fd->btd", hidden, self.down), self.down_bias), None
 
-    def mixture(self, x: Array) -> tuple[Array, Routing]:
+    def moe(self, x: Array) -> tuple[Array, Routing]:
+        """Computes the experts' feed-forward of [B, T, D], and the routing of its B * T tokens."""
         held = (self.router, self.experts_gate_up, self.experts_down)
         router, gate_up, down = (weight[...].astype(x.dtype) for weight in held if weight is not None)
         routing = route(x.reshape(-1, x.shape[-1]), router, top_k=self.top_k, renormalise=self.renormalise)
@@ -161,7 +188,8 @@ class Layer(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Layers for training: `body` holds all but the last on a leading axis (None for one layer), `last` the last."""
+    """The layers for training: `body` holds all but the last on a leading axis (None for one layer), `last` the
+    last."""
 
     def __init__(self, body: Layer | None, last: Layer):
         self.body = nnx.data(body)
@@ -183,7 +211,10 @@ class Model(nnx.Module):
         keys = jax.random.split(key, config.num_layers + 2)
         self.config = config
         self.embedding = normal(keys[0], config.vocab_size, config.hidden_size)
-        layer = lambda key: Layer(config, key, dtype)
+
+        def layer(key: jax.Array) -> Layer:
+            return Layer(config, key, dtype)
+
         if stacked:
             body = jax.vmap(layer)(keys[2:-1]) if config.num_layers > 1 else None
             self.layers: nnx.List | Stack = Stack(body, layer(keys[-1]))
@@ -197,22 +228,11 @@ class Model(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         ranges: Ranges,
-        *,
-        outputs: int | None = None,
-        remat: Remat = "none",
-        compute_dtype: DTypeLike | None = None,
+        **options: Any,
     ) -> Float[Array, "B outputs D"]:
-        """Final hidden states, after the last norm, of the first `outputs` positions (all if None).
-
-        What the others need in the last layer beyond their keys and values is not computed.
-
-        Args:
-            ranges: what each of the T positions sees of the same T.
-            remat: what the backward pass recomputes: "none", all but matmul outputs ("dots"), or whole layers ("full").
-            compute_dtype: of activations and matmuls; the weights' own if None. Norms and softmax are float32.
-        """
-        options = {"outputs": outputs, "remat": remat, "compute_dtype": compute_dtype}
-        return self.hidden_and_routing(tokens, positions, ranges, **options)[0]
+        """Computes the hidden states of `hidden_and_routing`, whose options these are, without the routing."""
+        hidden, _ = self.hidden_and_routing(tokens, positions, ranges, **options)
+        return hidden
 
     def hidden_and_routing(
         self,
@@ -224,46 +244,59 @@ class Model(nnx.Module):
         remat: Remat = "none",
         compute_dtype: DTypeLike | None = None,
     ) -> tuple[Float[Array, "B outputs D"], RouterSums | None]:
-        """As `hidden`, and the statistics of each layer's router over the positions it computes that see anything.
+        """Computes the hidden states, after the last norm, of the first `outputs` positions (all if None).
 
-        None for a dense model.
+        What the others need in the last layer beyond their keys and values is not computed.
+
+        Args:
+            tokens: int32 [B, T].
+            positions: int32 [B, T].
+            ranges: what each of the T positions sees of the same T.
+            remat: what the backward pass recomputes: "none", all but matmul outputs ("dots"), or full layers ("full").
+            compute_dtype: of activations and matmuls; the weights' own if None. Norms and softmax are float32.
+
+        Returns:
+            [B, outputs, D], and the statistics of each layer's router over the positions it computes that see
+            anything; None for a dense model.
         """
         outputs = tokens.shape[1] if outputs is None else outputs
         x = constrain(self.embed(tokens, compute_dtype), *HIDDEN_STATES)
         rope = rope_tables(self.config, positions, x.dtype)
-        full = _rematerialised(partial(_layer_forward, outputs=None), remat)
+        inner = _rematerialised(partial(_layer_forward, outputs=None), remat)
         last = _rematerialised(partial(_layer_forward, outputs=outputs), remat)
         sums = []
         if isinstance(self.layers, Stack):
             if self.layers.body is not None:
-                x, stacked = jax.lax.scan(lambda x, layer: full(layer, x, rope, ranges), x, self.layers.body)
-                sums.append(stacked)
-            x, own = last(self.layers.last, x, rope, ranges)
-            sums.append(jax.tree.map(lambda leaf: leaf[None], own))
+                x, body_sums = jax.lax.scan(lambda x, layer: inner(layer, x, rope, ranges), x, self.layers.body)
+                sums.append(body_sums)
+            x, last_sums = last(self.layers.last, x, rope, ranges)
+            sums.append(jax.tree.map(lambda leaf: leaf[None], last_sums))
             routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sums)
         else:
             for layer in list(self.layers)[:-1]:
-                x, own = full(layer, x, rope, ranges)
-                sums.append(own)
-            x, own = last(self.layers[-1], x, rope, ranges)
-            routing = jax.tree.map(lambda *parts: jnp.stack(parts), *sums, own)
+                x, layer_sums = inner(layer, x, rope, ranges)
+                sums.append(layer_sums)
+            x, last_sums = last(self.layers[-1], x, rope, ranges)
+            routing = jax.tree.map(lambda *parts: jnp.stack(parts), *sums, last_sums)
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps), routing
 
     def hidden_paged(
         self, windows: Sequence[Windows], cache: list[LayerPages], wanted: int | None = None
     ) -> tuple[list[Float[Array, "N W D"]], list[LayerPages]]:
-        """Final hidden states of windows of tokens, of one or more widths, over keys and values kept in pages.
+        """Computes the hidden states of windows of tokens, of one or more widths, over keys and values kept in pages.
 
         All keys and values are written before any are read, so windows of one sequence see each other. Matmuls run over
         the tokens of all windows as one. Needs layers one by one (`unstack_layers`).
 
         Args:
+            windows: what is read, one or more widths.
+            cache: each layer's pages.
             wanted: only the first so many of `windows` need hidden states, the others leave the last layer with their
                 keys and values; None is all.
 
         Returns:
-            The hidden states of each that is wanted, rubbish past its `count`; and the pages, written in place where
-            the given ones are donated.
+            The hidden states [N, W, D] of each that is wanted, undefined past its `count`; and the pages, written in
+            place where the given ones are donated.
 
         Raises:
             ConfigError: the layers are stacked.
@@ -271,27 +304,28 @@ class Model(nnx.Module):
         if isinstance(self.layers, Stack):
             raise ConfigError("the layers are stacked for training; decode with unstack_layers(model)")
         positions = [_positions(w) for w in windows]
-        x = self.embed(_joined([w.tokens for w in windows]))
-        rope = rope_tables(self.config, _joined(positions), x.dtype)
+        x = self.embed(_concatenated([w.tokens for w in windows]))
+        rope = rope_tables(self.config, _concatenated(positions), x.dtype)
         updated = []
         for i, (layer, pages) in enumerate(zip(self.layers, cache, strict=True)):
             reading = windows[:wanted] if i == len(cache) - 1 else windows
             x, pages, _ = layer(x, rope, partial(_attend_paged, windows, reading, pages))
             updated.append(pages)
-        return _parted(rms_norm(x, self.final_norm, self.config.rms_norm_eps), windows[:wanted]), updated
+        hidden = rms_norm(x, self.final_norm, self.config.rms_norm_eps)
+        return _split(hidden, windows[:wanted]), updated
 
     def embed(self, tokens: Int[Array, "B T"], compute_dtype: DTypeLike | None = None) -> Float[Array, "B T D"]:
-        """Token embeddings, in the type that the rest of the forward computes in."""
+        """Looks up token embeddings, in the dtype that the rest of the forward computes in."""
         return embed(self.embedding[...], tokens, compute_dtype or self.embedding.dtype)
 
     def output_weights(self) -> tuple[Array, int]:
-        """The output head and which of its axes is the vocabulary: [D, V] and 1, or the tied embedding [V, D] and 0."""
+        """Returns the output head and which of its axes is the vocabulary: [D, V] and 1, or the tied [V, D] and 0."""
         if self.head is None:
             return self.embedding[...], 0
         return dequantized(self.head[...]), 1
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Logits, accumulated and returned in float32 (float64 for float64 weights)."""
+        """Computes logits, accumulated and returned in float32 (float64 for float64 weights)."""
         accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
         if self.head is None:
             return dot("...d,vd->...v", hidden, self.embedding, accumulate)
@@ -301,7 +335,7 @@ class Model(nnx.Module):
 def empty_pages(
     config: ModelConfig, pages: int, page_size: int, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> list[LayerPages]:
-    """Zeros for `pages` of `page_size` positions in every layer, split over `mesh` by key-value heads."""
+    """Makes zeros for `pages` of `page_size` positions in every layer, split over `mesh` by key-value heads."""
     shape = (pages, config.num_kv_heads, page_size, config.head_dim)
     place = None if mesh is None else named(mesh, PAGES, shape)
     return _zero_pages(config.num_layers, shape, jnp.dtype(dtype), place)
@@ -315,14 +349,14 @@ def _zero_pages(layers: int, shape: tuple[int, ...], dtype: np.dtype, place: Nam
 
 
 def rms_norm(x: Array, weight: nnx.Param | Array, eps: float) -> Array:
-    """x / rms(x) * weight over the last axis, in float32 until the scale is applied."""
+    """Computes x / rms(x) * weight over the last axis, in float32 until the scale is applied."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * weight[...].astype(x.dtype)
 
 
 def stack_layers(model: Model) -> Model:
-    """The same model with its layers stacked for training. Donates: the given model's layer weights are freed."""
+    """Stacks a model's layers for training. Donates: the given model's layer weights are freed."""
     if isinstance(model.layers, Stack):
         return model
     layers = list(model.layers)
@@ -331,7 +365,7 @@ def stack_layers(model: Model) -> Model:
 
 
 def unstack_layers(model: Model, *, donate: bool = False) -> Model:
-    """The same model with its layers one by one for decoding; `donate` frees the stacked weights as it goes."""
+    """Splits a model's layers into single ones for decoding; `donate` frees the stacked weights on the way."""
     if not isinstance(model.layers, Stack):
         return model
     count = model.config.num_layers - 1
@@ -371,7 +405,7 @@ def logits(
     block_size: int | None,
     segment_ids: Int[Array | np.ndarray, "B L"] | None = None,
 ) -> Float[Array, "B L V"]:
-    """One clean pass; the logits of each position are in place, before any shift.
+    """Computes one clean pass; the logits of each position are in place, before any shift.
 
     Args:
         tokens: int32 [B, L].
@@ -385,7 +419,8 @@ def logits(
     tokens = jnp.asarray(tokens, jnp.int32)
     segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
     positions = visibility.segments(segment_ids).positions
-    return model.unembed(model.hidden(tokens, positions, visibility.block_causal(segment_ids, block_size)))
+    ranges = visibility.block_causal(segment_ids, block_size)
+    return model.unembed(model.hidden(tokens, positions, ranges))
 
 
 def _layer_forward(
@@ -395,15 +430,21 @@ def _layer_forward(
     layer = gathered(layer, x.dtype)
     x, _, routing = layer(x, rope, lambda q, k, v: (attention(q, k, v, seen), None), outputs)
     x = constrain(x, *HIDDEN_STATES)
-    return x, None if routing is None else router_sums(routing, (seen.end > seen.start).any(axis=-1).reshape(-1))
+    if routing is None:
+        return x, None
+    sees_anything = (seen.end > seen.start).any(axis=-1)
+    return x, router_sums(routing, sees_anything.reshape(-1))
 
 
 def _attend_paged(windows: Sequence[Windows], reading: Sequence[Windows], pages: LayerPages, q, k, v):
     """Writes the keys and values of all windows, and attends from the first of them, `reading`."""
-    for w, new_k, new_v in zip(windows, _parted(k, windows), _parted(v, windows), strict=True):
+    for w, new_k, new_v in zip(windows, _split(k, windows), _split(v, windows), strict=True):
         pages = LayerPages(*write_pages(*pages, new_k, new_v, w.page_table, w.start, w.count))
-    parts = zip(reading, _parted(q, reading), strict=True)
-    return _joined([paged_attention(q, *pages, w.page_table, w.visible) for w, q in parts], q[:, :0]), pages
+    attended = [
+        paged_attention(part, *pages, w.page_table, w.visible)
+        for w, part in zip(reading, _split(q, reading), strict=True)
+    ]
+    return _concatenated(attended, q[:, :0]), pages
 
 
 def _positions(window: Windows) -> Int[Array, "N W"]:
@@ -412,15 +453,15 @@ def _positions(window: Windows) -> Int[Array, "N W"]:
     return window.start[:, None] + jnp.arange(window.tokens.shape[1], dtype=jnp.int32)
 
 
-def _joined(parts: Sequence[Array], none: Array | None = None) -> Array:
-    """[N, W, ...] of each window as one row of tokens, [1, T, ...]; `none`, where there are no windows."""
+def _concatenated(parts: Sequence[Array], none: Array | None = None) -> Array:
+    """Joins [N, W, ...] of each window into one row of tokens, [1, T, ...]; gives `none` where there are no windows."""
     if not parts and none is not None:
         return none
     return jnp.concatenate([part.reshape(1, -1, *part.shape[2:]) for part in parts], axis=1)
 
 
-def _parted(x: Array, windows: Sequence[Windows]) -> list[Array]:
-    """The inverse of `_joined`; what is left of the row, if `windows` are but the first of it, is left out."""
+def _split(x: Array, windows: Sequence[Windows]) -> list[Array]:
+    """Inverts `_concatenated`; where `windows` are only the first of the row, the rest of it is left out."""
     ends = np.cumsum([w.tokens.size for w in windows]).tolist()
     parts = [x[:, end - w.tokens.size : end] for w, end in zip(windows, ends, strict=True)]
     return [part.reshape(*w.tokens.shape, *x.shape[2:]) for part, w in zip(parts, windows, strict=True)]
@@ -439,8 +480,8 @@ def _normal(key: jax.Array, *shape: int, scale: float, dtype: DTypeLike) -> nnx.
     return nnx.Param(scale * jax.random.normal(key, shape, dtype))
 
 
-def _rows_of(repeated: Array, times: int, last: Array) -> Array:
-    """[times + 1, K]: the one so many times, then the other."""
+def _repeat_then(repeated: Array, times: int, last: Array) -> Array:
+    """Stacks the first vector so many times, then the other: [times + 1, K]."""
     return jnp.concatenate([jnp.broadcast_to(repeated, (times, *repeated.shape)), last[None]])
 
 

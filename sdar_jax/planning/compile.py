@@ -20,8 +20,8 @@ from sdar_jax.planning.count import Counts, Rounds, count
 from sdar_jax.planning.hlo import Instruction, parse
 from sdar_jax.planning.work import Expected, expected
 from sdar_jax.training import TrainConfig
+from sdar_jax.training.resolve_model import starting_shape, trained_shape
 from sdar_jax.training.setup import abstract_state, check_run, configured_step
-from sdar_jax.training.stages import starting_shape, trained_shape
 
 
 class Memory(NamedTuple):
@@ -75,12 +75,12 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
     chip = CHIPS[name.partition(":")[0]]
     begun = time.perf_counter()
     with compiling_for(devices[0]):
-        asked = expected(config, model)
+        expected_counts = expected(config, model)
         rebuild, state, _ = abstract_state(config, model, mesh)
         batch = _abstract_batch(config, model, mesh)
         with sharding.activate_mesh(mesh):
             lowered = configured_step(config, model, rebuild).lower(state, batch)
-        rounds = _loss_rounds(config, model, mesh, asked)
+        rounds = _loss_rounds(config, model, mesh, expected_counts)
     weights, optimizer, ema = map(_held, (state.weights, state.optimizer, state.ema))
     held = Memory(weights, optimizer, ema, _held((batch, state.key, state.step)), 0.0, 0.0)
     try:
@@ -93,7 +93,7 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
         counts = count(parse(compiled.as_text() or ""), rounds, routed=routed)
     tokens = config.data.batch_size * config.data.sequence_length
     spent = time.perf_counter() - begun
-    return Compiled(config, model, name, chip, mesh, asked, memory, counts, tokens, spent)
+    return Compiled(config, model, name, chip, mesh, expected_counts, memory, counts, tokens, spent)
 
 
 def _abstract_batch(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Batch:
@@ -101,8 +101,8 @@ def _abstract_batch(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Batc
     like = lambda length, dtype: jax.ShapeDtypeStruct((data.batch_size, length), dtype, sharding=place)
     row: Any = like(data.sequence_length, jnp.int32)
     noisy: Any = None if data.noisy_length is None else like(data.noisy_length, jnp.int32)
-    learned: Any = like(data.sequence_length, jnp.bool_)
-    return Batch(row, row, learned, noisy)
+    loss_mask: Any = like(data.sequence_length, jnp.bool_)
+    return Batch(row, row, loss_mask, noisy)
 
 
 def _held(tree: Any) -> float:
@@ -132,12 +132,12 @@ def _refused(error: Exception, held: Memory) -> Memory:
     return held._replace(temporaries=max(needed - held.total, 0.0) if said[1] else needed)
 
 
-def _loss_rounds(config: TrainConfig, model: ModelConfig, mesh: Mesh, asked: Expected) -> Rounds:
+def _loss_rounds(config: TrainConfig, model: ModelConfig, mesh: Mesh, step: Expected) -> Rounds:
     """Chunks of weighted tokens that a device walks over in each micro-batch, as the loss would choose them."""
     micro = config.data.batch_size // (config.micro_batch_size or config.data.batch_size)
     tensor = mesh.shape["tensor"] if model.vocab_size % mesh.shape["tensor"] == 0 else 1
-    tokens = float(asked.work.asked) / micro / (mesh.size // mesh.shape["tensor"])
-    outputs = float(asked.work.outputs) / micro / (mesh.size // mesh.shape["tensor"])
+    tokens = float(step.token_counts.num_loss_tokens) / micro / (mesh.size // mesh.shape["tensor"])
+    outputs = float(step.token_counts.outputs) / micro / (mesh.size // mesh.shape["tensor"])
     chunk = min(chunk_size(model.vocab_size // tensor), outputs)
     rounds = math.ceil(tokens / chunk)
 

@@ -2,9 +2,9 @@
 
 from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.training.config import CheckpointConfig, InitConfig, OptimizerConfig, TrainConfig
+from sdar_jax.training.config_io import read_command_line, read_config
 from sdar_jax.training.extensions import TrainingObjective
 from sdar_jax.training.loop import Outcome, run, train
-from sdar_jax.training.reading import read_command_line, read_config
 from sdar_jax.training.tiny import tiny
 
 __all__ = [

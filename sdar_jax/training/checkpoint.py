@@ -39,7 +39,7 @@ _DIGESTS = "sha256.json"
 _ITEMS = ("state", "position")
 
 
-class Position(NamedTuple):
+class HostState(NamedTuple):
     """What a checkpoint holds besides arrays, as JSON: data.get_state(), Meter.get_state(), both configs in full.
 
     files: `data_files.fingerprint` of what the data is read from; None in a checkpoint from before there was one.
@@ -93,7 +93,7 @@ class Checkpoints:
         """The newest step, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, position: Position) -> None:
+    def save(self, state: TrainState, position: HostState) -> None:
         """Copies the state to the host and returns; the rest goes on in the background.
 
         Raises:
@@ -122,12 +122,12 @@ class Checkpoints:
                 f"{self.directory}: checkpoint {self._saving} cannot be written ({reason}); make room, then start again"
             ) from error
 
-    def position(self) -> Position | None:
+    def position(self) -> HostState | None:
         """Of the newest checkpoint, None if there is none."""
         if self.latest is None:
             return None
         items = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return Position(**self._manager.restore(self.latest, args=items)["position"])
+        return HostState(**self._manager.restore(self.latest, args=items)["position"])
 
     def state(self, like: TrainState) -> TrainState:
         """Of the newest checkpoint, bit for bit, whatever mesh it was saved from.
@@ -148,7 +148,7 @@ class Checkpoints:
         with self._failures_reported(), ocp.StandardCheckpointer() as writer:
             writer.save(self._frozen / _ITEMS[0], weights, force=True)
             writer.wait_until_finished()
-            if processes.is_first():
+            if processes.is_main_process():
                 _write_digests(self._frozen)
 
     def frozen(self, like: dict[str, Any]) -> Weights:
@@ -168,13 +168,13 @@ class Checkpoints:
             return reader.restore(self._frozen / _ITEMS[0], like)
 
     def _set_damaged_aside(self) -> None:
-        steps = processes.from_first(
+        steps = processes.broadcast(
             lambda: sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
         )
         damaged = list(itertools.takewhile(lambda step: not _is_whole(self.directory / str(step)), reversed(steps)))
         if damaged and len(damaged) == len(steps):
             raise CheckpointError(f"{self.directory}: every checkpoint is damaged; restore one or use a new run_dir")
-        for step in map(str, damaged if processes.is_first() else ()):
+        for step in map(str, damaged if processes.is_main_process() else ()):
             shutil.rmtree(self._damaged / step, ignore_errors=True)
             self._damaged.mkdir(exist_ok=True)
             (self.directory / step).rename(self._damaged / step)
@@ -202,7 +202,7 @@ def _plain_name(directory: Path) -> Iterator[Path]:
     if not set("[]\\") & set(str(directory)):
         yield directory
         return
-    link = Path(tempfile.gettempdir(), processes.from_first(lambda: f"run-{uuid.uuid4().hex}"))
+    link = Path(tempfile.gettempdir(), processes.broadcast(lambda: f"run-{uuid.uuid4().hex}"))
     with contextlib.suppress(FileExistsError):
         link.symlink_to(directory)
     try:

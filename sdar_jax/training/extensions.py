@@ -9,7 +9,7 @@ from jaxtyping import Array
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, Example, LossMetrics
+from sdar_jax.objectives import Batch, LossInputs, LossMetrics
 
 Evaluator = Callable[[Model, int], dict[str, float]]
 """(model, step) -> named numbers."""
@@ -21,21 +21,21 @@ class TrainingObjective(NamedTuple):
     """An objective of one's own: two functions of JAX arrays, which are traced into the step.
 
     Attributes:
-        make_example: (batch, key, model's config) -> what the network reads and is asked, and how much each row counts.
-            Called on the whole batch of a step; the key differs from step to step. An example has the batch's rows in
-            their order, or for each as many views, one after the other.
-        loss: (model, example, *, remat, compute_dtype) -> the weighted sum over an example, float32, and its metrics.
-            Called on each micro-batch, and divided by the sum of `example.count`. None: weighted cross-entropy, with a
-            mixture's router losses.
+        make_inputs: (batch, key, model's config) -> the `LossInputs`: what the network reads and has to predict, and
+            what each row adds to the normalizer. Called on the whole batch of a step; the key differs from step to
+            step. The inputs have the batch's rows in their order, or for each as many views, one after the other.
+        loss: (model, inputs, *, remat, compute_dtype) -> the weighted sum, float32, and its metrics. Called on each
+            micro-batch, and divided by the sum of `inputs.normalizer`. None: weighted cross-entropy, with an MoE's
+            router losses.
     """
 
-    make_example: Callable[[Batch, jax.Array, ModelConfig], Example]
+    make_inputs: Callable[[Batch, jax.Array, ModelConfig], LossInputs]
     loss: Callable[..., tuple[Array, LossMetrics]] | None = None
 
     @property
     def name(self) -> str:
         """How checkpoints know it."""
-        functions = (self.make_example, self.loss)
+        functions = (self.make_inputs, self.loss)
         return ", ".join(getattr(each, "__qualname__", type(each).__qualname__) for each in functions if each)
 
 

@@ -6,47 +6,57 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Example
+from sdar_jax.objectives import LossInputs
 
 
-class Work(NamedTuple):
-    """What a batch asks of the network, float32 scalars.
+class TokenCounts(NamedTuple):
+    """What a batch gives the network to compute. Float32 scalars.
 
-    positions: that belong to a document; outputs: those of them whose final state is used; pairs, output_pairs: of
-    query and visible key, for the queries of each; asked: tokens that the head predicts.
+    Attributes:
+        positions: positions that belong to a document.
+        outputs: those of them whose final state is used.
+        pairs: pairs of a query and a key that it sees.
+        output_pairs: those of them whose query is an output.
+        num_loss_tokens: tokens that the head predicts.
     """
 
     positions: Float[Array, ""]
     outputs: Float[Array, ""]
     pairs: Float[Array, ""]
     output_pairs: Float[Array, ""]
-    asked: Float[Array, ""]
+    num_loss_tokens: Float[Array, ""]
 
 
-def work(example: Example) -> Work:
-    """Counted, not assumed: padding, unused noisy positions and invisible keys are no work."""
-    outputs = example.targets.shape[1]
-    seen = (example.ranges.end - example.ranges.start).sum(axis=-1).astype(jnp.float32)
-    real = (seen > 0).astype(jnp.float32)
-    asked = jnp.count_nonzero(example.weights).astype(jnp.float32)
-    return Work(real.sum(), real[:, :outputs].sum(), seen.sum(), seen[:, :outputs].sum(), asked)
+def count_tokens(inputs: LossInputs) -> TokenCounts:
+    """Counts what is really there: padding, unused noisy positions and keys that nobody sees are not counted."""
+    outputs = inputs.targets.shape[1]
+    visible_keys = (inputs.ranges.end - inputs.ranges.start).sum(axis=-1).astype(jnp.float32)
+    in_document = (visible_keys > 0).astype(jnp.float32)
+    return TokenCounts(
+        positions=in_document.sum(),
+        outputs=in_document[:, :outputs].sum(),
+        pairs=visible_keys.sum(),
+        output_pairs=visible_keys[:, :outputs].sum(),
+        num_loss_tokens=jnp.count_nonzero(inputs.weights).astype(jnp.float32),
+    )
 
 
-def training_flops(config: ModelConfig, done: Work) -> float:
-    """Forward and backward: 6 a matmul weight and position, 12 K a query head and visible pair.
+def training_flops(config: ModelConfig, counts: TokenCounts) -> float:
+    """Computes forward and backward FLOPs: 6 per matmul weight and position, 12 K per query head and visible pair.
 
         6 [ (layers - 1) layer_weights + kv_weights ] positions + 6 (layer_weights - kv_weights) outputs
-        + 6 D V asked + 12 H K [ (layers - 1) pairs + output_pairs ]
+        + 6 D V num_loss_tokens + 12 H K [ (layers - 1) pairs + output_pairs ]
 
     In the last layer, positions that are no outputs (the clean copy of the hybrid layout) need keys and values alone.
-    Of a mixture's layers the experts that a token goes to count, and the router. What `remat` computes again does not.
+    Of an MoE's layers the experts that a token goes to are counted, and the router. What `remat` computes again is not.
     """
     c = config
     kv_weights = 2 * c.hidden_size * c.num_kv_heads * c.head_dim
     width = c.num_experts_per_token * c.moe_intermediate_size if c.num_experts else c.intermediate_size
-    rest = c.hidden_size * (2 * c.num_heads * c.head_dim + 3 * width + c.num_experts)
-    inner, positions, outputs = c.num_layers - 1, float(done.positions), float(done.outputs)
-    matmuls = (inner * (kv_weights + rest) + kv_weights) * positions + rest * outputs
-    head = c.hidden_size * c.vocab_size * float(done.asked)
-    pairs = inner * float(done.pairs) + float(done.output_pairs)
+    other_weights = c.hidden_size * (2 * c.num_heads * c.head_dim + 3 * width + c.num_experts)
+    inner_layers = c.num_layers - 1
+    weights_of_positions = inner_layers * (kv_weights + other_weights) + kv_weights
+    matmuls = weights_of_positions * float(counts.positions) + other_weights * float(counts.outputs)
+    head = c.hidden_size * c.vocab_size * float(counts.num_loss_tokens)
+    pairs = inner_layers * float(counts.pairs) + float(counts.output_pairs)
     return 6 * (matmuls + head) + 12 * c.num_heads * c.head_dim * pairs

@@ -28,16 +28,16 @@ from sdar_jax.evaluation.held_out import held_out_likelihood
 from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model
 from sdar_jax.objectives import Batch
-from sdar_jax.training.checkpoint import Checkpoints, Position
+from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.config import TrainConfig
+from sdar_jax.training.config_io import to_values
 from sdar_jax.training.extensions import Callback, Evaluator, Extensions, TrainingObjective
-from sdar_jax.training.reading import to_values
 from sdar_jax.training.resume import check_extensions, check_same_for_all, check_unchanged, write_config
 from sdar_jax.training.run_dir import finished_step, mark_export, model_path, occupied
 from sdar_jax.training.setup import Setup, configured_step, open_dataset, prepare, tokenizer_directory
 from sdar_jax.training.signals import Interrupts
 from sdar_jax.training.step import StepMetrics
-from sdar_jax.training.trackers import Line, Silent, Trackers
+from sdar_jax.training.trackers import Line, NullTracker, Trackers
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def run(config: TrainConfig, extensions: Extensions = Extensions()) -> Outcome: 
 
 
 def _run(
-    config: TrainConfig, run_dir: Path, checkpoints: Checkpoints, position: Position | None, extensions: Extensions
+    config: TrainConfig, run_dir: Path, checkpoints: Checkpoints, position: HostState | None, extensions: Extensions
 ) -> Outcome:
     tokenizer_at = tokenizer_directory(config.model)
     tokenizer = load_tokenizer(tokenizer_at)
@@ -140,11 +140,11 @@ def _run(
         extensions = extensions._replace(evaluators=[held_out, *extensions.evaluators])
     start = checkpoints.latest or 0
     log.info("%s: %s step %d of %d", run_dir, "going on from" if start else "starting at", start, steps)
-    if processes.is_first():
+    if processes.is_main_process():
         write_config(run_dir, config)
         outputs = Trackers(run_dir, step=start, steps=steps, tensorboard=config.tensorboard)
     else:
-        outputs = Silent()
+        outputs = NullTracker()
     with closing(setup.data), outputs as trackers, Interrupts() as interrupts:
         loop = _Loop(setup, start, trackers, checkpoints, extensions, interrupts)
         with activate_mesh(setup.mesh):
@@ -227,9 +227,9 @@ class _Loop:
             last = self.done == self._steps
             if extensions.callbacks and self._is_logged(self.done):
                 # Read now, while the state is still the one that the line is about.
-                self._settle()
+                self._read_metrics()
             if extensions.evaluators and (last or self.done % every == 0):
-                self._settle()
+                self._read_metrics()
                 self._evaluate()
             if last or self.done % config.checkpoint.every == 0:
                 self._save()
@@ -264,13 +264,13 @@ class _Loop:
         batch = self._next_batch()
         arrays = _placed(batch, self._setup.rows, self._config.data.batch_size, self._setup.mesh)
         self._state, metrics = self._step(self._state, arrays, self._setup.frozen)
-        tokens, signal = self._beside(batch, arrays)
-        self._settle()
+        tokens, signal = self._dispatch_counters(batch, arrays)
+        self._read_metrics()
         self.done += 1
         self._unread = _Unread(self.done, metrics, tokens, signal, batch["record_ids"])
         if self.done == self._first:
             # Read at once, so that the clock starts when the first step has been compiled and run.
-            self._settle()
+            self._read_metrics()
 
     def _next_batch(self) -> dict[str, np.ndarray]:
         """What cannot be trained on costs no step that could: they are saved before the error."""
@@ -293,7 +293,7 @@ class _Loop:
         self._data_state = self._setup.data.get_state()
         return batch
 
-    def _beside(self, batch: dict[str, np.ndarray], arrays: Batch) -> tuple[Any, Any]:
+    def _dispatch_counters(self, batch: dict[str, np.ndarray], arrays: Batch) -> tuple[Any, Any]:
         """What `_Unread` says of this step's tokens and signals, which may still be on its way."""
         if jax.process_count() == 1:
             return np.count_nonzero(batch["segment_ids"]), 0
@@ -302,7 +302,7 @@ class _Loop:
         signals = jax.make_array_from_callback((mesh.size,), one_each, lambda _: received)
         return _over_all(arrays.segment_ids, signals)
 
-    def _settle(self) -> None:
+    def _read_metrics(self) -> None:
         """Reads the metrics of the last dispatched step, if they have not been read."""
         if self._unread is None:
             return
@@ -322,13 +322,13 @@ class _Loop:
                 meter.restart_clock()
 
     def _save(self) -> None:
-        self._settle()
+        self._read_metrics()
         if self._saved == self.done:
             return
         # Of the last batch that came: an error behind it can leave the data between two.
         data, meter = join_states(processes.gather(self._data_state)), self._setup.meter.get_state()
         setup, config, objective = self._setup, to_values(self._config), self._extensions.objective
-        position = Position(
+        position = HostState(
             data,
             meter,
             config,
@@ -350,14 +350,15 @@ class _Loop:
             file = Path(self._config.run_dir) / f"records-of-step-{unread.step}.txt"
             more = f" and {rest} more, listed in {file}"
             try:
-                if processes.is_first():
+                if processes.is_main_process():
                     file.write_text("\n".join(records) + "\n")
             except OSError as error:
                 more = f" and {rest} more ({file} cannot be written: {error.strerror})"
         last = self._checkpoints.directory / str(self._saved)
         good = f"the last good checkpoint is {last}" if self._saved else "there is no checkpoint yet"
+        loss = metrics.loss / max(metrics.normalizer, 1)
         return TrainingError(
-            f"step {unread.step}: loss {metrics.loss / max(metrics.count, 1)}, gradient norm {metrics.grad_norm}, in a "
+            f"step {unread.step}: loss {loss}, gradient norm {metrics.grad_norm}, in a "
             f"batch of {named}{more}; {good}; mend these records and start it again, or lower optimizer.learning_rate "
             "in a new run_dir"
         )

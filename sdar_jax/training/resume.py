@@ -12,11 +12,11 @@ import yaml
 
 from sdar_jax.devices import processes
 from sdar_jax.errors import ConfigError
-from sdar_jax.training.checkpoint import Position
+from sdar_jax.training.checkpoint import HostState
 from sdar_jax.training.config import OptimizerConfig, TrainConfig, whole_steps
+from sdar_jax.training.config_io import from_values, to_values
 from sdar_jax.training.extensions import Extensions
 from sdar_jax.training.optimizer import learning_rate
-from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.run_dir import model_path, write_file
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def check_extensions(config: TrainConfig, extensions: Extensions) -> None:
         raise ConfigError(f"epochs is {config.epochs} and data is given, which says nothing of its length; give steps")
 
 
-def check_same_extensions(position: Position, extensions: Extensions, frozen: Collection[str]) -> None:
+def check_same_extensions(position: HostState, extensions: Extensions, frozen: Collection[str]) -> None:
     """Raises ConfigError where a run goes on with another objective of the user's, or with other weights frozen."""
     was, now = position.objective, extensions.objective and extensions.objective.name
     if was != now:
@@ -122,7 +122,7 @@ def check_same_extensions(position: Position, extensions: Extensions, frozen: Co
 
 def check_same_for_all(config: TrainConfig) -> None:
     """Raises ConfigError that names each field that differs from that of the job's first process."""
-    first = processes.from_first(lambda: to_values(config))
+    first = processes.broadcast(lambda: to_values(config))
     if different := _differences(first, config, "{} in process 0, {} here"):
         raise ConfigError(f"the config is not process 0's: {', '.join(different)}; give all processes the same file")
 

@@ -29,7 +29,7 @@ def occupied(run_dir: Path) -> Iterator[None]:
         ConfigError: it cannot be made, another job is in it, or it is not the same one for all processes.
     """
     with contextlib.ExitStack() as stack:
-        if processes.is_first():
+        if processes.is_main_process():
             stack.enter_context(_locked(run_dir))
         _check_shared(run_dir)
         yield
@@ -64,9 +64,9 @@ def _check_shared(run_dir: Path) -> None:
             raise _not_written(run_dir, error) from None
         return path.name
 
-    mark = run_dir / processes.from_first(leave_a_file)
+    mark = run_dir / processes.broadcast(leave_a_file)
     seen = processes.gather(mark.exists())
-    if processes.is_first():
+    if processes.is_main_process():
         mark.unlink()
     if not all(seen):
         raise ConfigError(
@@ -98,7 +98,7 @@ def mark_export(run_dir: Path, config: TrainConfig, epochs: int | None, *, compl
 
     epochs: those that gave `config` its steps, if any did.
     """
-    if processes.is_first():
+    if processes.is_main_process():
         mark = {"step": config.steps, "epochs": epochs, "dtype": config.export_dtype, "complete": complete}
         write_file(run_dir / _EXPORT, json.dumps(mark) + "\n")
 
@@ -112,7 +112,7 @@ def finished_step(run_dir: Path, config: TrainConfig, latest: int | None) -> int
     Raises:
         ConfigError: a model that this run did not write, or the one of an earlier end from which it cannot go on.
     """
-    exists, mark = processes.from_first(lambda: (model_path(run_dir).exists(), _read_mark(run_dir)))
+    exists, mark = processes.broadcast(lambda: (model_path(run_dir).exists(), _read_mark(run_dir)))
     if not exists:
         return None
     if mark is None:

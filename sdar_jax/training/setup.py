@@ -24,15 +24,15 @@ from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.axes import check_mesh, shardings
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.conversion import to_diffusion, with_purpose
-from sdar_jax.objectives import Batch, Example, check_copies, make_example, training_loss
+from sdar_jax.objectives import Batch, LossInputs, check_copies, make_inputs, training_loss
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm, fills_masks
 from sdar_jax.training.batches import GivenBatches
-from sdar_jax.training.checkpoint import Checkpoints, Position
+from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.config import InitConfig, TrainConfig
+from sdar_jax.training.config_io import from_values
 from sdar_jax.training.data_files import Fingerprint, fingerprint, report_changes
 from sdar_jax.training.extensions import Extensions, TrainingObjective
 from sdar_jax.training.optimizer import Weights, adamw, learning_rate
-from sdar_jax.training.reading import from_values
 from sdar_jax.training.resume import check_same_extensions, check_schedule
 from sdar_jax.training.step import Rebuild, TrainState, compute_dtype, initial_state, make_step, model_weights
 from sdar_jax.training.stops import end_of_text, with_learned_stops
@@ -66,7 +66,7 @@ def prepare(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
     checkpoints: Checkpoints,
-    position: Position | None,
+    position: HostState | None,
     extensions: Extensions = Extensions(),  # noqa: B008 (a tuple)
 ) -> Setup:
     """From the newest checkpoint, whose `position` is given, or from the beginning if that is None.
@@ -76,7 +76,7 @@ def prepare(
         CheckpointError, DataError: weights, checkpoint or data that cannot be read.
     """
     epochs, mesh = config.epochs, make_mesh(config.mesh)
-    files = processes.from_first(lambda: fingerprint(config.data.sources, tokenizer_directory(config.model)))
+    files = processes.broadcast(lambda: fingerprint(config.data.sources, tokenizer_directory(config.model)))
     if position is None:
         shape, rebuild, state, frozen = _first_state(config, tokenizer, mesh, extensions)
         checkpoints.save_frozen(frozen)
@@ -127,10 +127,10 @@ def _with_steps(
         with closing(open_dataset(data, tokenizer, model, rows=[data.batch_size - 1])) as batches:
             return sum(1 for _ in batches)
 
-    return replace(config, steps=counted or processes.from_first(count), epochs=None, data=data)
+    return replace(config, steps=counted or processes.broadcast(count), epochs=None, data=data)
 
 
-def _check_records(data: PackedDataset, position: Position) -> None:
+def _check_records(data: PackedDataset, position: HostState) -> None:
     """Raises DataError where the sources hold another number of records: their order would be another."""
     before, now = position.data["order"]["records"], data.get_state()["order"]["records"]
     if before != now:
@@ -208,11 +208,11 @@ def configured_step(
     config: TrainConfig, model: ModelConfig, rebuild: Rebuild, objective: TrainingObjective | None = None
 ) -> jax.stages.Wrapped:
     """The step of a run (`make_step`), with the config's objective or one of the user's own."""
-    example = objective.make_example if objective else partial(_configured_example, config)
+    inputs_of = objective.make_inputs if objective else partial(_configured_inputs, config)
     loss = objective and objective.loss or partial(training_loss, config=config.objective)
     batch_size = config.data.batch_size
     return make_step(
-        lambda batch, key: example(batch, key, model),
+        lambda batch, key: inputs_of(batch, key, model),
         partial(loss, remat=config.remat, compute_dtype=compute_dtype(config.compute_dtype)),
         rebuild,
         adamw(config.optimizer),
@@ -222,8 +222,8 @@ def configured_step(
     )
 
 
-def _configured_example(config: TrainConfig, batch: Batch, key: jax.Array, model: ModelConfig) -> Example:
-    return make_example(batch, key, config.objective, model)
+def _configured_inputs(config: TrainConfig, batch: Batch, key: jax.Array, model: ModelConfig) -> LossInputs:
+    return make_inputs(batch, key, config.objective, model)
 
 
 def _abstract_model(config: ModelConfig) -> Model:

@@ -13,16 +13,20 @@ from sdar_jax.devices import sharding
 from sdar_jax.devices.chips import platform
 from sdar_jax.model import Model
 from sdar_jax.model.axes import constrain_weights
-from sdar_jax.objectives import Batch, Example, LossMetrics
-from sdar_jax.training.flops import Work, work
+from sdar_jax.objectives import Batch, LossInputs, LossMetrics
+from sdar_jax.training.flops import TokenCounts, count_tokens
 from sdar_jax.training.optimizer import Weights
 
 
 class TrainState(NamedTuple):
-    """All that a step changes; one pytree, donated to the step and saved whole.
+    """All that a step changes; one pytree, donated to the step and saved in full.
 
-    weights, ema: by name (see `model_weights`), those that are trained; ema None without. optimizer: of optax. key:
-    uint32, the data of the run's random key. step: int32, steps taken.
+    Attributes:
+        weights: those that are trained, by name (see `model_weights`).
+        optimizer: the state of optax.
+        ema: the moving average of `weights`; None if none is kept.
+        key: uint32, the data of the run's random key.
+        step: int32, steps taken.
     """
 
     weights: Weights
@@ -33,24 +37,34 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Sums over the step's batch, but for the last three. Float32, and `finite`: whether the update was applied."""
+    """Sums over the step's batch, but for the last three. Float32 scalars.
+
+    Attributes:
+        loss: weighted; divided by `normalizer` it is the objective.
+        normalizer: N of the batch.
+        scores: unweighted sums.
+        token_counts: what the network was given to compute.
+        grad_norm: before clipping.
+        learning_rate: of this step.
+        finite: bool, whether loss and gradient were, and so whether the update was applied.
+    """
 
     loss: Float[Array, ""]
-    count: Float[Array, ""]
+    normalizer: Float[Array, ""]
     scores: LossMetrics
-    work: Work
+    token_counts: TokenCounts
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     finite: Bool[Array, ""]
 
 
 Rebuild = Callable[[Weights], Model]
-MakeExample = Callable[[Batch, jax.Array], Example]
-Loss = Callable[[Model, Example], tuple[Float[Array, ""], LossMetrics]]
+MakeInputs = Callable[[Batch, jax.Array], LossInputs]
+Loss = Callable[[Model, LossInputs], tuple[Float[Array, ""], LossMetrics]]
 
 
 def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
-    """The weights of a model (or their shapes) by name, such as "layers.body.qkv", and what puts them back."""
+    """Splits a model into its weights (or their shapes) by name, such as "layers.body.qkv", and what puts them back."""
     leaves, structure = jax.tree.flatten_with_path(model)
     names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
 
@@ -63,13 +77,13 @@ def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
 def initial_state(
     optimizer: optax.GradientTransformation, weights: Weights, key: jax.Array, *, averaged: bool
 ) -> TrainState:
-    """The state before the first step; the moving average, if one is kept, starts at the weights."""
+    """Makes the state before the first step; the moving average, if one is kept, starts at the weights."""
     ema = jax.tree.map(jnp.copy, weights) if averaged else None
     return TrainState(weights, optimizer.init(weights), ema, jax.random.key_data(key), jnp.int32(0))
 
 
 def make_step(
-    make_example: MakeExample,
+    make_inputs: MakeInputs,
     loss: Loss,
     rebuild: Rebuild,
     optimizer: optax.GradientTransformation,
@@ -78,20 +92,20 @@ def make_step(
     micro_batches: int = 1,
     ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
-    """The jitted step (state, batch, frozen={}) -> (state, StepMetrics), on the mesh in force where it is called.
+    """Makes the jitted step (state, batch, frozen={}) -> (state, StepMetrics), on the mesh in force when it is called.
 
-    The batch is the whole one. The state is donated; `frozen`, the weights that are not trained, is only read.
+    The batch is the global one. The state is donated; `frozen`, the weights that are not trained, is only read.
 
-    The example is made of the whole batch, which is then split into micro-batches, two views of a row together;
-    gradients of the weighted sum add up in float32 and are divided once by the sum of counts. So `micro_batches`
-    changes nothing but memory, and rounding; and a mixture's router losses, which are of each micro-batch.
+    The inputs are made of the global batch and then split into micro-batches, two views of a row together; gradients
+    of the weighted sum add up in float32 and are divided once by the sum of normalizers. So `micro_batches` changes
+    nothing but memory, and rounding; and an MoE's router losses, which are of each micro-batch.
 
-    Where loss or gradient is not finite (`StepMetrics.finite` is False), or nothing is learned (count 0), weights,
+    Where loss or gradient is not finite (`StepMetrics.finite` is False), or no token has loss (normalizer 0), weights,
     optimiser and average stay as they were and only `step` advances.
 
     Args:
-        make_example: (batch, key) -> what the network reads and is asked; the key differs from step to step.
-        loss: (model, example) -> the weighted sum, which is divided by the sum of `example.count`, and its metrics.
+        make_inputs: (batch, key) -> what the network reads and predicts; the key differs from step to step.
+        loss: (model, inputs) -> the weighted sum, which is divided by the sum of `inputs.normalizer`, and its metrics.
         rebuild: weights by name, frozen ones included -> the model.
         optimizer: gives a direction, which is scaled by the learning rate here.
         learning_rate: of each step, counted from 1.
@@ -101,47 +115,54 @@ def make_step(
 
     def step(state: TrainState, batch: Batch, frozen: Weights = {}) -> tuple[TrainState, StepMetrics]:  # noqa: B006
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        example = make_example(batch, key)
-        of_weights = lambda weights, part: loss(rebuild({**frozen, **weights}), part)
-        gradients, total, scores = _accumulate(of_weights, state.weights, example, micro_batches)
-        count = example.count.sum()
-        gradients = jax.tree.map(lambda g: g / jnp.where(count > 0, count, 1).astype(g.dtype), gradients)
+        inputs = make_inputs(batch, key)
+
+        def loss_of_weights(weights: Weights, part: LossInputs) -> tuple[Array, LossMetrics]:
+            return loss(rebuild({**frozen, **weights}), part)
+
+        gradients, total, scores = _accumulate(loss_of_weights, state.weights, inputs, micro_batches)
+        normalizer = inputs.normalizer.sum()
+        divisor = jnp.where(normalizer > 0, normalizer, 1)
+        gradients = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradients)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
         lr = jnp.asarray(learning_rate(state.step + 1))
         updated = _update(state, gradients, lr, optimizer, ema_decay)
-        state = jax.tree.map(partial(jnp.where, finite & (count > 0)), updated, state)
-        measured = StepMetrics(total, count, scores, work(example), norm, lr, finite)
-        return constrain_weights(state._replace(step=state.step + 1)), measured
+        state = jax.tree.map(partial(jnp.where, finite & (normalizer > 0)), updated, state)
+        state = constrain_weights(state._replace(step=state.step + 1))
+        return state, StepMetrics(total, normalizer, scores, count_tokens(inputs), norm, lr, finite)
 
     return jax.jit(step, donate_argnums=0)
 
 
 def compute_dtype(name: Literal["auto", "float32", "bfloat16"]) -> jnp.dtype | None:
-    """What "auto" means on the default device; None is the weights' own."""
+    """Resolves the name of a dtype, "auto" by the default device; None is the weights' own."""
     if name == "auto":
         return None if platform() == "cpu" else jnp.dtype(jnp.bfloat16)
     return jnp.dtype(name)
 
 
-def _accumulate(loss: Callable, weights: Weights, example: Example, parts: int):
-    """Gradients, loss and scores of the weighted sum, added up over equal slices of the rows."""
-    slices = jax.tree.map(lambda x: _sliced(x, parts), example)
+def _accumulate(loss: Callable, weights: Weights, inputs: LossInputs, parts: int):
+    """Adds up gradients, loss and scores of the weighted sum over equal slices of the rows."""
+    slices = jax.tree.map(lambda x: _sliced(x, parts), inputs)
     compute = jax.value_and_grad(loss, has_aux=True)
 
-    def add(sums, part: Example):
+    def add(sums, part: LossInputs):
         (total, scores), gradients = compute(weights, part)
         return jax.tree.map(jnp.add, sums, (gradients, total, scores)), None
 
+    # Only the shapes are needed: the sums start at zero.
     shapes = jax.eval_shape(lambda part: compute(weights, part), jax.tree.map(lambda x: x[0], slices))
     (total, scores), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, (constrain_weights(gradients), total, scores), slices)[0]
+    sums, _ = jax.lax.scan(add, (constrain_weights(gradients), total, scores), slices)
+    return sums
 
 
 def _sliced(x: Array, parts: int) -> Array:
-    """[B, ...] -> [parts, B / parts, ...]: of the rows of each device an equal share in every slice."""
+    """Splits [B, ...] into [parts, B / parts, ...], with an equal share of each device's rows in every slice."""
     devices = sharding.num_shards("batch", x.shape[0] // parts)
-    slices = x.reshape(devices, parts, -1, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
+    by_device = x.reshape(devices, parts, -1, *x.shape[1:])
+    slices = by_device.swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
     return sharding.constrain(slices, None, "batch")
 
 

@@ -23,9 +23,9 @@ from sdar_jax.hf.pretrained import save_pretrained
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
-from sdar_jax.training.made_up import write_source, write_tokenizer
-from sdar_jax.training.reading import from_values, to_values
-from sdar_jax.training.stages import starting_shape, trained_shape
+from sdar_jax.training.config_io import from_values, to_values
+from sdar_jax.training.resolve_model import starting_shape, trained_shape
+from sdar_jax.training.synthetic_data import write_source, write_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def tiny(config: TrainConfig) -> TrainConfig:
         ConfigError: a directory in the way, or as `starting_shape`.
     """
     check_backend()
-    return from_values(TrainConfig, processes.from_first(lambda: to_values(_made_up(config))))
+    return from_values(TrainConfig, processes.broadcast(lambda: to_values(_made_up(config))))
 
 
 def _made_up(config: TrainConfig) -> TrainConfig:

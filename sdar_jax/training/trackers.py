@@ -40,10 +40,10 @@ class _Sums(NamedTuple):
 
     steps: float = 0.0
     loss: float = 0.0
-    count: float = 0.0
+    normalizer: float = 0.0
     nll: float = 0.0
     correct: float = 0.0
-    asked: float = 0.0
+    num_loss_tokens: float = 0.0
     grad_norm: float = 0.0
     balance: float = 0.0
     z: float = 0.0
@@ -72,11 +72,20 @@ class Meter:
         """One step's metrics, on the host, as soon as it has ended; `tokens`: clean ones, without padding."""
         scores, step = metrics.scores, metrics
         router = (0.0, 0.0, 0.0) if scores.router is None else scores.router
-        new = (1, step.loss, step.count, scores.nll, scores.correct, scores.asked, step.grad_norm, *router)
+        new = (
+            1,
+            step.loss,
+            step.normalizer,
+            scores.nll,
+            scores.correct,
+            scores.num_loss_tokens,
+            step.grad_norm,
+            *router,
+        )
         self._sums = _Sums(*(a + float(b) for a, b in zip(self._sums, new, strict=True)))
         self._tokens += tokens
         self._learning_rate = float(step.learning_rate)
-        self._clock(tokens, training_flops(self._model, step.work))
+        self._clock(tokens, training_flops(self._model, step.token_counts))
 
     def _clock(self, tokens: int, flops: float) -> None:
         now = time.perf_counter()
@@ -101,17 +110,20 @@ class Meter:
         """
         sums, share = self._sums, lambda part, whole: part / whole if whole else None
         line: Line = {
-            "loss": share(sums.loss, sums.count),
-            "nll": share(sums.nll, sums.asked),
-            "accuracy": share(sums.correct, sums.asked),
+            "loss": share(sums.loss, sums.normalizer),
+            "nll": share(sums.nll, sums.num_loss_tokens),
+            "accuracy": share(sums.correct, sums.num_loss_tokens),
             "grad_norm": share(sums.grad_norm, sums.steps),
             "learning_rate": self._learning_rate,
             "tokens": self._tokens,
             "tokens_per_second": share(self._timed_tokens, self._seconds),
         }
         if self._model.num_experts:
-            line |= {"balance_loss": share(sums.balance, sums.count), "router_z_loss": share(sums.z, sums.count)}
-            line["max_load"] = share(sums.max_load, sums.count)
+            line |= {
+                "balance_loss": share(sums.balance, sums.normalizer),
+                "router_z_loss": share(sums.z, sums.normalizer),
+            }
+            line["max_load"] = share(sums.max_load, sums.normalizer)
         if self._peak:
             line["mfu"] = share(self._timed_flops, self._seconds * self._peak)
         self._sums = _Sums()
@@ -169,7 +181,7 @@ class Trackers:
             self._board.write(step, {f"{folder}/{name.removeprefix('eval_')}": value for name, value in line.items()})
 
 
-class Silent(Trackers):
+class NullTracker(Trackers):
     """Of a process that writes nothing, as another one does."""
 
     def __init__(self):

@@ -15,8 +15,8 @@ import pytest
 
 from sdar_jax import visibility
 from sdar_jax.attention import api, attention, mosaic_gpu
-from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu import layout, pipeline
+from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 from tests.attention.mosaic_gpu_interpreter import extended_interpreter
@@ -166,7 +166,7 @@ def test_logsumexp():
     case = CASES["scattered, more keys"]
     q, k, v, _ = inputs_of(case)
     with extended_interpreter():
-        call = partial(mosaic_gpu.forward, scale=0.2, interpret=True, blocks=Blocks(128, 64))
+        call = partial(mosaic_gpu.forward, scale=0.2, interpret=True, tile_sizes=TileSizes(128, 64))
         _, logsumexp = jax.jit(call)(q, k, v, case.ranges)
     scores = np.einsum("qhd,kd->qhk", *(np.asarray(x, np.float64)[0] for x in (q, k[:, :, 0])))
     exp = np.where(visible(case.ranges, case.keys)[0][:, None], np.exp(0.2 * scores), 0).sum(axis=-1)

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from sdar_jax import visibility
 from sdar_jax.attention import attention, mosaic_tpu
-from sdar_jax.attention.blocks import Blocks, blocks_for
 from sdar_jax.attention.mosaic_tpu import visit_list
 from sdar_jax.attention.mosaic_tpu.layout import LANES, Layout
+from sdar_jax.attention.tile_sizes import TileSizes, tile_sizes_for
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
 from tests.attention.test_attention import Shape, naive, random_inputs, visible
 from tests.bad_input import refused
 
 # One or two tiles of queries, two or three of keys, each of two sub-blocks.
-BLOCKS = Blocks(query_tile=128, key_tile=256, stages=1)
+TILE_SIZES = TileSizes(query_tile=128, key_tile=256, stages=1)
 # Groups of 1, 2, 4 and 8; more and fewer queries than keys; no length is a multiple of a tile.
 SHAPES = [
     Shape(1, 200, 400, 2, 2, 64),
@@ -34,10 +34,10 @@ SHAPES = [
 SQUARE = Shape(1, 600, 600, 4, 2, 64)
 
 
-@partial(jax.jit, static_argnames=("blocks", "scale"))
-def forward_and_gradients(q, k, v, d_out, ranges, blocks=BLOCKS, scale=0.125):
-    out, logsumexp = mosaic_tpu.forward(q, k, v, ranges, scale=scale, interpret=True, blocks=blocks)
-    back = partial(mosaic_tpu.backward, scale=scale, interpret=True, blocks=blocks)
+@partial(jax.jit, static_argnames=("tile_sizes", "scale"))
+def forward_and_gradients(q, k, v, d_out, ranges, tile_sizes=TILE_SIZES, scale=0.125):
+    out, logsumexp = mosaic_tpu.forward(q, k, v, ranges, scale=scale, interpret=True, tile_sizes=tile_sizes)
+    back = partial(mosaic_tpu.backward, scale=scale, interpret=True, tile_sizes=tile_sizes)
     return out, *back(q, k, v, ranges, out, logsumexp, d_out), logsumexp
 
 
@@ -152,10 +152,10 @@ def test_same_bits_twice_and_in_several_calls(monkeypatch):
     first, second = (forward_and_gradients(*inputs, ranges) for _ in range(2))
     # Two calls for the forward and dQ, and for dK/dV.
     monkeypatch.setattr(visit_list, "MAX_VISITS", 8)
-    layout = Layout.of(*(jnp.asarray(x) for x in inputs[:2]), BLOCKS)
+    layout = Layout.of(*(jnp.asarray(x) for x in inputs[:2]), TILE_SIZES)
     clipped = layout.clip(ranges)
     assert [len(visit_list.visit_lists(clipped, layout, by_key=by_key)) for by_key in (False, True)] == [2, 2]
-    in_calls = jax.jit(partial(forward_and_gradients.__wrapped__, blocks=BLOCKS))(*inputs, ranges)
+    in_calls = jax.jit(partial(forward_and_gradients.__wrapped__, tile_sizes=TILE_SIZES))(*inputs, ranges)
     for ours, again, cut in zip(first, second, in_calls, strict=True):
         np.testing.assert_array_equal(ours, again)
         np.testing.assert_array_equal(ours, cut)
@@ -178,7 +178,7 @@ def test_visit_lists(by_key, seed):
     shape = Shape(2, 300, 700, 4, 2, 64)
     ranges = ranges_from(np.random.default_rng(seed), shape)
     q, k, *_ = (jnp.asarray(x, jnp.float32) for x in random_inputs(shape, 0))
-    layout = Layout.of(q, k, BLOCKS)
+    layout = Layout.of(q, k, TILE_SIZES)
     (visits,) = listed(ranges, layout, by_key)
     mask = np.zeros((2, layout.query_tiles * layout.query_tile, layout.key_tiles * layout.key_tile), bool)
     mask[:, : shape.queries, : shape.keys] = visible(ranges, shape.keys)
@@ -207,7 +207,7 @@ def test_list_of_a_long_row_stays_under_a_megabyte(kernel, heads):
     length = 2 * 20480
 
     def make(q, k, ranges):
-        layout = Layout.of(q, k, blocks_for("mosaic_tpu", kernel, 128))
+        layout = Layout.of(q, k, tile_sizes_for("mosaic_tpu", kernel, 128))
         return visit_list.visit_lists(layout.clip(ranges), layout, by_key=kernel == "dkv")
 
     q, k = (jax.ShapeDtypeStruct((1, length, count, 128), jnp.bfloat16) for count in heads)

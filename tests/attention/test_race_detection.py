@@ -22,10 +22,10 @@ from jax._src.pallas.mosaic_gpu import primitives as gpu_primitives
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from sdar_jax import visibility
-from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu.forward import outputs
 from sdar_jax.attention.mosaic_gpu.key_gradients import key_gradients
 from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals, query_gradient
+from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.visibility import Ranges
 from tests.attention.mosaic_gpu_interpreter import Hook, extended_interpreter, step
 from tests.compilers import ROOT
@@ -173,11 +173,11 @@ def run(kernel: str) -> None:
     ranges = Ranges(whole.start, jnp.full_like(whole.end, keys).at[:, :, 1].set(0).at[:, 0, 0].set(keys - 3))
     residuals = Residuals(*(jnp.ones((1, queries, 1), jnp.float32) for _ in range(2)))
     settings = {"scale": 0.1, "interpret": True}
-    blocks = Blocks(64, 64) if kernel != "dkv" else Blocks(64, 128)
+    tile_sizes = TileSizes(64, 64) if kernel != "dkv" else TileSizes(64, 128)
     calls = {
-        "forward": partial(outputs, q, k, v, ranges, blocks=blocks, **settings),
-        "dq": partial(query_gradient, q, k, v, ranges, residuals, d_out, blocks=blocks, **settings),
-        "dkv": partial(key_gradients, q, k, v, ranges, residuals, d_out, blocks=blocks, **settings),
+        "forward": partial(outputs, q, k, v, ranges, tile_sizes=tile_sizes, **settings),
+        "dq": partial(query_gradient, q, k, v, ranges, residuals, d_out, tile_sizes=tile_sizes, **settings),
+        "dkv": partial(key_gradients, q, k, v, ranges, residuals, d_out, tile_sizes=tile_sizes, **settings),
     }
     jax.block_until_ready(jax.jit(calls[kernel])())
 

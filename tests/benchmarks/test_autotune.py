@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import autotune
-from sdar_jax.attention import blocks as blocks_module
-from sdar_jax.attention.blocks import TABLE, Blocks, Row, blocks_for, trial
+from sdar_jax.attention import tile_sizes as tile_sizes_module
+from sdar_jax.attention.tile_sizes import TABLE, Row, TileSizes, tile_sizes_for, trial
 from sdar_jax.errors import ConfigError
 from tests.bad_input import refused
 
@@ -17,43 +17,43 @@ ROW = Row("mosaic_gpu", "dq", 128, "NVIDIA H200")
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch) -> Path:
-    """A copy of the table, which autotune writes and blocks_for reads."""
-    copy = tmp_path / "blocks.toml"
+    """A copy of the table, which autotune writes and tile_sizes_for reads."""
+    copy = tmp_path / "tile_sizes.toml"
     copy.write_text(TABLE.read_text())
     monkeypatch.setattr(autotune, "TABLE", copy)
-    monkeypatch.setattr(blocks_module, "TABLE", copy)
+    monkeypatch.setattr(tile_sizes_module, "TABLE", copy)
     return copy
 
 
 def test_written_rows_are_read_on_their_chip_alone(table, monkeypatch):
-    shipped = blocks_for("mosaic_gpu", "dq", 128)
-    before = tomllib.loads(table.read_text())["blocks"]
-    autotune.write({ROW: (Blocks(64, 128, 4), "measured")})
-    blocks_module._table.cache_clear()
-    assert blocks_for("mosaic_gpu", "dq", 128) == shipped
-    monkeypatch.setattr(blocks_module, "chip_here", lambda: "NVIDIA H200")
-    assert blocks_for("mosaic_gpu", "dq", 128) == Blocks(64, 128, 4)
-    assert table.read_text().startswith(TABLE.read_text().partition("[[blocks]]")[0])
-    after = tomllib.loads(table.read_text())["blocks"]
+    shipped = tile_sizes_for("mosaic_gpu", "dq", 128)
+    before = tomllib.loads(table.read_text())["tile_sizes"]
+    autotune.write({ROW: (TileSizes(64, 128, 4), "measured")})
+    tile_sizes_module._table.cache_clear()
+    assert tile_sizes_for("mosaic_gpu", "dq", 128) == shipped
+    monkeypatch.setattr(tile_sizes_module, "chip_here", lambda: "NVIDIA H200")
+    assert tile_sizes_for("mosaic_gpu", "dq", 128) == TileSizes(64, 128, 4)
+    assert table.read_text().startswith(TABLE.read_text().partition("[[tile_sizes]]")[0])
+    after = tomllib.loads(table.read_text())["tile_sizes"]
     assert after[:-1] == before and after[-1]["reason"] == "measured"
-    autotune.write({ROW: (Blocks(128, 64, 2), "measured again")})
-    assert len(tomllib.loads(table.read_text())["blocks"]) == len(after)
+    autotune.write({ROW: (TileSizes(128, 64, 2), "measured again")})
+    assert len(tomllib.loads(table.read_text())["tile_sizes"]) == len(after)
 
 
 def test_the_fastest_that_compiles_is_chosen(monkeypatch, capsys):
-    times = {Blocks(64, 64, 2): 3.0, Blocks(64, 64, 3): 1.0, Blocks(64, 64, 4): 2.0}
+    times = {TileSizes(64, 64, 2): 3.0, TileSizes(64, 64, 3): 1.0, TileSizes(64, 64, 4): 2.0}
 
     def seconds(function, *args):
-        blocks = blocks_for(*ROW[:3])
-        if blocks not in times:
+        tile_sizes = tile_sizes_for(*ROW[:3])
+        if tile_sizes not in times:
             raise ValueError("too much shared memory")
-        return times[blocks]
+        return times[tile_sizes]
 
     monkeypatch.setattr(autotune, "seconds", seconds)
     monkeypatch.setattr(autotune, "work", lambda *_: (lambda: None, ()))
-    monkeypatch.setattr(blocks_module, "chip_here", lambda: ROW.chip)
+    monkeypatch.setattr(tile_sizes_module, "chip_here", lambda: ROW.chip)
     best = autotune.tune(ROW, 4096)
-    assert best is not None and best[0] == Blocks(64, 64, 3) and "1000.000 ms" in best[1]
+    assert best is not None and best[0] == TileSizes(64, 64, 3) and "1000.000 ms" in best[1]
     assert "too much shared memory" in capsys.readouterr().out
     monkeypatch.setattr(autotune, "seconds", lambda *_: 1 / 0)
     assert autotune.tune(ROW, 4096) is None
@@ -72,18 +72,18 @@ def test_the_work_is_what_the_kernel_makes(kernel, outputs, monkeypatch):
 
 
 def test_a_trial_ends_with_its_block():
-    shipped = blocks_for("mosaic_gpu", "forward", 128)
-    with trial(Row("mosaic_gpu", "forward", 128), Blocks(1, 2, 3)):
-        assert blocks_for("mosaic_gpu", "forward", 128) == Blocks(1, 2, 3)
-    assert blocks_for("mosaic_gpu", "forward", 128) == shipped
+    shipped = tile_sizes_for("mosaic_gpu", "forward", 128)
+    with trial(Row("mosaic_gpu", "forward", 128), TileSizes(1, 2, 3)):
+        assert tile_sizes_for("mosaic_gpu", "forward", 128) == TileSizes(1, 2, 3)
+    assert tile_sizes_for("mosaic_gpu", "forward", 128) == shipped
 
 
 def test_a_head_size_without_a_row():
     with refused(ConfigError, "mosaic_gpu forward", "80", "add one"):
-        blocks_for("mosaic_gpu", "forward", 80)
+        tile_sizes_for("mosaic_gpu", "forward", 80)
 
 
 def test_every_row_says_why():
-    rows = tomllib.loads(TABLE.read_text())["blocks"]
+    rows = tomllib.loads(TABLE.read_text())["tile_sizes"]
     assert all(len(row["reason"]) > 20 for row in rows)
     assert len({tuple(row[name] for name in Row._fields) for row in rows}) == len(rows)

@@ -58,7 +58,7 @@ class Kernel(NamedTuple):
     serialised: bool
 
     def occupancy(self) -> int:
-        """Blocks a multiprocessor."""
+        """TileSizes a multiprocessor."""
         return min(REGISTERS // (self.registers * BLOCK), SHARED // max(self.shared, 1), THREADS // BLOCK)
 
 

@@ -9,7 +9,7 @@ import pytest
 from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer, make_dataset
 from sdar_jax.data.chat import ChatRenderer, _say_once
 from sdar_jax.errors import ConfigError, DataError
-from sdar_jax.training.made_up import write_source, write_tokenizer
+from sdar_jax.training.synthetic_data import write_source, write_tokenizer
 from tests.data.conftest import CHATML, make_byte_tokenizer
 from tests.data.test_chat import GOOD, TAGGED, assistant, call, marked, user
 from tests.data.test_pipeline import EOS_ID, by_record, once

@@ -7,7 +7,7 @@ import pytest
 
 from sdar_jax import DecodingConfig, generate
 from tests.decoding import oracle
-from tests.tiny import MASK, tiny_mixture, tiny_model
+from tests.tiny import MASK, tiny_model, tiny_moe
 
 STRATEGIES = [
     DecodingConfig(strategy="sequential", denoising_steps=None),
@@ -71,8 +71,8 @@ def test_batch_equals_python_loop(config, size, x64):
     check(tiny_model(), random_prompts(size), fitted(config, size))
 
 
-def test_a_mixture_equals_the_python_loop(x64):
-    check(tiny_mixture(), random_prompts(9), fitted(STRATEGIES[5], 4))
+def test_an_moe_equals_the_python_loop(x64):
+    check(tiny_moe(), random_prompts(9), fitted(STRATEGIES[5], 4))
 
 
 @pytest.mark.parametrize("slots", [1, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.ci])])

@@ -18,9 +18,9 @@ from sdar_jax.hf.pretrained import load_pretrained
 from sdar_jax.hf.tensor_files import TensorReader
 from sdar_jax.model import stack_layers
 from sdar_jax.model.axes import shardings
-from sdar_jax.objectives import ObjectiveConfig, make_example, training_loss
+from sdar_jax.objectives import ObjectiveConfig, make_inputs, training_loss
 from tests.sharding.losses_on_meshes import on_host, packed_batch
-from tests.tiny import tiny_mixture
+from tests.tiny import tiny_moe
 
 FIXTURE = Path(__file__).parents[1] / "parity" / "fixtures" / "qwen3-moe"
 EXPERTS = 8
@@ -84,13 +84,13 @@ def check_exchange() -> None:
 
 def check_loss(sizes: tuple[int, ...]) -> None:
     """With both of the router's losses, in stacked layers that are recomputed."""
-    model = stack_layers(tiny_mixture.__wrapped__(num_experts=EXPERTS, num_experts_per_token=2, num_layers=2))
+    model = stack_layers(tiny_moe.__wrapped__(num_experts=EXPERTS, num_experts_per_token=2, num_layers=2))
     config = ObjectiveConfig(router_balance=0.3, router_z=0.1)
     batch = packed_batch(noisy_index=True)
 
     def run(model, batch):
-        example = make_example(batch, jax.random.key(3), config, model.config)
-        return jax.value_and_grad(training_loss, has_aux=True)(model, example, config, remat="full")
+        inputs = make_inputs(batch, jax.random.key(3), config, model.config)
+        return jax.value_and_grad(training_loss, has_aux=True)(model, inputs, config, remat="full")
 
     expected = on_host(jax.jit(run)(model, batch))
     mesh = mesh_of(sizes)

@@ -1,4 +1,4 @@
-"""A mixture as plain loops over tokens and their experts, after the paper's words and not the code's."""
+"""An MoE as plain loops over tokens and their experts, after the paper's words and not the code's."""
 
 import jax.numpy as jnp
 import numpy as np

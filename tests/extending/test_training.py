@@ -16,7 +16,7 @@ from sdar_jax.data import DataConfig
 from sdar_jax.errors import CheckpointError, ConfigError, DataError, TrainingError, TrainingInterrupted
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, diffusion_example, weighted_loss
+from sdar_jax.objectives import Batch, diffusion_inputs, weighted_loss
 from sdar_jax.training import CheckpointConfig, InitConfig, OptimizerConfig, TrainingObjective
 from sdar_jax.training.step import model_weights
 from tests.bad_input import refused
@@ -29,12 +29,12 @@ def every_second(batch, key, config):
     """An objective: every second token is masked, and every mask weighs the same."""
     asked = batch.loss_mask & (jnp.arange(LENGTH) % 2 == 1)
     noisy = jnp.where(asked, config.mask_token_id, batch.tokens)
-    return diffusion_example(config.paradigm, batch, noisy, asked.astype(jnp.float32))
+    return diffusion_inputs(config.paradigm, batch, noisy, asked.astype(jnp.float32))
 
 
-def doubled(model, example, **options):
+def doubled(model, inputs, **options):
     """A loss: twice the cross-entropy."""
-    total, metrics = weighted_loss(model, example, **options)
+    total, metrics = weighted_loss(model, inputs, **options)
     return 2 * total, metrics
 
 
@@ -132,10 +132,10 @@ def test_what_is_learned_and_evaluated_is_what_was_given(make_config, start, tmp
     begun = load_pretrained(start)
     batch = Batch(**{name: jnp.asarray(array) for name, array in batch_number(0).items()})
     batch = batch._replace(tokens=batch.tokens.astype(jnp.int32), segment_ids=batch.segment_ids.astype(jnp.int32))
-    example = every_second(batch, None, begun.config)
+    inputs = every_second(batch, None, begun.config)
     asked = ROWS * 6
-    assert example.count.sum() == asked
-    loss, metrics = weighted_loss(begun, example)
+    assert inputs.normalizer.sum() == asked
+    loss, metrics = weighted_loss(begun, inputs)
     assert first["loss"] == pytest.approx(float(2 * loss / asked), rel=1e-5)
     assert first["nll"] == pytest.approx(float(metrics.nll / asked), rel=1e-5)
     assert evaluated == {"step": 1, "eval_total": pytest.approx(total(model, 1)["total"]), "eval_step_again": 1}

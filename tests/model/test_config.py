@@ -88,9 +88,9 @@ def test_defaults_are_those_of_transformers() -> None:
     llama = ModelConfig.from_hf({**small, "model_type": "llama", "num_attention_heads": 4})
     assert llama.head_dim == 4 and llama.num_kv_heads == 4 and not llama.qk_norm
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    mixture = ModelConfig.from_hf({**small, "model_type": "qwen3_moe", "num_attention_heads": 4, **experts})
-    assert mixture.head_dim == 4 and mixture.qk_norm and not mixture.norm_topk_prob
-    assert mixture.router_aux_loss_coef == 0.001
+    moe = ModelConfig.from_hf({**small, "model_type": "qwen3_moe", "num_attention_heads": 4, **experts})
+    assert moe.head_dim == 4 and moe.qk_norm and not moe.norm_topk_prob
+    assert moe.router_aux_loss_coef == 0.001
 
 
 GOOD = SMALL.to_hf()
@@ -141,7 +141,7 @@ BAD_EXPERTS = {
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("change", "message"), BAD_EXPERTS.values(), ids=BAD_EXPERTS)
-def test_bad_mixtures(change: dict, message: str) -> None:
+def test_bad_moes(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         ModelConfig.from_hf({**ODD["qwen3_moe"].to_hf(), **change})
     assert "\n" not in str(caught.value)

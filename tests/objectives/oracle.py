@@ -59,7 +59,7 @@ def feed_forward(h, gate_up, down):
     return (gate / (1 + jnp.exp(-gate)) * up) @ down[...]
 
 
-def mixture(h, layer, config):
+def moe(h, layer, config):
     """Every expert on every token, times a gate that is zero for all but the token's own."""
     odds = jnp.exp(h @ layer.router[...])
     lowest = jnp.sort(odds, axis=-1)[:, -config.num_experts_per_token, None]
@@ -81,7 +81,7 @@ def logits(model: Model, tokens, positions, mask):
         mixed = attended(rotated(q, positions, config.rope.theta), rotated(k, positions, config.rope.theta), v, mask)
         x = x + mixed.reshape(len(tokens), -1) @ layer.output[...].reshape(-1, config.hidden_size)
         h = normed(x, layer.mlp_norm, config.rms_norm_eps)
-        x = x + (feed_forward(h, layer.gate_up, layer.down) if layer.router is None else mixture(h, layer, config))
+        x = x + (feed_forward(h, layer.gate_up, layer.down) if layer.router is None else moe(h, layer, config))
     head = model.embedding[...].T if model.head is None else model.head[...]
     return normed(x, model.final_norm, config.rms_norm_eps) @ head
 

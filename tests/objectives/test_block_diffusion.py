@@ -16,7 +16,7 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.model import stack_layers
 from tests.bad_input import refused
 from tests.objectives import oracle
-from tests.tiny import MASK, VOCAB, pack, segment_rows, tiny_mixture, tiny_model
+from tests.tiny import MASK, VOCAB, pack, segment_rows, tiny_model, tiny_moe
 
 ROWS, LENGTH, COPIES = 2, 12, 8
 
@@ -52,9 +52,9 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("normalised", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.ci])])
-def test_a_mixture_equals_every_expert_on_every_token(normalised, x64):
+def test_an_moe_equals_every_expert_on_every_token(normalised, x64):
     batch = *random_batch(0), pack([5, 4, -3], [12], length=LENGTH)
-    model = tiny_mixture(norm_topk_prob=normalised)
+    model = tiny_moe(norm_topk_prob=normalised)
     assert_close(ours(model, *batch, block_size=4), oracle.block_diffusion(model, *batch, block_size=4))
 
 

@@ -1,4 +1,4 @@
-"""Each objective as an example: what the network reads, what it is asked, and by what the sum is divided."""
+"""Each objective as inputs: what the network reads, what it predicts, and by what the sum is divided."""
 
 import dataclasses
 from functools import partial
@@ -11,7 +11,7 @@ import pytest
 from sdar_jax import ModelConfig, logits
 from sdar_jax.corruption import CorruptionConfig, corrupt
 from sdar_jax.errors import ConfigError
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, weighted_loss
 from tests.bad_input import refused
 from tests.objectives import oracle
 from tests.tiny import MASK, pack, tiny_model
@@ -37,12 +37,12 @@ DEFAULT = ObjectiveConfig()
 
 @partial(jax.jit, static_argnames=("config", "objective"))
 def make(batch, key, config=DEFAULT, objective="block_diffusion"):
-    return make_example(batch, key, config, config_for(objective))
+    return make_inputs(batch, key, config, config_for(objective))
 
 
 @jax.jit
-def loss_and_gradients(model, example):
-    return jax.value_and_grad(weighted_loss, has_aux=True)(model, example)
+def loss_and_gradients(model, inputs):
+    return jax.value_and_grad(weighted_loss, has_aux=True)(model, inputs)
 
 
 @partial(jax.jit, static_argnames="corruption")
@@ -50,8 +50,8 @@ def draw(batch, key, corruption):
     return corrupt(batch.segment_ids, batch.loss_mask, key, corruption, block_size=4)
 
 
-def row_of(example, row: int):
-    return jax.tree.map(lambda x: x[row : row + 1], example)
+def row_of(inputs, row: int):
+    return jax.tree.map(lambda x: x[row : row + 1], inputs)
 
 
 def test_autoregressive_is_the_shifted_cross_entropy(x64):
@@ -68,24 +68,24 @@ def test_autoregressive_is_the_shifted_cross_entropy(x64):
     nll = -np.take_along_axis(log_probs, np.where(asked, labels, 0)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(total, nll[asked].sum(), rtol=1e-12)
     np.testing.assert_allclose(metrics.nll, nll[asked].sum(), rtol=1e-6)
-    assert metrics.asked == asked.sum()
+    assert metrics.num_loss_tokens == asked.sum()
     assert metrics.correct == (shifted.argmax(-1) == labels)[asked].sum()
 
 
 def test_autoregressive_divides_by_what_it_asks():
     batch = make_batch()
     asked = np.asarray(batch.loss_mask)[:, 1:] & (SEGMENTS[:, 1:] == SEGMENTS[:, :-1])
-    example = make(batch, jax.random.key(0), objective="autoregressive")
-    np.testing.assert_array_equal(example.count, asked.sum(axis=1))
+    inputs = make(batch, jax.random.key(0), objective="autoregressive")
+    np.testing.assert_array_equal(inputs.normalizer, asked.sum(axis=1))
 
 
 def test_masked_diffusion_equals_the_dense_mask(x64):
     """Every key of its document, the noisy copy alone, predicted in place."""
-    example = make(make_batch(), jax.random.key(1), objective="masked_diffusion")
-    assert example.inputs.shape == (ROWS, LENGTH)
+    inputs = make(make_batch(), jax.random.key(1), objective="masked_diffusion")
+    assert inputs.tokens.shape == (ROWS, LENGTH)
     together = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & (SEGMENTS[:, None] > 0)
-    found = loss_and_gradients(tiny_model(), example)
-    arguments = example.inputs, example.positions, together, example.targets, np.asarray(example.weights, np.float64)
+    found = loss_and_gradients(tiny_model(), inputs)
+    arguments = inputs.tokens, inputs.positions, together, inputs.targets, np.asarray(inputs.weights, np.float64)
     expected = oracle.loss_and_gradients(tiny_model(), *arguments)
     np.testing.assert_allclose(found[0][0], expected[0], rtol=1e-11)
     for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
@@ -95,21 +95,21 @@ def test_masked_diffusion_equals_the_dense_mask(x64):
 def test_positions_start_anew_with_each_document():
     wanted = [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4], list(range(12)), [0, 1, 2, 3] * 3]
     for objective, copies in (("autoregressive", 1), ("masked_diffusion", 1), ("block_diffusion", 2)):
-        example = make(make_batch(), jax.random.key(0), objective=objective)
-        np.testing.assert_array_equal(example.positions, np.tile(wanted, copies))
+        inputs = make(make_batch(), jax.random.key(0), objective=objective)
+        np.testing.assert_array_equal(inputs.positions, np.tile(wanted, copies))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[1:])
 def test_what_is_masked_is_what_is_asked(objective):
     batch = make_batch()
     config = ObjectiveConfig(CorruptionConfig(level="block"))
-    example = make(batch, jax.random.key(2), config, objective)
+    inputs = make(batch, jax.random.key(2), config, objective)
     drawn = draw(batch, jax.random.key(2), config.corruption)
-    np.testing.assert_array_equal(example.inputs[:, :LENGTH], np.where(drawn.masked, MASK, batch.tokens))
+    np.testing.assert_array_equal(inputs.tokens[:, :LENGTH], np.where(drawn.masked, MASK, batch.tokens))
     clean = batch.tokens if objective == "block_diffusion" else np.zeros((ROWS, 0))
-    np.testing.assert_array_equal(example.inputs[:, LENGTH:], clean)
-    np.testing.assert_array_equal(example.targets, batch.tokens)
-    np.testing.assert_allclose(example.weights, drawn.weights, rtol=1e-6)
+    np.testing.assert_array_equal(inputs.tokens[:, LENGTH:], clean)
+    np.testing.assert_array_equal(inputs.targets, batch.tokens)
+    np.testing.assert_allclose(inputs.weights, drawn.weights, rtol=1e-6)
     assert 0 < drawn.masked.sum() < batch.loss_mask.sum()
 
 
@@ -123,16 +123,16 @@ def test_noisy_copies_are_drawn_for_the_clean_positions():
     for name in ("targets", "weights"):
         taken = np.take_along_axis(np.asarray(getattr(every, name)), index, axis=1)
         np.testing.assert_array_equal(getattr(some, name), np.where(used, taken, 0))
-    noisy = np.take_along_axis(np.asarray(every.inputs[:, :LENGTH]), index, axis=1)
-    np.testing.assert_array_equal(some.inputs[:, :8], np.where(used, noisy, 0))
-    np.testing.assert_array_equal(some.inputs[:, 8:], every.inputs[:, LENGTH:])
+    noisy = np.take_along_axis(np.asarray(every.tokens[:, :LENGTH]), index, axis=1)
+    np.testing.assert_array_equal(some.tokens[:, :8], np.where(used, noisy, 0))
+    np.testing.assert_array_equal(some.tokens[:, 8:], every.tokens[:, LENGTH:])
 
 
 def test_normalisers():
     batch = make_batch()
     corruption = CorruptionConfig(level="row")
     counts = {
-        name: np.asarray(make(batch, jax.random.key(4), ObjectiveConfig(corruption, name)).count, np.float64)
+        name: np.asarray(make(batch, jax.random.key(4), ObjectiveConfig(corruption, name)).normalizer, np.float64)
         for name in ("response", "masked", "weights")
     }
     drawn = draw(batch, jax.random.key(4), corruption)
@@ -144,48 +144,48 @@ def test_normalisers():
 def test_the_response_count_leaves_padding_out():
     """Even where a loss mask marks it: padding is never eligible."""
     batch = make_batch()._replace(loss_mask=jnp.ones((ROWS, LENGTH), bool))
-    np.testing.assert_array_equal(make(batch, jax.random.key(0)).count, [12, 12, 8])
+    np.testing.assert_array_equal(make(batch, jax.random.key(0)).normalizer, [12, 12, 8])
 
 
 @pytest.mark.parametrize("objective", ["autoregressive", "block_diffusion"])
 def test_a_batch_is_the_sum_of_its_rows(objective, x64):
     """So micro-batches of any size add up to one gradient, and one normaliser."""
-    example = make(make_batch(), jax.random.key(5), objective=objective)
-    whole = loss_and_gradients(tiny_model(), example)
-    rows = [loss_and_gradients(tiny_model(), row_of(example, row)) for row in range(ROWS)]
+    inputs = make(make_batch(), jax.random.key(5), objective=objective)
+    whole = loss_and_gradients(tiny_model(), inputs)
+    rows = [loss_and_gradients(tiny_model(), row_of(inputs, row)) for row in range(ROWS)]
     added = jax.tree.map(lambda *parts: sum(parts), *rows)
     for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(added), strict=True):
         # Metrics are float32.
         tolerance = 1e-6 if ours.dtype == jnp.float32 else 1e-11
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(abs(theirs).max()))
-    assert example.count.shape == (ROWS,)
+    assert inputs.normalizer.shape == (ROWS,)
 
 
 def test_complementary_views_ask_each_token_once():
     config = ObjectiveConfig(CorruptionConfig(level="row", t_min=0.3, t_max=0.7, complementary=True))
     batch = make_batch()
-    example = make(batch, jax.random.key(6), config)
-    assert example.inputs.shape == (2 * ROWS, 2 * LENGTH)
-    asked = np.asarray(example.weights) > 0
+    inputs = make(batch, jax.random.key(6), config)
+    assert inputs.tokens.shape == (2 * ROWS, 2 * LENGTH)
+    asked = np.asarray(inputs.weights) > 0
     np.testing.assert_array_equal(asked[0::2] ^ asked[1::2], batch.loss_mask)
-    np.testing.assert_array_equal(np.asarray(example.inputs[:, :LENGTH]) == MASK, asked)
-    np.testing.assert_array_equal(example.targets, np.repeat(batch.tokens, 2, axis=0))
-    np.testing.assert_array_equal(example.count, np.repeat(np.asarray(batch.loss_mask).sum(axis=1), 2))
+    np.testing.assert_array_equal(np.asarray(inputs.tokens[:, :LENGTH]) == MASK, asked)
+    np.testing.assert_array_equal(inputs.targets, np.repeat(batch.tokens, 2, axis=0))
+    np.testing.assert_array_equal(inputs.normalizer, np.repeat(np.asarray(batch.loss_mask).sum(axis=1), 2))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_nothing_to_learn_is_zero_and_finite(objective, x64):
     batch = make_batch()._replace(loss_mask=jnp.zeros((ROWS, LENGTH), bool))
-    example = make(batch, jax.random.key(7), objective=objective)
-    (total, metrics), gradients = loss_and_gradients(tiny_model(), example)
-    assert total == 0 and not any(map(float, jax.tree.leaves(metrics))) and not example.count.any()
+    inputs = make(batch, jax.random.key(7), objective=objective)
+    (total, metrics), gradients = loss_and_gradients(tiny_model(), inputs)
+    assert total == 0 and not any(map(float, jax.tree.leaves(metrics))) and not inputs.normalizer.any()
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
 
 
 def test_one_key_one_draw():
     first, again, other = (make(make_batch(), jax.random.key(seed)) for seed in (8, 8, 9))
-    np.testing.assert_array_equal(first.inputs, again.inputs)
-    assert (first.inputs != other.inputs).any()
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    assert (first.tokens != other.tokens).any()
 
 
 BAD = [
@@ -199,7 +199,7 @@ BAD = [
 def test_a_model_that_lacks_what_its_objective_needs(changes, objective, lacking):
     model = dataclasses.replace(config_for(objective), **changes)
     with refused(ConfigError, objective, lacking, "set it"):
-        make_example(make_batch(), jax.random.key(0), ObjectiveConfig(), model)
+        make_inputs(make_batch(), jax.random.key(0), ObjectiveConfig(), model)
 
 
 def test_bad_normalizer():

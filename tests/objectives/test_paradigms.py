@@ -14,7 +14,7 @@ from sdar_jax import block_diffusion_loss, nelbo
 from sdar_jax.corruption import CorruptionConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, weighted_loss
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm
 from tests.bad_input import refused
 from tests.objectives import oracle
@@ -97,8 +97,8 @@ def expected(model: Model, batch: Batch, noisy, weights):
 
 @partial(jax.jit, static_argnames="config")
 def make(batch, key, config, model):
-    example = make_example(batch, key, config, model.config)
-    return example, jax.value_and_grad(weighted_loss, has_aux=True)(model, example)
+    inputs = make_inputs(batch, key, config, model.config)
+    return inputs, jax.value_and_grad(weighted_loss, has_aux=True)(model, inputs)
 
 
 def assert_close(found, wanted):
@@ -114,12 +114,12 @@ def test_training_equals_the_definition(name, seed):
     with jax.enable_x64(True):
         model = model_with(**VALUES[name])
         config = ObjectiveConfig(CorruptionConfig(level="block" if model.config.paradigm.two_copies else "document"))
-        example, ((total, _), gradients) = make(batch, jax.random.key(seed % 97), config, model)
-        noisy = np.asarray(example.inputs[:, :LENGTH])
+        inputs, ((total, _), gradients) = make(batch, jax.random.key(seed % 97), config, model)
+        noisy = np.asarray(inputs.tokens[:, :LENGTH])
         weights = np.zeros((ROWS, LENGTH))
         # What is asked of a position, back in the place of the token that it predicts.
         shift = int(model.config.shifted)
-        weights[:, shift:] = np.asarray(example.weights, np.float64)[:, : LENGTH - shift]
+        weights[:, shift:] = np.asarray(inputs.weights, np.float64)[:, : LENGTH - shift]
         assert ((noisy == MASK) >= (weights > 0)).all()
         assert_close((total, gradients), expected(model, batch, noisy, weights))
 
@@ -145,8 +145,8 @@ def test_a_document_begins_with_a_token_that_a_shifted_model_does_not_predict():
     """Nor is it counted."""
     batch = random_batch(0)._replace(loss_mask=jnp.asarray(SEGMENTS > 0))
     model = model_with(jnp.float32, shifted=True)
-    example, _ = make(batch, jax.random.key(0), ObjectiveConfig(), model)
-    np.testing.assert_array_equal(example.count, [6 + 4, 1 + 10])
+    inputs, _ = make(batch, jax.random.key(0), ObjectiveConfig(), model)
+    np.testing.assert_array_equal(inputs.normalizer, [6 + 4, 1 + 10])
 
 
 def test_blocks_of_the_response_share_a_noise_level():
@@ -154,8 +154,8 @@ def test_blocks_of_the_response_share_a_noise_level():
     tokens = jnp.zeros((1, 13), jnp.int32)
     batch = Batch(tokens, jnp.ones_like(tokens), (jnp.arange(13) >= 3)[None])
     config = ObjectiveConfig(CorruptionConfig(level="block", t_min=0.9))
-    example, _ = make(batch, jax.random.key(1), config, model_with(jnp.float32, block_origin="response"))
-    weights = np.asarray(example.weights[0])
+    inputs, _ = make(batch, jax.random.key(1), config, model_with(jnp.float32, block_origin="response"))
+    weights = np.asarray(inputs.weights[0])
     assert not weights[:3].any()
     kinds = [set(weights[a:b]) - {0.0} for a, b in ((3, 7), (7, 11), (11, 13))]
     assert all(len(kind) == 1 for kind in kinds) and len(set.union(*kinds)) == 3
@@ -225,4 +225,4 @@ def test_values_that_contradict_each_other(name):
 def test_copies_of_some_positions_are_refused_where_others_need_theirs(changes):
     batch = random_batch(0)._replace(noisy_index=jnp.zeros((ROWS, 4), jnp.int32))
     with refused(ConfigError, "noisy_length", "leave"):
-        make_example(batch, jax.random.key(0), ObjectiveConfig(), dataclasses.replace(CONFIG, **changes))
+        make_inputs(batch, jax.random.key(0), ObjectiveConfig(), dataclasses.replace(CONFIG, **changes))

@@ -27,7 +27,7 @@ NAMES = ["qwen3", "qwen3-tied-yarn-bf16", "qwen2-tied-linear-f16", "llama-llama3
 
 @partial(jax.jit, static_argnames="vocab_size")
 def loss(model: Model, tokens: Array, vocab_size: int) -> tuple[Array, tuple[Array, Array]]:
-    """Mean next-token cross-entropy, written out, with a mixture's balance loss; the logits and that loss."""
+    """Mean next-token cross-entropy, written out, with an MoE's balance loss; the logits and that loss."""
     scores = logits(model, tokens, block_size=1)
     log_probs = jax.nn.log_softmax(scores[:, :-1])
     entropy = -(jax.nn.one_hot(tokens[:, 1:], vocab_size) * log_probs).sum(axis=-1).mean()

@@ -121,7 +121,7 @@ def test_the_expected_work_is_that_of_full_rows(objective):
     """All tokens are asked in AR but the last; half of them in diffusion, to a percent of the draws' spread."""
     length, rows = 256, 64
     shape = dataclasses.replace(SHAPE, objective=objective)
-    found = expected(config(length=length, batch_size=rows, shape=shape), shape).work
+    found = expected(config(length=length, batch_size=rows, shape=shape), shape).token_counts
     pairs = {"autoregressive": length * (length + 1) / 2, "masked_diffusion": length**2}
     # Each noisy block sees itself and the clean blocks before it, each clean one those and itself.
     blocks = np.arange(length // 4) * 4
@@ -130,7 +130,7 @@ def test_the_expected_work_is_that_of_full_rows(objective):
     assert found.outputs == rows * length
     assert found.positions == rows * length * (2 if objective == "block_diffusion" else 1)
     share = (length - 1) / length if objective == "autoregressive" else 0.5
-    assert found.asked == pytest.approx(rows * length * share, rel=1e-6 if share > 0.5 else 0.3)
+    assert found.num_loss_tokens == pytest.approx(rows * length * share, rel=1e-6 if share > 0.5 else 0.3)
 
 
 def test_attention_counts_the_tiles_of_both_kinds_of_layer():

@@ -9,7 +9,7 @@ import pytest
 
 from sdar_jax.cli.plan import named_topology
 from sdar_jax.training import read_config
-from sdar_jax.training.stages import trained_shape
+from sdar_jax.training.resolve_model import trained_shape
 from tests.compilers import ROOT, needs_compilers, run_python
 
 RECIPES = sorted(Path(ROOT, "configs").glob("study*/*.yaml"))
@@ -57,7 +57,7 @@ from sdar_jax import planning
 from sdar_jax.cli import plan
 from sdar_jax.training import read_config
 from sdar_jax.training.config import InitConfig
-from sdar_jax.training.stages import trained_shape
+from sdar_jax.training.resolve_model import trained_shape
 
 plan.use_compilers()
 config = read_config(sys.argv[1])
@@ -110,10 +110,10 @@ def test_every_recipe_is_among_them():
     ("recipe", "topology"),
     [
         pytest.param("configs/study2/8b_cpt.yaml", "h200:8", id="dense"),
-        pytest.param("configs/study2/30b-a3b_cpt.yaml", "h200:8x8", id="mixture"),
+        pytest.param("configs/study2/30b-a3b_cpt.yaml", "h200:8x8", id="moe"),
         pytest.param("configs/study4/sci_cpt.yaml", "h200:8x8", id="long"),
         pytest.param("configs/study2/8b_cpt.yaml", "v5p:4x4x4", id="dense on TPU"),
-        pytest.param("configs/study2/30b-a3b_cpt.yaml", "v5p:4x4x4", id="mixture on TPU"),
+        pytest.param("configs/study2/30b-a3b_cpt.yaml", "v5p:4x4x4", id="MoE on TPU"),
     ],
 )
 def test_counted_flops_are_those_that_the_maths_needs(recipe, topology):

@@ -15,7 +15,7 @@ from sdar_jax.model.conversion import to_diffusion
 CONFIG = ModelConfig(40, 16, 24, 3, 4, 2, 8, initializer_range=0.3)
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 EXPERTS = {"num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 10}
-MIXTURE = dataclasses.replace(TIED, architecture="qwen3_moe", **EXPERTS)
+MOE = dataclasses.replace(TIED, architecture="qwen3_moe", **EXPERTS)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 9), 0, 37, jnp.int32)
 
 
@@ -24,7 +24,7 @@ def make(config: ModelConfig = CONFIG) -> Model:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("config", [CONFIG, TIED, MIXTURE], ids=["untied", "tied", "mixture"])
+@pytest.mark.parametrize("config", [CONFIG, TIED, MOE], ids=["untied", "tied", "moe"])
 @pytest.mark.parametrize("size", [37, 40], ids=["spare", "appended"])
 def test_the_function_on_other_tokens_stays_the_same(config: ModelConfig, size: int, stacked: bool) -> None:
     """Untying and making room for the mask leave the logits of all ids that there were."""

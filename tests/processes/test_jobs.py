@@ -67,7 +67,7 @@ def kill(values: Values, count: int, victim: int, home: Path) -> list[Ended]:
 def check_killed(inputs, undisturbed: Path, count: int, victim: int, home: Path) -> None:
     values = job_values(inputs, home / "run")
     for other in kill(values, count, victim, home / "killed"):
-        told = f"error: process {victim} of {count} was lost; start the job again, it goes on from its last checkpoint"
+        told = f"error: process {victim} of {count} was lost; start the job again, it resumes from its last checkpoint"
         if victim > 0:
             assert other.status == 1 and other.errors == [told], other
         else:

@@ -86,7 +86,7 @@ def test_a_process_finds_its_place(variables, place, environment):
 )
 def test_variables_that_make_no_job_are_named(variables, named, environment):
     environment(variables)
-    with pytest.raises(ConfigError, match=named) as raised, processes.joined(timeout=1.0):
+    with pytest.raises(ConfigError, match=named) as raised, processes.distributed(timeout=1.0):
         pass
     assert "\n" not in str(raised.value)
 
@@ -94,10 +94,10 @@ def test_variables_that_make_no_job_are_named(variables, named, environment):
 @pytest.mark.parametrize("variables", [{}, {"JAX_NUM_PROCESSES": "1"}, {**SLURM, "SLURM_NTASKS": "1"}])
 def test_alone_nothing_happens(variables, environment):
     environment(variables)
-    with pytest.raises(KeyError), processes.joined(), processes.joined():
+    with pytest.raises(KeyError), processes.distributed(), processes.distributed():
         raise KeyError
-    assert not jax.distributed.is_initialized() and processes.is_first()
-    assert processes.gather({"a": 1}) == [{"a": 1}] and processes.from_first(lambda: 5) == 5
+    assert not jax.distributed.is_initialized() and processes.is_main_process()
+    assert processes.gather({"a": 1}) == [{"a": 1}] and processes.broadcast(lambda: 5) == 5
     processes.barrier("alone")
     np.testing.assert_array_equal(processes.on_host(jax.numpy.arange(3)), [0, 1, 2])
 

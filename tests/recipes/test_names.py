@@ -9,7 +9,7 @@ from sdar_jax.cli import plan
 from sdar_jax.errors import ConfigError
 from sdar_jax.training import InitConfig, read_command_line, read_config
 from sdar_jax.training.recipes import recipe_names
-from sdar_jax.training.stages import starting_shape
+from sdar_jax.training.resolve_model import starting_shape
 from tests.bad_input import refused
 from tests.recipes.conftest import CONFIGS, RECIPES
 

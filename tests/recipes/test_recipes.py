@@ -11,8 +11,8 @@ from sdar_jax import ModelConfig
 from sdar_jax.devices.sharding import MESH_AXES
 from sdar_jax.model.axes import check_mesh
 from sdar_jax.training import TrainConfig, read_config
-from sdar_jax.training.reading import to_values
-from sdar_jax.training.stages import starting_shape, trained_shape
+from sdar_jax.training.config_io import to_values
+from sdar_jax.training.resolve_model import starting_shape, trained_shape
 from tests.recipes.conftest import CONFIGS, RECIPES, ROOT, flat
 
 SIZES = ("1.7b", "4b", "8b", "30b-a3b")

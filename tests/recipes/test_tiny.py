@@ -14,8 +14,8 @@ from sdar_jax import DecodingConfig, generate, load_pretrained
 from sdar_jax.devices.sharding import MeshConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.training import EvalConfig, InitConfig, OptimizerConfig, TrainConfig, read_config, run, tiny
-from sdar_jax.training.reading import to_values
-from sdar_jax.training.stages import starting_shape, trained_shape
+from sdar_jax.training.config_io import to_values
+from sdar_jax.training.resolve_model import starting_shape, trained_shape
 from tests.recipes.conftest import CONFIGS, RECIPES, ROOT, flat
 from tests.virtual_devices import run_module
 

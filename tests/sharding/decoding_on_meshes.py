@@ -12,7 +12,7 @@ from sdar_jax.devices.sharding import MESH_AXES, MeshConfig, make_mesh
 from sdar_jax.model import Model
 from sdar_jax.model.axes import shardings
 from sdar_jax.model.quantization import quantize
-from tests.tiny import tiny_mixture, tiny_model
+from tests.tiny import tiny_model, tiny_moe
 
 # No empty prompt: its masks would see only each other, tie exactly, and be told apart by rounding.
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8, 9], [3] * 13, [11, 5, 2, 17]]
@@ -37,12 +37,12 @@ def make_case(name: str) -> Case:
     masked = {"objective": "masked_diffusion"}
     cases = {
         "dense": lambda: Case(tiny_model(), (GREEDY, SAMPLED)),
-        "mixture": lambda: Case(tiny_mixture(**experts), (GREEDY,)),
+        "moe": lambda: Case(tiny_moe(**experts), (GREEDY,)),
         "int8": lambda: Case(quantize(tiny_model()), (GREEDY,)),
-        "int8_mixture": lambda: Case(quantize(tiny_mixture(**experts)), (GREEDY,), served=False),
+        "int8_mixture": lambda: Case(quantize(tiny_moe(**experts)), (GREEDY,), served=False),
         "autoregressive": lambda: Case(tiny_model(**causal), (NEXT_TOKEN,)),
         "canvas": lambda: Case(tiny_model(**masked), (CANVAS,), served=False),
-        "canvas_mixture": lambda: Case(tiny_mixture(**masked, **experts), (CANVAS,), served=False),
+        "canvas_moe": lambda: Case(tiny_moe(**masked, **experts), (CANVAS,), served=False),
     }
     return cases[name]()
 

@@ -20,11 +20,11 @@ from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.training import CheckpointConfig, TrainConfig, run
 from sdar_jax.training.checkpoint import Checkpoints, Position
+from sdar_jax.training.config_io import from_values, to_values
 from sdar_jax.training.optimizer import adamw
-from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.step import TrainState, initial_state, model_weights
 from tests.bad_input import refused
-from tests.tiny import tiny_mixture
+from tests.tiny import tiny_moe
 from tests.training.conftest import merged, run_values, write_sums, write_tokenizer
 
 SHAPE = {"num_experts": 4, "num_layers": 1}
@@ -51,7 +51,7 @@ def bytes_of(directory: Path) -> dict[Path, bytes]:
 
 def check_loading(home: Path) -> None:
     mesh = on_mesh(expert=2, tensor=2, fsdp=2)
-    save_pretrained(tiny_mixture(jnp.float32, **SHAPE), home / "whole", max_shard_bytes=8000)
+    save_pretrained(tiny_moe(jnp.float32, **SHAPE), home / "whole", max_shard_bytes=8000)
     faults = {
         "this shard is missing; download it again": lambda shard: shard.unlink(),
         "not a whole safetensors file": lambda shard: shard.write_bytes(shard.read_bytes()[:-10]),
@@ -68,11 +68,11 @@ def check_loading(home: Path) -> None:
         with refused(ConfigError, "mesh.expert is 8 and the model has 4 experts; use 1, 2 or 4"):
             load_pretrained(home / "whole", dtype=dtype, mesh=on_mesh(expert=8, fsdp=1))
     with refused(ConfigError, "two axes of weight 'gate_up' map to mesh axis 'fsdp'; give each one of its own"):
-        shardings(tiny_mixture(jnp.float32, **SHAPE), mesh, {"embed": "fsdp", "mlp": "fsdp"})
+        shardings(tiny_moe(jnp.float32, **SHAPE), mesh, {"embed": "fsdp", "mlp": "fsdp"})
 
 
 def check_saving(home: Path) -> None:
-    model = tiny_mixture(jnp.float32, **SHAPE)
+    model = tiny_moe(jnp.float32, **SHAPE)
     placed = jax.device_put(model, shardings(model, on_mesh(expert=4, tensor=2, fsdp=1)))
     save_pretrained(placed, home / "saved")
     before = bytes_of(home / "saved")

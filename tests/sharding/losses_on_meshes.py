@@ -14,7 +14,7 @@ from sdar_jax.devices.sharding import MeshConfig, activate_mesh, batch_sharding,
 from sdar_jax.model import Model, Remat
 from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, weighted_loss
 from tests.tiny import VOCAB, pack, tiny_model
 
 ROWS, LENGTH = 8, 24
@@ -54,11 +54,11 @@ def packed_batch(noisy_index: bool) -> Batch:
 
 def run(model: Model, batch: Batch, case: Case, config: ModelConfig):
     objective = ObjectiveConfig(CorruptionConfig(complementary=case.complementary))
-    example = make_example(batch, jax.random.key(3), objective, config)
+    inputs = make_inputs(batch, jax.random.key(3), objective, config)
 
     def mean(model: Model):
-        total, scores = weighted_loss(model, example, remat=case.remat)
-        return total / example.count.sum(), scores
+        total, scores = weighted_loss(model, inputs, remat=case.remat)
+        return total / inputs.normalizer.sum(), scores
 
     return jax.value_and_grad(mean, has_aux=True)(model)
 

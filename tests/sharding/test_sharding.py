@@ -19,7 +19,7 @@ from sdar_jax.model.config import PRESETS, ModelConfig
 from sdar_jax.objectives import block_diffusion_loss
 from sdar_jax.training import run
 from sdar_jax.training.config import TrainConfig
-from sdar_jax.training.reading import from_values
+from sdar_jax.training.config_io import from_values
 from tests.bad_input import refused
 from tests.tiny import tiny_model
 from tests.training.conftest import data_values, inputs, merged, metrics_of, run_values  # noqa: F401
@@ -84,7 +84,7 @@ def test_a_mesh_that_does_not_divide_is_refused_with_the_sizes_that_would_do(siz
         ({"tensor": 8}, "mesh.tensor is 8 and the model has 4 key-value heads and moe_intermediate_size 768; use 1, 2"),
     ],
 )
-def test_a_mesh_that_does_not_divide_a_mixture(sizes, told):
+def test_a_mesh_that_does_not_divide_an_moe(sizes, told):
     with refused(ConfigError, told):
         check_mesh(abstract(**sizes), ModelConfig.preset("qwen3-30b-a3b"))
 
@@ -139,15 +139,15 @@ def test_losses_and_gradients_of_every_objective_on_every_axis_and_product():
     [
         # data, fsdp, expert, context, tensor
         ("dense", ["1,1,1,1,2", "2,2,1,1,2", "1,8,1,1,1"]),
-        pytest.param("mixture", ["1,1,2,1,2"], marks=pytest.mark.ci),
-        ("mixture", ["1,1,1,1,2", "1,1,4,1,1", "1,2,2,1,1"]),
+        pytest.param("moe", ["1,1,2,1,2"], marks=pytest.mark.ci),
+        ("moe", ["1,1,1,1,2", "1,1,4,1,1", "1,2,2,1,1"]),
         pytest.param("int8", ["1,1,1,1,2"], marks=pytest.mark.ci),
         # What does not divide is whole on each device.
         ("int8", ["1,2,1,1,2", "1,1,1,1,3"]),
         ("autoregressive", ["1,1,1,1,2", "2,1,1,1,4"]),
         # The canvas splits its rows over the first three axes.
         ("canvas", ["1,1,1,1,2", "2,2,1,1,2", "3,1,1,1,2"]),
-        ("canvas_mixture", ["1,1,2,1,2", "1,2,2,1,1"]),
+        ("canvas_moe", ["1,1,2,1,2", "1,2,2,1,1"]),
     ],
 )
 def test_decoding(case, meshes):

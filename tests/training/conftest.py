@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sdar_jax.training import CheckpointConfig, TrainConfig
 from sdar_jax.training.checkpoint import Checkpoints
-from sdar_jax.training.reading import from_values
+from sdar_jax.training.config_io import from_values
 
 CHARACTERS = "0123456789+=? "
 

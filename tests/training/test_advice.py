@@ -12,7 +12,7 @@ import pytest
 
 from sdar_jax.errors import ConfigError, DataError, TrainingError
 from sdar_jax.training import OptimizerConfig, Outcome, TrainConfig, read_config, run
-from sdar_jax.training.reading import from_values, to_values
+from sdar_jax.training.config_io import from_values, to_values
 from sdar_jax.training.resume import check_schedule
 from sdar_jax.training.run_dir import finished_step
 from tests.training.conftest import Values, data_values, merged, run_values, state_of

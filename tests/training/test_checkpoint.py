@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sdar_jax.errors import CheckpointError
-from sdar_jax.training.checkpoint import Checkpoints, Position
+from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.config import CheckpointConfig
 from sdar_jax.training.step import TrainState
 
@@ -24,9 +24,9 @@ def make_state(step: int, ema: bool = True) -> TrainState:
     return TrainState(weights, moments, average, key, jnp.int32(step))
 
 
-def make_position(step: int) -> Position:
+def make_position(step: int) -> HostState:
     data = {"order": {"weights": [1.0, 0.1]}, "open": [[step, [1, 2]]], "none": None}
-    return Position(data, {"sums": [0.1, 1 / 3, 1e-300]}, {"run_dir": "a"}, {"vocab_size": 5})
+    return HostState(data, {"sums": [0.1, 1 / 3, 1e-300]}, {"run_dir": "a"}, {"vocab_size": 5})
 
 
 def opened(run_dir: Path, keep: int = 2) -> Checkpoints:

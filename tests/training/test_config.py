@@ -20,7 +20,7 @@ from sdar_jax.training import (
     read_command_line,
     read_config,
 )
-from sdar_jax.training.reading import from_values, to_values
+from sdar_jax.training.config_io import from_values, to_values
 from tests.training.conftest import merged
 
 # What is changed in a good file, and what the error must say.

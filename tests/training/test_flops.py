@@ -10,9 +10,9 @@ import pytest
 from sdar_jax.devices.chips import peak_flops
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, ObjectiveConfig, diffusion_example, make_example
+from sdar_jax.objectives import Batch, ObjectiveConfig, diffusion_inputs, make_inputs
 from sdar_jax.paradigm import Paradigm
-from sdar_jax.training.flops import Work, training_flops, work
+from sdar_jax.training.flops import TokenCounts, count_tokens, training_flops
 
 SHAPE = ModelConfig(48, 24, 40, 3, 4, 2, 6, block_size=4, mask_token_id=47)
 ROWS, LENGTH = 2, 12
@@ -43,19 +43,19 @@ def test_the_formula_counts_the_matmuls_of_forward_and_backward(outputs):
     model = Model(SHAPE, jax.random.key(0))
     batch = plain_batch()
     masked = dataclasses.replace(SHAPE, objective="masked_diffusion")
-    example = make_example(batch, jax.random.key(0), ObjectiveConfig(), masked)
-    example = example._replace(targets=example.targets[:, :outputs], weights=example.weights[:, :outputs])
+    inputs = make_inputs(batch, jax.random.key(0), ObjectiveConfig(), masked)
+    inputs = inputs._replace(targets=inputs.targets[:, :outputs], weights=inputs.weights[:, :outputs])
 
     def loss(model, embedded):
         # From the embeddings on: the gradient of the lookup is no matmul.
         model.embed = lambda *_: embedded
-        hidden = model.hidden(example.inputs, example.positions, example.ranges, outputs=outputs)
+        hidden = model.hidden(inputs.tokens, inputs.positions, inputs.ranges, outputs=outputs)
         return model.unembed(hidden).sum()
 
     embedded = jnp.zeros((ROWS, LENGTH, SHAPE.hidden_size))
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(model, embedded)
     counted = matmul_flops(jaxpr.jaxpr)
-    everything = work(example)._replace(asked=jnp.float32(ROWS * outputs))
+    everything = count_tokens(inputs)._replace(num_loss_tokens=jnp.float32(ROWS * outputs))
     assert training_flops(SHAPE, everything) == counted
 
 
@@ -66,20 +66,20 @@ def test_only_visible_pairs_and_real_positions_are_work():
     noisy = jnp.zeros((1, 5), jnp.int32)
     weights = jnp.array([[1.0, 2.0, 0.0, 1.0, 0.0]])
     batch = Batch(jnp.zeros((1, 12), jnp.int32), segments, segments > 0, noisy_index)
-    example = diffusion_example(Paradigm(block_size=4), batch, noisy, weights)
-    done = work(example)
+    inputs = diffusion_inputs(Paradigm(block_size=4), batch, noisy, weights)
+    done = count_tokens(inputs)
     clean_pairs = 4 * 4 + 2 * 6 + 4 * 4 + 1 * 5
     noisy_pairs = 4 * 4
-    assert (done.positions, done.outputs, done.asked) == (11 + 4, 4, 3)
+    assert (done.positions, done.outputs, done.num_loss_tokens) == (11 + 4, 4, 3)
     assert (done.pairs, done.output_pairs) == (clean_pairs + noisy_pairs, noisy_pairs)
 
 
-def test_a_mixture_computes_the_experts_that_are_chosen():
+def test_an_moe_computes_the_experts_that_are_chosen():
     """6 FLOPs for each of the 3.04 billion weights that a token of 30B-A3B meets, without the embedding."""
     config = ModelConfig.preset("qwen3-30b-a3b")
     layer = 2 * 2048 * (32 + 4) * 128 + 2048 * 128 + 8 * 3 * 2048 * 768
     active = 48 * layer + 2048 * 151936
-    done = Work(*(jnp.float32(x) for x in (1000, 1000, 0, 0, 1000)))
+    done = TokenCounts(*(jnp.float32(x) for x in (1000, 1000, 0, 0, 1000)))
     assert active == pytest.approx(3.04e9, rel=0.01)
     assert training_flops(config, done) == pytest.approx(6 * active * 1000, rel=1e-9)
 
@@ -90,7 +90,7 @@ def test_a_large_autoregressive_model_needs_six_flops_a_weight_and_token():
     pairs = tokens * (tokens + 1) / 2
     ones = jnp.ones((1, tokens), jnp.int32)
     batch = Batch(ones, ones, ones.astype(bool))
-    done = work(make_example(batch, jax.random.key(0), ObjectiveConfig(), config))
+    done = count_tokens(make_inputs(batch, jax.random.key(0), ObjectiveConfig(), config))
     assert done.pairs == pytest.approx(pairs, rel=1e-6)
     weights = 8.19e9 - config.vocab_size * config.hidden_size  # all but the embedding, which is looked up
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * pairs

@@ -10,7 +10,7 @@ import yaml
 from sdar_jax import load_pretrained
 from sdar_jax.errors import ConfigError
 from sdar_jax.training import TrainConfig, read_command_line, run
-from sdar_jax.training.reading import from_values
+from sdar_jax.training.config_io import from_values
 from tests.bad_input import refused
 from tests.training.conftest import merged, metrics_of
 

@@ -16,8 +16,8 @@ from sdar_jax.errors import ConfigError, DataError, TrainingError
 from sdar_jax.hf.pretrained import load_pretrained
 from sdar_jax.model import stack_layers
 from sdar_jax.training import Outcome, TrainConfig, read_config, run
+from sdar_jax.training.config_io import from_values, to_values
 from sdar_jax.training.extensions import Extensions
-from sdar_jax.training.reading import from_values, to_values
 from sdar_jax.training.resume import check_same_for_all, check_unchanged
 from sdar_jax.training.run_dir import occupied
 from sdar_jax.training.step import model_weights
@@ -228,7 +228,7 @@ def test_a_process_with_another_config_is_noticed(inputs, tmp_path, monkeypatch)
     config = config_in(inputs, tmp_path / "run")
     check_same_for_all(config)
     first = to_values(config_in(inputs, tmp_path / "run", seed=3))
-    monkeypatch.setattr("sdar_jax.devices.processes.from_first", lambda make: first)
+    monkeypatch.setattr("sdar_jax.devices.processes.broadcast", lambda make: first)
     with pytest.raises(ConfigError, match=r"not process 0's: seed \(3 in process 0, 0 here\); give all"):
         check_same_for_all(config)
 

@@ -14,7 +14,7 @@ from sdar_jax.data import DataConfig
 from sdar_jax.experts import balance_loss, max_load, z_loss
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_example, training_loss, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, training_loss, weighted_loss
 from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.optimizer import adamw, is_decayed, learning_rate
 from sdar_jax.training.setup import configured_step
@@ -59,7 +59,7 @@ def fresh(model: ModelConfig, objective: ObjectiveConfig = PLAIN, dtype=jnp.floa
     """State and step of a model with random weights; `micro` rows are computed at once."""
     weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), dtype)))
     step = make_step(
-        lambda batch, key: make_example(batch, key, objective, model),
+        lambda batch, key: make_inputs(batch, key, objective, model),
         partial(training_loss, config=objective),
         rebuild,
         adamw(OPTIMIZER),
@@ -102,8 +102,8 @@ def test_micro_batches_make_the_plain_step_of_the_whole_batch(objective, views, 
     @jax.jit
     def loss_and_gradient(weights, number):
         key = jax.random.fold_in(jax.random.key(1), number)
-        example = make_example(batch, key, config, model)
-        loss = lambda weights: weighted_loss(rebuild(weights), example)[0] / example.count.sum()  # noqa: E731
+        inputs = make_inputs(batch, key, config, model)
+        loss = lambda weights: weighted_loss(rebuild(weights), inputs)[0] / inputs.normalizer.sum()  # noqa: E731
         return jax.value_and_grad(loss)(weights)
 
     for number in range(2):
@@ -114,13 +114,13 @@ def test_micro_batches_make_the_plain_step_of_the_whole_batch(objective, views, 
         average = jax.tree.map(lambda a, w: 0.75 * a + 0.25 * w, average, weights)
         norm = optax.tree.norm(gradients)
         assert norm > 0.1, "clipping must be at work"
-        assert abs(metrics.loss / metrics.count - value) < 1e-12 * value
+        assert abs(metrics.loss / metrics.normalizer - value) < 1e-12 * value
         assert abs(metrics.grad_norm - norm) < 1e-12 * norm
     assert largest_difference(state.weights, weights) < 1e-12
     assert largest_difference(state.ema, average) < 1e-12
     before = host(state)
     state, metrics = step(state, nothing_to_learn(batch))
-    assert metrics.finite and metrics.count == 0 and metrics.grad_norm == 0
+    assert metrics.finite and metrics.normalizer == 0 and metrics.grad_norm == 0
     assert largest_difference(state._replace(step=0), before._replace(step=0)) == 0
     assert state.step == 3
 
@@ -140,10 +140,10 @@ def test_accumulation_changes_nothing(objective, views, x64):
     for other in results[1:]:
         assert largest_difference(results[0][:2], other[:2]) < 1e-12
         assert abs(norm - other[2].grad_norm) < 1e-12 * norm
-        assert results[0][2].scores.asked == other[2].scores.asked
+        assert results[0][2].scores.num_loss_tokens == other[2].scores.num_loss_tokens
 
 
-def test_a_mixture_s_losses_are_the_mean_of_its_micro_batches(x64):
+def test_an_moe_s_losses_are_the_mean_of_its_micro_batches(x64):
     """Weighted by count, each with the statistics of its own tokens, and reported beside the loss they are part of."""
     experts = {"num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8, "initializer_range": 0.5}
     model = dataclasses.replace(SHAPE, architecture="qwen3_moe", objective="autoregressive", **experts)
@@ -152,20 +152,20 @@ def test_a_mixture_s_losses_are_the_mean_of_its_micro_batches(x64):
 
     @jax.jit
     def expected(weights):
-        example = make_example(random_batch(), jax.random.key(0), config, model)
+        inputs = make_inputs(random_batch(), jax.random.key(0), config, model)
         total, routers = 0.0, 0.0
         for part in (slice(0, 4), slice(4, 8)):
-            own = jax.tree.map(lambda x, part=part: x[part], example)
-            _, sums = rebuild(weights).hidden_and_routing(own.inputs, own.positions, own.ranges)
-            router = jnp.stack([balance_loss(sums), z_loss(sums), max_load(sums)]) * own.count.sum()
+            own = jax.tree.map(lambda x, part=part: x[part], inputs)
+            _, sums = rebuild(weights).hidden_and_routing(own.tokens, own.positions, own.ranges)
+            router = jnp.stack([balance_loss(sums), z_loss(sums), max_load(sums)]) * own.normalizer.sum()
             total += weighted_loss(rebuild(weights), own)[0] + 0.5 * router[0] + 0.25 * router[1]
             routers += router
-        return total / example.count.sum(), routers
+        return total / inputs.normalizer.sum(), routers
 
     (value, routers), gradients = jax.value_and_grad(expected, has_aux=True)(weights)
     state, step = fresh(model, config, jnp.float64, micro=4)
     _, metrics = step(state, random_batch())
-    assert abs(metrics.loss / metrics.count - value) < 1e-12 * value
+    assert abs(metrics.loss / metrics.normalizer - value) < 1e-12 * value
     assert abs(metrics.grad_norm - optax.tree.norm(gradients)) < 1e-9
     np.testing.assert_allclose(jnp.stack(metrics.scores.router), routers, rtol=1e-6)
 
@@ -185,7 +185,7 @@ def test_noise_differs_from_step_to_step_and_not_from_run_to_run(diffusion_step)
         asked = []
         for _ in range(3):
             state, metrics = step(state, random_batch())
-            asked.append(float(metrics.scores.asked))
+            asked.append(float(metrics.scores.num_loss_tokens))
         runs.append(asked)
     assert runs[0] == runs[1] and len(set(runs[0])) > 1
 

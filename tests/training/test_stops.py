@@ -11,7 +11,7 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.hf.pretrained import load_pretrained
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.training import TrainConfig, run
-from sdar_jax.training.reading import from_values
+from sdar_jax.training.config_io import from_values
 from sdar_jax.training.stops import turn_ends, with_learned_stops
 from tests.data.conftest import CHATML, SPECIAL, make_byte_tokenizer
 from tests.training.conftest import merged, run_values

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import LossMetrics, RouterMetrics
 from sdar_jax.training import trackers
-from sdar_jax.training.flops import Work, training_flops
+from sdar_jax.training.flops import TokenCounts, training_flops
 from sdar_jax.training.step import StepMetrics
 from sdar_jax.training.trackers import Meter, Trackers
 
@@ -23,7 +23,7 @@ SHAPE = ModelConfig(32, 16, 32, 2, 2, 1, 8)
 
 def metrics(loss: float, count: float, nll: float, correct: float, asked: float, norm: float) -> StepMetrics:
     as_array = lambda *values: tuple(np.float32(value) for value in values)  # noqa: E731
-    done = Work(*as_array(64, 64, 300, 300, asked))
+    done = TokenCounts(*as_array(64, 64, 300, 300, asked))
     scores = LossMetrics(*as_array(nll, correct, asked))
     return StepMetrics(*as_array(loss, count), scores, done, *as_array(norm, 1e-3), np.bool_(True))
 
@@ -47,7 +47,7 @@ def test_a_line_weighs_each_step_by_its_count():
     assert meter.line()["loss"] == 3 and "mfu" not in line
 
 
-def test_a_mixture_s_line_has_its_router_s_losses():
+def test_an_moe_s_line_has_its_router_s_losses():
     shape = ModelConfig(
         32,
         16,
@@ -90,7 +90,7 @@ def test_speed_leaves_out_compilation_and_evaluation(clock):
         meter.add(one, tokens=60)
     line = meter.line()
     assert line["tokens_per_second"] == 4 * 60 / 5
-    assert line["mfu"] == pytest.approx(4 * training_flops(SHAPE, one.work) / (5 * 1e9))
+    assert line["mfu"] == pytest.approx(4 * training_flops(SHAPE, one.token_counts) / (5 * 1e9))
 
 
 def test_a_meter_goes_on_where_it_was_saved():

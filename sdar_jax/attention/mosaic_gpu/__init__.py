@@ -1,17 +1,17 @@
 """Range attention for Hopper (H100, H200), as Pallas kernels for Mosaic GPU.
 
 Three kernels: forward, dQ, dK/dV. Operands bfloat16 or float16, scores, softmax and sums float32. Each program visits
-the tiles that its list names (layout.py): what no query sees is never loaded, what all see is never masked. Blocks and
-their reasons are in blocks.toml.
+the tiles that its list names (layout.py): what no query sees is never loaded, what all see is never masked. Tile sizes
+and their reasons are in tile_sizes.toml.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
 from sdar_jax.attention.mosaic_gpu.forward import outputs
 from sdar_jax.attention.mosaic_gpu.key_gradients import key_gradients
 from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals, query_gradient
+from sdar_jax.attention.tile_sizes import TileSizes, head_dims, tile_sizes_for
 from sdar_jax.devices.chips import not_hopper
 from sdar_jax.errors import ConfigError
 from sdar_jax.visibility import Ranges
@@ -44,20 +44,22 @@ def forward(
     *,
     scale: float,
     interpret: bool = False,
-    blocks: Blocks | None = None,
+    tile_sizes: TileSizes | None = None,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
     """Output in q's type, and logsumexp in float32: 0 and +inf where a query sees nothing.
 
     Args:
         scale: factor on the scores, positive.
         interpret: on a CPU, with races looked for; needs the interpreter as the tests extend it.
-        blocks: instead of the table's.
+        tile_sizes: instead of the table's.
 
     Raises:
-        ConfigError: scale is not positive; blocks that the kernel does not have.
+        ConfigError: scale is not positive; tile sizes that the kernel does not have.
     """
     _check_scale(scale)
-    return outputs(q, k, v, ranges, scale=scale, blocks=blocks or _blocks("forward", q), interpret=interpret)
+    return outputs(
+        q, k, v, ranges, scale=scale, tile_sizes=tile_sizes or _tile_sizes("forward", q), interpret=interpret
+    )
 
 
 def backward(
@@ -71,25 +73,25 @@ def backward(
     *,
     scale: float,
     interpret: bool = False,
-    blocks: dict[str, Blocks] | None = None,
+    tile_sizes: dict[str, TileSizes] | None = None,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B K G D"], Float[Array, "B K G D"]]:
     """Gradients for q, k and v, in their types; the same bits each time.
 
     Args:
-        blocks: those of "dq" and "dkv", instead of the table's.
+        tile_sizes: those of "dq" and "dkv", instead of the table's.
 
     Raises:
         ConfigError: as `forward`.
     """
     _check_scale(scale)
-    blocks = blocks or {kernel: _blocks(kernel, q) for kernel in ("dq", "dkv")}
+    tile_sizes = tile_sizes or {kernel: _tile_sizes(kernel, q) for kernel in ("dq", "dkv")}
     operands = (q, k, v, ranges, Residuals.of(out, logsumexp, d_out), d_out)
-    dq = query_gradient(*operands, scale=scale, blocks=blocks["dq"], interpret=interpret)
-    return dq, *key_gradients(*operands, scale=scale, blocks=blocks["dkv"], interpret=interpret)
+    dq = query_gradient(*operands, scale=scale, tile_sizes=tile_sizes["dq"], interpret=interpret)
+    return dq, *key_gradients(*operands, scale=scale, tile_sizes=tile_sizes["dkv"], interpret=interpret)
 
 
-def _blocks(kernel: str, q: Array) -> Blocks:
-    return blocks_for(_NAME, kernel, q.shape[-1])
+def _tile_sizes(kernel: str, q: Array) -> TileSizes:
+    return tile_sizes_for(_NAME, kernel, q.shape[-1])
 
 
 def _check_scale(scale: float) -> None:

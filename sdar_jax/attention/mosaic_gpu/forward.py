@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu.layout import ROW_TILE, Problem, visits_of_queries
 from sdar_jax.attention.mosaic_gpu.pipeline import KeyTiles, RowProgram, masked_unless_full
+from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.gpu_kernels import (
     CONSUMERS,
     LOG2E,
@@ -43,11 +43,11 @@ class _Own(NamedTuple):
 
 
 def outputs(
-    q: Array, k: Array, v: Array, ranges: Ranges, *, scale: float, blocks: Blocks, interpret: bool
+    q: Array, k: Array, v: Array, ranges: Ranges, *, scale: float, tile_sizes: TileSizes, interpret: bool
 ) -> tuple[Array, Array]:
     """Output [B, Q, H, D] and float32 logsumexp [B, Q, H]."""
     problem = Problem.of(q, k)
-    lists = visits_of_queries(problem, ranges, blocks.key_tile)
+    lists = visits_of_queries(problem, ranges, tile_sizes.key_tile)
     rows = problem.padded_rows(lists.rows)
     own = _Own(
         plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, problem.dim), q.dtype),
@@ -57,13 +57,13 @@ def outputs(
         plgpu.Barrier(num_arrivals=CONSUMERS),
     )
     out, logsumexp = launch(
-        partial(_kernel, problem=problem, blocks=blocks, list_rows=lists.rows, scale=scale),
+        partial(_kernel, problem=problem, tile_sizes=tile_sizes, list_rows=lists.rows, scale=scale),
         (problem.fold_heads(q), k, v, problem.row_bounds(ranges, lists.rows), lists.order, lists.entries, lists.count),
         (
             jax.ShapeDtypeStruct((problem.batch, problem.folded_heads, problem.rows, problem.dim), q.dtype),
             jax.ShapeDtypeStruct((problem.batch, problem.folded_heads, rows), jnp.float32),
         ),
-        (own, KeyTiles.scratch(blocks, problem.dim, k.dtype)),
+        (own, KeyTiles.scratch(tile_sizes, problem.dim, k.dtype)),
         {"batch": problem.batch, "head": problem.folded_heads, "tile": rows // ROW_TILE},
         "range_attention_forward",
         interpret,
@@ -73,7 +73,7 @@ def outputs(
 
 def _kernel(
     q, k, v, bounds, order, entries, count, out, logsumexp, own: _Own, tiles: KeyTiles,
-    *, problem: Problem, blocks: Blocks, list_rows: int, scale: float,
+    *, problem: Problem, tile_sizes: TileSizes, list_rows: int, scale: float,
 ):  # fmt: skip
     program = RowProgram.of(order, entries, count, list_rows, ROW_TILE)
     batch, head = program.batch, program.head
@@ -85,7 +85,7 @@ def _kernel(
         plgpu.copy_gmem_to_smem(bounds.at[batch, :, rows], mine.bounds, mine.ready)
         plgpu.barrier_wait(mine.ready)
         pl.when(warpgroup == 1)(lambda: _take_turns(own.turn))
-        weighted, largest, total = _attend(mine, tiles, program, blocks, scale * LOG2E)
+        weighted, largest, total = _attend(mine, tiles, program, tile_sizes, scale * LOG2E)
         pl.when(warpgroup == 0)(lambda: _take_turns(own.turn))
         seen = total > 0
         normaliser = jnp.where(seen, 1 / total, 0.0)
@@ -96,7 +96,7 @@ def _kernel(
         plgpu.copy_smem_to_gmem(mine.logsumexp, logsumexp.at[batch, head, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    roles(consume, lambda: tiles.fill(k, v, program, problem, blocks, values_first=False))
+    roles(consume, lambda: tiles.fill(k, v, program, problem, tile_sizes, values_first=False))
 
 
 def _take_turns(turn) -> None:
@@ -105,13 +105,13 @@ def _take_turns(turn) -> None:
     plgpu.barrier_wait(turn)
 
 
-def _attend(mine: _Own, tiles: KeyTiles, program: RowProgram, blocks: Blocks, scale: float):
+def _attend(mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes: TileSizes, scale: float):
     """Unnormalised output [64, D], and largest score and sum of exponentials [64], in base 2, of a consumer's rows."""
-    shape = (WARPGROUP_ROWS, blocks.key_tile)
+    shape = (WARPGROUP_ROWS, tile_sizes.key_tile)
 
     def visit(step, carry):
         weighted, largest, total = carry
-        slot = lax.rem(step, blocks.stages)
+        slot = lax.rem(step, tile_sizes.stages)
         entry = program.entries[step]
         plgpu.barrier_wait(tiles.k_ready.at[slot])
 
@@ -122,7 +122,7 @@ def _attend(mine: _Own, tiles: KeyTiles, program: RowProgram, blocks: Blocks, sc
 
         scores = pl.run_scoped(score, plgpu.WGMMAAccumulatorRef(shape))
         plgpu.barrier_arrive(tiles.k_free.at[slot])
-        scores = masked_unless_full(scores, entry, (entry >> 1) * blocks.key_tile, mine.bounds, 0)
+        scores = masked_unless_full(scores, entry, (entry >> 1) * tile_sizes.key_tile, mine.bounds, 0)
         peak = jnp.maximum(largest, scores.max(axis=1) * scale)
         # Rows that have seen nothing yet must not compute inf - inf.
         finite = jnp.where(peak == -jnp.inf, 0.0, peak)

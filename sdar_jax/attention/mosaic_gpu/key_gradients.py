@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu.layout import ROW_TILE, Problem, visits_of_keys
 from sdar_jax.attention.mosaic_gpu.pipeline import masked_unless_full
 from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals
+from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.gpu_kernels import (
     COLUMNS,
     CONSUMERS,
@@ -56,13 +56,13 @@ class _RowTiles(NamedTuple):
     d_out_free: Any
 
     @classmethod
-    def scratch(cls, blocks: Blocks, dim: int, dtype) -> "_RowTiles":
-        rows = plgpu.SMEM((blocks.stages, blocks.query_tile, dim), dtype)
-        bounds = plgpu.SMEM((blocks.stages, 4, blocks.query_tile), jnp.int32)
-        residuals = plgpu.SMEM((blocks.stages, 2, blocks.query_tile), jnp.float32)
-        q_ready = plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=3)
-        d_out_ready = plgpu.Barrier(num_barriers=blocks.stages)
-        free = plgpu.Barrier(num_barriers=blocks.stages, num_arrivals=CONSUMERS)
+    def scratch(cls, tile_sizes: TileSizes, dim: int, dtype) -> "_RowTiles":
+        rows = plgpu.SMEM((tile_sizes.stages, tile_sizes.query_tile, dim), dtype)
+        bounds = plgpu.SMEM((tile_sizes.stages, 4, tile_sizes.query_tile), jnp.int32)
+        residuals = plgpu.SMEM((tile_sizes.stages, 2, tile_sizes.query_tile), jnp.float32)
+        q_ready = plgpu.Barrier(num_barriers=tile_sizes.stages, num_arrivals=3)
+        d_out_ready = plgpu.Barrier(num_barriers=tile_sizes.stages)
+        free = plgpu.Barrier(num_barriers=tile_sizes.stages, num_arrivals=CONSUMERS)
         return cls(rows, bounds, residuals, rows, q_ready, d_out_ready, free, free)
 
 
@@ -81,10 +81,10 @@ class _Program(NamedTuple):
     tiles_a_head: int
 
     @classmethod
-    def of(cls, order, entries, count, problem: Problem, blocks: Blocks, list_rows: int) -> "_Program":
+    def of(cls, order, entries, count, problem: Problem, tile_sizes: TileSizes, list_rows: int) -> "_Program":
         batch, head, program = (lax.axis_index(name) for name in ("batch", "head", "tile"))
         which = order[batch, program]
-        heads, tiles_a_head = problem.folded_heads // problem.kv_heads, list_rows // blocks.query_tile
+        heads, tiles_a_head = problem.folded_heads // problem.kv_heads, list_rows // tile_sizes.query_tile
         steps = count[batch, which] * (heads * tiles_a_head)
         return cls(batch, head, which, entries.at[batch, which], steps, heads, tiles_a_head)
 
@@ -100,11 +100,11 @@ class _Program(NamedTuple):
 
 def key_gradients(
     q: Array, k: Array, v: Array, ranges: Ranges, residuals: Residuals, d_out: Array,
-    *, scale: float, blocks: Blocks, interpret: bool,
+    *, scale: float, tile_sizes: TileSizes, interpret: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
     """dK and dV, [B, K, G, D]."""
     problem = Problem.of(q, k)
-    lists = visits_of_keys(problem, ranges, blocks.query_tile)
+    lists = visits_of_keys(problem, ranges, tile_sizes.query_tile)
     keys = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, problem.dim), k.dtype)
     own = _Own(keys, keys, plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2))
     operands = (
@@ -119,10 +119,10 @@ def key_gradients(
         lists.count,
     )
     return launch(
-        partial(_kernel, problem=problem, blocks=blocks, list_rows=lists.rows, scale=scale),
+        partial(_kernel, problem=problem, tile_sizes=tile_sizes, list_rows=lists.rows, scale=scale),
         operands,
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        (own, _RowTiles.scratch(blocks, problem.dim, q.dtype)),
+        (own, _RowTiles.scratch(tile_sizes, problem.dim, q.dtype)),
         {"batch": problem.batch, "head": problem.kv_heads, "tile": -(-problem.keys // ROW_TILE)},
         "range_attention_dkv",
         interpret,
@@ -131,9 +131,9 @@ def key_gradients(
 
 def _kernel(
     q, k, v, d_out, bounds, residuals, order, entries, count, dk, dv, own: _Own, tiles: _RowTiles,
-    *, problem: Problem, blocks: Blocks, list_rows: int, scale: float,
+    *, problem: Problem, tile_sizes: TileSizes, list_rows: int, scale: float,
 ):  # fmt: skip
-    program = _Program.of(order, entries, count, problem, blocks, list_rows)
+    program = _Program.of(order, entries, count, problem, tile_sizes, list_rows)
     batch, head = program.batch, program.head
 
     def consume(warpgroup):
@@ -143,7 +143,7 @@ def _kernel(
         plgpu.copy_gmem_to_smem(k.at[batch, keys, head], mine.k, mine.ready)
         plgpu.copy_gmem_to_smem(v.at[batch, keys, head], mine.v, mine.ready)
         plgpu.barrier_wait(mine.ready)
-        k_gradient, v_gradient = _differentiate(mine, tiles, program, blocks, first_key, scale * LOG2E)
+        k_gradient, v_gradient = _differentiate(mine, tiles, program, tile_sizes, first_key, scale * LOG2E)
         mine.k[...] = (k_gradient * scale).astype(k.dtype)
         mine.v[...] = v_gradient.astype(v.dtype)
         plgpu.commit_smem()
@@ -154,14 +154,14 @@ def _kernel(
     def produce():
         @pl.loop(0, program.steps)
         def _(step):
-            slot = lax.rem(step, blocks.stages)
+            slot = lax.rem(step, tile_sizes.stages)
             from_head, tile = program.rows(step)
-            rows = pl.ds(tile * blocks.query_tile, blocks.query_tile)
+            rows = pl.ds(tile * tile_sizes.query_tile, tile_sizes.query_tile)
             # In the order in which they are released.
-            wait_until_free(tiles.d_out_free, step, blocks.stages)
+            wait_until_free(tiles.d_out_free, step, tile_sizes.stages)
             ready = tiles.d_out_ready.at[slot]
             plgpu.copy_gmem_to_smem(d_out.at[batch, from_head, rows], tiles.d_out.at[slot], ready)
-            wait_until_free(tiles.q_free, step, blocks.stages)
+            wait_until_free(tiles.q_free, step, tile_sizes.stages)
             ready = tiles.q_ready.at[slot]
             plgpu.copy_gmem_to_smem(q.at[batch, from_head, rows], tiles.q.at[slot], ready)
             plgpu.copy_gmem_to_smem(bounds.at[batch, :, rows], tiles.bounds.at[slot], ready)
@@ -170,13 +170,15 @@ def _kernel(
     roles(consume, produce)
 
 
-def _differentiate(mine: _Own, tiles: _RowTiles, program: _Program, blocks: Blocks, first_key: Array, scale: float):
+def _differentiate(
+    mine: _Own, tiles: _RowTiles, program: _Program, tile_sizes: TileSizes, first_key: Array, scale: float
+):
     """dK / scale and dV of a consumer's keys, float32 [64, D]; `scale` takes scores to base 2."""
-    shape = (WARPGROUP_ROWS, blocks.query_tile)
+    shape = (WARPGROUP_ROWS, tile_sizes.query_tile)
 
     def visit(step, carry):
         k_gradient, v_gradient = carry
-        slot = lax.rem(step, blocks.stages)
+        slot = lax.rem(step, tile_sizes.stages)
         residual = lambda i: along(plgpu.load(tiles.residuals.at[slot, i], layout=COLUMNS), shape, 1)
         plgpu.barrier_wait(tiles.q_ready.at[slot])
         # What is subtracted from a product is where its sum starts: a value a column takes registers only there.

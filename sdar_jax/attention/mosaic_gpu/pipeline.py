@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu.layout import Problem
+from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.gpu_kernels import COLUMNS, CONSUMERS, ROWS, TILE, along, wait_until_free
 
 
@@ -45,23 +45,23 @@ class KeyTiles(NamedTuple):
     v_free: Any
 
     @classmethod
-    def scratch(cls, blocks: Blocks, dim: int, dtype) -> "KeyTiles":
-        tiles = plgpu.SMEM((blocks.stages, blocks.key_tile, dim), dtype)
-        ready = plgpu.Barrier(num_barriers=blocks.stages)
-        free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=blocks.stages)
+    def scratch(cls, tile_sizes: TileSizes, dim: int, dtype) -> "KeyTiles":
+        tiles = plgpu.SMEM((tile_sizes.stages, tile_sizes.key_tile, dim), dtype)
+        ready = plgpu.Barrier(num_barriers=tile_sizes.stages)
+        free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile_sizes.stages)
         return cls(tiles, tiles, ready, ready, free, free)
 
-    def fill(self, k, v, program: RowProgram, problem: Problem, blocks: Blocks, *, values_first: bool) -> None:
+    def fill(self, k, v, program: RowProgram, problem: Problem, tile_sizes: TileSizes, *, values_first: bool) -> None:
         """The producer of a row program. Of a key and a value tile, it loads first the one that is released first."""
         kv_head = lax.div(program.head * problem.fold, problem.heads // problem.kv_heads)
         both = [(k, self.k, self.k_ready, self.k_free), (v, self.v, self.v_ready, self.v_free)]
 
         @pl.loop(0, program.count)
         def _(step):
-            slot = lax.rem(step, blocks.stages)
-            keys = pl.ds((program.entries[step] >> 1) * blocks.key_tile, blocks.key_tile)
+            slot = lax.rem(step, tile_sizes.stages)
+            keys = pl.ds((program.entries[step] >> 1) * tile_sizes.key_tile, tile_sizes.key_tile)
             for source, tiles, ready, free in reversed(both) if values_first else both:
-                wait_until_free(free, step, blocks.stages)
+                wait_until_free(free, step, tile_sizes.stages)
                 plgpu.copy_gmem_to_smem(source.at[program.batch, keys, kv_head], tiles.at[slot], ready.at[slot])
 
 

@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from sdar_jax.attention.blocks import Blocks
 from sdar_jax.attention.mosaic_gpu.layout import ROW_TILE, Problem, visits_of_queries
 from sdar_jax.attention.mosaic_gpu.pipeline import KeyTiles, RowProgram, masked_unless_full
+from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.gpu_kernels import (
     CONSUMERS,
     LOG2E,
@@ -62,11 +62,11 @@ class _Own(NamedTuple):
 
 def query_gradient(
     q: Array, k: Array, v: Array, ranges: Ranges, residuals: Residuals, d_out: Array,
-    *, scale: float, blocks: Blocks, interpret: bool,
+    *, scale: float, tile_sizes: TileSizes, interpret: bool,
 ) -> Array:  # fmt: skip
     """dQ, [B, Q, H, D]."""
     problem = Problem.of(q, k)
-    lists = visits_of_queries(problem, ranges, blocks.key_tile)
+    lists = visits_of_queries(problem, ranges, tile_sizes.key_tile)
     tiles = problem.padded_rows(lists.rows) // ROW_TILE
     rows = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, problem.dim), q.dtype)
     own = _Own(
@@ -88,10 +88,10 @@ def query_gradient(
         lists.count,
     )
     dq = launch(
-        partial(_kernel, problem=problem, blocks=blocks, list_rows=lists.rows, scale=scale),
+        partial(_kernel, problem=problem, tile_sizes=tile_sizes, list_rows=lists.rows, scale=scale),
         operands,
         jax.ShapeDtypeStruct((problem.batch, problem.folded_heads, problem.rows, problem.dim), q.dtype),
-        (own, KeyTiles.scratch(blocks, problem.dim, k.dtype)),
+        (own, KeyTiles.scratch(tile_sizes, problem.dim, k.dtype)),
         {"batch": problem.batch, "head": problem.folded_heads, "tile": tiles},
         "range_attention_dq",
         interpret,
@@ -101,7 +101,7 @@ def query_gradient(
 
 def _kernel(
     q, k, v, d_out, bounds, residuals, order, entries, count, dq, own: _Own, tiles: KeyTiles,
-    *, problem: Problem, blocks: Blocks, list_rows: int, scale: float,
+    *, problem: Problem, tile_sizes: TileSizes, list_rows: int, scale: float,
 ):  # fmt: skip
     program = RowProgram.of(order, entries, count, list_rows, ROW_TILE)
     batch, head = program.batch, program.head
@@ -114,22 +114,22 @@ def _kernel(
         plgpu.copy_gmem_to_smem(bounds.at[batch, :, rows], mine.bounds, mine.ready)
         plgpu.copy_gmem_to_smem(residuals.at[batch, head, :, rows], mine.residuals, mine.ready)
         plgpu.barrier_wait(mine.ready)
-        gradient = _differentiate(mine, tiles, program, blocks, scale * LOG2E)
+        gradient = _differentiate(mine, tiles, program, tile_sizes, scale * LOG2E)
         mine.q[...] = (gradient * scale).astype(q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(mine.q, dq.at[batch, head, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    roles(consume, lambda: tiles.fill(k, v, program, problem, blocks, values_first=True))
+    roles(consume, lambda: tiles.fill(k, v, program, problem, tile_sizes, values_first=True))
 
 
-def _differentiate(mine: _Own, tiles: KeyTiles, program: RowProgram, blocks: Blocks, scale: float) -> Array:
+def _differentiate(mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes: TileSizes, scale: float) -> Array:
     """dQ / scale of a consumer's rows, float32 [64, D]; `scale` takes scores to base 2."""
-    shape = (WARPGROUP_ROWS, blocks.key_tile)
+    shape = (WARPGROUP_ROWS, tile_sizes.key_tile)
     logsumexp, delta = (plgpu.load(mine.residuals.at[i], layout=ROWS) for i in (0, 1))
 
     def visit(step, gradient):
-        slot = lax.rem(step, blocks.stages)
+        slot = lax.rem(step, tile_sizes.stages)
         entry = program.entries[step]
 
         def products(scores, d_weights):
@@ -139,7 +139,7 @@ def _differentiate(mine: _Own, tiles: KeyTiles, program: RowProgram, blocks: Blo
             plgpu.wgmma(d_weights, mine.d_out, tiles.v.at[slot].T)
             # The softmax runs beside the second product.
             scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-            scores = masked_unless_full(scores, entry, (entry >> 1) * blocks.key_tile, mine.bounds, 0)
+            scores = masked_unless_full(scores, entry, (entry >> 1) * tile_sizes.key_tile, mine.bounds, 0)
             return jnp.exp2(scores * scale - along(logsumexp, shape, 0)), d_weights[...]
 
         accumulator = plgpu.WGMMAAccumulatorRef(shape)

@@ -13,12 +13,12 @@ the sub-blocks that some row sees, and masks them.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
 from sdar_jax.attention.mosaic_tpu import backward as _backward
 from sdar_jax.attention.mosaic_tpu import forward as _forward
 from sdar_jax.attention.mosaic_tpu.common import LOG2_E
 from sdar_jax.attention.mosaic_tpu.layout import Layout
 from sdar_jax.attention.mosaic_tpu.visit_list import MAX_TILES, visit_lists
+from sdar_jax.attention.tile_sizes import TileSizes, head_dims, tile_sizes_for
 from sdar_jax.visibility import Ranges
 
 _NAME = "mosaic_tpu"
@@ -46,16 +46,16 @@ def forward(
     *,
     scale: float,
     interpret: bool = False,
-    blocks: Blocks | None = None,
+    tile_sizes: TileSizes | None = None,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
     """As `reference.forward`, with float32 logsumexp.
 
     Args:
         interpret: run on a CPU.
-        blocks: query_tile in folded rows, key_tile, and stages, how many sub-blocks of scores are computed ahead.
+        tile_sizes: query_tile in folded rows, key_tile, and stages, how many sub-blocks of scores are computed ahead.
     """
-    blocks = _blocks(q, "forward", blocks)
-    layout = Layout.of(q, k, blocks)
+    tile_sizes = _tile_sizes(q, "forward", tile_sizes)
+    layout = Layout.of(q, k, tile_sizes)
     clipped = layout.clip(ranges)
     out, logsumexp = _forward.forward(
         visit_lists(clipped, layout, by_key=False),
@@ -65,7 +65,7 @@ def forward(
         layout.to_keys_transposed(v),
         layout,
         scale=scale,
-        ahead=blocks.stages,
+        ahead=tile_sizes.stages,
         interpret=interpret,
     )
     return layout.from_queries(out), layout.from_rows(logsumexp)
@@ -82,21 +82,21 @@ def backward(
     *,
     scale: float,
     interpret: bool = False,
-    blocks: Blocks | None = None,
+    tile_sizes: TileSizes | None = None,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B K G D"], Float[Array, "B K G D"]]:
     """Gradients for q, k and v, from what `forward` returned and the output's gradient; the same bits every time."""
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
     inputs = (q, k, v, ranges, logsumexp * LOG2_E, delta, d_out)
-    dq = _query_gradient(*inputs, _blocks(q, "dq", blocks), scale, interpret)
-    return dq, *_key_gradients(*inputs, _blocks(q, "dkv", blocks), scale, interpret)
+    dq = _query_gradient(*inputs, _tile_sizes(q, "dq", tile_sizes), scale, interpret)
+    return dq, *_key_gradients(*inputs, _tile_sizes(q, "dkv", tile_sizes), scale, interpret)
 
 
-def _blocks(q: Array, kernel: str, blocks: Blocks | None) -> Blocks:
-    return blocks or blocks_for(_NAME, kernel, q.shape[-1])
+def _tile_sizes(q: Array, kernel: str, tile_sizes: TileSizes | None) -> TileSizes:
+    return tile_sizes or tile_sizes_for(_NAME, kernel, q.shape[-1])
 
 
 def _layout(q: Array, k: Array, kernel: str) -> Layout:
-    return Layout.of(q, k, _blocks(q, kernel, None))
+    return Layout.of(q, k, _tile_sizes(q, kernel, None))
 
 
 def _rows(layout: Layout, q: Array, d_out: Array, logsumexp: Array, delta: Array) -> tuple[Array, Array, Array, Array]:
@@ -105,8 +105,8 @@ def _rows(layout: Layout, q: Array, d_out: Array, logsumexp: Array, delta: Array
     return layout.to_queries(q), layout.to_queries(d_out), *statistics
 
 
-def _query_gradient(q, k, v, ranges, logsumexp, delta, d_out, blocks: Blocks, scale: float, interpret: bool):
-    layout = Layout.of(q, k, blocks)
+def _query_gradient(q, k, v, ranges, logsumexp, delta, d_out, tile_sizes: TileSizes, scale: float, interpret: bool):
+    layout = Layout.of(q, k, tile_sizes)
     clipped = layout.clip(ranges)
     dq = _backward.query_gradient(
         visit_lists(clipped, layout, by_key=False),
@@ -117,14 +117,14 @@ def _query_gradient(q, k, v, ranges, logsumexp, delta, d_out, blocks: Blocks, sc
         layout.to_keys(v),
         layout,
         scale=scale,
-        ahead=blocks.stages,
+        ahead=tile_sizes.stages,
         interpret=interpret,
     )
     return layout.from_queries(dq)
 
 
-def _key_gradients(q, k, v, ranges, logsumexp, delta, d_out, blocks: Blocks, scale: float, interpret: bool):
-    layout = Layout.of(q, k, blocks)
+def _key_gradients(q, k, v, ranges, logsumexp, delta, d_out, tile_sizes: TileSizes, scale: float, interpret: bool):
+    layout = Layout.of(q, k, tile_sizes)
     clipped = layout.clip(ranges)
     dk, dv = _backward.key_gradients(
         visit_lists(clipped, layout, by_key=True),
@@ -134,7 +134,7 @@ def _key_gradients(q, k, v, ranges, logsumexp, delta, d_out, blocks: Blocks, sca
         layout.to_keys(v),
         layout,
         scale=scale,
-        ahead=blocks.stages,
+        ahead=tile_sizes.stages,
         interpret=interpret,
     )
     return layout.from_keys(dk), layout.from_keys(dv)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdar_jax.attention.blocks import Blocks
+from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.visibility import Ranges
 
 Array = jax.Array
@@ -38,15 +38,15 @@ class Layout(NamedTuple):
     key_tile: int
 
     @classmethod
-    def of(cls, q: Array, k: Array, blocks: Blocks) -> "Layout":
+    def of(cls, q: Array, k: Array, tile_sizes: TileSizes) -> "Layout":
         batch, queries, heads, head_dim = q.shape
         keys, kv_heads = k.shape[1:3]
         groups = heads // kv_heads
         # Folded rows fill whole registers of lanes, and each head's part of them whole registers of sublanes.
         unit = max(LANES // gcd(groups, LANES), _SUBLANES)
-        query_tile = max(blocks.query_tile // groups // unit, 1) * unit
+        query_tile = max(tile_sizes.query_tile // groups // unit, 1) * unit
         query_tile = min(query_tile, _round_up(queries, unit))
-        key_tile = min(_round_up(blocks.key_tile, LANES), _round_up(keys, LANES))
+        key_tile = min(_round_up(tile_sizes.key_tile, LANES), _round_up(keys, LANES))
         return cls(batch, queries, keys, kv_heads, groups, head_dim, query_tile, key_tile)
 
     @property

@@ -1,4 +1,4 @@
-"""The door to paged attention, and the choice of who computes it.
+"""The door to paged attention, and the choice of its implementation.
 
 An implementation is a module with
 
@@ -36,11 +36,12 @@ def paged_attention(
     scale: float | None = None,
     implementation: PagedImplementation | None = None,
 ) -> Float[Array, "N W H D"]:
-    """softmax(q k^T scale) v, where query w of sequence n sees the first `visible[n, w]` of the sequence's keys.
+    """Computes softmax(q k^T scale) v, where query w of sequence n sees the first `visible[n, w]` of the sequence's
+    keys.
 
     Key i of sequence n is `k_pages[page_table[n, i // page], :, i % page]`; the window's own keys have been written
-    before (`write_pages`). A bidirectional block has one `visible` for all its queries, a block-causal window one a
-    block. Query head h reads key-value head h // (H / G). Scores and sums are float32 (float64 for float64 inputs).
+    before (`write_pages`). A bidirectional block has one `visible` for all its queries, a block-causal window one
+    per block. Query head h reads key-value head h // (H / G). Scores and sums are float32 (float64 for float64 inputs).
 
     A query that sees nothing gives zero. Pages past the longest `visible` of a row are not read: their entries may be
     anything, and so may the keys past it in its last page. A row's result depends on nothing but its own queries, keys
@@ -50,13 +51,16 @@ def paged_attention(
     multiply those that a query does not see by zero, and 0 * NaN is NaN.
 
     Args:
-        page_table: int32, in [0, P) as far as pages are used.
-        visible: int32; what is not in [0, M * page] counts as the nearest of these.
+        q: queries of the window, [N, W, H, D].
+        k_pages: keys of all pages, [P, G, page, D].
+        v_pages: values of all pages, [P, G, page, D].
+        page_table: int32 [N, M], in [0, P) as far as pages are used.
+        visible: int32 [N, W]; what is not in [0, M * page] counts as the nearest of these.
         scale: factor on the scores; 1 / sqrt(D) if None.
         implementation: "reference" (dense), "xla" (any backend), "mosaic_gpu" (Hopper), "mosaic_tpu", or None: the best
             for this backend and shape. `attention.api.override` is obeyed too ("chunked" there is "xla" here).
 
-    Under a mesh (`sharding.use`) each device computes its own key-value heads.
+    Under a mesh (`sharding.activate_mesh`) each device computes its own key-value heads.
 
     Raises:
         ConfigError: shapes that do not fit; an implementation that is unknown, or cannot take these inputs.
@@ -64,12 +68,13 @@ def paged_attention(
     _check_shapes(q, k_pages, v_pages, page_table, visible)
     visible = jnp.clip(visible, 0, page_table.shape[1] * k_pages.shape[2])
     inputs = (q, k_pages, v_pages, page_table, visible)
-    local = partial(_local, scale=q.shape[-1] ** -0.5 if scale is None else scale, implementation=implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    local = partial(_local, scale=scale, implementation=implementation)
     return over_heads(local, inputs, heads_at=(2, 1, 1, None, None), out_at=2, kv_heads=k_pages.shape[1])
 
 
 def _local(*inputs: Array, scale: float, implementation: PagedImplementation | None) -> Array:
-    """What one device computes, chosen by the shapes that it sees."""
+    """Computes one device's part, by an implementation chosen for the shapes that it has."""
     forward = _OP.function(choose(*inputs, implementation=implementation), "forward")
     return forward(*inputs, scale=scale)
 
@@ -90,14 +95,14 @@ def _check_shapes(q: Array, k_pages: Array, v_pages: Array, page_table: Array, v
 
 
 def choose(*inputs: Array, implementation: PagedImplementation | None = None) -> Choice:
-    """As `attention.api.choose`, for the arrays that `paged_attention` takes."""
+    """Chooses an implementation as `attention.api.choose` does, for the arrays that `paged_attention` takes."""
     override = api.overriding()
     if override is not None:
         name = override.implementation
         override = override._replace(implementation=_OVERRIDES.get(name, name))
-    return _OP.asked_for(implementation, override, *inputs) or _OP.kernel(*inputs) or Choice("xla")
+    return _OP.requested(implementation, override, *inputs) or _OP.kernel(*inputs) or Choice("xla")
 
 
 def no_kernel(*inputs: Array) -> str | None:
-    """Why no kernel of this platform takes these inputs; None if one does."""
+    """Says why no kernel of this platform takes these inputs; None if one does."""
     return _OP.no_kernel(*inputs)

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
 from sdar_jax.attention.paged.pages import folded, unfolded
+from sdar_jax.attention.tile_sizes import TileSizes, head_dims, tile_sizes_for
 from sdar_jax.devices.chips import not_hopper
 from sdar_jax.gpu_kernels import (
     LOG2E,
@@ -77,16 +77,16 @@ class _Problem(NamedTuple):
     parts: int
 
     @classmethod
-    def of(cls, q: _Shaped, k_pages: _Shaped, page_table: _Shaped, blocks: Blocks | None) -> "_Problem":
+    def of(cls, q: _Shaped, k_pages: _Shaped, page_table: _Shaped, tile_sizes: TileSizes | None) -> "_Problem":
         batch, window, heads, dim = q.shape
         _, kv_heads, page, _ = k_pages.shape
         rows = heads // kv_heads * window
-        blocks = blocks or blocks_for(_NAME, _NARROW if rows <= WARPGROUP_ROWS else _WIDE, dim)
-        consumers = blocks.query_tile // WARPGROUP_ROWS
+        tile_sizes = tile_sizes or tile_sizes_for(_NAME, _NARROW if rows <= WARPGROUP_ROWS else _WIDE, dim)
+        consumers = tile_sizes.query_tile // WARPGROUP_ROWS
         programs = batch * kv_heads * pl.cdiv(rows, consumers * WARPGROUP_ROWS)
-        longest = pl.cdiv(page_table.shape[1] * page, blocks.key_tile)
+        longest = pl.cdiv(page_table.shape[1] * page, tile_sizes.key_tile)
         parts = max(1, min(_SMS // programs, longest // _TILES_A_PART))
-        return cls(batch, kv_heads, rows, dim, page, blocks.key_tile, blocks.stages, consumers, parts)
+        return cls(batch, kv_heads, rows, dim, page, tile_sizes.key_tile, tile_sizes.stages, consumers, parts)
 
     @property
     def row_tile(self) -> int:
@@ -133,11 +133,11 @@ def forward(
     *,
     scale: float,
     interpret: bool = False,
-    blocks: Blocks | None = None,
+    tile_sizes: TileSizes | None = None,
 ) -> Array:
     """As `paged_attention`."""
     window = q.shape[1]
-    problem = _Problem.of(q, k_pages, page_table, blocks)
+    problem = _Problem.of(q, k_pages, page_table, tile_sizes)
     limit = jnp.tile(visible, (1, problem.rows // window))
     limit = jnp.pad(limit, ((0, 0), (0, problem.padded_rows - problem.rows)))
     rows = folded(q, problem.kv_heads)

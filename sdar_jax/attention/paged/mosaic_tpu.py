@@ -17,8 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
-from sdar_jax.attention.blocks import Blocks, blocks_for, head_dims
 from sdar_jax.attention.paged.pages import folded, unfolded
+from sdar_jax.attention.tile_sizes import TileSizes, head_dims, tile_sizes_for
 
 _NAME, _KERNEL = "mosaic_tpu", "paged"
 # Mosaic keeps rows in groups of 8 sublanes of 32 bits, statistics in all 128 lanes.
@@ -65,13 +65,13 @@ def forward(
     *,
     scale: float,
     interpret: bool = False,
-    blocks: Blocks | None = None,
+    tile_sizes: TileSizes | None = None,
 ) -> Array:
     """As `paged_attention`."""
     batch, window, heads, dim = q.shape
     kv_heads, page = k_pages.shape[1:3]
-    blocks = blocks or blocks_for(_NAME, _KERNEL, dim)
-    step_pages = min(max(1, blocks.key_tile // page), page_table.shape[1])
+    tile_sizes = tile_sizes or tile_sizes_for(_NAME, _KERNEL, dim)
+    step_pages = min(max(1, tile_sizes.key_tile // page), page_table.shape[1])
     # The two cores of a v5p take half of the sequences each; on one core the halves follow each other.
     cores = 2 if batch % 2 == 0 else 1
     rows = folded(q, kv_heads)

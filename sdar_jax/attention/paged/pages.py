@@ -24,12 +24,12 @@ def write_pages(
     start: Int[Array, " N"],
     count: Int[Array, " N"],
 ) -> tuple[Pages, Pages]:
-    """The pages with `k[n, :count[n]]` and `v[n, :count[n]]` at positions `start[n]`, ... of sequence n.
+    """Writes `k[n, :count[n]]` and `v[n, :count[n]]` to positions `start[n]`, ... of sequence n.
 
     Nothing else changes: what lies past `count`, past the table or under an entry outside [0, P) is written nowhere. In
     place where the pages are donated. Two sequences must not write the same position of the same page. Where a key or
     value is not finite, NaN is written for the key and zero for the value: who sees it gets NaN, and nobody else does.
-    Under a mesh (`sharding.use`) each device writes its own key-value heads.
+    Under a mesh (`sharding.activate_mesh`) each device writes its own key-value heads.
     """
     operands = (k_pages, v_pages, k, v, page_table, start, count)
     heads_at = (1, 1, 2, 2, None, None, None)
@@ -39,7 +39,10 @@ def write_pages(
 def _write_both(k_pages, v_pages, k, v, page_table, start, count):
     rows = _destinations(k_pages, k.shape[1], page_table, start, count)
     k, v = poisoned(k.astype(k_pages.dtype), v.astype(v_pages.dtype))
-    write = lambda pages, new: jax.lax.platform_dependent(pages, new, rows, tpu=_write_in_turns, default=_write)
+
+    def write(pages: Array, new: Array) -> Array:
+        return jax.lax.platform_dependent(pages, new, rows, tpu=_write_in_turns, default=_write)
+
     return write(k_pages, k), write(v_pages, v)
 
 
@@ -50,18 +53,26 @@ def _write(pages: Array, new: Array, rows: Array) -> Array:
 
 
 def _write_in_turns(pages: Array, new: Array, rows: Array) -> Array:
-    """As `_write`, some sequences at a time."""
-    batch, a_sequence = rows.shape[0], math.prod(rows.shape[1:])
-    at_once = max(n for n in range(1, batch + 1) if batch % n == 0 and (n == 1 or n * a_sequence <= _ROWS_AT_ONCE))
+    """Writes as `_write` does, some sequences at a time."""
+    batch = rows.shape[0]
+    rows_per_sequence = math.prod(rows.shape[1:])
+    divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+    at_once = max(n for n in divisors if n == 1 or n * rows_per_sequence <= _ROWS_AT_ONCE)
     if at_once == batch:
         return _write(pages, new, rows)
-    in_turns = lambda x: x.reshape(-1, at_once, *x.shape[1:])
-    one_turn = lambda pages, turn: (_write(pages, *turn), None)
-    return jax.lax.scan(one_turn, pages, (in_turns(new), in_turns(rows)))[0]
+
+    def in_turns(x: Array) -> Array:
+        return x.reshape(-1, at_once, *x.shape[1:])
+
+    def write_turn(pages: Array, turn: tuple[Array, Array]) -> tuple[Array, None]:
+        return _write(pages, *turn), None
+
+    pages, _ = jax.lax.scan(write_turn, pages, (in_turns(new), in_turns(rows)))
+    return pages
 
 
 def _destinations(pages: Array, window: int, page_table: Array, start: Array, count: Array) -> Int[Array, "N W G"]:
-    """Where each key of the windows goes among the P * G * page of the pages; past all of them if nowhere.
+    """Finds where each key of the windows goes among the P * G * page of the pages; past all of them if nowhere.
 
     All different, which saves XLA sorting them.
     """
@@ -77,21 +88,21 @@ def _destinations(pages: Array, window: int, page_table: Array, start: Array, co
 
 
 def folded(per_query: Shaped[Array, "N W H D"], kv_heads: int) -> Shaped[Array, "N G rows D"]:
-    """Queries by key-value head, the query heads that share it folded into rows: row = head in group * W + query."""
+    """Folds the query heads that share a key-value head into rows: row = head in group * W + query."""
     rows, window, heads, dim = per_query.shape
     grouped = per_query.reshape(rows, window, kv_heads, heads // kv_heads, dim)
     return grouped.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, dim)
 
 
 def unfolded(per_row: Shaped[Array, "N G rows D"], window: int) -> Shaped[Array, "N W H D"]:
-    """The inverse of `folded`."""
+    """Inverts `folded`."""
     rows, kv_heads, _, dim = per_row.shape
     grouped = per_row.reshape(rows, kv_heads, -1, window, dim)
     return grouped.transpose(0, 3, 1, 2, 4).reshape(rows, window, -1, dim)
 
 
 def gathered(pages: Pages, ids: Int[Array, "N M"]) -> Float[Array, "N G keys D"]:
-    """Pages by id, joined along the keys; ids outside [0, P) read some page or other, never past the array."""
+    """Gathers pages by id, joined along the keys; ids outside [0, P) read some page or other, never past the array."""
     total, kv_heads, page, dim = pages.shape
     # Head by head, so that what is found need not be transposed.
     at = jnp.clip(ids, 0, total - 1)[:, None] * kv_heads + jnp.arange(kv_heads, dtype=ids.dtype)[:, None]

@@ -8,14 +8,17 @@ from sdar_jax.attention.paged.pages import folded, gathered, unfolded
 
 
 def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
-    """Takes everything."""
+    """Accepts everything."""
 
 
 def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, *, scale: float) -> Array:
-    """As `paged_attention`. O(N H W M page) memory."""
-    window, kv_heads = q.shape[1], k_pages.shape[1]
+    """Computes `paged_attention` with O(N H W M page) memory."""
+    window = q.shape[1]
+    kv_heads = k_pages.shape[1]
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
-    k, v = poisoned(*(gathered(pages, page_table).astype(accumulate) for pages in (k_pages, v_pages)))
+    k = gathered(k_pages, page_table).astype(accumulate)
+    v = gathered(v_pages, page_table).astype(accumulate)
+    k, v = poisoned(k, v)
     index = jnp.arange(k.shape[2])
     limit = jnp.tile(visible, (1, q.shape[2] // kv_heads))[:, None, :, None]
     scores = jnp.einsum("ngrd,ngkd->ngrk", folded(q, kv_heads).astype(accumulate), k) * scale

@@ -12,24 +12,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sdar_jax.arithmetic import ceil_div
 from sdar_jax.attention.paged.pages import folded, gathered, unfolded
 from sdar_jax.devices.chips import platform
 
-# Keys a step: their float32 tiles of a dozen heads stay in a core's second-level cache.
+# Keys per step: their float32 tiles of a dozen heads stay in a core's second-level cache.
 _KEYS = 256
 # Scores that a CPU holds at most of rows taken all at once.
 _SCORES = 2**22
 
 
 def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
-    """Takes everything."""
+    """Accepts everything."""
 
 
 def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, *, scale: float) -> Array:
-    """As `paged_attention`. Reads, and holds, a few pages a row at a time."""
+    """Computes `paged_attention`, reading and holding a few pages per row at a time."""
     window, kv_heads, page = q.shape[1], k_pages.shape[1], k_pages.shape[2]
     pages = min(max(1, _KEYS // page), page_table.shape[1])
-    rows = _Rows(folded(q, kv_heads), jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages))), visible)
+    page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
+    rows = _Rows(folded(q, kv_heads), page_table, visible)
     attend = partial(_attend, k_pages, v_pages, pages, scale)
     if _rows_one_by_one(rows, pages * page, one_step=rows.page_table.shape[1] == pages):
         one_by_one = jax.tree.map(lambda x: x[:, None], rows)
@@ -40,7 +42,13 @@ def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible
 
 
 class _Rows(NamedTuple):
-    """Some rows of the batch. q: [N, G, rows, D]. page_table: [N, M], M a multiple of the pages a step."""
+    """Some rows of the batch.
+
+    Attributes:
+        q: [N, G, rows, D].
+        page_table: [N, M], M a multiple of the pages per step.
+        visible: [N, W].
+    """
 
     q: Array
     page_table: Array
@@ -53,7 +61,7 @@ def _rows_one_by_one(rows: _Rows, keys: int, one_step: bool) -> bool:
 
 
 class _State(NamedTuple):
-    """Of the online softmax: [N, G, rows, D], and twice [N, G, rows, 1]."""
+    """The state of the online softmax: [N, G, rows, D], and twice [N, G, rows, 1]."""
 
     out: Array
     largest: Array
@@ -61,23 +69,25 @@ class _State(NamedTuple):
 
 
 def _attend(k_pages: Array, v_pages: Array, pages: int, scale: float, rows: _Rows) -> Array:
-    """[N, G, rows, D] in the accumulating type."""
+    """Computes [N, G, rows, D] in the accumulating type."""
     accumulate = jnp.promote_types(rows.q.dtype, jnp.float32)
     keys = pages * k_pages.shape[2]
     limit = jnp.tile(rows.visible, (1, rows.q.shape[2] // rows.visible.shape[1]))[:, None, :, None]
 
     def step(i: Array, state: _State) -> _State:
         ids = jax.lax.dynamic_slice_in_dim(rows.page_table, i * pages, pages, axis=1)
-        k, v = gathered(k_pages, ids), gathered(v_pages, ids)
+        k = gathered(k_pages, ids)
+        v = gathered(v_pages, ids)
         bad = ~jnp.isfinite(v).all(axis=-1)
         index = i * keys + jnp.arange(keys)
         scores = jnp.einsum("ngrd,ngkd->ngrk", rows.q, k, preferred_element_type=accumulate)
-        # A value is multiplied, and 0 * NaN is NaN, where a score is selected: what is bad is told by the score alone.
+        # A value is multiplied, and 0 * NaN is NaN, where a score is selected: only the score marks what is bad.
         scores = scores * scale + jnp.where(bad, jnp.nan, 0)[:, :, None]
         scores = jnp.where(index < limit, scores, -jnp.inf)
         v = jnp.where(bad[..., None], 0, v)
         largest = jnp.maximum(state.largest, scores.max(axis=-1, keepdims=True))
-        exp, shrink = jnp.exp(scores - largest), jnp.exp(state.largest - largest)
+        exp = jnp.exp(scores - largest)
+        shrink = jnp.exp(state.largest - largest)
         update = jnp.einsum("ngrk,ngkd->ngrd", exp.astype(v.dtype), v, preferred_element_type=accumulate)
         # A sum over the last axis would round by how many rows there are.
         total = jnp.einsum("ngrk,ngko->ngro", exp, jnp.ones((*exp.shape[:2], keys, 1), accumulate))
@@ -89,5 +99,5 @@ def _attend(k_pages: Array, v_pages: Array, pages: int, scale: float, rows: _Row
     if rows.page_table.shape[1] == pages:
         end = step(jnp.int32(0), start)
     else:
-        end = jax.lax.fori_loop(0, -(-rows.visible.max() // keys), step, start)
+        end = jax.lax.fori_loop(0, ceil_div(rows.visible.max(), keys), step, start)
     return end.out / jnp.where(end.total == 0, 1, end.total)

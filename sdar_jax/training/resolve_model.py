@@ -9,7 +9,7 @@ from sdar_jax.model.config import PRESETS, ModelConfig
 from sdar_jax.model.conversion import with_purpose
 from sdar_jax.paradigm import fills_masks
 from sdar_jax.training.config import InitConfig
-from sdar_jax.training.reading import read_config
+from sdar_jax.training.config_io import read_config
 from sdar_jax.training.recipes import recipe_names
 
 _RELEASED = re.compile(r"(qwen3|sdar)-[\d.]+b(-a\d+b)?")
