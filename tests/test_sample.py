@@ -537,10 +537,10 @@ def test_what_the_errors_of_flags_advise_works(cli, flags):
 
 
 BAD_FILES = [
-    (b'{"prompt": "a"}\n{"prompt"\n', "in.jsonl:2: not valid JSON", "one object a line"),
-    (b'{"prompt": "a"}\n\n{"prompt": \n', "in.jsonl:3: not valid JSON", "one object a line"),
+    (b'{"prompt": "a"}\n{"prompt"\n', "in.jsonl:2: not valid JSON", "one object per line"),
+    (b'{"prompt": "a"}\n\n{"prompt": \n', "in.jsonl:3: not valid JSON", "one object per line"),
     (b'{"prompt": "a"}\n\n{"text": "a"}\n', "in.jsonl:3: no prompt", '"messages"'),
-    (b"[1]\n", "in.jsonl:1: a JSON list, not an object", "one object a line"),
+    (b"[1]\n", "in.jsonl:1: a JSON list, not an object", "one object per line"),
     (b'{"text": "a"}\n', "in.jsonl:1: no prompt", '"messages"'),
     (b'{"prompt": "\\ud800"}\n', "in.jsonl:1: a lone surrogate at character 12 (U+D800", "valid Unicode"),
     (b"\xff\n", "in.jsonl:1: invalid UTF-8 at byte 0", "save the file as UTF-8"),

@@ -1,9 +1,9 @@
-"""Conversations: rendered by the tokenizer's own template, the assistant's turns found exactly.
+"""Conversations: rendered by the tokenizer's own template, with the assistant's turns found exactly.
 
 A turn is never looked for in the text, since a message may hold any text. Where a template marks generation itself
 ({% generation %}), its marks are used. Else the response of turn i starts where the prompt of inference ends, that is
 render(messages[:i], add_generation_prompt=True), and its end is seen by rendering again with one character, which is
-nowhere in the conversation, set at the end of what the assistant said.
+nowhere in the conversation, put at the end of the assistant's message.
 """
 
 import contextlib
@@ -43,22 +43,28 @@ Span = tuple[int, int]
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning("%s", message)
 
 
 class ChatRenderer:
-    """Raises ConfigError if the tokenizer has no chat template.
+    """Renders conversations by a tokenizer's chat template.
 
-    say: told what of the records is not read, and what is learned otherwise than it is written, often again.
+    Args:
+        warn: called, often with the same message, with what of the records is not read, and what is learned otherwise
+            than it is written.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, say: Callable[[str], None] = _say_once):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, warn: Callable[[str], None] = _warn_once):
         if not tokenizer.chat_template:
             raise ConfigError(
                 "the tokenizer has no chat template, which format='chat' needs: set tokenizer.chat_template"
             )
-        self._tokenizer, self._say = tokenizer, say
+        self._tokenizer = tokenizer
+        self._warn = warn
         templates = tokenizer.chat_template
         self._source = "\n".join(templates.values()) if isinstance(templates, dict) else templates
         self._marking = threading.Lock()
@@ -74,7 +80,8 @@ class ChatRenderer:
     def pieces(
         self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None
     ) -> list[tuple[str, bool]]:
-        """A record {"messages": [...], "tools": [...]} as (text, is response) pieces whose texts join to the rendering.
+        """Splits a record {"messages": [...], "tools": [...]} into (text, is response) pieces that join to its
+        rendering.
 
         A response runs from behind the generation prompt to its end-of-turn token, that included. What follows the last
         response to the end of the text (a line break, as a rule) belongs to it: when decoding, those positions are
@@ -82,28 +89,32 @@ class ChatRenderer:
         "train": false are no responses. Where the generation prompt opens the thinking of the last turn and the
         template then leaves it out, it is put back from the content: it is what decoding would have to write.
 
-        chat_template_kwargs: variables of the template; the record's own override them.
-        Raises DataError, without saying where, if the record is malformed, a turn's bounds are not certain, or
-        something that a turn says is not in the text.
+        Args:
+            chat_template_kwargs: variables of the template; the record's own override them.
+
+        Raises:
+            DataError: without saying where, if the record is malformed, a turn's bounds are not certain, or something
+                that a turn says is not in the text.
         """
         conversation = self._read(record, chat_template_kwargs)
         for unread in unread_fields(record, self._source):
-            self._say(unread)
+            self._warn(unread)
         return self._pieces(conversation, turns_without_loss(record))
 
     def prompt(self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None) -> str:
-        """The rendering of a conversation up to where the assistant is to answer. Raises DataError as `pieces` does."""
-        return self._render(self._read(record, chat_template_kwargs), prompt=True)[0]
+        """Renders a conversation up to where the assistant is to answer. Raises DataError as `pieces` does."""
+        text, _ = self._render(self._read(record, chat_template_kwargs), prompt=True)
+        return text
 
     def _read(self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None) -> Conversation:
         conversation = read_conversation(record, chat_template_kwargs or {})
         for name in conversation.variables:
             if not mentions(self._source, name):
-                self._say(f"the chat template does not read {name!r}, which chat_template_kwargs of records have")
+                self._warn(f"the chat template does not read {name!r}, which chat_template_kwargs of records have")
         return self._as_the_template_reads(conversation)
 
     def _as_the_template_reads(self, conversation: Conversation) -> Conversation:
-        """Null content stays null and arguments are objects where the template can read that, as transformers advises.
+        """Leaves null content null and arguments objects where the template can read that, as transformers advises.
 
         Else null becomes "", and arguments become JSON text: templates join either to other text.
         """
@@ -111,12 +122,16 @@ class ChatRenderer:
         calls = any(_calls(message) for message in conversation.messages)
         if not nulls and not calls:
             return conversation
-        forms, errors = [], []
-        for as_text, content in itertools.product((False, True) if calls else (False,), (None, "") if nulls else ("",)):
+        forms = []
+        errors = []
+        ways_of_calls = (False, True) if calls else (False,)
+        ways_of_nulls = (None, "") if nulls else ("",)
+        for as_text, content in itertools.product(ways_of_calls, ways_of_nulls):
             form = _in_form(conversation, content, as_text)
             try:
                 self._render(form)
-                if (content is not None or self._reads_null(form)) and (not calls or self._reads_arguments(form)):
+                null_is_read = content is not None or self._reads_null(form)
+                if null_is_read and (not calls or self._reads_arguments(form)):
                     return form
                 forms.append(form)
             except DataError as error:
@@ -126,14 +141,14 @@ class ChatRenderer:
         return forms[-1]
 
     def _reads_null(self, form: Conversation) -> bool:
-        """Whether null content is not written as the word None."""
+        """Returns whether null content is not written as the word None."""
         mark = next(self._free_characters(form))
         marked = [{**m, "content": mark} if m["content"] is None else m for m in form.messages]
         text = self._render(form._replace(messages=marked))[0]
         return mark not in text or text.replace(mark, "None") != self._render(form)[0]
 
     def _reads_arguments(self, form: Conversation) -> bool:
-        """Whether the arguments of calls are written, and not as Python would print an object."""
+        """Returns whether the arguments of calls are written, and not as Python would print an object."""
         known = _characters(form)
         word = next(word for n in itertools.count() if (word := f"argument_{n}") not in known)
         messages = [_with_calls(message, lambda function: _with_argument(function, word)) for message in form.messages]
@@ -149,7 +164,7 @@ class ChatRenderer:
             spans[-1] = (spans[-1][0], len(text))
         for i, part in self._left_out(conversation, turns):
             if part == THINKING and i != last and _says_more(messages[i]):
-                self._say(_THINKING_LEFT_OUT)
+                self._warn(_THINKING_LEFT_OUT)
             elif part == THINKING and i == last and (opened := self._opened(conversation, text, spans)):
                 text, spans[-1] = opened
             else:
@@ -163,18 +178,20 @@ class ChatRenderer:
         text, spans = self._render(conversation)
         if not self._marks_generation(conversation):
             mark = next(self._free_characters(conversation))
-            return text, [
-                (self._start(text, conversation, i, mark), self._end(text, conversation, i, mark)) for i in turns
-            ]
+            spans = []
+            for i in turns:
+                start = self._start(text, conversation, i, mark)
+                spans.append((start, self._end(text, conversation, i, mark)))
+            return text, spans
         if not unlearned:
             return text, spans
-        everyone = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if len(spans) != len(everyone):
+        all_turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if len(spans) != len(all_turns):
             raise DataError(
-                f"the chat template marks {len(spans)} generations for {len(everyone)} assistant turns, so it is not"
-                ' certain which to leave out; mark one a turn in the template, or remove "weight" and the like'
+                f"the chat template marks {len(spans)} generations for {len(all_turns)} assistant turns, so it is not"
+                ' certain which to leave out; mark one per turn in the template, or remove "weight" and the like'
             )
-        return text, [span for i, span in zip(everyone, spans, strict=True) if i in turns]
+        return text, [span for i, span in zip(all_turns, spans, strict=True) if i in turns]
 
     def _is_of_last_turn(self, conversation: Conversation, text: str, span: Span) -> bool:
         if not self._marks_generation(conversation):
@@ -189,7 +206,7 @@ class ChatRenderer:
         return self._tokenizer.get_chat_template(tools=conversation.tools)
 
     def _render(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[Span]]:
-        """The text, and the spans that the template itself marks as generated."""
+        """Renders the text, and finds the spans that the template itself marks as generated."""
         try:
             template = self._template(conversation)
             marks = GENERATION.search(template) is not None
@@ -205,7 +222,9 @@ class ChatRenderer:
                 )
         except Exception as error:  # a template may raise anything on a record it does not like
             raise _template_error(error) from error
-        return texts[0], [(int(start), int(end)) for start, end in spans[0]] if marks else []
+        if not marks:
+            return texts[0], []
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
     def _start(self, text: str, conversation: Conversation, i: int, mark: str) -> int:
         before = conversation._replace(messages=conversation.messages[:i])
@@ -218,7 +237,7 @@ class ChatRenderer:
         header, found, _ = self._render(_replaced(conversation, i, {**bare, "content": mark}))[0].partition(mark)
         if found and text.startswith(header) and header.startswith(history) and prompt.startswith(history):
             if not _thinks(conversation.messages[i]):
-                self._say(_BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :]))
+                self._warn(_BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :]))
             return len(header)
         raise DataError(
             f"the chat template renders what precedes messages[{i}] otherwise in the whole than in its prompt,"
@@ -245,9 +264,10 @@ class ChatRenderer:
         )
 
     def _left_out(self, conversation: Conversation, turns: list[int]) -> list[tuple[int, str]]:
-        """What the learned turns say that the template does not write, as (turn, part)."""
+        """Lists what the turns with loss say that the template does not write, as (turn, part)."""
         marks = self._free_characters(conversation)
-        messages, parts = list(conversation.messages), []
+        messages = list(conversation.messages)
+        parts = []
         for i in turns:
             messages[i], marked = _with_parts_marked(messages[i], marks)
             parts += [(mark, i, part) for mark, part in marked]
@@ -261,13 +281,15 @@ class ChatRenderer:
 
         Returns the new text, and the turn in it.
         """
-        said = conversation.messages[-1]["content"] or ""
-        end = END_OF_THINKING.search(said)
+        content = conversation.messages[-1]["content"] or ""
+        end = END_OF_THINKING.search(content)
         if end is None or self._marks_generation(conversation):
             return None
         prompt = self._render(conversation._replace(messages=conversation.messages[:-1]), prompt=True)[0]
         start = spans[-1][0]
-        opening, thought, answer = prompt[start:], said[: end.end()].lstrip(), said[end.end() :]
+        opening = prompt[start:]
+        thought = content[: end.end()].lstrip()
+        answer = content[end.end() :]
         rest = text[start:].lstrip()
         if prompt[:start] != text[:start] or not opening.strip() or not thought.startswith(opening.strip()):
             return None
@@ -279,7 +301,7 @@ class ChatRenderer:
         return text, (len(prompt), len(text))
 
     def _free_characters(self, conversation: Conversation) -> Iterator[str]:
-        """Characters that are nowhere in the conversation or the template."""
+        """Yields characters that are nowhere in the conversation or the template."""
         used = set(_characters(conversation)) | set(self._source)
         for character in map(chr, itertools.chain(*PRIVATE_USE)):
             if character not in used:
@@ -298,7 +320,7 @@ _BEGUN_OTHERWISE = (
 
 
 def _in_form(conversation: Conversation, content: str | None, as_text: bool) -> Conversation:
-    """With this content where it is null, and arguments as JSON text or objects."""
+    """Puts this content where it is null, and writes arguments as JSON text or leaves them objects."""
     messages = [
         {**message, "content": content if message["content"] is None else message["content"]}
         for message in conversation.messages
@@ -313,13 +335,15 @@ def _calls(message: Message) -> list[dict[str, Any]]:
 
 
 def _with_calls(message: Message, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Message:
-    """The message with the function of each of its calls changed."""
+    """Changes the function of each call of a message."""
     if not _calls(message):
         return message
-    calls = [
-        {**call, "function": change(call["function"])} if "function" in call else change(call)
-        for call in _calls(message)
-    ]
+    calls = []
+    for call in _calls(message):
+        if "function" in call:
+            calls.append({**call, "function": change(call["function"])})
+        else:
+            calls.append(change(call))
     return {**message, "tool_calls": calls}
 
 
@@ -348,17 +372,19 @@ def _thinks(message: Message) -> bool:
 
 
 def _says_more(message: Message) -> bool:
-    """Whether a turn says anything beside what it thinks."""
+    """Returns whether a turn holds anything besides its thinking."""
     return bool(_calls(message) or END_OF_THINKING.split(message["content"] or "")[-1].strip())
 
 
 def _with_parts_marked(message: Message, marks: Iterator[str]) -> tuple[Message, list[tuple[str, str]]]:
-    """The message with a mark in each part of what it says, and (mark, what the part is called)."""
-    message, marked = dict(message), []
+    """Puts a mark in each part of a message; gives it and (mark, the part's name) for each."""
+    message = dict(message)
+    marked = []
 
     def mark(part: str) -> str:
-        marked.append((next(marks), part))
-        return marked[-1][0]
+        character = next(marks)
+        marked.append((character, part))
+        return character
 
     thoughts = [name for name in REASONING if isinstance(message.get(name), str) and message[name].strip()]
     if thoughts:
@@ -379,11 +405,12 @@ def _with_parts_marked(message: Message, marks: Iterator[str]) -> tuple[Message,
 
 
 def _marked_messages(message: Message, mark: str) -> list[Message]:
-    """The message with `mark` where its speech ends: behind its content, before white space that a template may strip,
-    or in its last tool call. Which of them leaves the rendering as it was depends on the template."""
+    """Puts `mark` where a message may end: behind its content, before white space that a template may strip, or in its
+    last tool call. Which of them leaves the rendering as it was depends on the template."""
     content = message["content"] or ""
-    said = content.rstrip()
-    marked = [{**message, "content": content + mark}, {**message, "content": said + mark + content[len(said) :]}]
+    stripped = content.rstrip()
+    space = content[len(stripped) :]
+    marked = [{**message, "content": content + mark}, {**message, "content": stripped + mark + space}]
     if calls := _calls(message):
         last = _with_calls({**message, "tool_calls": calls[-1:]}, lambda each: {**each, "name": each["name"] + mark})
         marked.append({**message, "tool_calls": [*calls[:-1], *last["tool_calls"]]})
@@ -391,7 +418,8 @@ def _marked_messages(message: Message, mark: str) -> list[Message]:
 
 
 def _cut(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
-    pieces, position = [], 0
+    pieces = []
+    position = 0
     for start, end in spans:
         pieces += [(text[position:start], False), (text[start:end], True)]
         position = end

@@ -12,26 +12,24 @@ from sdar_jax.errors import ConfigError
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One set of files.
-
-    path: a file, a directory (searched recursively by suffix) or a glob.
-    format: "text" (a document a file, or several split on `separator`), "jsonl" and "parquet" (text in `field`), "chat"
-        (JSONL of {"messages": [...], "tools": [...] or absent}, OpenAI's form).
-    field: the text of a jsonl or parquet record; with `prompt_field` set, its response.
-    prompt_field: text put before `field` that carries no loss under loss="response".
-    separator: for "text", what stands between two documents of a file.
-    weight: this source's share of the records drawn, relative to the other sources' (records, not tokens).
-    chat_template_kwargs: for "chat", variables of the chat template, as {"enable_thinking": False}; a record's own
-        "chat_template_kwargs" override them.
-    """
+    """One set of files."""
 
     path: str
+    """A file, a directory (searched recursively by suffix) or a glob."""
     format: Literal["text", "jsonl", "parquet", "chat"]
+    """"text" (a document per file, or several split on `separator`), "jsonl" and "parquet" (text in `field`), "chat"
+    (JSONL of {"messages": [...], "tools": [...] or absent}, OpenAI's form)."""
     field: str = "text"
+    """The text of a jsonl or parquet record; with `prompt_field` set, its response."""
     prompt_field: str | None = None
+    """Text put before `field` that carries no loss under loss="response"."""
     separator: str | None = None
+    """For "text", what stands between two documents of a file."""
     weight: float = 1.0
+    """This source's share of the records drawn, relative to the other sources' (records, not tokens)."""
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """For "chat", variables of the chat template, as {"enable_thinking": False}; a record's own
+    "chat_template_kwargs" override them."""
 
     def __post_init__(self):
         _check_choice("format", self.format, ("text", "jsonl", "parquet", "chat"))
@@ -62,39 +60,38 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Rows of `sequence_length` tokens, `batch_size` of them a global batch.
-
-    noisy_length: how many noisy positions a row may hold (Ln); None leaves `noisy_index` out of the batch.
-    packing: "split" joins documents and cuts exactly full rows, "fit" keeps documents whole.
-    segments: "document" gives each document of a row its own segment, "row" makes the whole packed row one.
-    loss: "all" tokens are eligible, or only those of the "response" (a text without a prompt is all response).
-    too_long: a document that no row can hold ("fit") is dropped or cut. Both are counted.
-    pad_to_block: fill each document up to a multiple of block_size with end-of-text tokens.
-    pad_loss: let that filling be eligible wherever the document's own end-of-text token is.
-    shuffle: in a new global order each epoch, drawn from `seed`. epochs: None repeats for ever.
-    shards: how many streams the records are dealt to; each fills its own part of every batch, and a process reads those
-        alone whose rows it computes. They fix the order of the data, the number of processes does not. A divisor of
-        batch_size; with more than one there are no epochs, as the streams would not end together.
-    on_error: a malformed record stops the run ("fatal"), or is counted, logged and left out ("skip").
-    num_threads: threads that read and tokenise ahead, at least one a shard; 0 works in the caller's thread.
-    """
+    """How files become batches: rows of `sequence_length` tokens, `batch_size` of them per global batch."""
 
     sources: tuple[SourceConfig, ...]
     sequence_length: int
     batch_size: int
     noisy_length: int | None = None
+    """How many noisy positions a row may hold; None leaves `noisy_index` out of the batch."""
     packing: Literal["split", "fit"] = "split"
+    """"split" joins documents and cuts exactly full rows, "fit" never cuts a document in two."""
     segments: Literal["document", "row"] = "document"
+    """"document" gives each document of a row its own segment, "row" makes the packed row one."""
     loss: Literal["all", "response"] = "all"
+    """"all" tokens carry loss, or only those of the "response" (a text without a prompt is all response)."""
     too_long: Literal["drop", "cut"] = "drop"
+    """Whether a document that no row can hold ("fit") is dropped or cut. Both are counted."""
     pad_to_block: bool = False
+    """Fill each document up to a multiple of block_size with end-of-text tokens."""
     pad_loss: bool = True
+    """Let that filling carry loss wherever the document's own end-of-text token does."""
     shuffle: bool = True
+    """Draw records in a new global order each epoch, from `seed`."""
     seed: int = 0
     epochs: int | None = None
+    """Passes over the records; None repeats for ever."""
     on_error: Literal["fatal", "skip"] = "fatal"
+    """Whether a malformed record stops the run ("fatal"), or is counted, logged and left out ("skip")."""
     num_threads: int = 4
+    """Threads that read and tokenise ahead, at least one per shard; 0 works in the caller's thread."""
     shards: int = 1
+    """How many streams the records are dealt to; each fills its own part of every batch, and a process reads only
+    those whose rows it computes. They fix the order of the data, the number of processes does not. A divisor of
+    batch_size; with more than one there are no epochs, as the streams would not end together."""
 
     def __post_init__(self):
         for name in ("sequence_length", "batch_size", "noisy_length", "epochs", "shards"):

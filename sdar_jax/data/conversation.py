@@ -37,9 +37,11 @@ Message = dict[str, Any]
 class Conversation(NamedTuple):
     """A checked record.
 
-    messages: without fields that are null, but for content, which is a string, or None in an assistant turn; the
-        arguments of tool calls are objects.
-    variables: what the template is given beside messages and tools.
+    Attributes:
+        messages: without fields that are null, but for content, which is a string, or None in an assistant turn; the
+            arguments of tool calls are objects.
+        tools: JSON schemas, or None.
+        variables: what the template is given besides messages and tools.
     """
 
     messages: list[Message]
@@ -48,18 +50,23 @@ class Conversation(NamedTuple):
 
 
 def read_conversation(record: dict[str, Any], chat_template_kwargs: dict[str, Any]) -> Conversation:
-    """chat_template_kwargs: variables of the template, which the record's own override. Raises DataError."""
+    """Reads and checks a record. Raises DataError.
+
+    Args:
+        chat_template_kwargs: variables of the template, which the record's own override.
+    """
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError(_no_messages(record))
     checked = [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if checked[0]["role"] == "assistant":
         raise DataError("messages[0] is an assistant turn; a conversation starts with a system or user message")
-    return Conversation(checked, _read_tools(record.get("tools")), {**chat_template_kwargs, **_read_variables(record)})
+    variables = {**chat_template_kwargs, **_read_variables(record)}
+    return Conversation(checked, _read_tools(record.get("tools")), variables)
 
 
 def turns_without_loss(record: dict[str, Any]) -> frozenset[int]:
-    """Indices of the assistant turns marked by "weight": 0 or "train": false (or another name in NO_LOSS).
+    """Finds the indices of the assistant turns marked by "weight": 0 or "train": false (or another name in NO_LOSS).
 
     The record is one that read_conversation takes. Raises DataError for a mark about the loss that is not understood.
     """
@@ -74,7 +81,8 @@ def turns_without_loss(record: dict[str, Any]) -> frozenset[int]:
                     ' learned with "weight": 0 or "train": false, and others not at all'
                 )
             if message["role"] == "assistant":
-                found |= {i} if value == 0 else set()
+                if value == 0:
+                    found.add(i)
             elif value == 1:
                 raise DataError(
                     f'messages[{i}] has "{name}": {value!r}, but only assistant turns can be learned by themselves;'
@@ -84,33 +92,32 @@ def turns_without_loss(record: dict[str, Any]) -> frozenset[int]:
 
 
 def unread_fields(record: dict[str, Any], template: str) -> list[str]:
-    """What the record holds that neither training nor the template reads, one phrase each, harmless fields left out.
+    """Lists what the record holds that neither training nor the template reads, one phrase each, but harmless fields.
 
     Raises DataError for a field of the record whose loss would change what is learned.
     """
-    told = []
+    phrases = []
     for name in (name for name, value in record.items() if value is not None and name not in _READ):
         if name == "functions":
             raise DataError('"functions" is an older name of "tools", which is read; give it as "tools"')
         if name == "system" and isinstance(record[name], str):
-            raise DataError('"system" stands beside "messages"; give it as first message, with role system')
+            raise DataError('"system" is given besides "messages"; give it as first message, with role system')
         if _RECORD_LOSS.fullmatch(name) and record[name] != 1:
             raise DataError(
                 f'the record has "{name}": {str(record[name])[:40]!r}, which is not understood; remove "{name}", and'
                 ' mark turns that are not to be learned with "weight": 0'
             )
         if name not in _HARMLESS:
-            told.append(f'"{name}", which records have beside "messages", is not read')
-    for name in sorted(
-        {name for message in record["messages"] for name, value in message.items() if value is not None}
-    ):
+            phrases.append(f'"{name}", which records have besides "messages", is not read')
+    message_fields = {name for message in record["messages"] for name, value in message.items() if value is not None}
+    for name in sorted(message_fields):
         if name not in _MESSAGE_FIELDS | _HARMLESS and not mentions(template, name):
-            told.append(f'"{name}", which messages have, is not read by the chat template')
-    return told
+            phrases.append(f'"{name}", which messages have, is not read by the chat template')
+    return phrases
 
 
 def mentions(template: str, name: str) -> bool:
-    """Whether a name stands in a template's source."""
+    """Returns whether a name is in a template's source."""
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
@@ -207,7 +214,7 @@ def _check_calls(calls: Any, name: str) -> list[dict[str, Any]]:
 
 
 def _check_call(call: Any, name: str) -> dict[str, Any]:
-    """A call, whose arguments may be JSON text (OpenAI's form), with arguments that are an object."""
+    """Checks a call, and makes its arguments, which may be JSON text (OpenAI's form), an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(f'{name} names no function; give {{"function": {{"name": ..., "arguments": {{...}}}}}}')
@@ -222,7 +229,7 @@ def _check_call(call: Any, name: str) -> dict[str, Any]:
 
 
 def _from_json(text: str) -> Any:
-    """The value of JSON text; text that is no JSON is left as it is."""
+    """Parses JSON text; text that is no JSON is left as it is."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A record becomes a document: token ids, and which of them are eligible, that is can be corrupted and carry loss."""
+"""A record becomes a document: token ids, and the mask of those that can be corrupted and carry loss."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,19 @@ from sdar_jax.errors import DataError
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens and eligibility of one record, and how many noisy positions it takes."""
+    """The tokens of one record.
+
+    Attributes:
+        record_id: counted over the records of all sources.
+        tokens: int32 [n].
+        loss_mask: bool [n], the tokens that can be corrupted and carry loss.
+        noisy: how many noisy positions it takes.
+        cut: whether its end was cut off.
+    """
 
     record_id: int
     tokens: Int[np.ndarray, "n"]
-    eligible: Bool[np.ndarray, "n"]
+    loss_mask: Bool[np.ndarray, "n"]
     noisy: int
     cut: bool = False
 
@@ -31,7 +39,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A record that gives no document: `malformed`, or else too long for a row."""
+    """A record that gives no document: it is `malformed`, or else too long for a row."""
 
     reason: str
     malformed: bool
@@ -42,7 +50,7 @@ class _TooLong(DataError):
 
 
 class DocumentMaker:
-    """record id -> Document or Rejection: a pure function, safe to call from several threads.
+    """Maps a record id to a Document or Rejection: a pure function, safe to call from several threads.
 
     Record ids count the records of all sources, in the sources' order.
     """
@@ -56,8 +64,10 @@ class DocumentMaker:
         block_size: int,
         eos_token_id: int,
     ):
-        self._config, self._sources = config, sources
-        self._block_size, self._eos = block_size, eos_token_id
+        self._config = config
+        self._sources = sources
+        self._block_size = block_size
+        self._eos = eos_token_id
         self._starts = np.cumsum([0, *(len(source) for source in sources)])
         self._encoder = Encoder(tokenizer)
         chats = [source.config for source in sources if source.config.format == "chat"]
@@ -69,12 +79,14 @@ class DocumentMaker:
     def __call__(self, record_id: int) -> Document | Rejection:
         source, k = self._locate(record_id)
         try:
-            return self._finish(record_id, *self._tokenise(self._pieces(source.config, source.read(k))))
+            pieces = self._pieces(source.config, source.read(k))
+            tokens, loss_mask = self._tokenise(pieces)
+            return self._finish(record_id, tokens, loss_mask)
         except DataError as error:
             return Rejection(f"{source.where(k)}: {error}", malformed=not isinstance(error, _TooLong))
 
     def where(self, record_id: int) -> str:
-        """A record's "file:line"."""
+        """Returns a record's "file:line"."""
         source, k = self._locate(record_id)
         return source.where(k)
 
@@ -100,34 +112,40 @@ class DocumentMaker:
         return [leading, (prompt, False), (response, True)]
 
     def _tokenise(self, pieces: list[tuple[str | list[int], bool]]) -> tuple[list[int], list[bool]]:
-        """Each piece by itself: at inference a prompt is tokenised without its response."""
-        tokens, eligible = [], []
+        """Tokenises each piece by itself: at inference a prompt is tokenised without its response."""
+        tokens = []
+        loss_mask = []
         for piece, response in pieces:
             ids = self._encoder(piece) if isinstance(piece, str) else piece
             tokens += ids
-            eligible += [response or self._config.loss == "all"] * len(ids)
-        if not any(eligible):
+            loss_mask += [response or self._config.loss == "all"] * len(ids)
+        if not any(loss_mask):
             raise DataError("no token of it can carry loss; give it a response, or leave it out")
-        return tokens, eligible
+        return tokens, loss_mask
 
-    def _finish(self, record_id: int, tokens: list[int], eligible: list[bool]) -> Document:
+    def _finish(self, record_id: int, tokens: list[int], loss_mask: list[bool]) -> Document:
         """Ends the document, fills its last block, and cuts it to the row. Raises _TooLong."""
         if tokens[-1] != self._eos:
-            tokens, eligible = [*tokens, self._eos], [*eligible, eligible[-1]]
+            tokens = [*tokens, self._eos]
+            loss_mask = [*loss_mask, loss_mask[-1]]
         fill = -len(tokens) % self._block_size if self._config.pad_to_block else 0
+        fill_has_loss = loss_mask[-1] and self._config.pad_loss
         ids = np.array(tokens + [self._eos] * fill, np.int32)
-        can = np.array(eligible + [eligible[-1] and self._config.pad_loss] * fill, bool)
-        noisy = noisy_positions(np.ones(len(ids), np.int32), can, self._block_size)
+        mask = np.array(loss_mask + [fill_has_loss] * fill, bool)
+        noisy = self._noisy_positions(mask)
         length = self._longest_prefix(noisy, len(ids))
         if length == len(ids):
-            return Document(record_id, ids, can, len(noisy))
-        if self._config.too_long == "drop" or not can[:length].any():
+            return Document(record_id, ids, mask, len(noisy))
+        if self._config.too_long == "drop" or not mask[:length].any():
             raise _TooLong(f"{len(ids)} tokens, {len(noisy)} of them in blocks with loss, do not fit in a row")
-        kept = noisy_positions(np.ones(length, np.int32), can[:length], self._block_size)
-        return Document(record_id, ids[:length], can[:length], len(kept), cut=True)
+        kept = self._noisy_positions(mask[:length])
+        return Document(record_id, ids[:length], mask[:length], len(kept), cut=True)
+
+    def _noisy_positions(self, loss_mask: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+        return noisy_positions(np.ones(len(loss_mask), np.int32), loss_mask, self._block_size)
 
     def _longest_prefix(self, noisy: Int[np.ndarray, "m"], length: int) -> int:
-        """How much of a document fits in an empty row, in whole blocks where documents are padded to blocks."""
+        """Computes how much of a document fits in an empty row, in full blocks where documents are padded to blocks."""
         config = self._config
         if config.packing == "split":
             return length
@@ -138,18 +156,21 @@ class DocumentMaker:
 
 
 def noisy_positions(
-    segment_ids: Int[np.ndarray, "L"], eligible: Bool[np.ndarray, "L"], block_size: int
+    segment_ids: Int[np.ndarray, "L"], loss_mask: Bool[np.ndarray, "L"], block_size: int
 ) -> Int[np.ndarray, "m"]:
-    """Ascending positions of every block that holds an eligible token.
+    """Lists the positions, ascending, of every block that holds a token with loss.
 
-    segment_ids: 0 is padding, found only at the end. Blocks of block_size are aligned to each segment's first token.
+    Args:
+        segment_ids: int [L]; 0 is padding, found only at the end. Blocks are aligned to each segment's first token.
+        loss_mask: bool [L].
+        block_size: S.
     """
     index = np.arange(len(segment_ids))
     first = np.diff(segment_ids, prepend=0) != 0
     offset = index - np.maximum.accumulate(np.where(first, index, 0))
     block = np.cumsum(offset % block_size == 0) - 1
     wanted = np.zeros(len(segment_ids), bool)
-    wanted[block[eligible]] = True
+    wanted[block[loss_mask]] = True
     return np.flatnonzero(wanted[block] & (segment_ids > 0))
 
 

@@ -21,7 +21,7 @@ Reload = Callable[[int], Document]
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens start..stop of a document."""
+    """The tokens start..stop of a document."""
 
     document: Document
     start: int
@@ -29,15 +29,17 @@ class Piece:
 
 
 class SplitPacker:
-    """Documents one behind the other, cut in rows of exactly `length`; only the very last row can be shorter."""
+    """Joins documents and cuts them in rows of exactly `length`; only the very last row can be shorter."""
 
     def __init__(self, stream: Stream, length: int):
-        self._stream, self._length = stream, length
+        self._stream = stream
+        self._length = length
         self._rest: tuple[int, int, Document] | None = None
 
     def next_row(self) -> list[Piece]:
-        """Raises StopIteration when nothing is left."""
-        row, room = [], self._length
+        """Returns the next row. Raises StopIteration when nothing is left."""
+        row = []
+        room = self._length
         while room and (found := self._take()):
             index, start, document = found
             stop = min(start + room, len(document))
@@ -52,11 +54,17 @@ class SplitPacker:
         if self._rest is not None:
             return self._rest
         found = next(self._stream, None)
-        return None if found is None else (found[0], 0, found[1])
+        if found is None:
+            return None
+        index, document = found
+        return index, 0, document
 
     def get_state(self) -> list[list[int]]:
-        """[[stream index, first token]] of the document not yet used up, or []."""
-        return [] if self._rest is None else [[self._rest[0], self._rest[1]]]
+        """Returns [[stream index, first token]] of the document not yet used up, or []."""
+        if self._rest is None:
+            return []
+        index, start, _ = self._rest
+        return [[index, start]]
 
     def set_state(self, state: list[list[int]], reload: Reload):
         self._rest = next(((index, start, reload(index)) for index, start in state), None)
@@ -75,19 +83,22 @@ class _OpenRow:
 
 
 class FitPacker:
-    """Whole documents, each put in the fullest of at most OPEN_ROWS open rows that has room for it.
+    """Puts each document, uncut, in the fullest of at most OPEN_ROWS open rows that has room for it.
 
     A row is given out when it is full, or when a document fits in none and the fullest has to make way.
-    noisy_length: a row's budget of noisy positions; None means no limit.
+
+    Args:
+        noisy_length: a row's budget of noisy positions; None means no limit.
     """
 
     def __init__(self, stream: Stream, length: int, noisy_length: int | None):
-        self._stream, self._length = stream, length
+        self._stream = stream
+        self._length = length
         self._noisy_length = length if noisy_length is None else noisy_length
         self._open: list[_OpenRow] = []
 
     def next_row(self) -> list[Piece]:
-        """Raises StopIteration when nothing is left."""
+        """Returns the next row. Raises StopIteration when nothing is left."""
         while not any(row.length == self._length for row in self._open):
             found = next(self._stream, None)
             if found is None:
@@ -103,7 +114,8 @@ class FitPacker:
         return self._close(self._open)
 
     def _fits(self, row: _OpenRow, document: Document) -> bool:
-        return row.length + len(document) <= self._length and row.noisy + document.noisy <= self._noisy_length
+        fits_length = row.length + len(document) <= self._length
+        return fits_length and row.noisy + document.noisy <= self._noisy_length
 
     def _fullness(self, row: _OpenRow) -> float:
         return max(row.length / self._length, row.noisy / self._noisy_length)
@@ -116,32 +128,36 @@ class FitPacker:
         return [Piece(document, 0, len(document)) for _, document in row.documents]
 
     def get_state(self) -> list[list[int]]:
-        """The stream indices of each open row's documents."""
+        """Returns the stream indices of each open row's documents."""
         return [[index for index, _ in row.documents] for row in self._open]
 
     def set_state(self, state: list[list[int]], reload: Reload):
         self._open = []
         for indices in state:
-            self._open.append(_OpenRow())
+            row = _OpenRow()
             for index in indices:
-                self._open[-1].add(index, reload(index))
+                row.add(index, reload(index))
+            self._open.append(row)
 
 
 def make_batch(
     rows: list[list[Piece]], config: DataConfig, *, block_size: int, eos_token_id: int
 ) -> dict[str, np.ndarray]:
-    """The arrays of make_dataset's batch for these rows; an empty row is all padding."""
+    """Makes the arrays of make_dataset's batch for these rows; an empty row is all padding."""
     shape = (len(rows), config.sequence_length)
     tokens = np.full(shape, eos_token_id, np.int32)
     record_ids = np.full(shape, -1, np.int32)
-    segment_ids, loss_mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    segment_ids = np.zeros(shape, np.int32)
+    loss_mask = np.zeros(shape, bool)
     for b, row in enumerate(rows):
         end = 0
         for number, piece in enumerate(row, start=1):
+            start = end
+            end += piece.stop - piece.start
             source = slice(piece.start, piece.stop)
-            target = slice(end, end := end + piece.stop - piece.start)
+            target = slice(start, end)
             tokens[b, target] = piece.document.tokens[source]
-            loss_mask[b, target] = piece.document.eligible[source]
+            loss_mask[b, target] = piece.document.loss_mask[source]
             record_ids[b, target] = piece.document.record_id
             segment_ids[b, target] = number if config.segments == "document" else 1
     batch = {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask, "record_ids": record_ids}
@@ -152,7 +168,7 @@ def make_batch(
 
 def _noisy_index(segment_ids: np.ndarray, loss_mask: np.ndarray, noisy_length: int, block_size: int) -> np.ndarray:
     index = np.full((len(segment_ids), noisy_length), -1, np.int32)
-    for row, segments, eligible in zip(index, segment_ids, loss_mask, strict=True):
-        positions = noisy_positions(segments, eligible, block_size)
+    for row, row_segment_ids, row_loss_mask in zip(index, segment_ids, loss_mask, strict=True):
+        positions = noisy_positions(row_segment_ids, row_loss_mask, block_size)
         row[: len(positions)] = positions
     return index

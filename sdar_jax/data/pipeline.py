@@ -32,30 +32,34 @@ def make_dataset(
     eos_token_id: int,
     rows: Sequence[int] | None = None,
 ) -> "PackedDataset":
-    """An endless (or `epochs` long) iterator over batches, or over these rows of each.
+    """Makes an endless (or `epochs` long) iterator over batches, or over some rows of each.
 
-    block_size: the model's S; None (an autoregressive model) counts as 1. eos_token_id ends and pads documents.
-    rows: ascending, among batch_size; those that are given out. None: all.
+    Args:
+        block_size: the model's S; None (an autoregressive model) counts as 1.
+        eos_token_id: ends and pads documents.
+        rows: ascending, among batch_size; those that are given out. None: all.
 
     A batch holds, for B rows of L = sequence_length tokens:
         tokens       int32 [B, L]   eos_token_id in padding
         segment_ids  int32 [B, L]   0 is padding, only at a row's end; 1, 2, ... count the row's documents, or are all 1
-        loss_mask    bool  [B, L]   eligible tokens: they can be corrupted and carry loss
+        loss_mask    bool  [B, L]   the tokens that can be corrupted and carry loss
         record_ids   int32 [B, L]   the record each token came from, -1 in padding; describe() names its file and line
-        noisy_index  int32 [B, Ln]  with noisy_length: ascending positions of every block that holds an eligible token,
+        noisy_index  int32 [B, N]   with noisy_length: ascending positions of every block that holds a token with loss,
                                     then -1; blocks of S are aligned to each segment's first token
 
     The records are dealt to `shards` streams: stream i of n takes draws i, i + n, ... of one order, and packs the rows
     from batch_size / n * i on. Guarantee: neither a global batch nor the saved position depends on who gives out which
-    rows; a run may go on with another number of processes. Only streams whose rows are given out are read and
+    rows; a run may resume with another number of processes. Only streams whose rows are given out are read and
     tokenised, and of each all of it: with one, every process reads everything.
 
     With `epochs`, the last rows are padded at their end and the last batch is filled up with rows of padding, so that
     no token is lost; then StopIteration. An epoch of several sources lasts until each record has been drawn at least
     once: sources that are small for their weight come round more often.
 
-    Raises ConfigError for numbers that do not fit together, DataError for sources without records; under
-    on_error="fatal" iteration raises DataError at the first malformed record (restore a saved state to go on).
+    Raises:
+        ConfigError: numbers that do not fit together.
+        DataError: sources without records; under on_error="fatal" iteration raises it at the first malformed record
+            (restore a saved state to continue).
     """
     block_size = 1 if block_size is None else block_size
     rows = range(config.batch_size) if rows is None else rows
@@ -69,7 +73,7 @@ def make_dataset(
 
 
 class PackedDataset(Iterator[dict[str, np.ndarray]]):
-    """See make_dataset. `skipped`, `dropped` and `cut` count malformed records (and files), and too long ones."""
+    """Iterates over batches: see make_dataset. `skipped`, `dropped` and `cut` count malformed and too long records."""
 
     def __init__(
         self,
@@ -80,39 +84,41 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
         eos_token_id: int,
         rows: Sequence[int],
     ):
-        self._config, self._maker = config, maker
+        self._config = config
+        self._maker = maker
         self._layout = {"block_size": block_size, "eos_token_id": eos_token_id}
         size = config.batch_size // config.shards
         numbers = sorted({row // size for row in rows})
         threads = math.ceil(config.num_threads / len(numbers))
-        self._shards = {
-            number: _Shard(
-                config, maker, sources, number, [row % size for row in rows if row // size == number], threads
-            )
-            for number in numbers
-        }
+        self._shards = {}
+        for number in numbers:
+            own_rows = [row % size for row in rows if row // size == number]
+            self._shards[number] = _Shard(config, maker, sources, number, own_rows, threads)
         self._order = {
             "records": [len(source) for source in sources],
             "weights": [source.weight for source in config.sources],
             "block_size": block_size,
             **{name: getattr(config, name) for name in POSITION_FIELDS},
-            **({"shards": config.shards} if config.shards > 1 else {}),
         }
+        if config.shards > 1:
+            self._order["shards"] = config.shards
 
     def __next__(self) -> dict[str, np.ndarray]:
         rows = [row for shard in self._shards.values() for row in shard.next_rows()]
         return make_batch(rows, self._config, **self._layout)
 
     def get_state(self) -> dict[str, Any]:
-        """The position behind the last batch given out; JSON can hold it.
+        """Returns the position behind the last batch given out; JSON can hold it.
 
         With one shard it is the same on every process. With more it is of those that are read here: see `join_states`.
         """
         states = {str(number): shard.get_state() for number, shard in self._shards.items()}
-        return {"order": self._order, **(states["0"] if self._config.shards == 1 else {"shards": states})}
+        if self._config.shards == 1:
+            return {"order": self._order, **states["0"]}
+        return {"order": self._order, "shards": states}
 
     def set_state(self, state: dict[str, Any]):
-        """Goes on exactly where get_state was called. Raises DataError if data or order are not what they were then."""
+        """Resumes exactly where get_state was called. Raises DataError if data or order are not what they were then."""
         then = {"shards": 1, **state["order"]}
         for name, now in {"shards": 1, **self._order}.items():
             if then[name] != now:
@@ -124,7 +130,7 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
             shard.set_state(state if self._config.shards == 1 else state["shards"][str(number)])
 
     def describe(self, record_ids: Iterable[int] | np.ndarray) -> list[str]:
-        """Each different record as "file:line" (parquet: "file:row", from 1), ascending, without padding's -1."""
+        """Lists each different record as "file:line" (parquet: "file:row", from 1), ascending, without padding's -1."""
         return [self._maker.where(int(i)) for i in np.unique(np.asarray(record_ids)) if i >= 0]
 
     @property
@@ -149,7 +155,7 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
 
 
 def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One position of those that several processes, which together read all shards, have at the same batch."""
+    """Joins the positions of several processes, which together read all shards, at the same batch into one."""
     if "shards" not in states[0]:
         return states[0]
     shards = {number: shard for state in states for number, shard in state["shards"].items()}
@@ -157,7 +163,7 @@ def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class _Shard:
-    """A stream of records, packed; of the rows that it fills in a batch, `rows` are given out (from 0)."""
+    """Packs a stream of records; of the rows that it fills in a batch, `rows` are given out (from 0)."""
 
     def __init__(
         self,
@@ -168,13 +174,13 @@ class _Shard:
         rows: Sequence[int],
         threads: int,
     ):
-        self._size, self._rows = config.batch_size // config.shards, rows
+        self._size = config.batch_size // config.shards
+        self._rows = rows
         self.feed = DocumentFeed(config, maker, sources, shard=number, threads=threads, report=rows[0] == 0)
-        self._packer = (
-            SplitPacker(self.feed, config.sequence_length)
-            if config.packing == "split"
-            else FitPacker(self.feed, config.sequence_length, config.noisy_length)
-        )
+        if config.packing == "split":
+            self._packer = SplitPacker(self.feed, config.sequence_length)
+        else:
+            self._packer = FitPacker(self.feed, config.sequence_length, config.noisy_length)
 
     def next_rows(self) -> list[list[Piece]]:
         rows: list[list[Piece]] = []
@@ -196,7 +202,7 @@ class _Shard:
 
 
 class DocumentFeed(Iterator[tuple[int, Document]]):
-    """(stream index, document), without the records that give none; these are counted, and the first few logged."""
+    """Yields (stream index, document); records that give none are counted, and the first few logged."""
 
     def __init__(
         self,
@@ -212,12 +218,16 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
         records = records if config.shards == 1 else records[shard :: config.shards]
         self._outcomes = records.map(maker)
         self._read_ahead = _read_ahead(self._outcomes, threads)
-        self._fatal, self._report = config.on_error == "fatal", report
+        self._fatal = config.on_error == "fatal"
+        self._report = report
         self._index = 0
+        # How many records in a row gave no document.
         self._fruitless = 0
         self.counts = {"skipped": 0, "dropped": 0, "cut": 0}
-        for failure in (failure for source in sources for failure in source.failures if shard == 0):
-            self._note(Rejection(failure, malformed=True))
+        if shard == 0:
+            for source in sources:
+                for failure in source.failures:
+                    self._note(Rejection(failure, malformed=True))
 
     def __next__(self) -> tuple[int, Document]:
         while True:
@@ -250,7 +260,7 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
             log.warning("%s: %s%s", kind, rejection.reason, last)
 
     def reload(self, index: int) -> Document:
-        """The document at an index that gave one before. Raises DataError if it no longer does."""
+        """Makes the document at an index that gave one before. Raises DataError if it no longer does."""
         outcome = self._outcomes[index]
         if isinstance(outcome, Document):
             return outcome
@@ -260,7 +270,8 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
         return {"next_index": self._index, **self.counts}
 
     def set_state(self, state: dict[str, Any]):
-        self._index, self._fruitless = state["next_index"], 0
+        self._index = state["next_index"]
+        self._fruitless = 0
         self.counts = {name: state[name] for name in self.counts}
         self._read_ahead.set_state({"next_index": self._index})
 
@@ -269,7 +280,7 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
 
 
 def _record_stream(config: DataConfig, lengths: list[int]) -> tuple[grain.MapDataset, int]:
-    """Record ids in the order in which they are drawn, and how many draws are an epoch."""
+    """Makes the stream of record ids in the order in which they are drawn, and counts the draws of an epoch."""
     starts = np.cumsum([0, *lengths]).tolist()
     parts = [grain.MapDataset.range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
     if config.shuffle:
@@ -281,16 +292,20 @@ def _record_stream(config: DataConfig, lengths: list[int]) -> tuple[grain.MapDat
         stream, epoch_length = parts[0], lengths[0]
     else:
         stream, epoch_length = _mix(parts, lengths, [source.weight for source in config.sources])
-    return (stream if config.epochs is None else stream[: config.epochs * epoch_length]), epoch_length
+    if config.epochs is not None:
+        stream = stream[: config.epochs * epoch_length]
+    return stream, epoch_length
 
 
 def _mix(parts: list[grain.MapDataset], lengths: list[int], weights: list[float]) -> tuple[grain.MapDataset, int]:
     # Whole numbers as grain itself makes of weights, so that the epoch is counted with the same ones.
     shares = [int(weight * 100 / min(weights)) for weight in weights]
     # Of the first n draws, part i has at least n * shares[i] / sum(shares) - i.
-    parted = enumerate(zip(lengths, shares, strict=True))
-    epoch_length = max(math.ceil((length + i) * sum(shares) / share) for i, (length, share) in parted)
-    return grain.MapDataset.mix(parts, shares), epoch_length
+    draws = [
+        math.ceil((length + i) * sum(shares) / share)
+        for i, (length, share) in enumerate(zip(lengths, shares, strict=True))
+    ]
+    return grain.MapDataset.mix(parts, shares), max(draws)
 
 
 def _read_ahead(outcomes: grain.MapDataset, num_threads: int) -> grain.DatasetIterator:

@@ -54,11 +54,11 @@ class RecordFile(Protocol):
 
     def __len__(self) -> int: ...
     def read(self, k: int) -> Any:
-        """The record: text, or a dict of fields. Raises DataError, without saying where, if it is malformed."""
+        """Reads the record: text, or a dict of fields. Raises DataError, without saying where, if it is malformed."""
         ...
 
     def line(self, k: int) -> int:
-        """The record's line in the file, from 1; for parquet its row, from 1."""
+        """Finds the record's line in the file, from 1; for parquet its row, from 1."""
         ...
 
 
@@ -71,7 +71,8 @@ class Source:
     def __init__(self, config: SourceConfig):
         self.config = config
         self.failures: list[str] = []
-        open_file, files = _opener(config), []
+        open_file = _opener(config)
+        files = []
         for path in find_files(config):
             try:
                 files.append(open_file(path))
@@ -87,10 +88,11 @@ class Source:
         if k >= len(self):
             raise DataError(f"record {k} of {len(self)}; {', '.join(self.failures) or 'give a smaller number'}")
         number = bisect.bisect_right(self._ends, k)
-        return self._files[number], k - (self._ends[number - 1] if number else 0)
+        start = self._ends[number - 1] if number else 0
+        return self._files[number], k - start
 
     def read(self, k: int) -> Any:
-        """Record k. Raises DataError, without saying where, if it cannot be read."""
+        """Reads record k. Raises DataError, without saying where, if it cannot be read."""
         file, k = self._locate(k)
         try:
             return file.read(k)
@@ -98,13 +100,14 @@ class Source:
             raise DataError(f"cannot be read ({_reason(error)}); restore the file") from error
 
     def where(self, k: int) -> str:
-        """Record k's "file:line"."""
+        """Returns record k's "file:line"."""
         file, k = self._locate(k)
         return f"{file.path}:{file.line(k)}"
 
 
 def find_files(config: SourceConfig) -> list[Path]:
-    """The files that a source's path names, sorted. A file that several names lead to is taken once, by the first.
+    """Lists the files that a source's path names, sorted. A file that several names lead to is taken once, by the
+    first.
 
     Linked directories are followed. What is hidden (its name begins with a dot) is left out, as a shell does, unless
     the path itself names it. Raises DataError if there is no file.
@@ -154,12 +157,12 @@ def _could_be_meant(path: Path, format: str) -> bool:
 
 
 def _files(pattern: Path) -> list[Path]:
-    """The files that a glob matches, sorted; a link to nothing is one, which then cannot be opened."""
+    """Lists the files that a glob matches, sorted; a broken link is one, which then cannot be opened."""
     return sorted({path for path in _matches(pattern) if path.is_file() or not path.exists()})
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
-    """What a glob matches. Unlike the library's, its `**` follows links in a circle once."""
+    """Yields what a glob matches. Unlike the library's, its `**` follows links in a circle once."""
     if "**" not in pattern.parts:
         yield from map(Path, glob.iglob(str(pattern)))
         return
@@ -171,7 +174,7 @@ def _matches(pattern: Path) -> Iterator[Path]:
 
 
 def _directories(directory: Path, seen: set[str]) -> Iterator[Path]:
-    """The directory and those below it that are not hidden, none of them twice."""
+    """Yields the directory and those below it that are not hidden, none of them twice."""
     real = os.path.realpath(directory)
     if real in seen or not directory.is_dir():
         return
@@ -199,7 +202,7 @@ def _without_copies(files: list[Path]) -> list[Path]:
 
 
 def _opener(config: SourceConfig) -> Callable[[Path], RecordFile]:
-    # One small cache a source, not one a file: a shuffled read jumps between files.
+    # One small cache per source, not per file: a shuffled read jumps between files.
     read_group = functools.lru_cache(maxsize=ROW_GROUPS_KEPT)(ParquetFile.read_group)
     fields = {"field": config.field, "prompt_field": config.prompt_field}
     columns = {setting: name for setting, name in fields.items() if name is not None}
@@ -224,7 +227,9 @@ def check_content(path: Path, head: bytes, format: str) -> None:
         raise DataError("a parquet file; a source of format parquet reads it, or of format chat if it is conversations")
     for magic, (name, command) in COMPRESSED.items():
         if re.match(magic, head):
-            plain = path.with_suffix("") if path.suffix in COMPRESSED_SUFFIXES else path.with_name(f"plain-{path.name}")
+            plain = path.with_name(f"plain-{path.name}")
+            if path.suffix in COMPRESSED_SUFFIXES:
+                plain = path.with_suffix("")
             run = f"{command} {shlex.quote(str(path))} > {shlex.quote(str(plain))}"
             raise DataError(f"compressed with {name}, and records are read in any order; decompress it first: {run}")
 
@@ -235,33 +240,37 @@ def _head(path: Path) -> bytes:
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether a line of a JSONL file is no record: white space, or the byte order mark of a file without a first."""
+    """Returns whether a line of a JSONL file is no record: white space, or the byte order mark of a file without a
+    first."""
     return (line.removeprefix(BYTE_ORDER_MARK) or b"\n").isspace()
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """The object on a line of a JSONL file. Raises DataError, without saying where."""
+    """Parses the object on a line of a JSONL file. Raises DataError, without saying where."""
     text = _decode(line).strip()
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"not valid JSON ({error.msg}, column {error.colno}); write one object a line") from error
+        raise DataError(f"not valid JSON ({error.msg}, column {error.colno}); write one object per line") from error
     # Python reads no integer of more than 4,300 digits.
     except ValueError as error:
         raise DataError(f"a number that cannot be read ({_reason(error)}); write it as a string") from error
     except RecursionError as error:
-        raise DataError("not valid JSON (nested too deeply); write one object a line") from error
+        raise DataError("not valid JSON (nested too deeply); write one object per line") from error
     if not isinstance(record, dict):
-        raise DataError(f"a JSON {type(record).__name__}, not an object; write one object a line")
+        raise DataError(f"a JSON {type(record).__name__}, not an object; write one object per line")
     return record
 
 
 class JsonlFile:
-    """A JSON object a line. The index holds 8 bytes a record; blank lines are no records but count as lines."""
+    """Reads a JSON object per line. The index holds 8 bytes per record; blank lines are no records but count as
+    lines."""
 
     def __init__(self, path: Path):
         self.path = path
-        starts, blanks, position = array("q"), array("q"), 0
+        starts = array("q")
+        blanks = array("q")
+        position = 0
         with path.open("rb") as file:
             for line in file:
                 if is_blank(line):
@@ -285,7 +294,7 @@ class JsonlFile:
 
 
 class TextFile:
-    """Plain text: one document, or the stretches between separators that are not blank."""
+    """Reads plain text: one document, or the stretches between separators that are not blank."""
 
     def __init__(self, path: Path, separator: str | None):
         self.path = path
@@ -307,10 +316,12 @@ class TextFile:
 
 
 class ParquetFile:
-    """Columns of a parquet file, read a row group at a time. Shuffled reading wants small row groups (1,000 rows).
+    """Reads columns of a parquet file, a row group at a time. Shuffled reading wants small row groups (1,000 rows).
 
-    columns: their names by the setting that gives them; None is all, as JSON would have them: a column gives all its
-    objects the same keys, and those that are null are left out.
+    Args:
+        columns: their names by the setting that gives them; None is all, as JSON would have them: a column gives all
+            its objects the same keys, and those that are null are left out.
+        cached_group: `read_group` of any file, cached.
     """
 
     def __init__(
@@ -324,7 +335,8 @@ class ParquetFile:
             if column not in names:
                 raise DataError(f"no column {column!r} among {', '.join(names)}; set {setting} to one of them")
         self._columns = names if columns is None else list(columns.values())
-        self._drops_nulls, self._cached_group = columns is None, cached_group
+        self._drops_nulls = columns is None
+        self._cached_group = cached_group
         groups = range(self._metadata.num_row_groups)
         self._ends = list(itertools.accumulate(self._metadata.row_group(group).num_rows for group in groups))
 
@@ -334,7 +346,8 @@ class ParquetFile:
     def read(self, k: int) -> dict[str, Any]:
         group = bisect.bisect_right(self._ends, k)
         table = self._cached_group(self, group)
-        row = k - (self._ends[group - 1] if group else 0)
+        start = self._ends[group - 1] if group else 0
+        row = k - start
         record = {name: table.column(name)[row].as_py() for name in self._columns}
         return _without_nulls(record) if self._drops_nulls else record
 
@@ -349,14 +362,17 @@ class ParquetFile:
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _split(path: Path, separator: bytes) -> list[tuple[int, int]]:
     size = path.stat().st_size
     if not size:
         return []
-    spans, start = [], 0
+    spans = []
+    start = 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while start <= size:
             stop = data.find(separator, start)

@@ -11,7 +11,7 @@ from sdar_jax.hf.pretrained import model_directory
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory or hub id, of which the tokenizer's files alone are fetched.
+    """Loads the tokenizer of a Hugging Face directory or hub id, of which only the tokenizer's files are fetched.
 
     tokenizer.json decides how text is read, whatever model it lies beside; a directory without one is read by the class
     that its configs name. Code that a directory holds is never run, and no question is asked.
@@ -35,10 +35,12 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
 
 
 class TokenIds(NamedTuple):
-    """Which ids a tokenizer gives out.
+    """The ids that a tokenizer gives out.
 
-    size: the largest id of a token, the mask's left out, plus one. Ids may have gaps, so this is not `len(tokenizer)`.
-    mask: the id of the tokenizer's own mask token, None if it has none.
+    Attributes:
+        size: the largest id of a token, the mask's left out, plus one. Ids may have gaps, so this is not
+            `len(tokenizer)`.
+        mask: the id of the tokenizer's own mask token, None if it has none.
     """
 
     size: int
@@ -51,7 +53,7 @@ class TokenIds(NamedTuple):
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
-    """The ids that the tokenizer gives out, those of added tokens among them."""
+    """Finds the ids that the tokenizer gives out, those of added tokens among them."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     ids = {**tokenizer.get_vocab(), **added}
     mask = ids.get(str(tokenizer.mask_token))
@@ -59,12 +61,13 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
 
 
 class Encoder:
-    """Text to token ids, safe to call from several threads.
+    """Turns text into token ids, safe to call from several threads.
 
     `leading` is what the tokenizer sets before every text, begin-of-text as a rule; mostly it is empty. What it would
     set behind a text is never added: an end is added by whoever ends a document, and a prompt has none.
 
-    tokenizer: a Hugging Face tokenizer, or what has an `encode` as these have.
+    Args:
+        tokenizer: a Hugging Face tokenizer, or another object with such an `encode`.
     """
 
     def __init__(self, tokenizer: Any):
@@ -76,15 +79,16 @@ class Encoder:
             self.leading = self._leading([])
 
     def _leading(self, letter: list[int]) -> list[int]:
-        """What stands before the ids of "a" where the tokenizer sets what it sets around every text."""
-        whole = self._tokenizer.encode("a" if letter else "", verbose=False)
+        """Finds what precedes the ids of "a" where the tokenizer sets what it sets around every text."""
+        ids = self._tokenizer.encode("a" if letter else "", verbose=False)
         if letter:
-            return whole[: next((i for i in range(len(whole)) if whole[i : i + len(letter)] == letter), 0)]
-        # Of a tokenizer without letters nothing tells what stands before a text from what stands behind it.
-        return whole[:1] if whole[:1] == [self._tokenizer.bos_token_id] else []
+            starts = (i for i in range(len(ids)) if ids[i : i + len(letter)] == letter)
+            return ids[: next(starts, 0)]
+        # Of a tokenizer without letters nothing tells what precedes a text from what follows it.
+        return ids[:1] if ids[:1] == [self._tokenizer.bos_token_id] else []
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a stretch of text, with nothing added.
+        """Encodes a stretch of text, with nothing added.
 
         Raises DataError if it cannot be written as UTF-8, or holds what the tokenizer has no token for and no other
         token to put in its place.
@@ -99,7 +103,7 @@ class Encoder:
             ) from error
 
     def prompt(self, text: str) -> list[int]:
-        """The ids of a text that is to be continued: `leading` and the text's. Raises DataError as a call does."""
+        """Encodes a text that is to be continued: `leading` and the text's ids. Raises DataError as a call does."""
         return [*self.leading, *self(text)]
 
 

@@ -1,9 +1,9 @@
-"""`EvalConfig`: what a model is evaluated on while it is trained."""
+"""`EvalConfig`: the data that a model is evaluated on while it is trained."""
 
 from dataclasses import dataclass
 
 from sdar_jax.data import DataConfig
-from sdar_jax.errors import ConfigError
+from sdar_jax.errors import require
 
 
 @dataclass(frozen=True)
@@ -24,5 +24,4 @@ class EvalConfig:
     def __post_init__(self):
         for name, least in (("every", 1), ("rows", 1), ("samples", 2), ("seed", 0)):
             value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"{name} is {value!r}; give at least {least}")
+            require(name, value, value >= least, f"at least {least}")

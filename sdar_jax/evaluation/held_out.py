@@ -1,4 +1,4 @@
-"""The likelihood of held-out data as an evaluator, which `train` calls now and then."""
+"""Scores held-out data as an evaluator, which `train` calls now and then."""
 
 import itertools
 import math
@@ -18,9 +18,9 @@ Rows = dict[str, np.ndarray]
 
 
 def held_out_likelihood(config: EvalConfig, data: Iterator[Rows]) -> Callable[[Model, int], dict[str, float]]:
-    """An evaluator: held-out likelihood in nats per token over the first `config.rows` rows, batch by batch.
+    """Makes an evaluator: held-out likelihood in nats per token over the first `config.rows` rows, batch by batch.
 
-    It returns {"nll": ...} of a model that predicts each next token, else {"nelbo": ..., "nelbo_se": ...}.
+    The evaluator returns {"nll": ...} of a model that predicts each next token, else {"nelbo": ..., "nelbo_se": ...}.
 
     Args:
         data: batches of `config.data.batch_size` rows, as a PackedDataset gives them; the rows are read now.
@@ -34,8 +34,9 @@ def held_out_likelihood(config: EvalConfig, data: Iterator[Rows]) -> Callable[[M
 
     def evaluate(model: Model, step: int) -> dict[str, float]:
         scores = np.array(list(_scores(model, batches, config)))
-        counts = scores[:, 0] / scores[:, 0].sum()
-        mean, error = counts @ scores[:, 1], float(np.linalg.norm(counts * scores[:, 2]))
+        shares = scores[:, 0] / scores[:, 0].sum()
+        mean = shares @ scores[:, 1]
+        error = float(np.linalg.norm(shares * scores[:, 2]))
         if not model.config.paradigm.masks:
             return {"nll": float(mean)}
         return {"nelbo": float(mean), "nelbo_se": error}
@@ -44,16 +45,18 @@ def held_out_likelihood(config: EvalConfig, data: Iterator[Rows]) -> Callable[[M
 
 
 def _scores(model: Model, batches: list[Rows], config: EvalConfig) -> Iterator[tuple[float, float, float]]:
-    """(tokens counted, nats per token, standard error) of each batch that has tokens to count."""
+    """Yields (tokens counted, nats per token, standard error) of each batch that has tokens to count."""
     paradigm = model.config.paradigm
     for i, batch in enumerate(batches):
-        tokens, given = batch["tokens"], {name: batch[name] for name in ("segment_ids", "loss_mask")}
-        counted = float(predicted(paradigm, Batch(jnp.asarray(tokens), **jax.tree.map(jnp.asarray, given))).sum())
+        tokens = batch["tokens"]
+        masks = {name: batch[name] for name in ("segment_ids", "loss_mask")}
+        on_device = Batch(jnp.asarray(tokens), **jax.tree.map(jnp.asarray, masks))
+        counted = float(predicted(paradigm, on_device).sum())
         if not counted:
             continue
         if paradigm.masks:
             seed = config.seed + i
-            bound = nelbo(model, tokens, block_size=paradigm.block_size, samples=config.samples, seed=seed, **given)
+            bound = nelbo(model, tokens, block_size=paradigm.block_size, samples=config.samples, seed=seed, **masks)
             yield counted, *bound
         else:
-            yield counted, autoregressive_nll(model, tokens, **given), 0.0
+            yield counted, autoregressive_nll(model, tokens, **masks), 0.0

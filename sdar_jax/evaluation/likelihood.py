@@ -32,15 +32,15 @@ def nelbo(
     samples: int = 8,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Negative evidence lower bound of block diffusion (Eq. 7), by Monte Carlo over masks.
+    """Estimates the negative evidence lower bound of block diffusion (Eq. 7), by Monte Carlo over masks.
 
     Its expectation is sum over k = 1..S of 1 / (k C(S, k)) times the sum over masks M of size k of CE over M, which at
     S = 1 is the model's in-place chain-rule NLL.
 
     Args:
         tokens: int32 [B, L], clean.
-        block_size: S; None bounds masked diffusion instead (Eq. 5): a document is one block, seen whole.
-        segment_ids: int32 [B, L], > 0 a document, 0 for padding; None: a row is one document.
+        block_size: S; None bounds masked diffusion instead (Eq. 5): a document is one block, all of it in sight.
+        segment_ids: int32 [B, L], > 0 in each document, 0 for padding; None: a row is one document.
         loss_mask: bool [B, L], the tokens that are masked and counted; None: all but padding.
         samples: independent estimates, at least 2 (for the error).
         seed: fixes the masks.
@@ -71,7 +71,8 @@ def nelbo(
 def autoregressive_nll(
     model: Model, tokens: Tokens, *, segment_ids: Tokens | None = None, loss_mask: Mask | None = None
 ) -> float:
-    """Exact next-token NLL (Eq. 3) in nats per token, without the first of a document, which nothing predicts.
+    """Computes the exact next-token NLL (Eq. 3) in nats per token, without the first of a document, which nothing
+    predicts.
 
     Arguments as for `nelbo`.
     """
@@ -107,7 +108,8 @@ def _bound(model: Model, batch: Batch, key: jax.Array, block_size: int | None) -
     origin = origin_of(paradigm, batch)
     corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, _BOUND, block_size=block_size, origin=origin)
     noisy = jnp.where(corrupted.masked, jnp.int32(_mask_id(model.config)), batch.tokens)
-    return score_tokens(model, diffusion_inputs(paradigm, batch, noisy, corrupted.weights, origin))[0]
+    total, _ = score_tokens(model, diffusion_inputs(paradigm, batch, noisy, corrupted.weights, origin))
+    return total
 
 
 def _mask_id(config: ModelConfig) -> int:

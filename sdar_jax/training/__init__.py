@@ -1,4 +1,4 @@
-"""Training: a config, a step, a loop, and checkpoints that a run goes on from by itself."""
+"""Training: a config, a step, a loop, and checkpoints from which a run resumes by itself."""
 
 from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.training.config import CheckpointConfig, InitConfig, OptimizerConfig, TrainConfig

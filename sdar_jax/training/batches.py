@@ -12,17 +12,18 @@ from sdar_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-_KINDS = {"tokens": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_, "noisy_index": np.int32}
+_DTYPES = {"tokens": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_, "noisy_index": np.int32}
 
 
 class GivenBatches(Iterator[dict[str, np.ndarray]]):
-    """A user's batches, each checked, and how many were given out.
+    """Checks a user's batches, and counts how many were given out.
 
-    An iterator with `get_state` and `set_state` (as grain's have) is saved and goes on by them. Of any other, a run
+    An iterator with `get_state` and `set_state` (as grain's have) is saved and resumed by them. Of any other, a run
     that resumes draws again as many batches as it had used, and leaves them out: exact where they come in the same
     order each time.
 
     Args:
+        data: the user's batches.
         config: its batch_size, sequence_length and noisy_length are those of the batches.
         vocab_size: of the model.
 
@@ -32,7 +33,8 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
 
     def __init__(self, data: Iterable[dict[str, Any]], config: DataConfig, vocab_size: int):
         self._source: Any = iter(data)
-        self._config, self._vocab_size = config, vocab_size
+        self._config = config
+        self._vocab_size = vocab_size
         self._used = 0
         self._has_state = hasattr(self._source, "get_state") and hasattr(self._source, "set_state")
         self.get_state()
@@ -43,16 +45,17 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
         return self._checked(batch)
 
     def get_state(self) -> dict[str, Any]:
-        """The position behind the last batch given out; JSON can hold it."""
-        state = {"used": self._used, "iterator": self._source.get_state() if self._has_state else None}
+        """Returns the position behind the last batch given out; JSON can hold it."""
+        iterator_state = self._source.get_state() if self._has_state else None
+        state = {"used": self._used, "iterator": iterator_state}
         try:
-            # A copy: the iterator may go on changing what it gave.
+            # A copy: the iterator may keep changing what it gave.
             return json.loads(json.dumps(state))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"data.get_state() gives what JSON cannot hold ({error}); give plain values") from None
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on behind as many batches as `state` had used.
+        """Resumes behind as many batches as `state` had used.
 
         Raises:
             DataError: there are not that many.
@@ -67,16 +70,17 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
                 raise DataError(f"data ended after {number} batches, of which the run had used {self._used}; give all")
 
     def describe(self, record_ids: Any) -> list[str]:
-        """Batches of one's own have no files and lines, but a number."""
+        """Names batches by their number, as a user's own have no files and lines."""
         return [f"batch {number} of data" for number in np.unique(record_ids)]
 
     def close(self) -> None:
         """The user's iterator is the user's to close."""
 
     def _checked(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
-        rows, length, noisy = self._config.batch_size, self._config.sequence_length, self._config.noisy_length
-        shapes: dict[str, tuple[int, ...]] = {}
-        shapes |= dict.fromkeys(("tokens", "segment_ids", "loss_mask"), (rows, length))
+        rows = self._config.batch_size
+        noisy = self._config.noisy_length
+        shape = (rows, self._config.sequence_length)
+        shapes: dict[str, tuple[int, ...]] = {"tokens": shape, "segment_ids": shape, "loss_mask": shape}
         if noisy is not None:
             shapes["noisy_index"] = (rows, noisy)
         where = f"batch {self._used} of data"
@@ -84,7 +88,9 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
             raise DataError(f"{where} lacks {', '.join(absent)}; give arrays of these names")
         if noisy is None and "noisy_index" in batch:
             raise DataError(f"{where} has noisy_index and config.data no noisy_length; set it, or leave it out")
-        checked = {name: _array(batch[name], f"{where}: {name}", shape, _KINDS[name]) for name, shape in shapes.items()}
+        checked = {}
+        for name, shape in shapes.items():
+            checked[name] = _array(batch[name], f"{where}: {name}", shape, _DTYPES[name])
         tokens = checked["tokens"]
         wrong = (tokens < 0) | (tokens >= self._vocab_size)
         if wrong.any():
@@ -92,10 +98,10 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
         return checked | {"record_ids": np.full(1, self._used)}
 
 
-def _array(value: Any, name: str, shape: tuple[int, ...], kind: type[np.generic]) -> np.ndarray:
+def _array(value: Any, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
     array = np.asarray(value)
     if array.shape != shape:
         raise DataError(f"{name} is of shape {array.shape}, and the config's batches of {shape}; give both one shape")
-    if not np.can_cast(array.dtype, kind, "same_kind"):
-        raise DataError(f"{name} is {array.dtype}; give {np.dtype(kind)}")
-    return array.astype(kind, copy=False)
+    if not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise DataError(f"{name} is {array.dtype}; give {np.dtype(dtype)}")
+    return array.astype(dtype, copy=False)

@@ -1,14 +1,14 @@
-"""Checkpoints: the whole state of a run in one directory that is there or not, written by orbax in the background.
+"""Checkpoints: the full state of a run in one directory that is complete or absent, written by orbax in the background.
 
     checkpoints/STEP/state          weights, optimiser, moving average, key and step, as arrays
-    checkpoints/STEP/position       where the data and the meters are, and the configs: JSON
+    checkpoints/STEP/position       the `HostState`: where the data and the meters are, and the configs: JSON
     checkpoints/STEP/sha256.json    a digest of each file of the two, as orbax does not notice flipped bits
     frozen/                         weights that are not trained, if there are any: once, as no step changes them
 
 A checkpoint whose files do not match its digests is set aside in damaged/, and the one before it is used.
 
 Of several processes each writes its part of the state, and the first one the rest when all have; one that cannot write
-leaves no checkpoint. Each checks a part of the files when a run goes on.
+leaves no checkpoint. Each checks a part of the files when a run resumes.
 """
 
 import contextlib
@@ -40,11 +40,17 @@ _ITEMS = ("state", "position")
 
 
 class HostState(NamedTuple):
-    """What a checkpoint holds besides arrays, as JSON: data.get_state(), Meter.get_state(), both configs in full.
+    """The part of a checkpoint that is no arrays, saved as JSON under the name "position".
 
-    files: `data_files.fingerprint` of what the data is read from; None in a checkpoint from before there was one.
-    epochs: those whose steps were counted; None where steps were given. objective: the name of the user's own. frozen:
-    the names of weights that are not trained.
+    Attributes:
+        data: data.get_state().
+        meter: Meter.get_state().
+        config: of the run, in full.
+        model: the model's config, in full.
+        files: `data_files.fingerprint` of what the data is read from; None in a checkpoint from before there was one.
+        epochs: those whose steps were counted; None where steps were given.
+        objective: the name of the user's own.
+        frozen: the names of weights that are not trained.
     """
 
     data: dict[str, Any]
@@ -58,7 +64,7 @@ class HostState(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run. Close it, or use it in a `with`, so that the last one is finished.
+    """Saves and restores the checkpoints of a run. Close it, or use it in a `with`, so that the last one is finished.
 
     Raises:
         CheckpointError: there are checkpoints and every one of them is damaged.
@@ -90,11 +96,11 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest step, None if there is none."""
+        """The newest checkpoint's step, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, position: HostState) -> None:
-        """Copies the state to the host and returns; the rest goes on in the background.
+    def save(self, state: TrainState, host_state: HostState) -> None:
+        """Copies the state to the host and returns; the rest runs in the background.
 
         Raises:
             CheckpointError: this one, or the one before it, cannot be written.
@@ -102,7 +108,7 @@ class Checkpoints:
         # The callback that a save ends with asks which one it was.
         self.wait()
         self._saving = int(state.step)
-        items = {"state": ocp.args.StandardSave(state._asdict()), "position": ocp.args.JsonSave(position._asdict())}
+        items = {"state": ocp.args.StandardSave(state._asdict()), "position": ocp.args.JsonSave(host_state._asdict())}
         with self._failures_reported():
             self._manager.save(self._saving, args=ocp.args.Composite(**items), force=True)
 
@@ -122,20 +128,23 @@ class Checkpoints:
                 f"{self.directory}: checkpoint {self._saving} cannot be written ({reason}); make room, then start again"
             ) from error
 
-    def position(self) -> HostState | None:
-        """Of the newest checkpoint, None if there is none."""
+    def host_state(self) -> HostState | None:
+        """Reads that of the newest checkpoint; None if there is none."""
         if self.latest is None:
             return None
         items = ocp.args.Composite(position=ocp.args.JsonRestore())
-        return HostState(**self._manager.restore(self.latest, args=items)["position"])
+        restored = self._manager.restore(self.latest, args=items)
+        return HostState(**restored["position"])
 
     def state(self, like: TrainState) -> TrainState:
-        """Of the newest checkpoint, bit for bit, whatever mesh it was saved from.
+        """Reads that of the newest checkpoint, bit for bit, whatever mesh it was saved from.
 
-        like: ShapeDtypeStructs, with the sharding that each array is to have.
+        Args:
+            like: ShapeDtypeStructs, with the sharding that each array is to have.
         """
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
-        return TrainState(**self._manager.restore(self.latest, args=items)["state"])
+        restored = self._manager.restore(self.latest, args=items)
+        return TrainState(**restored["state"])
 
     def save_frozen(self, weights: Weights) -> None:
         """Writes what no step will change, and returns when it is there. Before the first `save`.
@@ -152,14 +161,17 @@ class Checkpoints:
                 _write_digests(self._frozen)
 
     def frozen(self, like: dict[str, Any]) -> Weights:
-        """What `save_frozen` wrote, bit for bit. like: ShapeDtypeStructs, with the sharding that each is to have.
+        """Reads what `save_frozen` wrote, bit for bit.
+
+        Args:
+            like: ShapeDtypeStructs, with the sharding that each is to have.
 
         Raises:
             CheckpointError: it is damaged.
         """
         if not like:
             return {}
-        if not _is_whole(self._frozen):
+        if not _is_intact(self._frozen):
             raise CheckpointError(
                 f"{self.directory.with_name('frozen')}: the frozen weights are damaged; restore them or use a new "
                 "run_dir"
@@ -171,14 +183,21 @@ class Checkpoints:
         steps = processes.broadcast(
             lambda: sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
         )
-        damaged = list(itertools.takewhile(lambda step: not _is_whole(self.directory / str(step)), reversed(steps)))
+        damaged = []
+        for step in reversed(steps):
+            if _is_intact(self.directory / str(step)):
+                break
+            damaged.append(step)
         if damaged and len(damaged) == len(steps):
             raise CheckpointError(f"{self.directory}: every checkpoint is damaged; restore one or use a new run_dir")
-        for step in map(str, damaged if processes.is_main_process() else ()):
-            shutil.rmtree(self._damaged / step, ignore_errors=True)
-            self._damaged.mkdir(exist_ok=True)
-            (self.directory / step).rename(self._damaged / step)
-            log.warning("checkpoint %s is damaged and now in %s; going on from the one before it", step, self._damaged)
+        if processes.is_main_process():
+            for step in map(str, damaged):
+                shutil.rmtree(self._damaged / step, ignore_errors=True)
+                self._damaged.mkdir(exist_ok=True)
+                (self.directory / step).rename(self._damaged / step)
+                log.warning(
+                    "checkpoint %s is damaged and now in %s; going on from the one before it", step, self._damaged
+                )
         processes.barrier("damaged checkpoints are set aside")
 
     def _write_digests(self) -> None:
@@ -195,7 +214,7 @@ def _write_digests(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _plain_name(directory: Path) -> Iterator[Path]:
-    """A directory under a name that orbax and tensorstore take as it is: to them [ ] is a pattern, and a backslash a /.
+    """Gives a directory a name that orbax and tensorstore take as it is: to them [ ] is a pattern, and a backslash a /.
 
     All processes use the same name, a link that each of their machines has.
     """
@@ -212,7 +231,7 @@ def _plain_name(directory: Path) -> Iterator[Path]:
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Of orbax's background threads, which also wait for each other where one of them has failed: that one does not.
+    """Lets orbax's background threads wait for each other, but not one that has failed.
 
     The others do, until the failed process ends the job.
     """
@@ -221,12 +240,14 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
-def _is_whole(directory: Path) -> bool:
-    """Each process looks at some of the files, and all say the same."""
-    return all(processes.gather(_is_part_whole(directory, jax.process_index(), jax.process_count())))
+def _is_intact(directory: Path) -> bool:
+    """Returns whether a directory matches its digests. Each process checks some of the files; all get the same
+    answer."""
+    part_is_intact = _is_part_intact(directory, jax.process_index(), jax.process_count())
+    return all(processes.gather(part_is_intact))
 
 
-def _is_part_whole(directory: Path, part: int, parts: int) -> bool:
+def _is_part_intact(directory: Path, part: int, parts: int) -> bool:
     try:
         digests = json.loads((directory / _DIGESTS).read_text())
         some = itertools.islice(digests.items(), part, None, parts)

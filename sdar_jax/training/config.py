@@ -1,4 +1,4 @@
-"""`TrainConfig`: all that a training run is told, checked when it is made. A YAML file holds one (`reading.py`)."""
+"""`TrainConfig`: all settings of a training run, checked when it is made. A YAML file holds one (`config_io.py`)."""
 
 import math
 import os
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from sdar_jax.data import DataConfig
 from sdar_jax.devices.sharding import MeshConfig
-from sdar_jax.errors import ConfigError
+from sdar_jax.errors import ConfigError, require
 from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.model import Remat
 from sdar_jax.model.config import BlockOrigin, ModelConfig, Objective
@@ -19,13 +19,8 @@ Schedule = Literal["constant", "cosine", "wsd"]
 
 
 def whole_steps(amount: float | int, steps: int) -> int:
-    """A number of steps: `amount` of them, or that share of `steps` if below 1."""
+    """Computes a number of steps: `amount` of them, or that share of `steps` if below 1."""
     return math.ceil(amount * steps) if amount < 1 else int(amount)
-
-
-def _require(name: str, value: object, good: bool, wanted: str) -> None:
-    if not good:
-        raise ConfigError(f"{name} is {value!r}; give {wanted}")
 
 
 def _expand_home(config: object, *names: str) -> None:
@@ -35,7 +30,7 @@ def _expand_home(config: object, *names: str) -> None:
         if path is None or not path.startswith("~"):
             continue
         expanded = os.path.expanduser(path)
-        _require(name, path, expanded != path, "the home directory of someone who has one here")
+        require(name, path, expanded != path, "the home directory of someone who has one here")
         object.__setattr__(config, name, expanded)
 
 
@@ -54,7 +49,7 @@ class InitConfig:
     objective: Objective | None = None
     """What is trained. None keeps the model's own. An autoregressive model is converted for the other two."""
     block_size: int | None = None
-    """Tokens a block, for block_diffusion; None keeps the model's own."""
+    """Tokens per block, for block_diffusion; None keeps the model's own."""
     block_origin: BlockOrigin | None = None
     """From where blocks are counted, the first token of the sequence or the response; None keeps the model's own."""
     shifted: bool | None = None
@@ -111,21 +106,21 @@ class OptimizerConfig:
     def __post_init__(self):
         for name in ("learning_rate", "eps", "clip_norm"):
             value = getattr(self, name)
-            _require(name, value, value is None or (math.isfinite(value) and value > 0), "a finite number above 0")
-        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a finite number of at least 0")
+            require(name, value, value is None or (math.isfinite(value) and value > 0), "a finite number above 0")
+        require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a finite number of at least 0")
         for name in ("beta1", "beta2"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        _require("final_fraction", self.final_fraction, 0 <= self.final_fraction <= 1, "a number in [0, 1]")
+            require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        require("final_fraction", self.final_fraction, 0 <= self.final_fraction <= 1, "a number in [0, 1]")
         for name in ("warmup", "decay"):
             value = getattr(self, name)
             good = 0 <= value < 1 or (math.isfinite(value) and value >= 1 and value == int(value))
-            _require(name, value, good, "a share of the steps in [0, 1) or a whole number of steps")
-        _require("schedule", self.schedule, self.schedule in ("constant", "cosine", "wsd"), "constant, cosine or wsd")
+            require(name, value, good, "a share of the steps in [0, 1) or a whole number of steps")
+        require("schedule", self.schedule, self.schedule in ("constant", "cosine", "wsd"), "constant, cosine or wsd")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saved states of the run, from which it goes on by itself."""
+    """Saved states of the run, from which it resumes by itself."""
 
     every: int = 500
     """Steps between two; the last step is always saved, and so is one that a signal interrupts."""
@@ -133,13 +128,13 @@ class CheckpointConfig:
     """How many of the newest are kept. With 2 and more, a run survives a damaged newest one."""
 
     def __post_init__(self):
-        _require("every", self.every, self.every >= 1, "at least 1")
-        _require("keep", self.keep, self.keep >= 1, "at least 1")
+        require("every", self.every, self.every >= 1, "at least 1")
+        require("keep", self.keep, self.keep >= 1, "at least 1")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. Started again with the same config, it goes on from its newest checkpoint.
+    """A training run. Started again with the same config, it resumes from its newest checkpoint.
 
     Raises:
         ConfigError: a value out of its range, or values that contradict each other.
@@ -170,7 +165,7 @@ class TrainConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and matmuls; weights and optimiser are float32. "auto": bfloat16 on GPU and TPU, else float32."""
     remat: Remat = "none"
-    """What the backward pass recomputes to save memory: nothing, all but matmul outputs ("dots"), or whole layers."""
+    """What the backward pass recomputes to save memory: nothing, all but matmul outputs ("dots"), or full layers."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in run_dir/model, which bfloat16 makes half as large."""
     log_every: int = 10
@@ -183,19 +178,21 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "epochs", "log_every"):
             value = getattr(self, name)
-            _require(name, value, value is None or value >= 1, "at least 1")
+            require(name, value, value is None or value >= 1, "at least 1")
         self._check_length()
-        _require("seed", self.seed, 0 <= self.seed < 2**32, "a number in [0, 2**32)")
-        _require("run_dir", self.run_dir, bool(self.run_dir), "a directory")
+        require("seed", self.seed, 0 <= self.seed < 2**32, "a number in [0, 2**32)")
+        require("run_dir", self.run_dir, bool(self.run_dir), "a directory")
         local = re.match(r"[A-Za-z][\w+.-]*://", self.run_dir) is None
-        _require("run_dir", self.run_dir, local, "a directory of this machine, where a bucket may be mounted")
+        require("run_dir", self.run_dir, local, "a directory of this machine, where a bucket may be mounted")
         _expand_home(self, "run_dir")
-        ema, micro, peak = self.ema_decay, self.micro_batch_size, self.peak_flops
-        _require("ema_decay", ema, ema is None or 0 < ema < 1, "a number between 0 and 1")
-        _require("peak_flops", peak, peak is None or 0 < peak < math.inf, "a finite number above 0")
+        ema = self.ema_decay
+        peak = self.peak_flops
+        micro = self.micro_batch_size
+        require("ema_decay", ema, ema is None or 0 < ema < 1, "a number between 0 and 1")
+        require("peak_flops", peak, peak is None or 0 < peak < math.inf, "a finite number above 0")
         batch = self.data.batch_size
         divides = micro is None or (micro >= 1 and batch % micro == 0)
-        _require("micro_batch_size", micro, divides, f"a divisor of data.batch_size, {batch}")
+        require("micro_batch_size", micro, divides, f"a divisor of data.batch_size, {batch}")
         if self.steps is not None:
             self._check_schedule(self.steps)
 

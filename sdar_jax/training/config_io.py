@@ -1,4 +1,4 @@
-"""A config from a YAML file, changed by the command line. Whatever is wrong with either is one ConfigError."""
+"""Reads configs from YAML files and the command line. Whatever is wrong with either is one ConfigError."""
 
 import contextlib
 import copy
@@ -39,13 +39,13 @@ def read_command_line(
     change: Callable[[TrainConfig], TrainConfig] = lambda config: config,
     program: str = "train.py",
 ) -> TrainConfig:
-    """`CONFIG.yaml [--field.path value ...]`. `--help` prints every field, with its value in the file, and exits.
+    """Reads `CONFIG.yaml [--field.path value ...]`. `--help` prints every field, with its value in the file, and exits.
 
-    A section that may be None is left out by `--eval None`. One that the file does not have can be given whole, by all
+    A section that may be None is left out by `--eval None`. One that the file does not have can be given by all
     of its fields that have no default; `--help` lists them with an example's values.
 
     Args:
-        change: what becomes of the file's config before the options are applied to it.
+        change: applied to the file's config before the options are.
         program: the command, as help and errors name it.
 
     Raises:
@@ -59,7 +59,7 @@ def read_command_line(
 
 
 def read_config(path: str | Path) -> TrainConfig:
-    """A TrainConfig from a YAML file whose keys are its fields, or from the recipe of that name.
+    """Reads a TrainConfig from a YAML file whose keys are its fields, or from the recipe of that name.
 
     Paths in it are relative to the working directory.
 
@@ -91,18 +91,20 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def to_values(config: Any) -> dict[str, Any]:
-    """A config (any dataclass) as JSON and YAML hold it; `from_values` is its inverse."""
+    """Turns a config (any dataclass) into what JSON and YAML hold; `from_values` is its inverse."""
     return _plain(dataclasses.asdict(config))
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type `kind`, or a ConfigError that names `where`."""
+    """Converts `value` to the annotated type `kind`, or raises a ConfigError that names `where`."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         if value is None and types.NoneType in parts:
@@ -124,7 +126,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def from_values[T](kind: type[T], values: Any, where: str = "") -> T:
-    """A dataclass tree from nested mappings, types checked; `where` names it in errors."""
+    """Makes a dataclass tree from nested mappings, types checked; `where` names it in errors."""
     _checked(values, isinstance(values, dict), where or "the config", "a mapping of fields")
     fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
 
@@ -162,7 +164,10 @@ def _tuple(parts: tuple, value: Any, where: str) -> tuple:
     if parts[-1] is Ellipsis:
         parts = parts[:1] * len(value)
     _checked(value, len(value) == len(parts), where, f"a list of {len(parts)}")
-    return tuple(_convert(part, item, f"{where}.{i}") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
+    items = []
+    for i, (part, item) in enumerate(zip(parts, value, strict=True)):
+        items.append(_convert(part, item, f"{where}.{i}"))
+    return tuple(items)
 
 
 def _number(value: Any, where: str) -> float:
@@ -195,7 +200,7 @@ _OPTION_KINDS = tyro.constructors.ConstructorRegistry()
 
 @_OPTION_KINDS.primitive_rule
 def _mapping_option(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """A mapping is one option, in JSON; tyro would make one of each name that it already has."""
+    """Makes a mapping one option, in JSON; tyro would make one of each name that it already has."""
     if get_origin(field.type) is not dict:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -212,9 +217,9 @@ def _override(config: TrainConfig, arguments: Sequence[str], program: str) -> Tr
     for section in _OPTIONAL_SECTIONS:
         config, arguments = _with_optional_section(config, section, arguments)
     settings = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), _OPTION_KINDS:
+        with contextlib.redirect_stderr(printed), _OPTION_KINDS:
             return tyro.cli(
                 TrainConfig,
                 prog=f"{usage} [--tiny]",
@@ -226,19 +231,20 @@ def _override(config: TrainConfig, arguments: Sequence[str], program: str) -> Tr
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        reason = _one_line(said.getvalue()) or "the options cannot be read"
+        reason = _one_line(printed.getvalue()) or "the options cannot be read"
         raise ConfigError(f"{reason}; see {usage} --help") from None
 
 
 def _with_optional_section(
     config: TrainConfig, section: str, arguments: Sequence[str]
 ) -> tuple[TrainConfig, Sequence[str]]:
-    """The config with or without the section, as its options want it, and the options that are left.
+    """Adds or removes a section of the config, as its options want it; gives the options that are left, too.
 
     tyro would make a subcommand of a section that may be None, or fix it to None.
     """
     if (none := _without(section, arguments)) is not None:
-        config, arguments = _replaced(config, section, None), none
+        config = _replaced(config, section, None)
+        arguments = none
     options = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
     given = any(option.startswith(f"{section}.") for option in options)
     listed = {"-h", "--help"} & set(arguments)
@@ -252,7 +258,7 @@ def _with_optional_section(
 
 
 def _without(section: str, arguments: Sequence[str]) -> Sequence[str] | None:
-    """The arguments less `--section None`; None if it is not among them."""
+    """Takes `--section None` out of the arguments; None if it is not among them."""
     for i, argument in enumerate(arguments):
         if argument == f"--{section}=None":
             return [*arguments[:i], *arguments[i + 1 :]]
@@ -266,20 +272,24 @@ def _section(config: Any, path: str) -> Any:
 
 
 def _replaced(config: Any, path: str, value: Any) -> Any:
-    """A copy with another value there. It is not checked: what the options make of it is."""
+    """Copies a config with another value there. It is not checked: what the options make of it is."""
     name, _, rest = path.partition(".")
+    if rest:
+        value = _replaced(getattr(config, name), rest, value)
     new = copy.copy(config)
-    object.__setattr__(new, name, _replaced(getattr(config, name), rest, value) if rest else value)
+    object.__setattr__(new, name, value)
     return new
 
 
 def _required_options(kind: Any, path: str) -> Iterator[str]:
-    """The fields without a default of a section, and of the sections in it; of a list, those of its first item."""
+    """Yields the fields without a default of a section, and of the sections in it; of a list, of its first item."""
     hints = get_type_hints(kind)
     for field in filter(_is_required, dataclasses.fields(kind)):
-        part, name = hints[field.name], f"{path}.{field.name}"
+        part = hints[field.name]
+        name = f"{path}.{field.name}"
         if get_origin(part) is tuple:
-            part, name = get_args(part)[0], f"{name}.0"
+            part = get_args(part)[0]
+            name = f"{name}.0"
         if dataclasses.is_dataclass(part):
             yield from _required_options(part, name)
         else:
@@ -287,7 +297,7 @@ def _required_options(kind: Any, path: str) -> Iterator[str]:
 
 
 def _one_line(box: str) -> str:
-    """What is said in the first part of a box that tyro draws around an error; empty if there is none."""
+    """Reads the text in the first part of a box that tyro draws around an error; empty if there is none."""
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
     return re.sub(r"\s+", " ", " ".join(lines[:rule])).strip().rstrip(".")

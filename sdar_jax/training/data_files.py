@@ -1,4 +1,4 @@
-"""What the files of a run hold, in short: a run that resumes says where it reads others than it began with."""
+"""Fingerprints of a run's files: a run that resumes says where it reads others than it began with."""
 
 import contextlib
 import hashlib
@@ -12,6 +12,7 @@ from sdar_jax.data.sources import find_files
 
 log = logging.getLogger(__name__)
 
+# Of each larger file so many samples of so many bytes enter the digest.
 _SAMPLES, _SAMPLE_BYTES = 8, 8192
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 
@@ -19,9 +20,10 @@ Fingerprint = dict[str, dict[str, Any]]
 
 
 def fingerprint(sources: Sequence[SourceConfig], tokenizer: Path) -> Fingerprint:
-    """Of each source, and of the tokenizer: how many files and bytes, and a digest of names, sizes and samples.
+    """Counts files and bytes of each source and of the tokenizer, and digests names, sizes and samples.
 
-    A file of up to 64 KiB is read whole, of a larger one eight pieces: terabytes of data cost no more than their names.
+    A file of up to 64 KiB is read completely, of a larger one eight pieces: terabytes of data cost no more than their
+    names.
 
     Raises:
         DataError: a source without files.
@@ -45,7 +47,8 @@ def report_changes(before: Fingerprint, now: Fingerprint) -> None:
 
 
 def _of_files(files: Sequence[Path]) -> dict[str, Any]:
-    digest, total = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    total = 0
     for path in files:
         digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0")
         # What cannot be read is for the data pipeline to report, or to leave out.

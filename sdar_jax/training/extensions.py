@@ -1,4 +1,4 @@
-"""What a run may be given from Python besides its config: data, evaluators, callbacks, an objective, frozen weights."""
+"""Extensions of a run from Python, besides its config: data, evaluators, callbacks, an objective, frozen weights."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class TrainingObjective(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How checkpoints know it."""
+        """Names it in checkpoints."""
         functions = (self.make_inputs, self.loss)
         return ", ".join(getattr(each, "__qualname__", type(each).__qualname__) for each in functions if each)
 
@@ -49,7 +49,7 @@ class Extensions(NamedTuple):
     trainable: Callable[[str], bool] | None = None
 
     def split(self, weights: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Weights (or their shapes) by name: those that are trained, and those that are frozen.
+        """Splits weights (or their shapes) by name into those that are trained and those that are frozen.
 
         Raises:
             ConfigError: none is trained.

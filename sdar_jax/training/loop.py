@@ -4,7 +4,7 @@ The devices of `config.mesh` compute. The host's only wait in the step path is f
 step N runs, so that packing the next batch, logging and most of saving take none of the device's time.
 
 The processes of a job all run this loop, each with its rows of the data; the first one writes. A signal to one of them
-travels beside a step to all, and is read with that step's metrics: they stop behind the same one.
+travels with a step to all, and is read with that step's metrics: they stop after the same one.
 """
 
 import logging
@@ -45,7 +45,13 @@ _RECORDS_NAMED = 5
 
 
 class Outcome(NamedTuple):
-    """step: how many are done. finished: all of them. signal: the one that stopped the run, if one did."""
+    """The end of a run.
+
+    Attributes:
+        step: how many steps are done.
+        finished: whether these are all.
+        signal: the one that stopped the run, if one did.
+    """
 
     step: int
     finished: bool
@@ -67,25 +73,25 @@ def train(
     where XLA is told to be deterministic: XLA_FLAGS=--xla_gpu_deterministic_ops=true). At the end the model (with
     `ema_decay`, its moving average) is written to run_dir/model, with its tokenizer; a run that has written it is
     finished, and nothing is done. Its generation_config.json lists the tokens that end the responses it learned. A
-    finished run that is given more steps goes on, if its schedule allows it.
+    finished run that is given more steps continues, if its schedule allows it.
 
     What is given besides the config is to be the same each time the run is started. The processes of a job all give the
     same, and all call it.
 
     Args:
         data: batches in place of `config.data.sources`, which is then empty: dicts of `tokens` int32 [B, L],
-            `segment_ids` int32 [B, L] (> 0 and contiguous a document, 0 for padding), `loss_mask` bool [B, L] (what is
-            learned), and with noisy_length `noisy_index` int32 [B, Ln]; B and L as `config.data` says. An iterator with
-            `get_state` and `set_state` goes on by them; of any other, a run that resumes draws again the batches that
-            it had used, and leaves them out.
+            `segment_ids` int32 [B, L] (> 0 and contiguous a document, 0 for padding), `loss_mask` bool [B, L] (the
+            tokens with loss), and with noisy_length `noisy_index` int32 [B, N]; B and L as `config.data` says. An
+            iterator with `get_state` and `set_state` is resumed by them; of any other, a run that resumes draws again
+            the batches that it had used, and leaves them out.
         evaluators: (model, step) -> named numbers, which are logged as "eval_" + name. Called each `config.eval.every`
             steps, without `config.eval` each `config.checkpoint.every`, and after the last one. With `config.eval` the
             held-out likelihood is one of them.
         callbacks: called with (step, line, model) for each line of metrics.jsonl, a dict of numbers. `model()` gives
             the model as it would be exported now.
         objective: what is learned, in place of `config.objective` and the model's own.
-        trainable: of a weight's name, such as "layers.body.qkv", whether it is trained. The others are frozen: without
-            gradients and moments, and saved once. None: all are trained.
+        trainable: says of a weight's name, such as "layers.body.qkv", whether it is trained. The others are frozen:
+            without gradients and moments, and saved once. None: all are trained.
 
     A model that an evaluator or a callback is given is good until it returns: the next step takes its weights over.
 
@@ -108,32 +114,34 @@ def train(
             "to go on",
             outcome.signal,
         )
-    return load_pretrained(model_path(Path(config.run_dir)), dtype=config.export_dtype, mesh=make_mesh(config.mesh))
+    model = model_path(Path(config.run_dir))
+    return load_pretrained(model, dtype=config.export_dtype, mesh=make_mesh(config.mesh))
 
 
 def run(config: TrainConfig, extensions: Extensions = Extensions()) -> Outcome:  # noqa: B008 (a tuple)
-    """As `train`, of which this is all but reading the exported model; a signal is part of the outcome."""
+    """Trains as `train` does, but does not read the exported model; a signal is part of the outcome."""
     check_backend()
     check_extensions(config, extensions)
     run_dir = Path(config.run_dir)
     with occupied(run_dir), Checkpoints(run_dir, config.checkpoint) as checkpoints:
         check_same_for_all(config)
-        position = checkpoints.position()
-        if position is not None:
-            check_unchanged(position.config, config)
+        host_state = checkpoints.host_state()
+        if host_state is not None:
+            check_unchanged(host_state.config, config)
         if (end := finished_step(run_dir, config, checkpoints.latest)) is not None:
             log.info("%s is finished and its model in %s; nothing is left to do", run_dir, model_path(run_dir))
             return Outcome(end, finished=True)
-        return _run(config, run_dir, checkpoints, position, extensions)
+        return _run(config, run_dir, checkpoints, host_state, extensions)
 
 
 def _run(
-    config: TrainConfig, run_dir: Path, checkpoints: Checkpoints, position: HostState | None, extensions: Extensions
+    config: TrainConfig, run_dir: Path, checkpoints: Checkpoints, host_state: HostState | None, extensions: Extensions
 ) -> Outcome:
     tokenizer_at = tokenizer_directory(config.model)
     tokenizer = load_tokenizer(tokenizer_at)
-    setup = prepare(config, tokenizer, checkpoints, position, extensions)
-    config, steps = setup.config, setup.config.total_steps
+    setup = prepare(config, tokenizer, checkpoints, host_state, extensions)
+    config = setup.config
+    steps = config.total_steps
     if config.eval is not None:
         with closing(open_dataset(config.eval.data, tokenizer, setup.model)) as rows:
             held_out = held_out_likelihood(config.eval, rows)
@@ -162,26 +170,35 @@ def _run(
 
 
 def _placed(batch: dict[str, np.ndarray], rows: list[int], batch_size: int, mesh: Mesh) -> Batch:
-    """A global batch over the devices; `batch` holds `rows` of it, which are those of this process' devices."""
-    place, at = batch_sharding(mesh), {row: i for i, row in enumerate(rows)}
+    """Places a global batch on the devices; `batch` holds `rows` of it, which are those of this process' devices."""
+    place = batch_sharding(mesh)
+    index_of = {row: i for i, row in enumerate(rows)}
 
     def put(x: np.ndarray) -> jax.Array:
-        held = lambda index: x[[at[row] for row in range(batch_size)[index[0]]]]
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), place, held)
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = range(batch_size)[index[0]]
+            return x[[index_of[row] for row in wanted]]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), place, part)
 
     return Batch(**{name: put(batch[name]) for name in Batch._fields if name in batch})
 
 
 @jax.jit
 def _over_all(segment_ids: Int[Array, "B L"], signals: Int[Array, " devices"]) -> tuple[Array, Array]:
-    """How many tokens are no padding, and the largest number of a signal."""
+    """Counts the tokens that are no padding, and finds the largest number of a signal."""
     return jnp.count_nonzero(segment_ids), signals.max()
 
 
 class _Unread(NamedTuple):
     """A dispatched step whose metrics have not been read.
 
-    tokens: of the whole batch, without padding. signal: what a process had received before this step, or 0.
+    Attributes:
+        step: its number.
+        metrics: on the devices.
+        tokens: how many the global batch has, without padding.
+        signal: what a process had received before this step, or 0.
+        record_ids: of the batch.
     """
 
     step: int
@@ -192,7 +209,7 @@ class _Unread(NamedTuple):
 
 
 class _Loop:
-    """The steps of a run; `done` counts those dispatched."""
+    """Runs the steps of a run; `done` counts those dispatched."""
 
     def __init__(
         self,
@@ -203,11 +220,18 @@ class _Loop:
         extensions: Extensions,
         interrupts: Interrupts,
     ):
-        self.done, self._first = start, start + 1
-        self._interrupts, self._agreed = interrupts, 0
-        self._config, self._setup, self._state = setup.config, setup, setup.state
+        self.done = start
+        self._first = start + 1
+        self._interrupts = interrupts
+        # The signal that all processes know of, or 0.
+        self._agreed = 0
+        self._config = setup.config
+        self._setup = setup
+        self._state = setup.state
         self._steps = self._config.total_steps
-        self._trackers, self._checkpoints, self._extensions = trackers, checkpoints, extensions
+        self._trackers = trackers
+        self._checkpoints = checkpoints
+        self._extensions = extensions
         self._step = configured_step(setup.config, setup.model, setup.rebuild, extensions.objective)
         self._unread: _Unread | None = None
         self._saved = start
@@ -219,8 +243,9 @@ class _Loop:
         return self._interrupts.received if jax.process_count() == 1 else self._agreed or None
 
     def run(self) -> None:
-        """Until the last step or a signal; then everything is read and saved."""
-        config, extensions = self._config, self._extensions
+        """Trains until the last step or a signal; then everything is read and saved."""
+        config = self._config
+        extensions = self._extensions
         every = config.checkpoint.every if config.eval is None else config.eval.every
         while self.done < self._steps and not self.signal:
             self._advance()
@@ -241,7 +266,8 @@ class _Loop:
     def _evaluate(self) -> None:
         line: Line = {}
         for evaluator in self._extensions.evaluators:
-            new = {name: float(value) for name, value in evaluator(self.model(), self.done).items()}
+            numbers = evaluator(self.model(), self.done)
+            new = {name: float(value) for name, value in numbers.items()}
             if twice := sorted(new.keys() & line.keys()):
                 raise ConfigError(f"two evaluators give {', '.join(twice)}; let each give a name of its own")
             line |= new
@@ -254,7 +280,7 @@ class _Loop:
             callback(step, dict(line), self.model)
 
     def model(self) -> Model:
-        """As it would be exported now: with the moving average, if one is kept."""
+        """Makes the model as it would be exported now: with the moving average, if one is kept."""
         state = self._state
         weights = state.weights if state.ema is None else state.ema
         return self._setup.rebuild({**self._setup.frozen, **weights})
@@ -273,7 +299,7 @@ class _Loop:
             self._read_metrics()
 
     def _next_batch(self) -> dict[str, np.ndarray]:
-        """What cannot be trained on costs no step that could: they are saved before the error."""
+        """Takes the next batch. Where there is none, the steps before it are saved before the error."""
         try:
             batch = next(self._setup.data)
         except StopIteration:
@@ -285,7 +311,7 @@ class _Loop:
                 f"{more}, and start it again"
             ) from None
         except DataError:
-            # Another process may not have met it, and would not come to save its part.
+            # Another process may not have had this error, and would not save its part.
             if jax.process_count() == 1:
                 self._save()
                 log.info("saved at step %d; start it again to go on", self._saved)
@@ -294,10 +320,11 @@ class _Loop:
         return batch
 
     def _dispatch_counters(self, batch: dict[str, np.ndarray], arrays: Batch) -> tuple[Any, Any]:
-        """What `_Unread` says of this step's tokens and signals, which may still be on its way."""
+        """Dispatches the counts of this step's tokens and signals, for `_Unread`."""
         if jax.process_count() == 1:
             return np.count_nonzero(batch["segment_ids"]), 0
-        mesh, received = self._setup.mesh, np.full(1, self._interrupts.received or 0, np.int32)
+        mesh = self._setup.mesh
+        received = np.full(1, self._interrupts.received or 0, np.int32)
         one_each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         signals = jax.make_array_from_callback((mesh.size,), one_each, lambda _: received)
         return _over_all(arrays.segment_ids, signals)
@@ -306,7 +333,8 @@ class _Loop:
         """Reads the metrics of the last dispatched step, if they have not been read."""
         if self._unread is None:
             return
-        unread, self._unread = self._unread, None
+        unread = self._unread
+        self._unread = None
         metrics, tokens, signal = jax.device_get((unread.metrics, unread.tokens, unread.signal))
         if not metrics.finite:
             raise self._not_finite(unread, metrics)
@@ -325,26 +353,27 @@ class _Loop:
         self._read_metrics()
         if self._saved == self.done:
             return
-        # Of the last batch that came: an error behind it can leave the data between two.
-        data, meter = join_states(processes.gather(self._data_state)), self._setup.meter.get_state()
-        setup, config, objective = self._setup, to_values(self._config), self._extensions.objective
-        position = HostState(
-            data,
-            meter,
-            config,
-            to_values(setup.model),
-            setup.files,
-            setup.epochs,
-            objective and objective.name,
-            list(setup.frozen),
+        setup = self._setup
+        objective = self._extensions.objective
+        host_state = HostState(
+            # Of the last batch that came: an error behind it can leave the data between two.
+            data=join_states(processes.gather(self._data_state)),
+            meter=setup.meter.get_state(),
+            config=to_values(self._config),
+            model=to_values(setup.model),
+            files=setup.files,
+            epochs=setup.epochs,
+            objective=objective and objective.name,
+            frozen=list(setup.frozen),
         )
-        self._checkpoints.save(self._state, position)
+        self._checkpoints.save(self._state, host_state)
         self._saved = self.done
 
     def _not_finite(self, unread: _Unread, metrics: StepMetrics) -> TrainingError:
         found = processes.gather(self._setup.data.describe(unread.record_ids))
         records = list(dict.fromkeys(record for records in found for record in records))
-        named, rest = ", ".join(records[:_RECORDS_NAMED]), len(records) - _RECORDS_NAMED
+        named = ", ".join(records[:_RECORDS_NAMED])
+        rest = len(records) - _RECORDS_NAMED
         more = ""
         if rest > 0:
             file = Path(self._config.run_dir) / f"records-of-step-{unread.step}.txt"

@@ -9,12 +9,13 @@ Weights = dict[str, Array]
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The rate of each step, counted from 1 to `steps`.
+    """Makes the schedule of the learning rate, for steps counted from 1 to `steps`.
 
     With w warm-up steps, step i <= w has i / w of the highest rate. Then "constant"; "cosine", which ends at
     `final_fraction` of it in the last step; or "wsd": constant, and in the last `decay` steps linearly down to there.
     """
-    high, low = config.learning_rate, config.learning_rate * config.final_fraction
+    high = config.learning_rate
+    low = config.learning_rate * config.final_fraction
     warmup = whole_steps(config.warmup, steps)
     after = steps - warmup
     if config.schedule == "cosine":
@@ -24,11 +25,14 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
         main = optax.linear_schedule(high, low, decay, transition_begin=after - decay)
     else:
         main = optax.constant_schedule(high)
-    return optax.join_schedules([optax.linear_schedule(0.0, high, warmup), main], [warmup]) if warmup else main
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, high, warmup), main], [warmup])
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, Adam and weight decay, without the learning rate: an update is minus the rate times what this gives.
+    """Makes clipping, Adam and weight decay, without the learning rate: an update is minus the rate times what this
+    gives.
 
     The rate is left to the step, so that it follows the run's count even where an update was left out.
     """
@@ -38,5 +42,5 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def is_decayed(weights: Weights) -> dict[str, bool]:
-    """Whether each weight, by its name, decays: all but norms and biases."""
+    """Returns whether each weight, by its name, decays: all but norms and biases."""
     return {name: not name.endswith(("norm", "bias")) for name in weights}

@@ -12,13 +12,17 @@ _FOLDER = resources.files("sdar_jax") / "recipes"
 
 @functools.cache
 def recipe_names() -> tuple[str, ...]:
-    """All of them, in order."""
-    files = ((folder.name, file.name) for folder in _FOLDER.iterdir() if folder.is_dir() for file in folder.iterdir())
-    return tuple(sorted(f"{study}/{name.removesuffix('.yaml')}" for study, name in files if name.endswith(".yaml")))
+    """Lists all of them, in order."""
+    names = []
+    for folder in _FOLDER.iterdir():
+        if folder.is_dir():
+            files = [file.name for file in folder.iterdir() if file.name.endswith(".yaml")]
+            names += [f"{folder.name}/{file.removesuffix('.yaml')}" for file in files]
+    return tuple(sorted(names))
 
 
 def config_text(file_or_recipe: str | Path) -> str:
-    """What a YAML file holds, or the recipe of that name; where there are both, the file is taken.
+    """Reads a YAML file, or the recipe of that name; where there are both, the file is taken.
 
     Raises:
         ConfigError: there is neither, or the file cannot be read.

@@ -1,4 +1,5 @@
-"""What models a recipe begins and ends with, told from recipes alone: no weights are read, nothing is fetched."""
+"""Resolves the models that a recipe begins and ends with, from recipes alone: no weights are read, nothing is
+fetched."""
 
 import re
 from dataclasses import replace
@@ -16,7 +17,7 @@ _RELEASED = re.compile(r"(qwen3|sdar)-[\d.]+b(-a\d+b)?")
 
 
 def starting_shape(config: InitConfig) -> ModelConfig:
-    """Of the model that training starts from, before it is converted.
+    """Resolves the shape of the model that training starts from, before it is converted.
 
     Where `init_from` is set: of its config.json, if that is on this machine; of what the recipe X trains, for
     runs/X/model; or of the released Qwen3 or SDAR that a hub id names.
@@ -42,7 +43,7 @@ def starting_shape(config: InitConfig) -> ModelConfig:
 
 
 def trained_shape(config: InitConfig) -> ModelConfig:
-    """Of the model that training ends with. Raises ConfigError as `starting_shape`.
+    """Resolves the shape of the model that training ends with. Raises ConfigError as `starting_shape`.
 
     Where the mask's id is not known before the tokenizer is, it is the vocabulary's last.
     """

@@ -1,4 +1,4 @@
-"""What a run may change when it goes on, and what it may not."""
+"""Checks what a run may change when it resumes, and what it may not."""
 
 import json
 import logging
@@ -50,7 +50,8 @@ def check_unchanged(saved: dict[str, Any], config: TrainConfig) -> None:
     """
     # A field that there was not yet is at its default.
     before = to_values(from_values(TrainConfig, saved))
-    changed = [told for told in _differences(before, config, "was {}, is {}") if not told.startswith(_FREE + _SCHEDULE)]
+    differences = _differences(before, config, "was {}, is {}")
+    changed = [each for each in differences if not each.startswith(_FREE + _SCHEDULE)]
     if changed:
         raise ConfigError(
             f"{config.run_dir} was started otherwise: {', '.join(changed)}; restore these, or use a new run_dir"
@@ -61,18 +62,19 @@ def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> Non
     """Checks that the `done` steps of a run would have had the same learning rates under `config`, with its steps.
 
     So a run may be given more steps, or another end of its schedule, as long as nothing in the past would be different.
-    It may also end where it stands, with `steps` equal to `done`: nothing is left to learn then.
+    It may also end where it is, with `steps` equal to `done`: nothing is left to learn then.
 
     Raises:
         ConfigError: the fields that would have changed it, and what to do instead.
     """
-    before, steps = from_values(TrainConfig, saved), config.total_steps
+    before = from_values(TrainConfig, saved)
+    steps = config.total_steps
     if steps < done:
         raise ConfigError(f"steps is {steps} and {config.run_dir} at step {done}; give {done} to end it there, or more")
     if _same_rates(before.optimizer, before.total_steps, config.optimizer, steps, done):
         return
-    told = _differences(to_values(before), config, "was {}, is {}")
-    changed = ", ".join(each for each in told if each.startswith(_SCHEDULE))
+    differences = _differences(to_values(before), config, "was {}, is {}")
+    changed = ", ".join(each for each in differences if each.startswith(_SCHEDULE))
     if steps == done:
         log.warning("%s ends at step %d, before its schedule does: %s", config.run_dir, done, changed)
         return
@@ -91,8 +93,9 @@ def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> Non
 
 def _same_rates(one: OptimizerConfig, one_steps: int, other: OptimizerConfig, other_steps: int, done: int) -> bool:
     steps = np.arange(1, done + 1)
-    rates = [np.asarray(learning_rate(*each)(steps)) for each in ((one, one_steps), (other, other_steps))]
-    return np.allclose(*rates, rtol=1e-6, atol=0)
+    one_rates = np.asarray(learning_rate(one, one_steps)(steps))
+    other_rates = np.asarray(learning_rate(other, other_steps)(steps))
+    return np.allclose(one_rates, other_rates, rtol=1e-6, atol=0)
 
 
 def check_extensions(config: TrainConfig, extensions: Extensions) -> None:
@@ -105,15 +108,16 @@ def check_extensions(config: TrainConfig, extensions: Extensions) -> None:
         raise ConfigError(f"epochs is {config.epochs} and data is given, which says nothing of its length; give steps")
 
 
-def check_same_extensions(position: HostState, extensions: Extensions, frozen: Collection[str]) -> None:
-    """Raises ConfigError where a run goes on with another objective of the user's, or with other weights frozen."""
-    was, now = position.objective, extensions.objective and extensions.objective.name
+def check_same_extensions(host_state: HostState, extensions: Extensions, frozen: Collection[str]) -> None:
+    """Raises ConfigError where a run resumes with another objective of the user's, or with other weights frozen."""
+    was = host_state.objective
+    now = extensions.objective and extensions.objective.name
     if was != now:
         raise ConfigError(
             f"the run was started with the objective {was or 'of its config'}, and goes on with {now or 'that one'}; "
             "give the same, or use a new run_dir"
         )
-    if different := sorted(set(position.frozen or ()) ^ set(frozen)):
+    if different := sorted(set(host_state.frozen or ()) ^ set(frozen)):
         raise ConfigError(
             f"trainable says of {', '.join(different)} another thing than when the run was started; give the same, or "
             "use a new run_dir"
@@ -128,24 +132,28 @@ def check_same_for_all(config: TrainConfig) -> None:
 
 
 def _differences(values: dict[str, Any], config: TrainConfig, words: str) -> list[str]:
-    """Of each field that is not as in `values`: its name, and in words both values."""
-    one, other = _flat(values), _flat(to_values(config))
-    return [
-        f"{name} ({words.format(json.dumps(one.get(name)), json.dumps(other.get(name)))})"
-        for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name)
-    ]
+    """Lists each field that is not as in `values`: its name, and in words both values."""
+    one = _flat(values)
+    other = _flat(to_values(config))
+    differences = []
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            both = words.format(json.dumps(one.get(name)), json.dumps(other.get(name)))
+            differences.append(f"{name} ({both})")
+    return differences
 
 
 def write_config(run_dir: Path, config: TrainConfig) -> None:
-    """run_dir/config.yaml: the config in full, which train.py reads."""
+    """Writes run_dir/config.yaml: the config in full, which train.py reads."""
     write_file(run_dir / "config.yaml", yaml.safe_dump(to_values(config), sort_keys=False))
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as {"data.sources.0.path": ...}."""
-    if isinstance(values, dict | list) and values:
-        items = values.items() if isinstance(values, dict) else enumerate(values)
-        parts = [_flat(item, f"{path}.{name}" if path else str(name)) for name, item in items]
-        return {name: item for part in parts for name, item in part.items()}
-    return {path: values}
+    """Flattens nested mappings and lists to {"data.sources.0.path": ...}."""
+    if not isinstance(values, dict | list) or not values:
+        return {path: values}
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    flat = {}
+    for name, item in items:
+        flat |= _flat(item, f"{path}.{name}" if path else str(name))
+    return flat

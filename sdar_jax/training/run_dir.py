@@ -1,8 +1,8 @@
 """The directory of a run: one job at a time, the same one for all of its processes, and whose the model in it is.
 
-    run_dir/export.json     what a run has written to run_dir/model: which step, in which dtype, and whether it is whole
+    run_dir/export.json     what a run has written to run_dir/model: its step and dtype, and whether it is complete
 
-A model that stands there without it is someone else's: it is neither taken for the run's result nor replaced.
+A model that is there without it is someone else's: it is neither taken for the run's result nor replaced.
 """
 
 import contextlib
@@ -75,7 +75,7 @@ def _check_shared(run_dir: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes or replaces a small file, which is whole at any time. Raises ConfigError where it cannot be written."""
+    """Writes or replaces a small file, which is complete at any time. Raises ConfigError where it cannot be written."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_text(text)
@@ -89,14 +89,16 @@ def _not_written(run_dir: Path, error: OSError) -> ConfigError:
 
 
 def model_path(run_dir: Path) -> Path:
-    """Where the trained model is exported."""
+    """Returns where the trained model is exported."""
     return run_dir / "model"
 
 
 def mark_export(run_dir: Path, config: TrainConfig, epochs: int | None, *, complete: bool) -> None:
-    """Notes that the model of `config` is about to be written to run_dir/model, or is there; by the first process.
+    """Notes that the model of `config` is about to be written to run_dir/model, or is there; by the main process.
 
-    epochs: those that gave `config` its steps, if any did.
+    Args:
+        epochs: those that gave `config` its steps, if any did.
+        complete: whether the model is there.
     """
     if processes.is_main_process():
         mark = {"step": config.steps, "epochs": epochs, "dtype": config.export_dtype, "complete": complete}
@@ -104,7 +106,7 @@ def mark_export(run_dir: Path, config: TrainConfig, epochs: int | None, *, compl
 
 
 def finished_step(run_dir: Path, config: TrainConfig, latest: int | None) -> int | None:
-    """The step of run_dir/model if that is what this run has to end with, else None.
+    """Returns the step of run_dir/model if that is what this run has to end with, else None.
 
     Args:
         latest: the step of the newest checkpoint, None if there is none.

@@ -1,4 +1,4 @@
-"""From a config to what a run needs: the tokenizer, the model it starts with, its data."""
+"""Prepares what a run needs from its config: the tokenizer, the model it starts with, its data."""
 
 import logging
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from transformers import PreTrainedTokenizerBase
 
 from sdar_jax.data import DataConfig, PackedDataset, make_dataset
@@ -42,11 +42,20 @@ log = logging.getLogger(__name__)
 
 
 class Setup(NamedTuple):
-    """A run where it starts or goes on.
+    """A run where it starts or resumes.
 
-    config: with its steps in place of `epochs`, which stand beside it. rebuild: weights by name -> model, its layers
-    stacked. frozen: weights that are not trained. files: what was read to begin with. rows: of each batch, those that
-    `data` gives out here.
+    Attributes:
+        config: with its steps in place of `epochs`.
+        epochs: those of the config as it was given.
+        mesh: of all devices.
+        model: the model's config.
+        rebuild: weights by name -> model, its layers stacked.
+        state: before the next step.
+        frozen: weights that are not trained.
+        data: the batches.
+        files: fingerprints of what was read to begin with.
+        rows: of each batch, those that `data` gives out here.
+        meter: with the sums since the last line of metrics.
     """
 
     config: TrainConfig
@@ -66,53 +75,56 @@ def prepare(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerBase,
     checkpoints: Checkpoints,
-    position: HostState | None,
+    host_state: HostState | None,
     extensions: Extensions = Extensions(),  # noqa: B008 (a tuple)
 ) -> Setup:
-    """From the newest checkpoint, whose `position` is given, or from the beginning if that is None.
+    """Prepares a run from the newest checkpoint, whose `host_state` is given, or from the beginning if that is None.
 
     Raises:
         ConfigError: a mesh that does not divide devices, model or batch, or as `initial_model` and `check_schedule`.
         CheckpointError, DataError: weights, checkpoint or data that cannot be read.
     """
-    epochs, mesh = config.epochs, make_mesh(config.mesh)
+    epochs = config.epochs
+    mesh = make_mesh(config.mesh)
     files = processes.broadcast(lambda: fingerprint(config.data.sources, tokenizer_directory(config.model)))
-    if position is None:
+    if host_state is None:
         shape, rebuild, state, frozen = _first_state(config, tokenizer, mesh, extensions)
         checkpoints.save_frozen(frozen)
         config = _with_steps(config, tokenizer, shape)
     else:
-        report_changes(position.files or {}, files)
-        shape = with_learned_stops(from_values(ModelConfig, position.model), tokenizer, config.data.sources)
-        same_epochs = config.epochs is not None and config.epochs == position.epochs
-        steps = from_values(TrainConfig, position.config).steps if same_epochs else None
+        report_changes(host_state.files or {}, files)
+        saved_shape = from_values(ModelConfig, host_state.model)
+        shape = with_learned_stops(saved_shape, tokenizer, config.data.sources)
+        same_epochs = config.epochs is not None and config.epochs == host_state.epochs
+        steps = from_values(TrainConfig, host_state.config).steps if same_epochs else None
         config = _with_steps(config, tokenizer, shape, steps)
-        check_schedule(position.config, config, checkpoints.latest or 0)
+        check_schedule(host_state.config, config, checkpoints.latest or 0)
         check_run(config, shape, mesh)
-        rebuild, like, frozen = abstract_state(config, shape, mesh, extensions)
-        check_same_extensions(position, extensions, frozen)
-        state, frozen = checkpoints.state(like), checkpoints.frozen(frozen)
+        rebuild, like, like_frozen = abstract_state(config, shape, mesh, extensions)
+        check_same_extensions(host_state, extensions, like_frozen)
+        state = checkpoints.state(like)
+        frozen = checkpoints.frozen(like_frozen)
     rows = local_rows(mesh, config.data.batch_size)
     if extensions.data is None:
         data = open_dataset(config.data, tokenizer, shape, rows)
     else:
-        # A user's own batches are whole on every process.
+        # Every process has all rows of a user's own batches.
         rows = list(range(config.data.batch_size))
         data = GivenBatches(extensions.data, config.data, shape.vocab_size)
     peak = config.peak_flops or peak_flops(jax.devices()[0].device_kind)
     meter = Meter(shape, peak and peak * mesh.size)
-    if position is not None:
+    if host_state is not None:
         if isinstance(data, PackedDataset):
-            _check_records(data, position)
-        data.set_state(position.data)
-        meter.set_state(position.meter)
+            _check_records(data, host_state)
+        data.set_state(host_state.data)
+        meter.set_state(host_state.meter)
     return Setup(config, epochs, mesh, shape, rebuild, state, frozen, data, files, rows, meter)
 
 
 def _with_steps(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, counted: int | None = None
 ) -> TrainConfig:
-    """The same run with its steps in place of `epochs`: all batches of the data are made once, and counted.
+    """Puts a run's steps in the place of its `epochs`: all batches of the data are made once, and counted.
 
     Args:
         counted: how many they were when the run began with as many epochs.
@@ -123,16 +135,17 @@ def _with_steps(
 
     def count() -> int:
         log.info("counting the steps of %s epochs, which reads the data once", config.epochs)
-        # The last row: whoever gives out the first one reports what is wrong with records, which training will.
+        # The last row: giving out the first one would report what is wrong with records, which training will do.
         with closing(open_dataset(data, tokenizer, model, rows=[data.batch_size - 1])) as batches:
             return sum(1 for _ in batches)
 
     return replace(config, steps=counted or processes.broadcast(count), epochs=None, data=data)
 
 
-def _check_records(data: PackedDataset, position: HostState) -> None:
+def _check_records(data: PackedDataset, host_state: HostState) -> None:
     """Raises DataError where the sources hold another number of records: their order would be another."""
-    before, now = position.data["order"]["records"], data.get_state()["order"]["records"]
+    before = host_state.data["order"]["records"]
+    now = data.get_state()["order"]["records"]
     if before != now:
         raise DataError(
             f"the data sources hold {now} records and held {before} when the checkpoint was saved, so that their order "
@@ -142,24 +155,29 @@ def _check_records(data: PackedDataset, position: HostState) -> None:
 
 
 def _check_context(config: TrainConfig, model: ModelConfig) -> None:
-    """Rows longer than the model's context: refused where a row is one sequence, told where documents may be short."""
+    """Refuses rows longer than the model's context where a row is one sequence, and warns where documents may be
+    short."""
     for name, data in (("data", config.data), ("eval.data", config.eval.data if config.eval else None)):
         if data is None or data.sequence_length <= model.max_position_embeddings:
             continue
-        told = (
+        problem = (
             f"{name}.sequence_length is {data.sequence_length} and the model's max_position_embeddings "
             f"{model.max_position_embeddings}"
         )
         fix = f"lower it to {model.max_position_embeddings}, or raise max_position_embeddings in the model's config"
         if data.segments == "row":
-            raise ConfigError(f"{told}: {fix}")
-        log.warning("%s: longer documents are learned at positions where it cannot be decoded; %s", told, fix)
+            raise ConfigError(f"{problem}: {fix}")
+        log.warning("%s: longer documents are learned at positions where it cannot be decoded; %s", problem, fix)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a batch that this process' devices compute, ascending; others may compute the same."""
+    """Lists the rows of a batch that this process' devices compute, ascending; others may compute the same."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return sorted({row for index in places.values() if index for row in range(batch_size)[index[0]]})
+    rows = set()
+    for index in places.values():
+        if index:
+            rows |= set(range(batch_size)[index[0]])
+    return sorted(rows)
 
 
 def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
@@ -168,7 +186,8 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
     Args:
         model: the one that training starts from, converted or not.
     """
-    length, paradigm = config.data.sequence_length, trained_paradigm(config.model, model)
+    length = config.data.sequence_length
+    paradigm = trained_paradigm(config.model, model)
     check_copies(paradigm, config.data.noisy_length is not None)
     noisy = config.data.noisy_length or length
     lengths = (noisy + length, noisy) if paradigm.two_copies else (length,)
@@ -176,7 +195,7 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
 
 
 def trained_paradigm(config: InitConfig, model: ModelConfig) -> Paradigm:
-    """That of the model which this one becomes. Raises ConfigError as `to_diffusion`."""
+    """Returns the paradigm of the model which this one becomes. Raises ConfigError as `to_diffusion`."""
     objective = config.objective or model.objective
     if not fills_masks(objective):
         return NEXT_TOKEN
@@ -189,15 +208,21 @@ def abstract_state(
     mesh: Mesh,
     extensions: Extensions = Extensions(),  # noqa: B008 (a tuple)
 ) -> tuple[Rebuild, TrainState, dict[str, Any]]:
-    """How weights become a model, and what a step takes besides its batch: the state, and what is frozen.
+    """Describes how weights become a model, and what a step takes besides its batch: the state, and what is frozen.
 
-    As ShapeDtypeStructs with shardings; nothing is computed or held.
+    These are ShapeDtypeStructs with shardings; nothing is computed or held.
     """
     weights, rebuild = model_weights(_abstract_model(model))
     trained, frozen = extensions.split(weights)
     state = jax.eval_shape(partial(_initial_state, config), trained, jax.random.key(0))
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return rebuild, *(jax.tree.map(place, tree, shardings(tree, mesh)) for tree in (state, frozen))
+
+    def placed[Tree](tree: Tree) -> Tree:
+        def place(x: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(place, tree, shardings(tree, mesh))
+
+    return rebuild, placed(state), placed(frozen)
 
 
 def _initial_state(config: TrainConfig, weights: Weights, key: jax.Array) -> TrainState:
@@ -207,9 +232,9 @@ def _initial_state(config: TrainConfig, weights: Weights, key: jax.Array) -> Tra
 def configured_step(
     config: TrainConfig, model: ModelConfig, rebuild: Rebuild, objective: TrainingObjective | None = None
 ) -> jax.stages.Wrapped:
-    """The step of a run (`make_step`), with the config's objective or one of the user's own."""
+    """Makes the step of a run (`make_step`), with the config's objective or one of the user's own."""
     inputs_of = objective.make_inputs if objective else partial(_configured_inputs, config)
-    loss = objective and objective.loss or partial(training_loss, config=config.objective)
+    loss = (objective and objective.loss) or partial(training_loss, config=config.objective)
     batch_size = config.data.batch_size
     return make_step(
         lambda batch, key: inputs_of(batch, key, model),
@@ -240,27 +265,34 @@ def _first_state(
     model = initial_model(config.model, tokenizer, model_key, mesh)
     model.config = with_learned_stops(model.config, tokenizer, config.data.sources)
     weights, rebuild = model_weights(stack_layers(model))
-    _, *like = abstract_state(config, model.config, mesh, extensions)
+    _, like, like_frozen = abstract_state(config, model.config, mesh, extensions)
+
+    def start(trained: Weights, frozen: Weights, key: jax.Array) -> tuple[TrainState, Weights]:
+        return _initial_state(config, trained, key), frozen
+
     # Donated: the state takes the weights over, and nothing is held twice.
-    start = jax.jit(
-        lambda trained, frozen, key: (_initial_state(config, trained, key), frozen),
+    jitted = jax.jit(
+        start,
         donate_argnums=(0, 1),
-        out_shardings=jax.tree.map(lambda x: x.sharding, tuple(like)),
+        out_shardings=jax.tree.map(lambda x: x.sharding, (like, like_frozen)),
     )
-    state, frozen = start(*extensions.split(weights), step_key)
+    trained, frozen = extensions.split(weights)
+    state, frozen = jitted(trained, frozen, step_key)
     return model.config, rebuild, state, frozen
 
 
 def _starting_shape(config: InitConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
-    """Of the model that training starts from, before it is converted."""
+    """Reads the shape of the model that training starts from, before it is converted."""
     if config.init_from is not None:
         return ModelConfig.from_hf(model_directory(config.init_from))
     shape = config.shape or ModelConfig.preset(config.preset or "")
-    return shape if shape.eos_token_id is not None else replace(shape, eos_token_id=tokenizer.eos_token_id)
+    if shape.eos_token_id is None:
+        shape = replace(shape, eos_token_id=tokenizer.eos_token_id)
+    return shape
 
 
 def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: jax.Array, mesh: Mesh) -> Model:
-    """The model before the first step, float32: loaded or random, and converted where another objective is wanted.
+    """Makes the model before the first step, float32: loaded or random, converted where another objective is wanted.
 
     Its weights are made or read where they belong: no device, and of loaded ones no host, holds all of them.
 
@@ -269,7 +301,8 @@ def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: j
         CheckpointError: weights that cannot be read.
     """
     weights_key, mask_key = jax.random.split(key)
-    shape, ids = _starting_shape(config, tokenizer), token_ids(tokenizer)
+    shape = _starting_shape(config, tokenizer)
+    ids = token_ids(tokenizer)
     _check_vocabulary(config, shape, tokenizer, ids)
     if config.init_from is not None:
         model = load_pretrained(config.init_from, dtype=jnp.float32, mesh=mesh)
@@ -324,7 +357,8 @@ def _for_objective(model: Model, config: InitConfig, ids: TokenIds, key: jax.Arr
 
 def _check_mask(model: ModelConfig, mask: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ConfigError if the mask ends texts too, and warns if it is a token that ordinary text can hold."""
-    if mask == (tokenizer.eos_token_id if model.eos_token_id is None else model.eos_token_id):
+    eos = tokenizer.eos_token_id if model.eos_token_id is None else model.eos_token_id
+    if mask == eos:
         raise ConfigError(f"the mask's id {mask} is the end-of-text token's; set model.mask_token_id to a spare id")
     token = tokenizer.convert_ids_to_tokens(mask)
     added = tokenizer.added_tokens_decoder.get(mask)
@@ -333,14 +367,14 @@ def _check_mask(model: ModelConfig, mask: int, tokenizer: PreTrainedTokenizerBas
 
 
 def tokenizer_directory(config: InitConfig) -> Path:
-    """Where the tokenizer lies on this machine; that of a hub id is fetched."""
+    """Finds the tokenizer on this machine; that of a hub id is fetched."""
     return model_directory(config.tokenizer or config.init_from or "", weights=config.tokenizer is None)
 
 
 def open_dataset(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, rows: Sequence[int] | None = None
 ) -> PackedDataset:
-    """The data, laid out for the model; of each batch these `rows`, all if None.
+    """Opens the data, laid out for the model; of each batch these `rows`, all if None.
 
     Raises:
         ConfigError: neither model nor tokenizer has an end-of-text token, the tokenizer has ids past the model's

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a note that the loop reads between two steps."""
+"""Notes SIGTERM and SIGINT, so that the loop can read them between two steps."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Where decoding a trained model has to stop: at what ends the responses that it learned."""
+"""Finds where decoding a trained model has to stop: at what ends the responses of its training data."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _CONVERSATIONS = (_EXCHANGE, [*_EXCHANGE, *_EXCHANGE], [{"role": "system", "cont
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> int:
-    """The token that ends documents. Raises ConfigError if neither the model nor the tokenizer has one."""
+    """Returns the token that ends documents. Raises ConfigError if neither the model nor the tokenizer has one."""
     eos = tokenizer.eos_token_id if model.eos_token_id is None else model.eos_token_id
     if not isinstance(eos, int):
         raise ConfigError(
@@ -33,28 +33,29 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> int:
 def with_learned_stops(
     model: ModelConfig, tokenizer: PreTrainedTokenizerBase, sources: Sequence[SourceConfig]
 ) -> ModelConfig:
-    """The model's config, whose `stop_token_ids` begin with what ends the responses of its training data.
+    """Makes the model's `stop_token_ids` begin with what ends the responses of its training data.
 
     That is the token which the chat template sets behind a turn, where there are conversations, and the end of text,
     which the data pipeline sets behind every document. What the model's own list has besides stays.
     """
     chat = turn_ends(tokenizer) if any(source.format == "chat" for source in sources) else []
-    learned = dict.fromkeys([*chat, end_of_text(tokenizer, model)])
-    if all(token in model.stop_token_ids for token in learned):
+    ends = [*chat, end_of_text(tokenizer, model)]
+    if all(token in model.stop_token_ids for token in ends):
         return model
-    stops = tuple(dict.fromkeys([*learned, *model.stop_token_ids]))
+    stops = tuple(dict.fromkeys([*ends, *model.stop_token_ids]))
     named = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in stops)
     log.info("the exported model will stop at %s, as its data ends there", named)
     return replace(model, stop_token_ids=stops)
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the chat template sets right behind what the assistant said, last in a conversation or not.
+    """Finds the tokens that the chat template puts right behind an assistant's message, last in a conversation or not.
 
     Empty where a turn ends with the text itself. A warning says where it ends with text that no token stands for alone,
     or where the template refuses every small conversation.
     """
-    renderer, encoder = ChatRenderer(tokenizer, say=lambda notice: None), Encoder(tokenizer)
+    renderer = ChatRenderer(tokenizer, warn=lambda message: None)
+    encoder = Encoder(tokenizer)
     ends: dict[str, int] = {}
     refusals: list[DataError] = []
     for messages in _CONVERSATIONS:

@@ -1,4 +1,4 @@
-"""Inputs for a run that is only to be seen running: a tokenizer, and files in every format that sources have."""
+"""Synthetic inputs for trying out a run: a tokenizer, and files in every format that sources have."""
 
 import json
 import random
@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 
 def write_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    """A token for each byte, ChatML's special tokens and template; written as a Hugging Face directory."""
+    """Writes a Hugging Face directory: a token for each byte, ChatML's special tokens and template."""
     tokens = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -44,7 +44,8 @@ def write_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 
 def write_source(source: SourceConfig, directory: Path, length: int) -> SourceConfig:
-    """`source`, reading files that are written to `directory`: of its format and fields, their texts made of words.
+    """Writes files of a source's format and fields to `directory`, with texts of words; gives the source that reads
+    them.
 
     Most records fit in `length` bytes, some do not.
     """
@@ -56,19 +57,25 @@ def write_source(source: SourceConfig, directory: Path, length: int) -> SourceCo
     size = 1 if source.format == "text" and source.separator is None else _RECORDS // _FILES
     for start in range(0, _RECORDS, size):
         _write(source, directory / f"{start:03}.{suffix}", records[start : start + size])
-    # The made-up tokenizer's chat template has no variables.
+    # The synthetic tokenizer's chat template has no variables.
     return replace(source, path=str(directory / f"*.{suffix}"), chat_template_kwargs={})
 
 
 def _record(source: SourceConfig, draw: random.Random, length: int) -> Record:
-    text = lambda most: " ".join(draw.choices(_WORDS, k=draw.randint(3, most)))
+    def text(most: int) -> str:
+        return " ".join(draw.choices(_WORDS, k=draw.randint(3, most)))
+
+    question = text(8)
     # A word has six bytes or so with its space.
-    question, answer = text(8), text(max(4, length // 5))
+    answer = text(max(4, length // 5))
     if source.format != "chat":
-        return {source.field: answer} | ({source.prompt_field: question} if source.prompt_field else {})
-    said = [question, answer, text(4), text(4)][: draw.choice((2, 4))]
+        record = {source.field: answer}
+        if source.prompt_field:
+            record[source.prompt_field] = question
+        return record
+    contents = [question, answer, text(4), text(4)][: draw.choice((2, 4))]
     roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(said)]}
+    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
 
 
 def _write(source: SourceConfig, path: Path, records: list[Record]) -> None:

@@ -1,6 +1,7 @@
-"""A recipe small enough for any machine: the same code path on made-up inputs. `python train.py CONFIG.yaml --tiny`.
+"""A recipe made small enough for any machine: the same code path on synthetic inputs. `python train.py CONFIG.yaml
+--tiny`.
 
-Sizes shrink, and nothing else: objective, corruption, normaliser, packing, formats of the data, optimiser and schedule,
+Sizes shrink, and nothing else: objective, corruption, normalizer, packing, formats of the data, optimiser and schedule,
 accumulation, remat, experts, the axes of the mesh as far as there are devices, checkpoints and export stay.
 """
 
@@ -38,25 +39,28 @@ _AXIS_LIMITS = {"fsdp": _WIDTH, "expert": _EXPERTS, "context": _BLOCKS, "tensor"
 
 
 def tiny(config: TrainConfig) -> TrainConfig:
-    """`config` with a few steps of a few short rows, and with inputs that are written here, under run_dir + "-tiny".
+    """Shrinks `config` to a few steps of a few short rows, with inputs that are written here, under run_dir + "-tiny".
 
-    Made up are a tokenizer of bytes with a chat template, files in the formats of the sources, and, where `init_from`
+    Synthetic are a tokenizer of bytes with a chat template, files in the formats of the sources, and, where `init_from`
     is set, the model to start from: random, of the architecture, objective and block size that it would have. What an
     earlier call left there is removed.
 
-    Of several processes the first one writes.
+    Of several processes the main one writes.
 
     Raises:
         ConfigError: a directory in the way, or as `starting_shape`.
     """
     check_backend()
-    return from_values(TrainConfig, processes.broadcast(lambda: to_values(_made_up(config))))
+    values = processes.broadcast(lambda: to_values(_shrink(config)))
+    return from_values(TrainConfig, values)
 
 
-def _made_up(config: TrainConfig) -> TrainConfig:
-    trained, home = trained_shape(config.model), Path(f"{config.run_dir}-tiny")
+def _shrink(config: TrainConfig) -> TrainConfig:
+    trained = trained_shape(config.model)
+    home = Path(f"{config.run_dir}-tiny")
     _remove(home)
-    inputs, mesh = home / "inputs", _mesh(config.mesh, jax.device_count())
+    inputs = home / "inputs"
+    mesh = _mesh(config.mesh, jax.device_count())
     rows = max(_ROWS_PER_DEVICE, mesh.data * mesh.fsdp * mesh.expert)
     parts = min(2, config.data.batch_size // (config.micro_batch_size or config.data.batch_size))
     block_size = trained.paradigm.block_size or 1
@@ -80,14 +84,14 @@ def _made_up(config: TrainConfig) -> TrainConfig:
 
 
 def _remove(home: Path) -> None:
-    """What an earlier call made; nothing else."""
+    """Removes what an earlier call made; nothing else."""
     if home.exists() and not (home / "inputs").is_dir():
         raise ConfigError(f"{home} is in the way and not of an earlier --tiny; move it, or change run_dir in the file")
     shutil.rmtree(home, ignore_errors=True)
 
 
 def _model(config: InitConfig, inputs: Path) -> InitConfig:
-    """The tokenizer, and the model to start from where there is one, are written to `inputs`."""
+    """Writes the tokenizer, and the model to start from where there is one, to `inputs`."""
     tokenizer = write_tokenizer(inputs / "tokenizer")
     shape = _shrunk(starting_shape(config), tokenizer)
     changes = {
@@ -126,10 +130,15 @@ def _data(config: DataConfig, batch_size: int, block_size: int, home: Path) -> D
     noisy = config.noisy_length
     if noisy is not None:
         noisy = min(length, math.ceil(length * noisy / config.sequence_length / block_size) * block_size)
-    sources = tuple(write_source(source, home / str(number), length) for number, source in enumerate(config.sources, 1))
-    shards = math.gcd(config.shards, batch_size)
-    sizes = {"sequence_length": length, "noisy_length": noisy, "batch_size": batch_size}
-    return replace(config, sources=sources, shards=shards, **sizes)
+    sources = [write_source(source, home / str(number), length) for number, source in enumerate(config.sources, 1)]
+    return replace(
+        config,
+        sources=tuple(sources),
+        shards=math.gcd(config.shards, batch_size),
+        sequence_length=length,
+        noisy_length=noisy,
+        batch_size=batch_size,
+    )
 
 
 def _eval(config: EvalConfig, rows: int, block_size: int, home: Path) -> EvalConfig:
@@ -137,7 +146,7 @@ def _eval(config: EvalConfig, rows: int, block_size: int, home: Path) -> EvalCon
 
 
 def _optimizer(config: OptimizerConfig, steps: float | int, left: int) -> OptimizerConfig:
-    """Warm-up and decay keep their shares of the steps, and one step at least."""
+    """Keeps the shares of warm-up and decay in the steps, and one step at least."""
 
     def scaled(amount: float | int) -> int:
         share = amount if amount < 1 else amount / steps
@@ -147,7 +156,7 @@ def _optimizer(config: OptimizerConfig, steps: float | int, left: int) -> Optimi
 
 
 def _mesh(config: MeshConfig, devices: int) -> MeshConfig:
-    """Axes doubled in turn, each up to its size in `config`, while there are devices; `data` takes what is left."""
+    """Doubles axes in turn, each up to its size in `config`, while there are devices; `data` takes what is left."""
     sizes = dict.fromkeys(MESH_AXES, 1)
 
     def can_double(axis: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a run says of itself: averages over steps, to the console, to metrics.jsonl and to TensorBoard."""
+"""Metrics of a run: averages over steps, to the console, to metrics.jsonl and to TensorBoard."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ _SHOWN = {
 
 
 class _Sums(NamedTuple):
-    """Over the steps since the last line."""
+    """Sums over the steps since the last line."""
 
     steps: float = 0.0
     loss: float = 0.0
@@ -62,30 +62,43 @@ class Meter:
     """
 
     def __init__(self, model: ModelConfig, peak_flops: float | None):
-        self._model, self._peak = model, peak_flops
-        self._sums, self._tokens = _Sums(), 0
+        self._model = model
+        self._peak = peak_flops
+        self._sums = _Sums()
+        self._tokens = 0
         self._learning_rate = 0.0
-        self._seconds, self._timed_tokens, self._timed_flops = 0.0, 0, 0.0
         self._last: float | None = None
+        self._restart_timing()
+
+    def _restart_timing(self) -> None:
+        self._seconds = 0.0
+        self._timed_tokens = 0
+        self._timed_flops = 0.0
 
     def add(self, metrics: StepMetrics, tokens: int) -> None:
-        """One step's metrics, on the host, as soon as it has ended; `tokens`: clean ones, without padding."""
-        scores, step = metrics.scores, metrics
-        router = (0.0, 0.0, 0.0) if scores.router is None else scores.router
-        new = (
-            1,
-            step.loss,
-            step.normalizer,
-            scores.nll,
-            scores.correct,
-            scores.num_loss_tokens,
-            step.grad_norm,
-            *router,
+        """Adds one step's metrics, on the host, as soon as it has ended.
+
+        Args:
+            tokens: clean ones of the batch, without padding.
+        """
+        scores = metrics.scores
+        balance, z, max_load = (0.0, 0.0, 0.0) if scores.router is None else scores.router
+        new = _Sums(
+            steps=1,
+            loss=float(metrics.loss),
+            normalizer=float(metrics.normalizer),
+            nll=float(scores.nll),
+            correct=float(scores.correct),
+            num_loss_tokens=float(scores.num_loss_tokens),
+            grad_norm=float(metrics.grad_norm),
+            balance=float(balance),
+            z=float(z),
+            max_load=float(max_load),
         )
-        self._sums = _Sums(*(a + float(b) for a, b in zip(self._sums, new, strict=True)))
+        self._sums = _Sums(*(total + value for total, value in zip(self._sums, new, strict=True)))
         self._tokens += tokens
-        self._learning_rate = float(step.learning_rate)
-        self._clock(tokens, training_flops(self._model, step.token_counts))
+        self._learning_rate = float(metrics.learning_rate)
+        self._clock(tokens, training_flops(self._model, metrics.token_counts))
 
     def _clock(self, tokens: int, flops: float) -> None:
         now = time.perf_counter()
@@ -97,18 +110,22 @@ class Meter:
         self._last = now
 
     def restart_clock(self) -> None:
-        """What happened since the last step ended (an evaluation) is not counted as training time."""
+        """Leaves out of the training time what happened since the last step ended (an evaluation)."""
         self._last = time.perf_counter()
 
     def line(self) -> Line:
         """Averages since the last line, and starts anew.
 
-        loss: the objective, sum of weighted cross-entropy over its normaliser, and what a mixture's router adds. nll:
+        loss: the objective, sum of weighted cross-entropy over its normalizer, and what an MoE's router adds. nll:
         nats per predicted token, unweighted; accuracy: of first guesses for them. grad_norm: mean, before clipping.
-        tokens: seen since the start. Of a mixture, averages over micro-batches: balance_loss, router_z_loss, and
+        tokens: seen since the start. Of an MoE, averages over micro-batches: balance_loss, router_z_loss, and
         max_load, the pairs of the busiest expert of any layer as a multiple of an even share.
         """
-        sums, share = self._sums, lambda part, whole: part / whole if whole else None
+        sums = self._sums
+
+        def share(part: float, total: float) -> float | None:
+            return part / total if total else None
+
         line: Line = {
             "loss": share(sums.loss, sums.normalizer),
             "nll": share(sums.nll, sums.num_loss_tokens),
@@ -119,29 +136,28 @@ class Meter:
             "tokens_per_second": share(self._timed_tokens, self._seconds),
         }
         if self._model.num_experts:
-            line |= {
-                "balance_loss": share(sums.balance, sums.normalizer),
-                "router_z_loss": share(sums.z, sums.normalizer),
-            }
+            line["balance_loss"] = share(sums.balance, sums.normalizer)
+            line["router_z_loss"] = share(sums.z, sums.normalizer)
             line["max_load"] = share(sums.max_load, sums.normalizer)
         if self._peak:
             line["mfu"] = share(self._timed_flops, self._seconds * self._peak)
         self._sums = _Sums()
-        self._seconds, self._timed_tokens, self._timed_flops = 0.0, 0, 0.0
+        self._restart_timing()
         return line
 
     def get_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, for JSON."""
+        """Returns what a checkpoint keeps, for JSON."""
         return {"sums": list(self._sums), "tokens": self._tokens}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._sums, self._tokens = _Sums(*state["sums"]), state["tokens"]
+        self._sums = _Sums(*state["sums"])
+        self._tokens = state["tokens"]
 
 
 class Trackers:
-    """The three outputs of a run that goes on behind `step`; later lines of an earlier attempt are dropped.
+    """Writes the three outputs of a run that resumes after `step`; later lines of an earlier attempt are dropped.
 
-    None of them is the run: what cannot be written is told in a warning, and the run goes on without it.
+    None of them is essential: a warning says what cannot be written, and the run continues without it.
     """
 
     def __init__(self, run_dir: Path, *, step: int, steps: int, tensorboard: bool):
@@ -159,7 +175,7 @@ class Trackers:
             self._board.close()
 
     def advance(self) -> None:
-        """One step more on the bar."""
+        """Moves the bar by one step."""
         self._bar.update()
 
     def train(self, step: int, line: Line) -> None:
@@ -182,7 +198,7 @@ class Trackers:
 
 
 class NullTracker(Trackers):
-    """Of a process that writes nothing, as another one does."""
+    """Writes nothing: for processes that leave it to the main one."""
 
     def __init__(self):
         pass
@@ -201,13 +217,15 @@ class NullTracker(Trackers):
 
 
 class _Output:
-    """A file of metrics behind `step`; where it cannot be written, that is said once, until it can again."""
+    """A file of metrics after `step`; where it cannot be written, one warning says so, until it can again."""
 
     _tries_again = True
 
     def __init__(self, path: Path, step: int):
-        self._path, self._step = path, step
-        self._ready, self._told = False, False
+        self._path = path
+        self._step = step
+        self._ready = False
+        self._warned = False
         self._attempt()
 
     def write(self, step: int, line: Line) -> None:
@@ -217,7 +235,7 @@ class _Output:
         pass
 
     def _attempt(self, *line: Any) -> None:
-        if self._told and not self._tries_again:
+        if self._warned and not self._tries_again:
             return
         try:
             if not self._ready:
@@ -225,11 +243,11 @@ class _Output:
                 self._ready = True
             if line:
                 self._append(*line)
-            self._told = False
+            self._warned = False
         except OSError as error:
-            if not self._told:
+            if not self._warned:
                 log.warning("%s cannot be written (%s); the run goes on without it", self._path, error.strerror)
-            self._told = True
+            self._warned = True
 
     def _open(self) -> None:
         raise NotImplementedError
@@ -239,7 +257,7 @@ class _Output:
 
 
 class _Lines(_Output):
-    """metrics.jsonl: a line of JSON each. Lines of an earlier attempt behind `step` are dropped."""
+    """Writes metrics.jsonl, a JSON object per line. Lines of an earlier attempt after `step` are dropped."""
 
     def _open(self) -> None:
         _keep_lines(self._path, self._step)
@@ -256,7 +274,7 @@ class _Lines(_Output):
 
 
 class _Board(_Output):
-    """Event files for TensorBoard, which drops the events of an earlier attempt behind `step`.
+    """Writes event files for TensorBoard, which drops the events of an earlier attempt after `step`.
 
     Written by this thread: the one that tensorboardX's SummaryWriter has dies of a full disk, and the run would then
     wait for it without end.
@@ -285,7 +303,7 @@ class _Board(_Output):
 
 
 def _keep_lines(path: Path, step: int) -> None:
-    """Leaves the lines of steps up to `step`; a last line that a kill cut short goes too.
+    """Keeps the lines of steps up to `step`; a last line that a kill cut short is dropped too.
 
     Other lines that are none of a run's are moved to metrics.damaged.jsonl.
     """
@@ -305,7 +323,7 @@ def _keep_lines(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """Of a whole line of metrics; None of any other."""
+    """Reads the step of a complete line of metrics; None of any other."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -27,7 +27,7 @@ some_policy = st.sampled_from(POLICIES)
 draw = partial(jax.jit, static_argnames=("config", "block_size"))(corrupt)
 
 
-def eligible_rows(rows=ROWS, length=LENGTH):
+def loss_masks(rows=ROWS, length=LENGTH):
     row = st.lists(st.booleans(), min_size=length, max_size=length)
     return st.lists(row, min_size=rows, max_size=rows).map(np.array)
 
@@ -51,13 +51,13 @@ def levels_shown(masked, weights, unit) -> list[np.ndarray]:
     return [weights[(unit == u) & masked] for u in np.unique(unit[masked])]
 
 
-@given(segment_rows(ROWS, LENGTH), eligible_rows(), some_policy, st.integers(0, 2**31 - 1))
-def test_only_eligible_tokens_are_masked_and_weighted(segment_ids, eligible, config, seed):
-    out = draw(segment_ids, eligible, jax.random.key(seed), config, block_size=4)
+@given(segment_rows(ROWS, LENGTH), loss_masks(), some_policy, st.integers(0, 2**31 - 1))
+def test_only_tokens_with_loss_are_masked_and_weighted(segment_ids, loss_mask, config, seed):
+    out = draw(segment_ids, loss_mask, jax.random.key(seed), config, block_size=4)
     masked, weights = np.asarray(out.masked), np.asarray(out.weights)
     views = config.views
     assert masked.shape == weights.shape == (ROWS * views, LENGTH) and weights.dtype == np.float32
-    allowed = np.repeat(eligible & (segment_ids > 0), views, axis=0)
+    allowed = np.repeat(loss_mask & (segment_ids > 0), views, axis=0)
     assert not (masked & ~allowed).any()
     np.testing.assert_array_equal(weights != 0, masked)
     assert np.isfinite(weights).all() and (weights >= 0).all()
@@ -90,12 +90,12 @@ def test_units_draw_apart(level):
     assert len({float(weights[0]) for weights in shown}) == len(shown)
 
 
-@given(segment_rows(ROWS, LENGTH), eligible_rows(), st.integers(0, 2**31 - 1), st.sampled_from(["row", "block"]))
-def test_exact_masks_k_of_n_with_weight_n_over_k(segment_ids, eligible, seed, level):
-    """So the weights of a unit add up to its eligible tokens, whatever was drawn."""
+@given(segment_rows(ROWS, LENGTH), loss_masks(), st.integers(0, 2**31 - 1), st.sampled_from(["row", "block"]))
+def test_exact_masks_k_of_n_with_weight_n_over_k(segment_ids, loss_mask, seed, level):
+    """So the weights of a unit add up to its tokens with loss, whatever was drawn."""
     config = CorruptionConfig(level=level, mask="exact", at_least_one=False)
-    out = draw(segment_ids, eligible, jax.random.key(seed), config, block_size=4)
-    unit, allowed = units(segment_ids, level, 4), eligible & (segment_ids > 0)
+    out = draw(segment_ids, loss_mask, jax.random.key(seed), config, block_size=4)
+    unit, allowed = units(segment_ids, level, 4), loss_mask & (segment_ids > 0)
     for number in np.unique(unit):
         here = unit == number
         n, k = (allowed & here).sum(), np.asarray(out.masked)[here].sum()
@@ -120,11 +120,11 @@ def test_the_complement_of_everything_has_no_weight():
 
 
 @pytest.mark.parametrize("config", POLICIES, ids=lambda config: f"{config.level}-{config.mask}-{config.distribution}")
-def test_rows_without_an_eligible_token(config):
+def test_rows_without_a_token_with_loss(config):
     segment_ids = pack([8], [-8], [4, 4], length=8)
-    eligible = np.ones_like(segment_ids, bool)
-    eligible[0] = False
-    out = draw(segment_ids, eligible, jax.random.key(1), config, block_size=4)
+    loss_mask = np.ones_like(segment_ids, bool)
+    loss_mask[0] = False
+    out = draw(segment_ids, loss_mask, jax.random.key(1), config, block_size=4)
     masked = np.asarray(out.masked).reshape(3, config.views, 8)
     assert not masked[:2].any() and np.isfinite(out.weights).all()
     assert masked[2].any()

@@ -14,7 +14,7 @@ draw = partial(jax.jit, static_argnames=("config", "block_size"))(corrupt)
 
 
 def whole_rows(rows: int, length: int, config: CorruptionConfig, seed: int = 0, block_size: int | None = 4):
-    """masked and weights of rows of one document, all eligible."""
+    """masked and weights of rows of one document, all with loss."""
     ids = jnp.ones((rows, length), jnp.int32)
     out = draw(ids, ids > 0, jax.random.key(seed), config, block_size=block_size)
     return np.asarray(out.masked), np.asarray(out.weights, np.float64)
@@ -39,7 +39,7 @@ def assert_mean(samples: np.ndarray, expected: float, at_most: float) -> None:
     ids=lambda policy: "-".join(map(str, policy.values())),
 )
 def test_a_bound_weighs_each_token_once(policy):
-    """E[weight] = 1 for each eligible token, in each view, however t is drawn."""
+    """E[weight] = 1 for each token with loss, in each view, however t is drawn."""
     config = CorruptionConfig(**policy, at_least_one=False)
     _, weights = whole_rows(8192, 8, config)
     for view in range(config.views):
@@ -122,8 +122,8 @@ def test_stratified_levels_cover_evenly():
     assert worst > 4 / 64
 
 
-def test_units_without_eligible_tokens_take_no_stratum():
-    """Every 13th row of 832 alone is eligible, as prompts are not: those 64 levels cover evenly all the same.
+def test_units_without_tokens_with_loss_take_no_stratum():
+    """Every 13th row of 832 alone has loss, as prompts are not: those 64 levels cover evenly all the same.
 
     Numbered with the rest, they would not: 13 times the golden ratio is nearly a whole number.
     """

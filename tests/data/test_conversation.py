@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer, make_dataset
-from sdar_jax.data.chat import ChatRenderer, _say_once
+from sdar_jax.data.chat import ChatRenderer, _warn_once
 from sdar_jax.errors import ConfigError, DataError
 from sdar_jax.training.synthetic_data import write_source, write_tokenizer
 from tests.data.conftest import CHATML, make_byte_tokenizer
@@ -23,7 +23,7 @@ TURNS = [user("q"), assistant("a"), user("r"), assistant("b")]
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
 
 
 def responses(record, template=CHATML, **variables):
@@ -419,7 +419,7 @@ def test_fields_that_are_not_read_are_named_once(write_jsonl, caplog):
         list(dataset(config, template))
     assert sorted(caplog.messages) == [
         '"mood", which messages have, is not read by the chat template',
-        '"prompt", which records have beside "messages", is not read',
+        '"prompt", which records have besides "messages", is not read',
     ]
     ChatRenderer(make_byte_tokenizer()).prompt({"messages": GOOD, "seed": 1, "topic_": "x"})
     assert len(caplog.messages) == 2, "a line of prompts may hold anything"

@@ -19,9 +19,9 @@ def make_documents(lengths, block_size=4, seed=0):
     random = np.random.default_rng(seed)
     documents = []
     for i, length in enumerate(lengths):
-        eligible = np.arange(length) >= random.integers(0, length)
-        noisy = len(noisy_positions(np.ones(length, np.int32), eligible, block_size))
-        documents.append(Document(i, 1000 * i + np.arange(length, dtype=np.int32), eligible, noisy))
+        loss_mask = np.arange(length) >= random.integers(0, length)
+        noisy = len(noisy_positions(np.ones(length, np.int32), loss_mask, block_size))
+        documents.append(Document(i, 1000 * i + np.arange(length, dtype=np.int32), loss_mask, noisy))
     return documents
 
 
@@ -38,22 +38,22 @@ def tokens_of(row):
     return [token for piece in row for token in piece.document.tokens[piece.start : piece.stop].tolist()]
 
 
-def noisy_by_hand(segment_ids, eligible, block_size):
+def noisy_by_hand(segment_ids, loss_mask, block_size):
     blocks, seen = {}, {}
     for i, segment in enumerate(segment_ids):
         if segment:
             position = seen[segment] = seen.get(segment, -1) + 1
             blocks.setdefault((segment, position // block_size), []).append(i)
-    return sorted(i for block in blocks.values() if any(eligible[j] for j in block) for i in block)
+    return sorted(i for block in blocks.values() if any(loss_mask[j] for j in block) for i in block)
 
 
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_noisy_positions_are_those_found_by_hand(lengths, padding, block_size, seed):
     segment_ids = np.array([s for s, n in enumerate(lengths, 1) for _ in range(n)] + [0] * padding, np.int32)
     random = np.random.default_rng(seed)
-    eligible = (random.random(len(segment_ids)) < random.random()) & (segment_ids > 0)
-    found = noisy_positions(segment_ids, eligible, block_size)
-    assert found.tolist() == noisy_by_hand(segment_ids.tolist(), eligible, block_size)
+    loss_mask = (random.random(len(segment_ids)) < random.random()) & (segment_ids > 0)
+    found = noisy_positions(segment_ids, loss_mask, block_size)
+    assert found.tolist() == noisy_by_hand(segment_ids.tolist(), loss_mask, block_size)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 30))

@@ -61,10 +61,10 @@ def by_record(batches, name="tokens"):
 def expected_document(n, *, loss="all", pad_to_block=None, pad_loss=True):
     prompt, answer = TOKENIZER.encode(PROMPTS[n]), TOKENIZER.encode(TEXTS[n])
     tokens = [*prompt, *answer, EOS_ID]
-    eligible = [loss == "all"] * len(prompt) + [True] * (len(answer) + 1)
+    loss_mask = [loss == "all"] * len(prompt) + [True] * (len(answer) + 1)
     while pad_to_block and len(tokens) % pad_to_block:
-        tokens, eligible = [*tokens, EOS_ID], [*eligible, pad_loss]
-    return tokens, eligible
+        tokens, loss_mask = [*tokens, EOS_ID], [*loss_mask, pad_loss]
+    return tokens, loss_mask
 
 
 @st.composite
@@ -99,12 +99,12 @@ def test_an_epoch_holds_every_document_once(pairs, layout):
     dataset = make(config, block_size=block_size)
     batches = list(dataset)
     pad = block_size if config.pad_to_block else None
-    tokens, eligible = by_record(batches), by_record(batches, "loss_mask")
+    tokens, loss_mask = by_record(batches), by_record(batches, "loss_mask")
     lost = 0
     for n in range(len(TEXTS)):
         expected, can = expected_document(n, loss=config.loss, pad_to_block=pad, pad_loss=config.pad_loss)
         kept = len(tokens.get(n, []))
-        assert (tokens.get(n, []), eligible.get(n, [])) == (expected[:kept], can[:kept])
+        assert (tokens.get(n, []), loss_mask.get(n, [])) == (expected[:kept], can[:kept])
         lost += kept < len(expected)
     assert lost == dataset.dropped + dataset.cut
     assert lost == 0 or config.noisy_length == 46
@@ -338,8 +338,8 @@ def test_a_response_ends_its_document_and_its_last_block(write_jsonl):
     source = SourceConfig(write_jsonl([{"messages": messages}]), "chat")
     config = once(source, loss="response", packing="fit", pad_to_block=True, batch_size=1)
     batch = next(make(config))
-    eligible = batch["loss_mask"][0]
-    assert TOKENIZER.decode(batch["tokens"][0][eligible]) == "ab<|im_end|>\n" + EOS * 4
+    loss_mask = batch["loss_mask"][0]
+    assert TOKENIZER.decode(batch["tokens"][0][loss_mask]) == "ab<|im_end|>\n" + EOS * 4
     filled = next(make(dataclasses.replace(config, pad_loss=False)))
     assert TOKENIZER.decode(filled["tokens"][0][filled["loss_mask"][0]]) == "ab<|im_end|>\n" + EOS
     assert next(make(dataclasses.replace(config, loss="all")))["loss_mask"][0, :28].all()

@@ -3,7 +3,7 @@
 import pytest
 
 from sdar_jax.data import SourceConfig, make_dataset
-from sdar_jax.data.chat import ChatRenderer, _say_once
+from sdar_jax.data.chat import ChatRenderer, _warn_once
 from sdar_jax.errors import DataError
 from sdar_jax.training.stops import turn_ends
 from tests.data.conftest import CHATML, make_byte_tokenizer
@@ -46,11 +46,11 @@ BESIDE = assistant("a", reasoning_content="hm")
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
 
 
 def forget(caplog):
-    _say_once.cache_clear()
+    _warn_once.cache_clear()
     caplog.clear()
 
 

@@ -27,9 +27,9 @@ ANSWER = as_record(
 @pytest.mark.parametrize(
     ("line", "advice", "mended"),
     [
-        (b"[1]", "a JSON list, not an object; write one object a line", b'{"prompt": "a"}'),
-        (b'{"prompt": "a"', "not valid JSON .*; write one object a line", b'{"prompt": "a"}'),
-        (b"[" * 100_000, "nested too deeply.*; write one object a line", b'{"prompt": "a"}'),
+        (b"[1]", "a JSON list, not an object; write one object per line", b'{"prompt": "a"}'),
+        (b'{"prompt": "a"', "not valid JSON .*; write one object per line", b'{"prompt": "a"}'),
+        (b"[" * 100_000, "nested too deeply.*; write one object per line", b'{"prompt": "a"}'),
         (b'{"prompt": "\xe9"}', "invalid UTF-8 at byte 12; save the file as UTF-8", b'{"prompt": "\xc3\xa9"}'),
         (b'{"prompt": "\\ud83d"}', "a lone surrogate .*; write it as valid Unicode", b'{"prompt": "\\ud83d\\ude00"}'),
         (b'{"n": ' + b"7" * 5000 + b"}", "cannot be read .*; write it as a string", b'{"n": "' + b"7" * 5000 + b'"}'),

@@ -142,7 +142,7 @@ def test_normalisers():
 
 
 def test_the_response_count_leaves_padding_out():
-    """Even where a loss mask marks it: padding is never eligible."""
+    """Even where a loss mask marks it: padding never has loss."""
     batch = make_batch()._replace(loss_mask=jnp.ones((ROWS, LENGTH), bool))
     np.testing.assert_array_equal(make(batch, jax.random.key(0)).normalizer, [12, 12, 8])
 

@@ -94,7 +94,7 @@ def assert_close_run(one: Path, other: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     with Checkpoints(one, CheckpointConfig()) as ours, Checkpoints(other, CheckpointConfig()) as theirs:
         assert ours.latest == theirs.latest
-        assert ours.position().data == theirs.position().data
+        assert ours.host_state().data == theirs.host_state().data
     weights, expected = state_of(one)[1]["weights"], state_of(other)[1]["weights"]
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():

@@ -24,7 +24,7 @@ def make_state(step: int, ema: bool = True) -> TrainState:
     return TrainState(weights, moments, average, key, jnp.int32(step))
 
 
-def make_position(step: int) -> HostState:
+def make_host_state(step: int) -> HostState:
     data = {"order": {"weights": [1.0, 0.1]}, "open": [[step, [1, 2]]], "none": None}
     return HostState(data, {"sums": [0.1, 1 / 3, 1e-300]}, {"run_dir": "a"}, {"vocab_size": 5})
 
@@ -48,11 +48,11 @@ def assert_equal(a, b) -> None:
 @pytest.mark.parametrize("ema", [True, False])
 def test_all_of_a_state_comes_back(ema, tmp_path):
     with opened(tmp_path) as checkpoints:
-        assert checkpoints.latest is None and checkpoints.position() is None
-        checkpoints.save(make_state(3, ema), make_position(3))
+        assert checkpoints.latest is None and checkpoints.host_state() is None
+        checkpoints.save(make_state(3, ema), make_host_state(3))
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest == 3
-        assert checkpoints.position() == make_position(3)
+        assert checkpoints.host_state() == make_host_state(3)
         assert_equal(checkpoints.state(placed(jax.eval_shape(partial(make_state, 0, ema)))), make_state(3, ema))
 
 
@@ -63,7 +63,7 @@ def test_steps_that_go_on_do_not_reach_a_state_being_saved(tmp_path):
     with opened(tmp_path) as checkpoints:
         state = change(state)
         expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
-        checkpoints.save(state, make_position(3))
+        checkpoints.save(state, make_host_state(3))
         for _ in range(5):
             state = change(state)
         jax.block_until_ready(state)
@@ -74,7 +74,7 @@ def test_steps_that_go_on_do_not_reach_a_state_being_saved(tmp_path):
 def test_the_newest_are_kept(tmp_path):
     with opened(tmp_path, keep=2) as checkpoints:
         for step in range(1, 6):
-            checkpoints.save(make_state(step), make_position(step))
+            checkpoints.save(make_state(step), make_host_state(step))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
 
 
@@ -83,11 +83,11 @@ def test_a_directory_may_have_any_name(name, tmp_path):
     run_dir = tmp_path / name
     run_dir.mkdir()
     with opened(run_dir) as checkpoints:
-        checkpoints.save(make_state(2), make_position(2))
-        checkpoints.save(make_state(3), make_position(3))
+        checkpoints.save(make_state(2), make_host_state(2))
+        checkpoints.save(make_state(3), make_host_state(3))
     flip(files_of(run_dir, 3)[0])
     with opened(run_dir) as checkpoints:
-        assert checkpoints.latest == 2 and checkpoints.position() == make_position(2)
+        assert checkpoints.latest == 2 and checkpoints.host_state() == make_host_state(2)
         assert_equal(checkpoints.state(placed(make_state(0))), make_state(2))
     assert [path.name for path in tmp_path.iterdir()] == [name], "nothing beside it"
 
@@ -96,7 +96,7 @@ def test_a_directory_may_have_any_name(name, tmp_path):
 def saved(tmp_path) -> Path:
     with opened(tmp_path, keep=3) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(make_state(step), make_position(step))
+            checkpoints.save(make_state(step), make_host_state(step))
     return tmp_path
 
 
@@ -128,7 +128,7 @@ def test_a_damaged_one_is_set_aside_whichever_file_it_is(kind, saved, caplog):
         DAMAGE[kind](path)
         with caplog.at_level(logging.WARNING, "sdar_jax"), opened(saved, keep=3) as checkpoints:
             assert checkpoints.latest == 2, f"{path.name} was {kind}"
-            assert checkpoints.position() == make_position(2)
+            assert checkpoints.host_state() == make_host_state(2)
         assert "checkpoint 3 is damaged" in caplog.records[-1].message
         (saved / "damaged" / "3").rename(saved / "checkpoints" / "3")
         path.write_bytes(content)
@@ -141,7 +141,7 @@ def test_two_damaged_ones_leave_the_third_and_the_step_can_be_saved_again(saved)
         flip(files_of(saved, step)[-1])
     with opened(saved, keep=3) as checkpoints:
         assert checkpoints.latest == 1
-        checkpoints.save(make_state(3), make_position(3))
+        checkpoints.save(make_state(3), make_host_state(3))
     with opened(saved, keep=3) as checkpoints:
         assert checkpoints.latest == 3
         assert_equal(checkpoints.state(placed(make_state(0))), make_state(3))
@@ -160,7 +160,7 @@ def test_what_a_kill_left_half_written_is_removed(saved):
     (half / "state").mkdir(parents=True)
     with opened(saved, keep=3) as checkpoints:
         assert checkpoints.latest == 3
-        checkpoints.save(make_state(4), make_position(4))
+        checkpoints.save(make_state(4), make_host_state(4))
     assert not half.exists()
     with opened(saved, keep=3) as checkpoints:
         assert checkpoints.latest == 4
@@ -173,5 +173,5 @@ def test_what_cannot_be_written_is_one_line(saved, monkeypatch):
     with opened(saved) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "save", no_room)
         with pytest.raises(CheckpointError, match=r"checkpoint 4 cannot be written \(.* No space left") as raised:
-            checkpoints.save(make_state(4), make_position(4))
+            checkpoints.save(make_state(4), make_host_state(4))
     assert "\n" not in str(raised.value)
