@@ -1,4 +1,4 @@
-"""What a run will need, before a machine is rented: the real step compiled for devices that are not here."""
+"""Plans what a run will need, before a machine is rented: the real step compiled for devices that are not here."""
 
 from sdar_jax.planning.compile import Compiled, Memory, compile_step
 from sdar_jax.planning.nearest import Change, nearest

@@ -1,4 +1,4 @@
-"""The real training step, compiled for devices that are not here, and what it holds and does on each."""
+"""Compiles the real training step for devices that are not here, and reads what it holds and does on each."""
 
 import math
 import re
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from sdar_jax.devices import sharding
 from sdar_jax.devices.chips import CHIPS, Chip, compiling_for, topology
@@ -25,7 +26,7 @@ from sdar_jax.training.setup import abstract_state, check_run, configured_step
 
 
 class Memory(NamedTuple):
-    """Bytes of one device. temporaries: gradients, activations and what else the step holds for a while."""
+    """Bytes of one device. `temporaries` are gradients, activations and what else the step holds for a while."""
 
     weights: float
     optimizer: float
@@ -40,9 +41,19 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """counts: None where the compiler refused the step, as it does on TPU where it does not fit.
+    """A compiled step.
 
-    tokens: of the rows of a step. seconds: that lowering and compiling took.
+    Attributes:
+        config: of the run.
+        model: the config of the model that is trained.
+        topology: its name.
+        chip: its figures.
+        mesh: of all devices.
+        expected: what the step computes, where the program leaves it to the data.
+        memory: of one device.
+        counts: of one device; None where the compiler refused the step, as it does on TPU where it does not fit.
+        tokens: of the rows of a step.
+        seconds: that lowering and compiling took.
     """
 
     config: TrainConfig
@@ -58,12 +69,12 @@ class Compiled(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """GPUs have somewhat more memory than the figure, which is left to CUDA and NCCL."""
+        """Whether memory suffices; what GPUs have beyond the figure is left to CUDA and NCCL."""
         return self.counts is not None and self.memory.total <= self.chip.memory
 
 
 def compile_step(config: TrainConfig, name: str) -> Compiled:
-    """The step that `train` runs with this config on this topology; nothing of the recipe's files is read.
+    """Compiles the step that `train` runs with this config on this topology; none of the recipe's files is read.
 
     Raises:
         ConfigError: a topology or a mesh that cannot be, or a model whose shape is not known.
@@ -81,12 +92,19 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
         with sharding.activate_mesh(mesh):
             lowered = configured_step(config, model, rebuild).lower(state, batch)
         rounds = _loss_rounds(config, model, mesh, expected_counts)
-    weights, optimizer, ema = map(_held, (state.weights, state.optimizer, state.ema))
-    held = Memory(weights, optimizer, ema, _held((batch, state.key, state.step)), 0.0, 0.0)
+    held = Memory(
+        weights=_held(state.weights),
+        optimizer=_held(state.optimizer),
+        ema=_held(state.ema),
+        batch=_held((batch, state.key, state.step)),
+        temporaries=0.0,
+        program=0.0,
+    )
     try:
         compiled = lowered.compile()
     except JaxRuntimeError as error:
-        memory, counts = _refused(error, held), None
+        memory = _refused(error, held)
+        counts = None
     else:
         memory = _memory(compiled.memory_analysis(), held)
         routed = 1 / mesh.shape["expert"]
@@ -97,16 +115,22 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
 
 
 def _abstract_batch(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Batch:
-    data, place = config.data, batch_sharding(mesh)
-    like = lambda length, dtype: jax.ShapeDtypeStruct((data.batch_size, length), dtype, sharding=place)
-    row: Any = like(data.sequence_length, jnp.int32)
-    noisy: Any = None if data.noisy_length is None else like(data.noisy_length, jnp.int32)
-    loss_mask: Any = like(data.sequence_length, jnp.bool_)
-    return Batch(row, row, loss_mask, noisy)
+    data = config.data
+    place = batch_sharding(mesh)
+
+    def like(length: int, dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct((data.batch_size, length), dtype, sharding=place)
+
+    return Batch(
+        tokens=like(data.sequence_length, jnp.int32),
+        segment_ids=like(data.sequence_length, jnp.int32),
+        loss_mask=like(data.sequence_length, jnp.bool_),
+        noisy_index=None if data.noisy_length is None else like(data.noisy_length, jnp.int32),
+    )
 
 
 def _held(tree: Any) -> float:
-    """Bytes of a device's part."""
+    """Adds up the bytes of a device's part."""
     leaves = jax.tree.leaves(tree)
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
@@ -123,22 +147,27 @@ def _memory(stats: Any, held: Memory) -> Memory:
 
 
 def _refused(error: Exception, held: Memory) -> Memory:
-    """What the compiler says that the step would need: of all, or of temporaries where these alone are too many."""
-    said = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
-    if said is None:
+    """Reads from the compiler's error what the step would need: in all, or of temporaries where these are too many."""
+    message = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
+    if message is None:
         raise error
-    size, unit = said[1] or said[3], said[2] or said[4]
+    size = message[1] or message[3]
+    unit = message[2] or message[4]
     needed = float(size) * 1024 ** ("KMGT".index(unit) + 1)
-    return held._replace(temporaries=max(needed - held.total, 0.0) if said[1] else needed)
+    if message[1]:
+        needed = max(needed - held.total, 0.0)
+    return held._replace(temporaries=needed)
 
 
 def _loss_rounds(config: TrainConfig, model: ModelConfig, mesh: Mesh, step: Expected) -> Rounds:
-    """Chunks of weighted tokens that a device walks over in each micro-batch, as the loss would choose them."""
-    micro = config.data.batch_size // (config.micro_batch_size or config.data.batch_size)
-    tensor = mesh.shape["tensor"] if model.vocab_size % mesh.shape["tensor"] == 0 else 1
-    tokens = float(step.token_counts.num_loss_tokens) / micro / (mesh.size // mesh.shape["tensor"])
-    outputs = float(step.token_counts.outputs) / micro / (mesh.size // mesh.shape["tensor"])
-    chunk = min(chunk_size(model.vocab_size // tensor), outputs)
+    """Counts the chunks of tokens with loss of a device in each micro-batch, as the loss would choose them."""
+    micro_batches = config.data.batch_size // (config.micro_batch_size or config.data.batch_size)
+    tensor = mesh.shape["tensor"]
+    vocab_parts = tensor if model.vocab_size % tensor == 0 else 1
+    token_parts = mesh.size // tensor
+    tokens = float(step.token_counts.num_loss_tokens) / micro_batches / token_parts
+    outputs = float(step.token_counts.outputs) / micro_batches / token_parts
+    chunk = min(chunk_size(model.vocab_size // vocab_parts), outputs)
     rounds = math.ceil(tokens / chunk)
 
     def of(loop: Instruction) -> float | None:

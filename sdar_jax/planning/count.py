@@ -1,4 +1,4 @@
-"""What one run of an optimised program does on a device: matmul FLOPs, collectives, kernel calls, bytes of HBM.
+"""Counts what one run of an optimised program does on a device: matmul FLOPs, collectives, kernel calls, HBM bytes.
 
 Bodies of loops count as often as they run, branches of a conditional as the one that computes most. XLA's own
 `cost_analysis` counts a body once. FLOPs are those of dots and convolutions, wherever they are fused; what kernels
@@ -50,9 +50,15 @@ class Traffic(NamedTuple):
 
 @dataclass
 class Counts:
-    """Of one device. payload: bytes that go into a collective, of the whole array for an all-gather.
+    """What one device does.
 
-    unknown: loops with matmuls whose length nothing tells, by scope, and how often they are reached; one round counts.
+    Attributes:
+        flops: of matmuls.
+        hbm: bytes read and written.
+        payload: bytes that go into a collective; for an all-gather those of the gathered array.
+        kernels: calls by scope.
+        unknown: loops with matmuls whose length is not known, by scope, and how often they are reached; one round of
+            them is counted.
     """
 
     flops: float = 0.0
@@ -62,6 +68,7 @@ class Counts:
     unknown: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, other: "Counts", times: float = 1.0) -> None:
+        """Adds another's counts, so many times."""
         self.flops += times * other.flops
         self.hbm += times * other.hbm
         for name in ("payload", "kernels", "unknown"):
@@ -74,11 +81,11 @@ Rounds = Callable[[Instruction], float | None]
 
 
 def count(program: Program, rounds: Rounds = lambda loop: None, *, routed: float = 1.0) -> Counts:
-    """What the program's entry does.
+    """Counts what the program's entry does.
 
     Args:
         rounds: how often a while loop runs whose length the program does not tell; None where that is unknown.
-        routed: the filled share of the buffers of a mixture's experts, which have room for the worst routing.
+        routed: the filled share of the buffers of an MoE's experts, which have room for the worst routing.
     """
 
     @cache
@@ -113,7 +120,7 @@ def count(program: Program, rounds: Rounds = lambda loop: None, *, routed: float
 
 
 def group_list(groups: str, devices: int) -> np.ndarray:
-    """The groups of a collective, int [number, size], indices into the mesh.
+    """Reads the groups of a collective, int [number, size], indices into the mesh.
 
     Reads {{0,1},{2,3}}, [2,2]<=[2,2]T(1,0), and mesh['a'=2,'b'=2] {'a'}.
     """
@@ -146,8 +153,9 @@ def _count_calls(total: Counts, instruction: Instruction, computation: Computati
         groups = _groups(instruction)
         operands = [computation[operand].bytes for operand in instruction.operands if operand in computation]
         given = operands[0] if kind == "ragged-all-to-all" else sum(operands)
-        whole = given * (group_list(groups, 1).shape[1] if kind == "all-gather" else 1)
-        total.payload[Traffic(kind, groups)] += whole
+        if kind == "all-gather":
+            given *= group_list(groups, 1).shape[1]
+        total.payload[Traffic(kind, groups)] += given
     elif opcode == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
         if target and target[1].startswith(("tpu_custom_call", "mosaic_gpu")) and "range_" in instruction.scope:
@@ -168,7 +176,8 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
         contracted = math.prod(left.dims[axis] for axis in instruction.numbers("lhs_contracting_dims"))
         return 2.0 * math.prod(instruction.arrays[0].dims) * contracted
     if instruction.opcode == "convolution":
-        return _convolution_flops(instruction, *(computation[name].arrays[0].dims for name in instruction.operands[:2]))
+        left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
+        return _convolution_flops(instruction, left, right)
     if instruction.opcode == "custom-call" and "__cublas$" in instruction.attributes:
         left = computation[instruction.operands[0]].arrays[0]
         listed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
@@ -178,7 +187,7 @@ def _flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
-    """Of libtpu's kernels for `jax.lax.ragged_dot`, or Hopper's of `experts`, if all rows were filled."""
+    """Counts those of libtpu's kernels for `jax.lax.ragged_dot`, or Hopper's of `experts`, if all rows were filled."""
     if not _is_grouped(instruction):
         return 0.0
     operands = (computation[name].arrays[0] for name in instruction.operands)
@@ -186,7 +195,8 @@ def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
     if rows is None:
         return 0.0
     out = instruction.arrays[0].dims
-    return 2.0 * rows.dims[0] * (math.prod(out[1:]) if len(out) == 3 else rows.dims[1] * out[-1])
+    per_row = math.prod(out[1:]) if len(out) == 3 else rows.dims[1] * out[-1]
+    return 2.0 * rows.dims[0] * per_row
 
 
 def _is_grouped(instruction: Instruction) -> bool:
@@ -194,7 +204,7 @@ def _is_grouped(instruction: Instruction) -> bool:
 
 
 def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """Padding costs nothing. A TPU's matmuls are convolutions, whose batches are windows of mostly padding."""
+    """Counts without padding. A TPU's matmuls are convolutions, whose batches are windows of mostly padding."""
     labels = instruction.attribute("dim_labels") or ""
     of_left, of_right, of_out = re.split(r"_|->", labels)
     out = instruction.arrays[0].dims
@@ -226,10 +236,11 @@ class _Window(NamedTuple):
         return cls(size, value("stride", 1), value("pad", 0), value("rhs_dilate", 1), value("lhs_dilate", 1))
 
     def products(self, length: int, outputs: int) -> int:
-        """Pairs of an output and a place in the window that meet an element of the input and no padding."""
+        """Counts pairs of an output and a place in the window that meet an element of the input and no padding."""
         if self.size == 1 and self.stride == self.base_dilation == 1 and self.pad == 0:
             return outputs
-        places, positions = np.arange(self.size), np.arange(outputs)
+        places = np.arange(self.size)
+        positions = np.arange(outputs)
         total = 0
         for start in range(0, self.size, 1024):
             at = places[start : start + 1024, None] * self.dilation + positions * self.stride - self.pad
@@ -239,7 +250,7 @@ class _Window(NamedTuple):
 
 
 def _hbm(instruction: Instruction, computation: Computation, program: Program) -> float:
-    """Bytes read and written: of slices, what is sliced; of arrays in a TPU's own memory, nothing."""
+    """Counts bytes read and written: of slices, what is sliced; of arrays in a TPU's own memory, nothing."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith("-done"):
         return 0.0
@@ -247,7 +258,7 @@ def _hbm(instruction: Instruction, computation: Computation, program: Program) -
     if opcode == "fusion":
         return _fusion_hbm(instruction, operands, program.computations[instruction.called("calls") or ""])
     if opcode in ("call-start", "call-update"):
-        # A gather by a TPU's sparse cores; its result stands last but for a semaphore.
+        # A gather by a TPU's sparse cores; its result is last but for a semaphore.
         results = [array.bytes for array in instruction.arrays if array.dims]
         return 2 * results[-1] if results else 0.0
     if opcode in ("dynamic-slice", "gather"):
@@ -276,7 +287,7 @@ def _fusion_hbm(instruction: Instruction, operands: list[Instruction], fused: Co
 
 
 def _read(name: str, operand: Instruction, fused: Computation, updated: str | None) -> float:
-    """Of a fusion's operand: all of it, or what its slices are where nothing else reads it."""
+    """Counts the bytes read of a fusion's operand: all of it, or its slices where nothing else reads it."""
     if name == updated:
         return 0.0
     users = [inner for inner in fused.values() if name in inner.operands]

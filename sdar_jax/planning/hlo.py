@@ -1,4 +1,4 @@
-"""The text of an optimised XLA program, read into computations of instructions."""
+"""Reads the text of an optimised XLA program into computations of instructions."""
 
 import math
 import re
@@ -14,7 +14,7 @@ _SCOPE = re.compile(r'op_name="([^"]*)"')
 
 
 class Array(NamedTuple):
-    """One array of a shape. on_chip: it lies in a TPU's own memory, not in HBM."""
+    """One array of a shape; `on_chip` if it is in a TPU's own memory, not in HBM."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -26,7 +26,7 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """arrays: of its result, a tuple's in order. constant: of a scalar integer constant."""
+    """One instruction: `arrays` are those of its result, `constant` the value of a scalar integer constant."""
 
     name: str
     opcode: str
@@ -47,21 +47,21 @@ class Instruction(NamedTuple):
         return found[1] if found else ""
 
     def attribute(self, name: str) -> str | None:
-        """The value of name=..., in braces or to the next comma."""
+        """Reads the value of name=..., in braces or to the next comma."""
         found = re.search(rf"\b{name}=(\{{[^{{}}]*\}}|[^\s,]+)", self.attributes)
         return found[1] if found else None
 
     def numbers(self, name: str) -> tuple[int, ...]:
-        """The integers of an attribute such as dimensions={0,1}; () if it is not there."""
+        """Reads the integers of an attribute such as dimensions={0,1}; () if it is not there."""
         return tuple(map(int, re.findall(r"\d+", self.attribute(name) or "")))
 
     def called(self, kind: str) -> str | None:
-        """The computation named by calls=, body=, condition= or to_apply=."""
+        """Reads the computation named by calls=, body=, condition= or to_apply=."""
         found = re.search(rf"\b{kind}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
     def branches(self) -> list[str]:
-        """The computations of a conditional."""
+        """Reads the computations of a conditional."""
         names = []
         for listed, single in _BRANCHES.findall(self.attributes):
             names += re.findall(r"[\w.\-]+", listed) if listed else [single]
@@ -79,9 +79,10 @@ class Program(NamedTuple):
 
 
 def parse(text: str) -> Program:
-    """A program from `jax.stages.Compiled.as_text()`."""
+    """Parses `jax.stages.Compiled.as_text()`."""
     computations: dict[str, Computation] = {}
-    entry, current = "", None
+    entry = ""
+    current = None
     for line in text.splitlines():
         if current is None:
             if header := _HEADER.match(line):
@@ -95,7 +96,7 @@ def parse(text: str) -> Program:
 
 
 def trip_count(program: Program, loop: Instruction) -> int | None:
-    """How often a while loop runs: as XLA tells, or the constant that its condition compares with; None if neither."""
+    """Finds how often a while loop runs: as XLA says, or its condition's constant; None if neither is there."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -116,7 +117,7 @@ def _bound(condition: Computation, root: Instruction) -> int | None:
 
 
 def _fused_bound(program: Program, condition: Computation, root: Instruction) -> int | None:
-    """The condition's comparison, alone in a fusion that is given the constant."""
+    """Finds the bound of a condition whose comparison is alone in a fusion that is given the constant."""
     fused = program.computations[root.called("calls") or ""]
     inner = next(instruction for instruction in fused.values() if instruction.root)
     given = dict(zip(parameters(fused), root.operands, strict=True))
@@ -125,7 +126,7 @@ def _fused_bound(program: Program, condition: Computation, root: Instruction) ->
 
 
 def parameters(computation: Computation) -> list[str]:
-    """Names of a computation's parameters, in order."""
+    """Lists the names of a computation's parameters, in order."""
     found = [x for x in computation.values() if x.opcode == "parameter"]
     return [x.name for x in sorted(found, key=lambda x: x.constant or 0)]
 
@@ -134,13 +135,19 @@ def _instruction(name: str, root: bool, text: str) -> Instruction:
     shape, rest = _split_shape(text)
     opcode, _, rest = rest.partition("(")
     inside, attributes = _balanced(rest)
-    arrays = tuple(
-        Array(dtype, tuple(int(x.removeprefix("<=")) for x in dims.split(",") if x), "S(1)" in layout)
-        for dtype, dims, layout in _ARRAY.findall(shape)
-    )
+    arrays = []
+    for dtype, listed, layout in _ARRAY.findall(shape):
+        dims = tuple(int(dim.removeprefix("<=")) for dim in listed.split(",") if dim)
+        arrays.append(Array(dtype, dims, on_chip="S(1)" in layout))
     scalar = opcode in ("constant", "parameter") and inside.isdigit()
     return Instruction(
-        name, opcode.strip(), arrays, tuple(_NAMES.findall(inside)), attributes, root, int(inside) if scalar else None
+        name=name,
+        opcode=opcode.strip(),
+        arrays=tuple(arrays),
+        operands=tuple(_NAMES.findall(inside)),
+        attributes=attributes,
+        root=root,
+        constant=int(inside) if scalar else None,
     )
 
 
@@ -153,7 +160,7 @@ def _split_shape(text: str) -> tuple[str, str]:
 
 
 def _balanced(text: str) -> tuple[str, str]:
-    """What stands before the parenthesis that closes one already open, and after it."""
+    """Splits a text at the parenthesis that closes one already open."""
     depth = 1
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")

@@ -1,4 +1,4 @@
-"""The nearest change with which a step fits: candidates are compiled in turn, the least intrusive first."""
+"""Finds the nearest change with which a step fits: candidates are compiled in turn, the least intrusive first."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _LARGEST_SLICE = {"v5e": 256, "v6e": 256, "v5p": 8960}
 
 
 class Change(NamedTuple):
-    """options: as the command line takes them."""
+    """A change of a run; `options` are those of the command line."""
 
     options: str
     config: TrainConfig
@@ -22,7 +22,7 @@ class Change(NamedTuple):
 
 
 def nearest(step: Compiled, *, attempts: int = 6) -> tuple[Change | None, list[tuple[Change, Compiled]]]:
-    """The first change that fits, and all that were compiled, at most `attempts`."""
+    """Finds the first change that fits, and all that were compiled, at most `attempts`."""
     tried: list[tuple[Change, Compiled]] = []
     for change in candidates(step):
         if len(tried) == attempts:
@@ -38,7 +38,7 @@ def nearest(step: Compiled, *, attempts: int = 6) -> tuple[Change | None, list[t
 
 
 def candidates(step: Compiled) -> Iterator[Change]:
-    """Fewer rows at once, then more recomputed, then both; then more devices, where fsdp takes them.
+    """Yields fewer rows at once, then more recomputation, then both; then more devices, where fsdp takes them.
 
     Devices whose share of weights, gradients and optimiser alone is too much are passed over.
     """
@@ -48,11 +48,14 @@ def candidates(step: Compiled) -> Iterator[Change]:
         yield from _same_devices(step)
     if config.mesh.fsdp != -1:
         config = replace(config, mesh=replace(config.mesh, fsdp=-1))
-    name, shards = step.topology, step.mesh.size
+    name = step.topology
+    shards = step.mesh.size
     while True:
-        name, shards = doubled(name), shards * 2
+        name = doubled(name)
+        shards *= 2
         rows = _rows(step) * shards // step.mesh.size
-        if shards > _LARGEST_SLICE.get(name.partition(":")[0], math.inf) or config.data.batch_size % rows:
+        most = _LARGEST_SLICE.get(name.partition(":")[0], math.inf)
+        if shards > most or config.data.batch_size % rows:
             return
         if held * step.mesh.size / shards > step.chip.memory:
             continue
@@ -62,7 +65,8 @@ def candidates(step: Compiled) -> Iterator[Change]:
 
 
 def _same_devices(step: Compiled) -> Iterator[Change]:
-    config, rows = step.config, _rows(step)
+    config = step.config
+    rows = _rows(step)
     now = config.micro_batch_size or config.data.batch_size
     smaller = [micro for micro in (now // 2, rows) if rows <= micro < now and config.data.batch_size % micro == 0]
     stronger = {"none": ("dots", "full"), "dots": ("full",), "full": ()}[config.remat]
@@ -76,17 +80,20 @@ def _same_devices(step: Compiled) -> Iterator[Change]:
 
 
 def doubled(topology: str) -> str:
-    """Twice the devices: of a TPU's torus the shortest axis, of GPUs the hosts."""
+    """Doubles the devices of a topology: of a TPU's torus the shortest axis, of GPUs the hosts."""
     chip, _, shape = topology.partition(":")
     sizes = [int(size) for size in shape.split("x")]
     if CHIPS[chip].platform == "gpu":
-        hosts, devices = (sizes[0], sizes[1]) if len(sizes) == 2 else (1, sizes[0])
-        return f"{chip}:{devices * 2}" if hosts == 1 and devices < 8 else f"{chip}:{hosts * 2}x{devices}"
+        hosts = sizes[0] if len(sizes) == 2 else 1
+        devices = sizes[-1]
+        if hosts == 1 and devices < 8:
+            return f"{chip}:{devices * 2}"
+        return f"{chip}:{hosts * 2}x{devices}"
     at = sizes.index(min(sizes), 0 if len(set(sizes)) > 1 else len(sizes) - 1)
     sizes[at] *= 2
     return f"{chip}:" + "x".join(map(str, sorted(sizes)))
 
 
 def _rows(step: Compiled) -> int:
-    """The fewest rows that every device has a part of."""
+    """Counts the fewest rows of which every device has a part."""
     return math.prod(step.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))

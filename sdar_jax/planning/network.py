@@ -1,4 +1,4 @@
-"""Seconds that a collective takes at least, on the links between the devices of a group.
+"""Estimates the least seconds that a collective takes, on the links between the devices of a group.
 
 Ring algorithms, at the links' full rate: an all-gather or reduce-scatter of B bytes over n devices sends B (n - 1) / n
 from each, an all-reduce twice that. On a TPU's torus a group uses every axis that it spans, both ways where the axis is
@@ -20,7 +20,15 @@ _TO_ALL = ("all-to-all", "ragged-all-to-all")
 
 
 class Link(NamedTuple):
-    """A kind of collective along mesh axes, in a step. payload: as in `Counts`. sent: bytes that leave a device."""
+    """A kind of collective along mesh axes, in a step.
+
+    Attributes:
+        kind: of collective.
+        axes: names of mesh axes.
+        payload: as in `Counts`.
+        sent: bytes that leave a device.
+        seconds: in all.
+    """
 
     kind: str
     axes: str
@@ -30,7 +38,11 @@ class Link(NamedTuple):
 
 
 def links(payload: dict[Traffic, float], mesh: Mesh, chip: Chip) -> list[Link]:
-    """Every kind of collective along every set of mesh axes, the slowest first. Args: payload: as `Counts` has it."""
+    """Lists every kind of collective along every set of mesh axes, the slowest first.
+
+    Args:
+        payload: as `Counts` has it.
+    """
     found: dict[tuple[str, str], np.ndarray] = {}
     devices = list(mesh.devices.flat)
     for traffic, size in payload.items():
@@ -43,13 +55,16 @@ def links(payload: dict[Traffic, float], mesh: Mesh, chip: Chip) -> list[Link]:
 
 
 def seconds(traffic: Traffic, payload: float, devices: list[Any], chip: Chip) -> float:
-    """Of the slowest of a collective's groups."""
+    """Estimates the seconds of the slowest of a collective's groups."""
     groups = group_list(traffic.groups, len(devices))
     if groups.shape[1] == 1:
         return 0.0
-    one = _tpu_seconds if chip.platform == "tpu" else _gpu_seconds
-    alike = {_signature([devices[i] for i in group]): group for group in groups}
-    return max(one(traffic.kind, payload, [devices[i] for i in group], devices, chip) for group in alike.values())
+    seconds_of = _tpu_seconds if chip.platform == "tpu" else _gpu_seconds
+    different = {}
+    for group in groups:
+        members = [devices[i] for i in group]
+        different[_signature(members)] = members
+    return max(seconds_of(traffic.kind, payload, members, devices, chip) for members in different.values())
 
 
 def _share(kind: str, size: int) -> float:
@@ -57,21 +72,21 @@ def _share(kind: str, size: int) -> float:
 
 
 def axes_of(group: np.ndarray, mesh: Mesh) -> str:
-    """The mesh axes along which a group's members differ: "fsdp", or "fsdp x tensor"."""
+    """Names the mesh axes along which a group's members differ: "fsdp", or "fsdp x tensor"."""
     at = np.array(np.unravel_index(group, mesh.devices.shape))
     varying = [name for name, places in zip(mesh.axis_names, at, strict=True) if len(set(places.tolist())) > 1]
     return " x ".join(varying)
 
 
 def along(axes: str, mesh: Mesh) -> str:
-    """The groups along such axes, as a program for this mesh would write them."""
+    """Writes the groups along such axes as a program for this mesh would."""
     sizes = ",".join(f"'{name}'={size}" for name, size in mesh.shape.items())
     named = ",".join(f"'{name}'" for name in axes.split(" x "))
     return f"mesh[{sizes}] {{{named}}}"
 
 
 def _signature(group: list[Any]) -> tuple:
-    """Equal for groups that lie alike, so that one of them is priced."""
+    """Makes a key that is equal for groups that are placed alike, so that only one of them is priced."""
     first = group[0]
     if hasattr(first, "coords"):
         return tuple(tuple(np.subtract(device.coords, first.coords).tolist()) for device in group)
@@ -79,7 +94,8 @@ def _signature(group: list[Any]) -> tuple:
 
 
 def _gpu_seconds(kind: str, payload: float, group: list[Any], devices: list[Any], chip: Chip) -> float:
-    size, hosts = len(group), {device.process_index for device in group}
+    size = len(group)
+    hosts = {device.process_index for device in group}
     near = math.ceil(size / len(hosts))
     rounds = _ROUNDS.get(kind, 1.0)
     if kind == "collective-permute":
@@ -92,10 +108,13 @@ def _gpu_seconds(kind: str, payload: float, group: list[Any], devices: list[Any]
 
 def _tpu_seconds(kind: str, payload: float, group: list[Any], devices: list[Any], chip: Chip) -> float:
     spans = np.array([device.coords for device in group])
-    whole = np.array([device.coords for device in devices]).max(axis=0) + 1
+    torus = np.array([device.coords for device in devices]).max(axis=0) + 1
     extents = spans.max(axis=0) - spans.min(axis=0) + 1
-    ways = [2 if extent == full and full % chip.ring == 0 else 1 for extent, full in zip(extents, whole, strict=True)]
-    used = [(extent, way) for extent, way in zip(extents.tolist(), ways, strict=True) if extent > 1]
+    used = []
+    for extent, full in zip(extents.tolist(), torus.tolist(), strict=True):
+        is_ring = extent == full and full % chip.ring == 0
+        if extent > 1:
+            used.append((extent, 2 if is_ring else 1))
     if not used:
         return 0.0
     # Groups that lie in each other's gaps share the links.

@@ -1,4 +1,4 @@
-"""A plan as a table for people, and as values for programs."""
+"""Shows a plan as a table for people, and as values for programs."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _SHOWN_LINKS = 8
 
 
 def values(step: Compiled, roof: Roofline | None, tokens: float) -> dict[str, Any]:
-    """Plain values: bytes, FLOPs and seconds of one device in one step, unless they say otherwise."""
+    """Collects plain values: bytes, FLOPs and seconds of one device in one step, unless they say otherwise."""
     result = {
         "topology": step.topology,
         "devices": step.mesh.size,
@@ -47,7 +47,7 @@ def _pace(step: Compiled, roof: Roofline, seconds: float, tokens: float) -> dict
 
 
 def table(plan: dict[str, Any]) -> str:
-    """`values` in lines."""
+    """Formats `values` in lines."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one device"
     lines = [f"{plan['topology']}: {plan['devices']} devices, {mesh}; compiled in {plan['compile_seconds']:.0f} s", ""]
     lines += _memory_lines(plan["memory"], plan["fits"])
@@ -59,17 +59,18 @@ def table(plan: dict[str, Any]) -> str:
 def _memory_lines(memory: dict[str, float], fits: bool) -> list[str]:
     names = {"ema": "moving average", "batch": "batch, padding", "temporaries": "gradients, activations, temporaries"}
     parts = [(names.get(name, name), size) for name, size in memory.items() if name not in ("total", "available")]
-    lines = ["memory a device, GB"]
+    lines = ["memory per device, GB"]
     lines += [f"  {name:<36}{size / _GB:8.2f}" for name, size in parts if size >= 5e6]
     verdict = "fits" if fits else "does not fit"
     return [*lines, f"  {'total':<36}{memory['total'] / _GB:8.2f} of {memory['available'] / _GB:.0f}: {verdict}"]
 
 
 def _time_lines(plan: dict[str, Any]) -> list[str]:
-    flops, seconds = plan["flops"], plan["seconds"]
+    flops = plan["flops"]
+    seconds = plan["seconds"]
     lines = ["a step, on each device"]
-    told = f"{flops['matmuls'] / 1e12:.1f} TFLOP of matmuls + {flops['attention'] / 1e12:.1f} of attention"
-    lines.append(f"  {'compute':<14}{seconds['compute']:9.3f} s  {told}; {flops['useful'] / 1e12:.1f} useful")
+    work = f"{flops['matmuls'] / 1e12:.1f} TFLOP of matmuls + {flops['attention'] / 1e12:.1f} of attention"
+    lines.append(f"  {'compute':<14}{seconds['compute']:9.3f} s  {work}; {flops['useful'] / 1e12:.1f} useful")
     lines.append(f"  {'memory':<14}{seconds['memory']:9.3f} s  {plan['hbm_bytes'] / _GB:.0f} GB (at most)")
     sent = sum(link["sent"] for link in plan["collectives"])
     lines.append(f"  {'collectives':<14}{seconds['collectives']:9.3f} s  {sent / _GB:.2f} GB sent")
@@ -86,7 +87,7 @@ def _unknown(plan: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _pace_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [f"bound by {plan['bound']}; {plan['token_budget'] / 1e9:g}B tokens, {plan['tokens_per_step']} a step"]
+    lines = [f"bound by {plan['bound']}; {plan['token_budget'] / 1e9:g}B tokens, {plan['tokens_per_step']} per step"]
     lines.append(f"  {'':<22}{'step':>9}{'tokens/s':>12}{'MFU':>7}{'days':>9}{'device-hours':>14}")
     for name, title in (("overlapped", "all overlaps"), ("serial", "nothing overlaps")):
         p = plan[name]
@@ -98,7 +99,7 @@ def _pace_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def nearest_lines(change: Change | None, tried: list[tuple[Change, Compiled]]) -> list[str]:
-    """What was tried where a step does not fit, and what does."""
+    """Lists what was tried where a step does not fit, and what does."""
     lines = [f"  {change.options}: {step.memory.total / _GB:.1f} GB" for change, step in tried]
     if change is None:
         return ["nothing that was tried fits:", *lines, "  give more devices, or a smaller model"]

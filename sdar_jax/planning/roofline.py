@@ -1,4 +1,4 @@
-"""The least time of a compiled step: what computing, memory and links each need, overlapped wholly or not at all."""
+"""Bounds the time of a compiled step: what computing, memory and links each need, overlapped fully or not at all."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,17 @@ from sdar_jax.training.flops import training_flops
 
 
 class Roofline(NamedTuple):
-    """Of a device in one step. useful_flops: `training_flops`, without what is computed twice.
+    """What a device does in one step.
 
-    matmul_flops, hbm_bytes: counted in the program; attention_flops: of the tiles that the counted kernel calls visit.
-    compute, memory, collectives: seconds at the chip's full rates.
+    Attributes:
+        useful_flops: `training_flops`, without what is computed twice.
+        matmul_flops: counted in the program.
+        attention_flops: of the tiles that the counted kernel calls visit.
+        hbm_bytes: counted in the program.
+        links: what its collectives take.
+        compute: seconds at the chip's full rate.
+        memory: seconds at the chip's full rate.
+        collectives: seconds at the links' full rates.
     """
 
     useful_flops: float
@@ -37,17 +44,23 @@ class Roofline(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What takes longest."""
+        """The name of what takes longest."""
         times = {"compute": self.compute, "memory": self.memory, "collectives": self.collectives}
         return max(times, key=lambda name: times[name])
 
     def mfu(self, seconds: float, peak: float) -> float:
+        """Computes the share of `peak` FLOP/s that is useful where a step takes so many seconds."""
         return self.useful_flops / peak / seconds
 
 
 def roofline(step: Compiled, counts: Counts) -> Roofline:
-    """Of the step as it was compiled. Args: counts: its own."""
-    devices, chip = step.mesh.size, step.chip
+    """Bounds the step as it was compiled.
+
+    Args:
+        counts: its own.
+    """
+    devices = step.mesh.size
+    chip = step.chip
     attention = attention_flops(step.model, step.expected, _calls_per_layer(step, counts)) / devices
     found = links(counts.payload, step.mesh, chip)
     return Roofline(
@@ -63,11 +76,12 @@ def roofline(step: Compiled, counts: Counts) -> Roofline:
 
 
 def _calls_per_layer(step: Compiled, counts: Counts) -> dict[str, float]:
-    """How often each attention kernel runs for a layer and a micro-batch: with remat, the forward twice."""
+    """Counts how often each attention kernel runs for a layer and a micro-batch: with remat, the forward twice."""
     batch = step.config.data.batch_size
     runs = step.model.num_layers * (batch // (step.config.micro_batch_size or batch))
-    called = {
-        name: sum(times for scope, times in counts.kernels.items() if f"range_attention_{name}" in scope)
-        for name in KERNELS
-    }
-    return {name: times / runs for name, times in called.items() if times}
+    calls = {}
+    for name in KERNELS:
+        times = sum(times for scope, times in counts.kernels.items() if f"range_attention_{name}" in scope)
+        if times:
+            calls[name] = times / runs
+    return calls
