@@ -123,7 +123,7 @@ class Meter:
         """
         sums = self._sums
 
-        def share(part: float, total: float) -> float | None:
+        def share(part: float | int, total: float | int) -> float | None:
             return part / total if total else None
 
         line: Line = {
