@@ -58,7 +58,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, a submodule, or `__version__`, on first use."""
+    """Returns a public name, a submodule, or `__version__`, on first use."""
     if name == "__version__":
         value = _version()
     elif name in _HOMES:

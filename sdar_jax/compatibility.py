@@ -9,7 +9,7 @@ from jax._src.clusters import ClusterEnv
 
 
 def cluster_name(known: Container[str]) -> str | None:
-    """JAX's name of the cluster that started this process, if it is one of `known`."""
+    """Returns JAX's name of the cluster that started this process, if it is one of `known`."""
     found = (kind.name for kind in ClusterEnv._cluster_types if kind.name in known and kind.is_env_present())
     return next(found, None)
 
@@ -17,7 +17,8 @@ def cluster_name(known: Container[str]) -> str | None:
 def cluster_place(
     name: str, address: str | None, devices: list[int] | None, timeout: float
 ) -> tuple[str, int, int, list[int] | None]:
-    """What a cluster says of this process, but for what is given: address, count, index, local devices (None for all).
+    """Reads what a cluster says of this process, but for what is given: address, count, index, local devices (None for
+    all).
 
     Raises anything where its environment is garbled.
     """

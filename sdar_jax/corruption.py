@@ -1,6 +1,6 @@
 """What is masked, and with which weight: the forward process (Eq. 4) and its variants, as pure functions of a key.
 
-A draw belongs to a unit (a row, a document or a block) of the whole batch of a step, so that splitting the batch over
+A draw belongs to a unit (a row, a document or a block) of the global batch of a step, so that splitting the batch over
 devices or micro-batches afterwards changes no draw.
 """
 
@@ -75,7 +75,7 @@ class CorruptionConfig:
 
 
 class Corrupted(NamedTuple):
-    """What is masked. With a complementary pair, rows 2i and 2i + 1 are the views of row i.
+    """The masked tokens. With a complementary pair, rows 2i and 2i + 1 are the views of row i.
 
     Attributes:
         masked: bool [B, L].
@@ -115,7 +115,7 @@ def corrupt(
     block_size: int | None,
     origin: Int[Array, "B L"] | None = None,
 ) -> Corrupted:
-    """Draws what to mask among the tokens with loss of a whole batch.
+    """Draws what to mask among the tokens with loss of a global batch.
 
     Args:
         segment_ids: int32 [B, L], > 0 for each document of a packed row, 0 for padding.

@@ -61,10 +61,10 @@ def check_choices(config: Any, prefix: str = "") -> None:
 
 
 def is_int(value: Any) -> bool:
-    """Whether a setting is an integer; True and False are not."""
+    """Returns whether a setting is an integer; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a finite number; True and False are not."""
+    """Returns whether a setting is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

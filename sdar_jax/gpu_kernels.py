@@ -1,4 +1,4 @@
-"""What every kernel for Hopper shares: the launch, the producer and its consumers, and the slots between them.
+"""Shared by every kernel for Hopper: the launch, the producer and its consumers, and the slots between them.
 
 The last warpgroup of a block, the producer, only starts copies of the TMA engine; the others each own 64 rows of the
 tile and multiply. A slot of shared memory is `ready` when the engine has filled it and `free` again when every consumer
@@ -19,7 +19,7 @@ LOG2E = math.log2(math.e)
 CONSUMERS = 2
 # Rows of a wgmma: what one consumer multiplies at a time.
 WARPGROUP_ROWS = 64
-# Of each thread, a consumer's and the producer's. A block has 65,536, which is 512 a thread of one warpgroup:
+# Of each thread, a consumer's and the producer's. A block has 65,536, which is 512 per thread of one warpgroup:
 # 2 x 240 + 24 = 504.
 REGISTERS = 240, 24
 
@@ -59,7 +59,7 @@ def launch(
 
 
 def roles(consume, produce, consumers: int = CONSUMERS, registers: tuple[int, int] = REGISTERS) -> None:
-    """`consume(warpgroup)` on the consumers, `produce()` on the producer; `registers` of each thread of either."""
+    """Runs `consume(warpgroup)` on the consumers, `produce()` on the producer; `registers` of each thread of either."""
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < consumers)
@@ -74,7 +74,7 @@ def roles(consume, produce, consumers: int = CONSUMERS, registers: tuple[int, in
 
 
 def wait_until_free(free, step: Array, stages: int) -> None:
-    """In the first round every slot is."""
+    """Waits until a slot is free; in the first round every slot is."""
 
     @pl.when(step >= stages)
     def _():
@@ -86,11 +86,11 @@ def filled(value: float, shape: tuple[int, ...], layout) -> Array:
 
 
 def along(x: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """One value a row (axis 0) or a column (axis 1), over the tile."""
+    """Broadcasts one value per row (axis 0) or per column (axis 1) over the tile."""
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
 def plus_product(x: Array, a, b) -> Array:
-    """x + a b for float32 x, awaited. a: an array or in shared memory. b: in shared memory."""
+    """Computes x + a b for float32 x, awaited. a: an array or in shared memory. b: in shared memory."""
     carried: Any = plgpu.WGMMAAccumulatorRef.init(x)
     return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(carried)

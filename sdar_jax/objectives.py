@@ -88,7 +88,7 @@ class LossMetrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """How tokens are corrupted, and how the loss is averaged.
+    """The corruption of tokens, and the averaging of the loss.
 
     Attributes:
         corruption: what diffusion masks; nothing for AR.
@@ -120,7 +120,7 @@ def check_objective(model: ModelConfig) -> None:
 def make_inputs(batch: Batch, key: jax.Array, config: ObjectiveConfig, model: ModelConfig) -> LossInputs:
     """Turns a batch into inputs as the model's own paradigm has them (Eq. 3, 5 or 7); `key` draws the corruption.
 
-    Called on the whole batch of a step, before it is split into micro-batches.
+    Called on the global batch of a step, before it is split into micro-batches.
 
     Raises:
         ConfigError: the model lacks what its objective needs, or noisy_index is given where it cannot be used.

@@ -1,4 +1,4 @@
-"""What a model reads and what its outputs predict, said once: `Paradigm`.
+"""`Paradigm`: what a model reads and what its outputs predict, defined once.
 
 Families of language models differ, besides their shape, in the fields of this record and in nothing else. Training
 inputs, loss, bound, prefill and decoding follow from it; no other file asks which family a model is of.
@@ -31,11 +31,11 @@ class Paradigm:
     Attributes:
         masks: whether the model fills masks; one that does not predicts each next token from clean ones.
         block_size: S, how many positions see each other; None: all of a document, so that nothing can be cached and
-            the whole canvas is read each time.
+            the full canvas is read each time.
         shifted: whether a token is predicted by the position before it, and not in its own place.
         origin: where blocks are counted from, the first token of the "sequence" or of the "response".
         causal_clean: whether a clean position sees only what is before it, and not the rest of its block.
-        bidirectional_prompt: whether the whole prompt sees itself, as one block before the response's.
+        bidirectional_prompt: whether all of the prompt sees itself, as one block before the response's.
 
     Raises:
         ConfigError: values that contradict each other.
@@ -67,17 +67,18 @@ class Paradigm:
         return self.block_size is not None
 
     def origin_of(self, prompt_length: int) -> int:
-        """Where the blocks of a sequence with such a prompt are counted from when it is decoded."""
+        """Finds where the blocks of a sequence with such a prompt are counted from when it is decoded."""
         return prompt_length if self.origin == "response" else 0
 
     def shared(self, length: int, prompt_length: int) -> int:
-        """Of the first `length` positions, those whose keys any sequence that begins alike has, as far as blocks go."""
+        """Counts, of the first `length` positions, those whose keys any sequence that begins alike has, as far as
+        blocks go."""
         if self.bidirectional_prompt:
             return 0
         return length if self.origin == "sequence" else min(length, prompt_length)
 
     def slots(self, wanted: int) -> int:
-        """How many blocks of a sequence one forward may read; one where they are not filled after a cache."""
+        """Limits how many blocks of a sequence one forward may read; one where they are not filled after a cache."""
         return wanted if self.two_copies else 1
 
     @property
@@ -90,12 +91,12 @@ NEXT_TOKEN = Paradigm(masks=False, block_size=1, shifted=True, causal_clean=True
 
 
 def fills_masks(objective: str) -> TypeGuard[DiffusionObjective]:
-    """Whether models of this objective fill masks, which is known before their block size is."""
+    """Returns whether models of this objective fill masks, which is known before their block size is."""
     return objective in ("masked_diffusion", "block_diffusion")
 
 
 def has_blocks(objective: str) -> bool:
-    """Whether models of this objective need a block size."""
+    """Returns whether models of this objective need a block size."""
     return objective == "block_diffusion"
 
 
@@ -108,7 +109,7 @@ def paradigm_of(
     causal_clean: bool = False,
     bidirectional_prompt: bool = False,
 ) -> Paradigm:
-    """The paradigm that an objective names, with its model's own values: the one place that reads these names.
+    """Makes the paradigm that an objective names, with its model's own values: the one place that reads these names.
 
     Raises:
         ConfigError: block diffusion without a block size, or values that do not go together.

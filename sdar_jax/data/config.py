@@ -24,7 +24,7 @@ class SourceConfig:
     prompt_field: str | None = None
     """Text put before `field` that carries no loss under loss="response"."""
     separator: str | None = None
-    """For "text", what stands between two documents of a file."""
+    """For "text", what is between two documents of a file."""
     weight: float = 1.0
     """This source's share of the records drawn, relative to the other sources' (records, not tokens)."""
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -60,7 +60,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """How files become batches: rows of `sequence_length` tokens, `batch_size` of them per global batch."""
+    """The layout of batches: rows of `sequence_length` tokens, `batch_size` of them per global batch."""
 
     sources: tuple[SourceConfig, ...]
     sequence_length: int

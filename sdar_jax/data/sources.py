@@ -151,7 +151,7 @@ def _check_meant(files: list[Path], format: str) -> None:
 
 
 def _could_be_meant(path: Path, format: str) -> bool:
-    """Whether the name is of data of this format, compressed or not."""
+    """Returns whether the name is of data of this format, compressed or not."""
     bare = Path(path.stem) if path.suffix in COMPRESSED_SUFFIXES else path
     return any(bare.suffix in suffixes for suffixes in SUFFIXES[format])
 

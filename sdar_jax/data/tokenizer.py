@@ -13,7 +13,7 @@ from sdar_jax.hf.pretrained import model_directory
 def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a Hugging Face directory or hub id, of which only the tokenizer's files are fetched.
 
-    tokenizer.json decides how text is read, whatever model it lies beside; a directory without one is read by the class
+    tokenizer.json decides how text is read, whatever model lies with it; a directory without one is read by the class
     that its configs name. Code that a directory holds is never run, and no question is asked.
 
     Raises:

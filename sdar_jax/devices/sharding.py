@@ -50,7 +50,7 @@ ACTIVATIONS = {"tokens": TOKENS, "hidden": HIDDEN_STATES, "heads": HEADS, "pages
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has; one of them may be -1: all that the others leave.
+    """The number of devices on each axis of the mesh; one of them may be -1: all that the others leave.
 
     By default every device is on `fsdp`.
 

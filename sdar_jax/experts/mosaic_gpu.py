@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from sdar_jax.arithmetic import round_up
 from sdar_jax.gpu_kernels import CONSUMERS, TILE, WARPGROUP_ROWS, filled, launch, roles, wait_until_free
 
 ROWS = CONSUMERS * WARPGROUP_ROWS
@@ -25,7 +26,7 @@ DEPTH, STAGES = 64, 5
 
 
 def takes(x: Array, weights: Array) -> bool:
-    """Half precision, and widths that are whole tiles of either product's."""
+    """Returns whether the operands are in half precision, and of widths that are full tiles of either product's."""
     half = x.dtype == weights.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
     return half and not any(width % COLUMNS for width in weights.shape[1:])
 
@@ -38,9 +39,10 @@ def product(
     transposed: bool = False,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
-    """Rows of x, sorted by group, times their group's weights [G, K, N]; if `transposed` these are [G, N, K]."""
+    """Multiplies rows of x, sorted by group, with their group's weights [G, K, N]; if `transposed` these are [G, N,
+    K]."""
     columns = weights.shape[1 if transposed else 2]
-    rows = -(-len(x) // ROWS) * ROWS
+    rows = round_up(len(x), ROWS)
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     first = jnp.arange(rows // ROWS, dtype=jnp.int32) * ROWS
     groups = partial(jnp.searchsorted, ends, side="right")
@@ -63,7 +65,7 @@ def product(
 def weight_gradient(
     x: Float[Array, "M K"], d_out: Float[Array, "M N"], sizes: Int[Array, " G"], *, interpret: bool = False
 ) -> Float[Array, "G K N"]:
-    """Of each group's weights: the sum of x_m^T d_m over its rows; zero for a group of none."""
+    """Computes for each group's weights the sum of x_m^T d_m over its rows; zero for a group of none."""
     missing = ((0, -len(x) % DEPTH), (0, 0))
     ends = jnp.cumsum(sizes, dtype=jnp.int32)
     shape = len(sizes), x.shape[1], d_out.shape[1]
@@ -94,7 +96,7 @@ class _Slots(NamedTuple):
         return cls(plgpu.SMEM((STAGES, CONSUMERS, *left), dtype), plgpu.SMEM((STAGES, *right), dtype), ready, free)
 
     def fill(self, steps: Array, sources: Callable[[Array], tuple[list, Any]]) -> None:
-        """The producer: at each step the left operands of the consumers, and the right one."""
+        """Runs the producer: loads at each step the left operands of the consumers, and the right one."""
 
         @pl.loop(0, steps)
         def _(step):
@@ -106,7 +108,8 @@ class _Slots(NamedTuple):
             plgpu.copy_gmem_to_smem(right, self.right.at[slot], self.ready.at[slot])
 
     def sum(self, first: Array, steps: Array | int, multiply: Callable[[Any, Array, Array], None]) -> Array:
-        """The consumer's float32 sum over `steps` from `first` on, of what `multiply(sum, step, slot)` adds to it.
+        """Computes the consumer's float32 sum over `steps` from `first` on, of what `multiply(sum, step, slot)` adds to
+        it.
 
         One product is in flight while the next is issued: a slot is released a step late.
         """
@@ -154,7 +157,7 @@ def _product(x, weights, ends, first_group, last_group, out, own, slots: _Slots,
             plgpu.wgmma(total, slots.left.at[slot, warpgroup], right.T if transposed else right)
 
         def visit(group, result):
-            """A row of an earlier group has its result, and one of a later group gets it from that."""
+            """Adds a group: a row of an earlier group has its result, and one of a later group gets it from that."""
             begin = jnp.where(group > 0, ends[jnp.maximum(group - 1, 0)], 0)
             found = slots.sum((group - first) * depth, depth, multiply)
             return jnp.where((at >= begin) & (at < ends[group]), found, result)

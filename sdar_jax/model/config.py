@@ -212,7 +212,7 @@ class ModelConfig:
 
     @property
     def paradigm(self) -> Paradigm:
-        """How the model reads and predicts. Raises ConfigError where block diffusion has no block size yet."""
+        """The way the model reads and predicts. Raises ConfigError where block diffusion has no block size yet."""
         return paradigm_of(self.objective, block_size=self.block_size, **self._diffusion)
 
     def with_blocks(self, block_size: int | None) -> Paradigm:

@@ -32,7 +32,7 @@ QArray = qwix.QArray
 
 
 def is_quantized(field: str) -> bool:
-    """Whether the weights of this name are stored as integers."""
+    """Returns whether the weights of this name are stored as integers."""
     return field in _OUTPUTS
 
 
@@ -80,5 +80,5 @@ def dot(spec: str, x: Array, weight: nnx.Param | Any, accumulate: DTypeLike | No
 
 
 def dequantized(weight: Any) -> Array:
-    """Returns the floats that a weight stands for; a float one as it is."""
+    """Returns the floats that a weight represents; a float one as it is."""
     return qwix.dequantize(weight) if isinstance(weight, QArray) else weight

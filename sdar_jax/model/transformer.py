@@ -64,7 +64,7 @@ class Windows(NamedTuple):
         count: [N], how many of the W are real; only their keys and values are written.
         visible: [N, W], how many of the first keys of its sequence each token sees, the window's own included.
         page_table: [N, M], as for `paged_attention`.
-        positions: [N, W], given where those past `count` are read without being written and stand elsewhere; None:
+        positions: [N, W], given where those past `count` are read without being written and are elsewhere; None:
             from `start` on.
     """
 

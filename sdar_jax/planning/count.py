@@ -50,7 +50,7 @@ class Traffic(NamedTuple):
 
 @dataclass
 class Counts:
-    """What one device does.
+    """The counts of one device.
 
     Attributes:
         flops: of matmuls.

@@ -42,7 +42,7 @@ class Instruction(NamedTuple):
 
     @property
     def scope(self) -> str:
-        """Where in the traced function it comes from, as JAX names it; "" where XLA made it."""
+        """Its place in the traced function, as JAX names it; "" where XLA made it."""
         found = _SCOPE.search(self.attributes)
         return found[1] if found else ""
 

@@ -10,7 +10,7 @@ from sdar_jax.training.flops import training_flops
 
 
 class Roofline(NamedTuple):
-    """What a device does in one step.
+    """The least times of a device in one step.
 
     Attributes:
         useful_flops: `training_flops`, without what is computed twice.

@@ -29,7 +29,7 @@ _ROWS, _DRAWS = 4, 4
 
 
 class Expected(NamedTuple):
-    """What a step computes.
+    """The work of a step.
 
     Attributes:
         token_counts: of the rows of a step.

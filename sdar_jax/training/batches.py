@@ -74,7 +74,7 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
         return [f"batch {number} of data" for number in np.unique(record_ids)]
 
     def close(self) -> None:
-        """The user's iterator is the user's to close."""
+        """Does nothing: the user's iterator is the user's to close."""
 
     def _checked(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
         rows = self._config.batch_size

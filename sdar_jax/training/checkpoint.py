@@ -201,7 +201,7 @@ class Checkpoints:
         processes.barrier("damaged checkpoints are set aside")
 
     def _write_digests(self) -> None:
-        """Called when all else is written and the directory still has its temporary name."""
+        """Writes the digests when all else is written and the directory still has its temporary name."""
         name = f"{self._saving}."
         (directory,) = (path for path in self.directory.iterdir() if f"{path.name}.".startswith(name))
         _write_digests(directory)

@@ -57,7 +57,7 @@ class InitConfig:
     causal_clean: bool | None = None
     """Whether a clean position sees only what is before it, as in NBDiff; None keeps the model's own."""
     bidirectional_prompt: bool | None = None
-    """Whether the whole prompt sees itself, as in D2F; None keeps the model's own."""
+    """Whether all of the prompt sees itself, as in D2F; None keeps the model's own."""
     mask_token_id: int | None = None
     """The mask's row of the vocabulary; None is the model's own, the tokenizer's, or the first past its largest id."""
     mask_init: MaskInit = "mean"
@@ -73,7 +73,7 @@ class InitConfig:
 
     @property
     def paradigm_values(self) -> dict[str, Any]:
-        """What is given of the model's `Paradigm` besides the objective; None keeps the model's own."""
+        """The given values of the model's `Paradigm` besides the objective; None keeps the model's own."""
         names = ("block_size", "block_origin", "shifted", "causal_clean", "bidirectional_prompt")
         return {name: getattr(self, name) for name in names}
 
@@ -161,7 +161,7 @@ class TrainConfig:
     ema_decay: float | None = None
     """Keep a moving average of the weights with this decay, evaluate it and export it; None keeps none."""
     micro_batch_size: int | None = None
-    """Rows computed at once, a divisor of data.batch_size: less memory, the same step. None is the whole batch."""
+    """Rows computed at once, a divisor of data.batch_size: less memory, the same step. None is the full batch."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of activations and matmuls; weights and optimiser are float32. "auto": bfloat16 on GPU and TPU, else float32."""
     remat: Remat = "none"

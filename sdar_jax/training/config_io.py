@@ -29,7 +29,7 @@ _EXAMPLE = TrainConfig(
     model=InitConfig(init_from="path/to/model"),
     data=DataConfig((SourceConfig("path/to/*.jsonl", "jsonl"),), sequence_length=1024, batch_size=8),
 )
-# Sections that a config may be without, by where they stand, and what their options are listed with then.
+# Sections that a config may be without, by their place, and what their options are listed with then.
 _OPTIONAL_SECTIONS = {"eval": EvalConfig(_EXAMPLE.data), "model.shape": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128)}
 
 

@@ -22,7 +22,7 @@ class TrainingObjective(NamedTuple):
 
     Attributes:
         make_inputs: (batch, key, model's config) -> the `LossInputs`: what the network reads and has to predict, and
-            what each row adds to the normalizer. Called on the whole batch of a step; the key differs from step to
+            what each row adds to the normalizer. Called on the global batch of a step; the key differs from step to
             step. The inputs have the batch's rows in their order, or for each as many views, one after the other.
         loss: (model, inputs, *, remat, compute_dtype) -> the weighted sum, float32, and its metrics. Called on each
             micro-batch, and divided by the sum of `inputs.normalizer`. None: weighted cross-entropy, with an MoE's

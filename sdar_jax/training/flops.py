@@ -10,7 +10,7 @@ from sdar_jax.objectives import LossInputs
 
 
 class TokenCounts(NamedTuple):
-    """What a batch gives the network to compute. Float32 scalars.
+    """The work that a batch gives the network. Float32 scalars.
 
     Attributes:
         positions: positions that belong to a document.

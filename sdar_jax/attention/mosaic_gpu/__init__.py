@@ -23,7 +23,7 @@ _DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def unsupported(q: Array, k: Array, v: Array) -> str | None:
-    """Why these inputs, or the GPU that is here, are not for these kernels; None if they are."""
+    """Says why these inputs, or the GPU that is here, are not for these kernels; None if they are."""
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"types are {q.dtype}, {k.dtype} and {v.dtype}; cast all to bfloat16 or float16"
     sizes = head_dims(_NAME, "forward")
@@ -46,7 +46,7 @@ def forward(
     interpret: bool = False,
     tile_sizes: TileSizes | None = None,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
-    """Output in q's type, and logsumexp in float32: 0 and +inf where a query sees nothing.
+    """Computes the output in q's dtype, and logsumexp in float32: 0 and +inf where a query sees nothing.
 
     Args:
         scale: factor on the scores, positive.
@@ -75,7 +75,7 @@ def backward(
     interpret: bool = False,
     tile_sizes: dict[str, TileSizes] | None = None,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B K G D"], Float[Array, "B K G D"]]:
-    """Gradients for q, k and v, in their types; the same bits each time.
+    """Computes the gradients for q, k and v, in their dtypes; the same bits each time.
 
     Args:
         tile_sizes: those of "dq" and "dkv", instead of the table's.

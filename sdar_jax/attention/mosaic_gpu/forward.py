@@ -45,7 +45,7 @@ class _Own(NamedTuple):
 def outputs(
     q: Array, k: Array, v: Array, ranges: Ranges, *, scale: float, tile_sizes: TileSizes, interpret: bool
 ) -> tuple[Array, Array]:
-    """Output [B, Q, H, D] and float32 logsumexp [B, Q, H]."""
+    """Computes the output [B, Q, H, D] and float32 logsumexp [B, Q, H]."""
     problem = Problem.of(q, k)
     lists = visits_of_queries(problem, ranges, tile_sizes.key_tile)
     rows = problem.padded_rows(lists.rows)
@@ -100,13 +100,14 @@ def _kernel(
 
 
 def _take_turns(turn) -> None:
-    """One consumer is half a step behind: it comes to its products when the other comes to its softmax."""
+    """Keeps one consumer half a step behind: it comes to its products when the other comes to its softmax."""
     plgpu.barrier_arrive(turn)
     plgpu.barrier_wait(turn)
 
 
 def _attend(mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes: TileSizes, scale: float):
-    """Unnormalised output [64, D], and largest score and sum of exponentials [64], in base 2, of a consumer's rows."""
+    """Computes the unnormalised output [64, D], and largest score and sum of exponentials [64], in base 2, of a
+    consumer's rows."""
     shape = (WARPGROUP_ROWS, tile_sizes.key_tile)
 
     def visit(step, carry):

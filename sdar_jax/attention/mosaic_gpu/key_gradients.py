@@ -92,7 +92,7 @@ class _Program(NamedTuple):
         return self.entries[lax.div(step, self.heads * self.tiles_a_head)]
 
     def rows(self, step: Array) -> tuple[Array, Array]:
-        """Folded head and tile of its rows."""
+        """Finds the folded head and tile of its rows."""
         part = lax.rem(step, self.heads * self.tiles_a_head)
         tile = (self.entry(step) >> 1) * self.tiles_a_head + lax.rem(part, self.tiles_a_head)
         return self.head * self.heads + lax.div(part, self.tiles_a_head), tile
@@ -102,7 +102,7 @@ def key_gradients(
     q: Array, k: Array, v: Array, ranges: Ranges, residuals: Residuals, d_out: Array,
     *, scale: float, tile_sizes: TileSizes, interpret: bool,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """dK and dV, [B, K, G, D]."""
+    """Computes dK and dV, [B, K, G, D]."""
     problem = Problem.of(q, k)
     lists = visits_of_keys(problem, ranges, tile_sizes.query_tile)
     keys = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, problem.dim), k.dtype)
@@ -173,7 +173,7 @@ def _kernel(
 def _differentiate(
     mine: _Own, tiles: _RowTiles, program: _Program, tile_sizes: TileSizes, first_key: Array, scale: float
 ):
-    """dK / scale and dV of a consumer's keys, float32 [64, D]; `scale` takes scores to base 2."""
+    """Computes dK / scale and dV of a consumer's keys, float32 [64, D]; `scale` takes scores to base 2."""
     shape = (WARPGROUP_ROWS, tile_sizes.query_tile)
 
     def visit(step, carry):

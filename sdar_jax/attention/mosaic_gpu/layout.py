@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from sdar_jax.arithmetic import ceil_div, round_up
 from sdar_jax.attention.tiles import tile_kinds, visit_lists
 from sdar_jax.gpu_kernels import CONSUMERS, WARPGROUP_ROWS
 from sdar_jax.visibility import Ranges
@@ -54,22 +55,23 @@ class Problem(NamedTuple):
         return self.queries * self.fold
 
     def padded_rows(self, tile: int) -> int:
-        return -(-self.rows // tile) * tile
+        return round_up(self.rows, tile)
 
     def fold_heads(self, x: Array) -> Array:
-        """[B, Q, H, ...] -> [B, H / fold, Q * fold, ...]."""
+        """Folds [B, Q, H, ...] into [B, H / fold, Q * fold, ...]."""
         trailing = x.shape[3:]
         x = x.reshape(self.batch, self.queries, self.folded_heads, self.fold, *trailing)
         return jnp.moveaxis(x, 2, 1).reshape(self.batch, self.folded_heads, self.rows, *trailing)
 
     def unfold_heads(self, x: Array) -> Array:
-        """[B, H / fold, rows, ...] -> [B, Q, H, ...], cutting what was padded."""
+        """Unfolds [B, H / fold, rows, ...] into [B, Q, H, ...], cutting what was padded."""
         trailing = x.shape[3:]
         x = x[:, :, : self.rows].reshape(self.batch, self.folded_heads, self.queries, self.fold, *trailing)
         return jnp.moveaxis(x, 1, 2).reshape(self.batch, self.queries, self.heads, *trailing)
 
     def row_bounds(self, ranges: Ranges, tile: int) -> Array:
-        """int32 [B, 4, padded rows]: a row sees the keys in [first, second) and in [third, fourth), ascending.
+        """Lays out ranges as int32 [B, 4, padded rows]: a row sees the keys in [first, second) and in [third, fourth),
+        ascending.
 
         An empty range goes last and starts and ends past every key.
         """
@@ -83,10 +85,13 @@ class Problem(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """What each program visits.
+    """The tiles that each program visits.
 
-    order: int32 [B, tiles], tiles with most visits first, so that those that run last are short. entries, count: as
-    tiles.VisitLists. rows: folded query rows that one of the lists' query tiles spans.
+    Attributes:
+        order: int32 [B, tiles], tiles with most visits first, so that those that run last are short.
+        entries: as in tiles.VisitLists.
+        count: as in tiles.VisitLists.
+        rows: folded query rows that one of the lists' query tiles spans.
     """
 
     order: Array
@@ -96,20 +101,24 @@ class Lists(NamedTuple):
 
 
 def visits_of_queries(problem: Problem, ranges: Ranges, key_tile: int) -> Lists:
-    """Key tiles of each query tile, which is ROW_TILE rows or, to keep the lists short, a power of two more."""
+    """Lists the key tiles of each query tile, which is ROW_TILE rows or, to keep the lists short, a power of two
+    more."""
     kinds, rows = _kinds(problem, ranges, ROW_TILE, key_tile)
     return _lists(kinds, rows)
 
 
 def visits_of_keys(problem: Problem, ranges: Ranges, row_tile: int) -> Lists:
-    """Query tiles, `row_tile` rows or more, of each tile of ROW_TILE keys."""
+    """Lists the query tiles, `row_tile` rows or more, of each tile of ROW_TILE keys."""
     kinds, rows = _kinds(problem, ranges, row_tile, ROW_TILE)
     return _lists(kinds.swapaxes(1, 2), rows)
 
 
 def _kinds(problem: Problem, ranges: Ranges, rows: int, key_tile: int) -> tuple[Array, int]:
     positions = rows // problem.fold
-    size = lambda positions: 4 * -(-problem.queries // positions) * -(-problem.keys // key_tile)
+
+    def size(positions: int) -> int:
+        return 4 * ceil_div(problem.queries, positions) * ceil_div(problem.keys, key_tile)
+
     while positions < key_tile and size(positions) > _LIST_BYTES:
         positions *= 2
     missing = -problem.queries % positions

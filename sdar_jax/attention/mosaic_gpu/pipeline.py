@@ -1,4 +1,4 @@
-"""What the three kernels share: the programs that own rows, their key tiles in flight, and masks.
+"""Shared by the three kernels: the programs that own rows, their key tiles in flight, and masks.
 
 The grid is (batch, head, tile): tiles of one head run together, its keys are in the L2 cache.
 """
@@ -52,7 +52,8 @@ class KeyTiles(NamedTuple):
         return cls(tiles, tiles, ready, ready, free, free)
 
     def fill(self, k, v, program: RowProgram, problem: Problem, tile_sizes: TileSizes, *, values_first: bool) -> None:
-        """The producer of a row program. Of a key and a value tile, it loads first the one that is released first."""
+        """Runs the producer of a row program. Of a key and a value tile, it loads first the one that is released
+        first."""
         kv_head = lax.div(program.head * problem.fold, problem.heads // problem.kv_heads)
         both = [(k, self.k, self.k_ready, self.k_free), (v, self.v, self.v_ready, self.v_free)]
 
@@ -66,7 +67,7 @@ class KeyTiles(NamedTuple):
 
 
 def masked_unless_full(scores: Array, entry: Array, first_key: Array, bounds, query_axis: int) -> Array:
-    """-inf where a query does not see a key; skipped where the list's entry says that each sees them all."""
+    """Puts -inf where a query does not see a key; skipped where the list's entry says that each sees them all."""
     return lax.cond(
         (entry & 1) == 1,
         lambda scores: scores,
@@ -76,7 +77,11 @@ def masked_unless_full(scores: Array, entry: Array, first_key: Array, bounds, qu
 
 
 def masked(scores: Array, first_key: Array, bounds, query_axis: int) -> Array:
-    """bounds: int32 [4, queries] in shared memory, as Problem.row_bounds. In passes, to hold few of them at a time."""
+    """Puts -inf where a query does not see a key, in passes, to hold few of the bounds at a time.
+
+    Args:
+        bounds: int32 [4, queries] in shared memory, as Problem.row_bounds.
+    """
     layout = (ROWS, COLUMNS)[query_axis]
     keys = first_key + plgpu.broadcasted_iota(jnp.int32, scores.shape, 1 - query_axis, layout=TILE)
     tile = (scores.shape[0], scores.shape[1])

@@ -34,7 +34,7 @@ from sdar_jax.visibility import Ranges
 
 
 class Residuals(NamedTuple):
-    """What the forward left: logsumexp, and delta = rowsum(dO * O), both float32 [B, Q, H]."""
+    """The forward's residuals: logsumexp, and delta = rowsum(dO * O), both float32 [B, Q, H]."""
 
     logsumexp: Array
     delta: Array
@@ -44,7 +44,7 @@ class Residuals(NamedTuple):
         return cls(logsumexp, jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1))
 
     def folded(self, problem: Problem, tile: int, factors: tuple[float, float]) -> Array:
-        """[B, H / fold, 2, rows padded to `tile`], times their factors."""
+        """Folds both into [B, H / fold, 2, rows padded to `tile`], times their factors."""
         scaled = [x * factor for x, factor in zip(self, factors, strict=True)]
         rows = problem.fold_heads(jnp.stack(scaled, axis=-1)).swapaxes(2, 3)
         return jnp.pad(rows, [(0, 0), (0, 0), (0, 0), (0, problem.padded_rows(tile) - problem.rows)])
@@ -64,7 +64,7 @@ def query_gradient(
     q: Array, k: Array, v: Array, ranges: Ranges, residuals: Residuals, d_out: Array,
     *, scale: float, tile_sizes: TileSizes, interpret: bool,
 ) -> Array:  # fmt: skip
-    """dQ, [B, Q, H, D]."""
+    """Computes dQ, [B, Q, H, D]."""
     problem = Problem.of(q, k)
     lists = visits_of_queries(problem, ranges, tile_sizes.key_tile)
     tiles = problem.padded_rows(lists.rows) // ROW_TILE
@@ -124,7 +124,7 @@ def _kernel(
 
 
 def _differentiate(mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes: TileSizes, scale: float) -> Array:
-    """dQ / scale of a consumer's rows, float32 [64, D]; `scale` takes scores to base 2."""
+    """Computes dQ / scale of a consumer's rows, float32 [64, D]; `scale` takes scores to base 2."""
     shape = (WARPGROUP_ROWS, tile_sizes.key_tile)
     logsumexp, delta = (plgpu.load(mine.residuals.at[i], layout=ROWS) for i in (0, 1))
 

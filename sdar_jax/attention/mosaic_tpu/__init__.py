@@ -1,4 +1,4 @@
-"""Range attention on TPUs (v5e, v5p, v6e): Pallas kernels that walk a list of visited tiles.
+"""Range attention on TPUs (v5e, v5p, v6e): Pallas kernels that loop over a list of visited tiles.
 
     layout.py       arrays padded to tiles, heads first, batch merged into the sequence
     visit_list.py   which tiles are visited, as a flat list for scalar memory
@@ -26,7 +26,7 @@ _DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 def unsupported(q: Array, k: Array, v: Array) -> str | None:
-    """Why these shapes and types cannot be taken, and what would do; None if they can."""
+    """Says why these shapes and types cannot be taken, and what would do; None if they can."""
     dims = head_dims(_NAME, "forward")
     if q.shape[-1] not in dims or v.shape[-1] != q.shape[-1]:
         return f"head sizes {q.shape[-1]} and {v.shape[-1]} are not supported; use equal ones of {dims}"
@@ -48,7 +48,7 @@ def forward(
     interpret: bool = False,
     tile_sizes: TileSizes | None = None,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
-    """As `reference.forward`, with float32 logsumexp.
+    """Computes what `reference.forward` does, with float32 logsumexp.
 
     Args:
         interpret: run on a CPU.
@@ -84,7 +84,8 @@ def backward(
     interpret: bool = False,
     tile_sizes: TileSizes | None = None,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B K G D"], Float[Array, "B K G D"]]:
-    """Gradients for q, k and v, from what `forward` returned and the output's gradient; the same bits every time."""
+    """Computes the gradients for q, k and v, from what `forward` returned and the output's gradient; the same bits
+    every time."""
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
     inputs = (q, k, v, ranges, logsumexp * LOG2_E, delta, d_out)
     dq = _query_gradient(*inputs, _tile_sizes(q, "dq", tile_sizes), scale, interpret)

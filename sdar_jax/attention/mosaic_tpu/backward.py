@@ -35,7 +35,7 @@ def query_gradient(
     ahead: int,
     interpret: bool,
 ) -> Array:
-    """dQ, shaped and laid out as q."""
+    """Computes dQ, shaped and laid out as q."""
     specs = Specs(layout, by_key=False)
     (dq,) = walk(
         partial(_query_kernel, scale=scale, ahead=ahead),
@@ -75,7 +75,7 @@ def key_gradients(
     ahead: int,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """dK and dV, shaped and laid out as k and v."""
+    """Computes dK and dV, shaped and laid out as k and v."""
     specs = Specs(layout, by_key=True)
     dk, dv = walk(
         partial(_key_kernel, scale=scale, ahead=ahead),

@@ -25,14 +25,14 @@ _GROUP = 2
 
 
 def matmul(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Float32 product of two matrices over one axis of each; float32 inputs keep their whole precision."""
+    """Multiplies two matrices over one axis of each, in float32; float32 inputs keep their full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     axes = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def hide(scores: Array, bounds: Array, first_key: Array) -> Array:
-    """-inf where a row [., rows] does not see a key [keys, .]; bounds: [4, rows]."""
+    """Puts -inf where a row [., rows] does not see a key [keys, .]; bounds: [4, rows]."""
     key = first_key + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     start, end, other_start, other_end = (bounds[i : i + 1] for i in range(4))
     seen = ((start <= key) & (key < end)) | ((other_start <= key) & (key < other_end))
@@ -40,18 +40,18 @@ def hide(scores: Array, bounds: Array, first_key: Array) -> Array:
 
 
 def folded(ref) -> Array:
-    """A block of queries [1, groups, query tile, D] as the matrix [rows, D]."""
+    """Views a block of queries [1, groups, query tile, D] as the matrix [rows, D]."""
     _, groups, tile, dim = ref.shape
     return ref[0].reshape(groups * tile, dim)
 
 
 def part(index) -> pl.Slice:
-    """The keys of a sub-block."""
+    """Slices the keys of a sub-block."""
     return pl.ds(index * LANES if isinstance(index, int) else pl.multiple_of(index * LANES, LANES), LANES)
 
 
 def pipelined(count: int, ahead: int, produce: Callable, consume: Callable) -> None:
-    """consume(i, produce(i)) for every i, with produce `ahead` steps ahead.
+    """Runs consume(i, produce(i)) for every i, with produce `ahead` steps ahead.
 
     Unrolled, so that the scheduler fills the matrix units with the products of one step while the vector units work on
     another.
@@ -66,7 +66,8 @@ def pipelined(count: int, ahead: int, produce: Callable, consume: Callable) -> N
 
 
 def looped(low: Array, high: Array, ahead: int, produce: Callable, consume: Callable) -> None:
-    """As `pipelined`, for the steps [low, high) known at run time: groups of steps are unrolled, the rest go singly."""
+    """Runs as `pipelined` does, for the steps [low, high) known at run time: groups of steps are unrolled, the rest go
+    singly."""
     groups = lax.div(high - low, _GROUP)
     single = low + groups * _GROUP
 

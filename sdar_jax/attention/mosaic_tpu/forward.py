@@ -37,7 +37,7 @@ def forward(
     ahead: int,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """Output [kv heads, groups, B * Q, D] and logsumexp [kv heads, query tiles, 1, rows]."""
+    """Computes the output [kv heads, groups, B * Q, D] and logsumexp [kv heads, query tiles, 1, rows]."""
     specs = Specs(layout, by_key=False)
     rows = jax.ShapeDtypeStruct((layout.kv_heads, bounds.shape[0], 1, layout.rows), jnp.float32)
     out, logsumexp = walk(
@@ -104,7 +104,8 @@ def _kernel(words, bounds, q, k, v_transposed, out, logsumexp, peak, total, acc,
 
 
 def _softmax(scores: Array, running: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array, Array]:
-    """One step: the new (peak, sums), what to shrink the accumulator by, and the probabilities [keys, rows]."""
+    """Does one step: gives the new (peak, sums), what to shrink the accumulator by, and the probabilities [keys,
+    rows]."""
     peak, total = running
     highest = jnp.maximum(peak, scores.max(axis=0, keepdims=True))
     shrink = jnp.exp2(peak - highest)

@@ -74,7 +74,7 @@ def visit_lists(clipped: Ranges, layout: Layout, *, by_key: bool) -> list[VisitL
 
 
 def _flags(clipped: Ranges, layout: Layout) -> Array:
-    """FULL, LOW and HIGH of every pair of tiles, int32 [B, query tiles, key tiles]; 0 for a hidden one."""
+    """Computes FULL, LOW and HIGH of every pair of tiles, int32 [B, query tiles, key tiles]; 0 for a hidden one."""
     kinds = tile_kinds(clipped, layout.query_tile, LANES, layout.key_tiles * layout.key_tile)
     kinds = kinds.reshape(*kinds.shape[:2], layout.key_tiles, -1)
     parts = jnp.arange(kinds.shape[-1], dtype=jnp.int32)
@@ -87,7 +87,8 @@ def _flags(clipped: Ranges, layout: Layout) -> Array:
 
 
 def _flat(tiles: Array, flags: Array) -> VisitList:
-    """The visible pairs of [outer, inner]; an outer tile without any gets one visit of nothing, to write its zeros."""
+    """Lists the visible pairs of [outer, inner]; an outer tile without any gets one visit of nothing, to write its
+    zeros."""
     visited = flags != 0
     visited = visited.at[:, 0].set(visited[:, 0] | ~visited.any(axis=1))
     order = jnp.cumsum(visited, axis=1, dtype=jnp.int32)

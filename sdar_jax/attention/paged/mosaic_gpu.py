@@ -51,7 +51,7 @@ _Shaped = Array | jax.ShapeDtypeStruct
 
 
 def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> str | None:
-    """Why these inputs cannot be taken, and what would do; None if they can."""
+    """Says why these inputs cannot be taken, and what would do; None if they can."""
     if not q.dtype == k_pages.dtype == v_pages.dtype == jnp.bfloat16:
         return f"takes bfloat16, not {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
     if q.shape[3] not in head_dims(_NAME, _NARROW):
@@ -135,7 +135,7 @@ def forward(
     interpret: bool = False,
     tile_sizes: TileSizes | None = None,
 ) -> Array:
-    """As `paged_attention`."""
+    """Computes `paged_attention`."""
     window = q.shape[1]
     problem = _Problem.of(q, k_pages, page_table, tile_sizes)
     limit = jnp.tile(visible, (1, problem.rows // window))
@@ -147,7 +147,8 @@ def forward(
 
 
 def _merged(out: Array, logsumexp: Array) -> Array:
-    """[parts, N, G, rows, D] and [parts, N, G, rows], in units of log 2 and -inf where nothing was seen, to one."""
+    """Merges [parts, N, G, rows, D] and [parts, N, G, rows], in units of log 2 and -inf where nothing was seen, to
+    one."""
     if out.shape[0] == 1:
         return out[0]
     largest = jnp.maximum(logsumexp.max(axis=0), jnp.finfo(jnp.float32).min)
@@ -244,7 +245,7 @@ def _kernel(
 
 
 def _piece(table_ref, sequence, last_page, tile, i: int, problem: _Problem):
-    """Page id and positions in it of the i-th piece of a key tile; past the end, the last page again."""
+    """Finds the page id and positions in it of the i-th piece of a key tile; past the end, the last page again."""
     if problem.page <= problem.key_tile:
         index = jnp.minimum(tile * problem.copies + i, last_page)
         return table_ref[sequence, index], pl.ds(0, problem.page)
@@ -270,7 +271,8 @@ def _zero_unseen(v_smem, barrier, seen: Array) -> None:
 def _attend(
     shared: _Shared, barriers: _Barriers, problem: _Problem, first: Array, count: Array, longest: Array, scale: float
 ):
-    """Unnormalised output [64, D], largest score in units of log 2 and sum of exponentials [64] of the rows."""
+    """Computes the unnormalised output [64, D], largest score in units of log 2 and sum of exponentials [64] of the
+    rows."""
     shape = (WARPGROUP_ROWS, problem.key_tile)
 
     def visit(step, carry):

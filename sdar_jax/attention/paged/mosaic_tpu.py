@@ -29,7 +29,7 @@ _ROWS_TOGETHER = 512
 
 
 def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> str | None:
-    """Why these inputs cannot be taken, and what would do; None if they can."""
+    """Says why these inputs cannot be taken, and what would do; None if they can."""
     if not q.dtype == k_pages.dtype == v_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 or float32, all alike, not {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
     if q.shape[3] not in head_dims(_NAME, _KERNEL):
@@ -42,7 +42,7 @@ def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, vis
 
 
 class _Plan(NamedTuple):
-    """What each program needs to know of all sequences, int32 [N] each but for `first_pages`.
+    """The figures of all sequences that each program needs, int32 [N] each but for `first_pages`.
 
     pages: that the sequence uses. steps: of `step_pages` pages. first_step: steps of the sequences before it on the
     same core, which says whose turn the buffers are. next_row: the next sequence on the core with any steps, N if there
@@ -67,7 +67,7 @@ def forward(
     interpret: bool = False,
     tile_sizes: TileSizes | None = None,
 ) -> Array:
-    """As `paged_attention`."""
+    """Computes `paged_attention`."""
     batch, window, heads, dim = q.shape
     kv_heads, page = k_pages.shape[1:3]
     tile_sizes = tile_sizes or tile_sizes_for(_NAME, _KERNEL, dim)
@@ -147,7 +147,7 @@ class _Copies(NamedTuple):
     slot: Array
 
     def each(self, count: Array, page_of, act) -> None:
-        """`act` on the copy of each of `count` pages, keys and values; `page_of` gives the id of the i-th."""
+        """Calls `act` on the copy of each of `count` pages, keys and values; `page_of` gives the id of the i-th."""
 
         def one(i, _):
             page = page_of(i)
@@ -251,7 +251,7 @@ def _zero_unseen(v_buffer, slot, seen):
 
 
 def _attend(q_ref, limit_ref, k_buffer, v_buffer, acc_ref, largest_ref, total_ref, slot, step, scale):
-    """The online softmax over one step's keys.
+    """Computes the online softmax over one step's keys.
 
     With few rows a head's products and reductions wait for each other, so several heads go through together.
     """
