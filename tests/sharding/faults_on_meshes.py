@@ -19,7 +19,7 @@ from sdar_jax.model import Model
 from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.training import CheckpointConfig, TrainConfig, run
-from sdar_jax.training.checkpoint import Checkpoints, Position
+from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.config_io import from_values, to_values
 from sdar_jax.training.optimizer import adamw
 from sdar_jax.training.step import TrainState, initial_state, model_weights
@@ -95,19 +95,19 @@ def state_on(mesh: Mesh, config: TrainConfig, model: Model, step: int) -> TrainS
 
 def check_checkpoints(run_dir: Path, config: TrainConfig, model: Model) -> None:
     """The one that does not fit the disk leaves the one before it, which other meshes read."""
-    position = Position({}, {}, to_values(config), to_values(model.config))
+    host_state = HostState({}, {}, to_values(config), to_values(model.config))
     mesh = on_mesh(fsdp=4, tensor=2)
     with Checkpoints(run_dir, CheckpointConfig()) as checkpoints:
-        checkpoints.save(state_on(mesh, config, model, 1), position)
+        checkpoints.save(state_on(mesh, config, model, 1), host_state)
     first = run_dir / "checkpoints" / "1"
     before = bytes_of(first)
     told = "checkpoint 2 cannot be written", "make room, then start again"
     with no_room(10_000), refused(CheckpointError, *told), Checkpoints(run_dir, CheckpointConfig()) as checkpoints:
-        checkpoints.save(state_on(mesh, config, model, 2), position)
+        checkpoints.save(state_on(mesh, config, model, 2), host_state)
         checkpoints.wait()
     assert bytes_of(first) == before
     with Checkpoints(run_dir, CheckpointConfig()) as again:
-        assert (again.latest, again.position()) == (1, position)
+        assert (again.latest, again.host_state()) == (1, host_state)
         wanted = state_on(on_mesh(data=2, fsdp=2, tensor=2), config, model, 1)
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
         jax.tree.map(np.testing.assert_array_equal, again.state(like), wanted)
