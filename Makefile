@@ -10,7 +10,7 @@ PYTEST := JAX_PLATFORMS=cpu .venv/bin/python -m pytest -q -n 2 --dist worksteal
 # The compilers for TPU and NVIDIA, for chips that are not here: beside the environment, so that nothing else sees them.
 COMPILERS := .cache/compilers
 
-.PHONY: demo demo-quick test check-all lint env compilers clean
+.PHONY: demo demo-quick test check-all check-versions lint env compilers clean
 
 demo: $(STAMP)
 	@.venv/bin/python -m demo $(DEMO_ARGS)
@@ -23,6 +23,9 @@ test: $(STAMP)
 
 check-all: lint compilers
 	@HYPOTHESIS_PROFILE=thorough $(PYTEST) -m "" $(PYTEST_ARGS)
+
+check-versions: $(STAMP)
+	@scripts/check_versions.sh
 
 lint: $(STAMP)
 	@.venv/bin/ruff check .

@@ -69,17 +69,22 @@ class Kernel(NamedTuple):
     rest: int
 
 
+def compiler_environment(dump: Path) -> dict[str, str]:
+    """What a child process needs to compile for chips that are not here; TPU schedules are written to `dump`."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(COMPILERS), str(ROOT)]),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "",
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+    }
+
+
 def kernels(chip: str, family: Family = "ours", head_dim: int = 128, timeout: float = 900) -> list[Kernel]:
     """Compiles forward and backward for `chip` in a child process and reads the schedules of their kernels."""
     with tempfile.TemporaryDirectory() as dump:
-        environment = {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join([str(COMPILERS), str(ROOT)]),
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "XLA_FLAGS": "",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        }
+        environment = compiler_environment(Path(dump))
         command = [sys.executable, __file__, "--compile", chip, family, str(head_dim)]
         child = subprocess.run(
             command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout, cwd=ROOT

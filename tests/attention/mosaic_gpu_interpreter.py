@@ -7,7 +7,8 @@ shared memory through the asynchronous proxy, at any time from its issue until a
 accumulator must not be read. So a slot that is released too early, or bytes that were not fenced, are races.
 
 The extension handles those equations and gives every other one to JAX, one at a time. It is written against private
-code, hence the version check: on another one, read jax/_src/pallas/mosaic_gpu/interpret again.
+code, hence the version check: on another one, read jax/_src/pallas/mosaic_gpu/interpret again. With JAX 0.11 what needs
+it is skipped; kernels are compiled with that version too, in tests/compile.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from jax._src import callback
 from jax._src import core as jax_core
 from jax._src.pallas.mosaic.interpret import utils as interpret_utils
@@ -32,6 +34,9 @@ from jax._src.state import types as state_types
 from jax._src.util import split_list
 
 WRITTEN_FOR = "0.12.0.1"
+_TOO_OLD = jax.__version_info__ < (0, 12)
+_REASON = "JAX 0.11's interpreter has no layouts and no padded copies, and goes on after a race or a failed thread"
+needs_interpreter = pytest.mark.skipif(_TOO_OLD, reason=_REASON)
 
 Interpreter = jaxpr_interpret.JaxprInterpreter
 _stock_interpret = Interpreter.interpret
@@ -82,7 +87,8 @@ _agents = _Agents()
 
 
 def _host(function):
-    return gpu_callbacks.fail_on_exception(function)
+    # What is not there in JAX 0.11 is not used there; this file is still imported.
+    return function if _TOO_OLD else gpu_callbacks.fail_on_exception(function)
 
 
 @_host
@@ -242,8 +248,13 @@ def _interpret(self: Interpreter, jaxpr, token, *args, hook: Hook | None):
 
 @contextlib.contextmanager
 def extended_interpreter(hook: Hook | None = None) -> Iterator[None]:
-    """Kernels traced and run inside are interpreted with the extension, and with `hook`, if any."""
+    """Kernels traced and run inside are interpreted with the extension, and with `hook`, if any.
+
+    Skips the test that enters it where JAX's own interpreter is too old.
+    """
     global _agents
+    if _TOO_OLD:
+        pytest.skip(_REASON)
     assert jax.__version__ == WRITTEN_FOR, f"written for jax {WRITTEN_FOR}; this is {jax.__version__}"
     assert {f.name for f in dataclasses.fields(Interpreter)} >= {"thread", "mesh_location", "warp_mesh"}
     _agents = _Agents()

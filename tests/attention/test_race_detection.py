@@ -27,8 +27,10 @@ from sdar_jax.attention.mosaic_gpu.key_gradients import key_gradients
 from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals, query_gradient
 from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.visibility import Ranges
-from tests.attention.mosaic_gpu_interpreter import Hook, extended_interpreter, step
+from tests.attention.mosaic_gpu_interpreter import Hook, extended_interpreter, needs_interpreter, step
 from tests.compilers import ROOT
+
+pytestmark = needs_interpreter
 
 TIMEOUT = 60
 CAUGHT, MISSED = "CAUGHT", "MISSED"
