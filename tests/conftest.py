@@ -7,7 +7,9 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Nearly all of a run is XLA compiling tiny programs once each: optimising their machine code costs more than it gives.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# XLA_DEFAULTS=1 leaves XLA as users have it; CI runs the tests marked `xla_defaults` so as well.
+if not os.environ.get("XLA_DEFAULTS"):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
 import pytest
@@ -24,6 +26,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile("quick", max_examples=10, deadline=None, derandomize=True)
+# New examples in each run of CI, which prints the seed: HYPOTHESIS_PROFILE=ci and --hypothesis-seed=N repeat a failure.
+settings.register_profile(
+    "ci",
+    max_examples=10,
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.register_profile(
     "thorough",
     max_examples=100,

@@ -71,6 +71,7 @@ def test_batch_equals_python_loop(config, size, x64):
     check(tiny_model(), random_prompts(size), fitted(config, size))
 
 
+@pytest.mark.xla_defaults
 def test_a_mixture_equals_the_python_loop(x64):
     check(tiny_mixture(), random_prompts(9), fitted(STRATEGIES[5], 4))
 
@@ -81,12 +82,14 @@ def test_other_windows_equal_the_python_loop(slots, x64):
     check(tiny_model(), random_prompts(7), fitted(STRATEGIES[5], 4), slots=slots)
 
 
+@pytest.mark.xla_defaults
 def test_blocks_from_the_response_equal_the_python_loop(x64):
     """LLaDA's canvas: the prompt as it is, then blocks from its end."""
     model = tiny_model(block_origin="response", objective="masked_diffusion")
     check(model, random_prompts(5), fitted(STRATEGIES[10], 4))
 
 
+@pytest.mark.xla_defaults
 def test_empty_prompts_and_no_tokens_equal_the_python_loop(x64):
     prompts = random_prompts(6, lengths=(0, 3, 4, 18))
     check(tiny_model(), prompts, fitted(STRATEGIES[5], 4))
@@ -102,6 +105,7 @@ EARLY = [
 ]
 
 
+@pytest.mark.xla_defaults
 @pytest.mark.parametrize("slots", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_blocks_that_open_early_equal_the_python_loop(slots, x64):
     """D2F's rule, each prompt with its own thresholds; some tokens are committed ahead of masks before their block."""

@@ -78,6 +78,7 @@ def largest_difference(a, b) -> float:
     return max(float(np.max(np.abs(x - y), initial=0)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
+@pytest.mark.xla_defaults
 @pytest.mark.parametrize(
     ("objective", "views", "micro"),
     [("autoregressive", False, 4), ("masked_diffusion", False, 2), ("block_diffusion", True, 2)],
