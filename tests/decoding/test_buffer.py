@@ -63,7 +63,7 @@ def expected():
         dict(slots=3),
         dict(page_size=4),
         dict(page_size=16, prefill_tokens=8),
-        dict(prefill_tokens=4),
+        pytest.param(dict(prefill_tokens=4), marks=pytest.mark.slow),
         pytest.param(dict(slots=4), marks=pytest.mark.slow),
         pytest.param(dict(page_size=8, prefill_tokens=12), marks=pytest.mark.slow),
     ],

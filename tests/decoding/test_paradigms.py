@@ -90,8 +90,12 @@ def assert_equal(completion, wanted) -> None:
     assert completion.denoising_forwards == denoising
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-@pytest.mark.parametrize("name", VALUES)
+# Values that others are made of; the rest, and one block at a time, where there is time.
+QUICK = ("shifted", "causal clean copy", "bidirectional prompt", "no blocks, shifted")
+
+
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else SLOW) for name in VALUES])
 def test_decoding_equals_the_plain_loop(name, slots, x64):
     model = model_with(**VALUES[name])
     config, given = own(model.config), prompts(len(name))
@@ -112,8 +116,15 @@ def test_an_engine_equals_the_plain_loop(name, x64):
         assert_equal(engine.result(request), decode(model, prompt, config, 11))
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-@pytest.mark.parametrize("name", ["shifted", "causal clean copy", "shifted with a causal clean copy"])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("shifted", marks=SLOW),
+        pytest.param("causal clean copy", marks=SLOW),
+        "shifted with a causal clean copy",
+    ],
+)
 def test_prefill_gives_the_cache_that_decoding_gave(name, slots, x64):
     """Of prompt and answer together: keys that were written while masks were in sight would not be the same."""
     model, prompt = model_with(**VALUES[name]), prompts(3)[2]
