@@ -14,9 +14,9 @@ from sdar_jax.decoding import forward
 from sdar_jax.decoding.buffer import Decoder, State, advance
 from sdar_jax.decoding.generate import _completions, start_state
 from sdar_jax.decoding.rows import Rows
-from tests.tiny import MASK, tiny_model
+from tests.tiny import MASK, padded, tiny_model
 
-NEW, STOPS = 14, (3, 5)
+NEW, STOPS = 14, padded((3, 5))
 CONFIGS = [
     DecodingConfig(confidence_threshold=0.15),
     DecodingConfig(strategy="low_confidence_static", denoising_steps=2),
