@@ -343,7 +343,7 @@ def test_a_chat_that_outgrows_its_engine_goes_on(model_dir, monkeypatch, capsys)
 def test_a_turn_reads_nothing_that_an_earlier_one_did(cli):
     """But for blocks of four that the earlier turn's end or this one's beginning cuts."""
     result = cli("--chat", "--json", "--max-new-tokens", 40, "--stop-token-ids", "", stdin="hi\nand?\n")
-    first, second = (record["text"] for record in result.records)
+    first, _second = (record["text"] for record in result.records)
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     encode = make_byte_tokenizer().encode
     before = [*encode(turn.format("hi")), *result.records[0]["tokens"]]

@@ -132,7 +132,7 @@ def compiling_for(device: Any) -> Iterator[None]:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": what to compute on, which choices of kernels and sizes go by."""
+    """Returns "cpu", "gpu" or "tpu": what to compute on, by which kernels and sizes are chosen."""
     return jax.default_backend() if _target is None else _target.platform
 
 

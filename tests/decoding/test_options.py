@@ -32,13 +32,13 @@ def sizes(**options):
 
 
 def cases():
-    """Each option with dynamic decoding and on the canvas; the other strategies where there is time."""
+    """Some of each; all strategies with all options at once in CI, and with each option where there is time."""
     for config in STRATEGIES:
         for options in OPTIONS:
             quick = name(config) == "low_confidence_dynamic-probability-eb_sampler-None" and options is OPTIONS[3]
             quick |= config.strategy in ("autoregressive", "semi_autoregressive") and options is OPTIONS[1]
             quick |= config.strategy == "entropy_bounded" and options is OPTIONS[2]
-            marks = [] if quick else [pytest.mark.slow, pytest.mark.ci]
+            marks = [] if quick else [pytest.mark.slow, pytest.mark.ci] if options is OPTIONS[3] else [pytest.mark.slow]
             yield pytest.param(config, options, marks=marks, id=f"{name(config)}-{'-'.join(options)}")
 
 

@@ -41,7 +41,7 @@ def cases():
         for size in (1, 4, 8, 16):
             if config.strategy == "autoregressive" and size != 4:
                 continue  # Its block is one token, whatever the block size.
-            quick = size == 4 or size != 8 and name(config) == "low_confidence_dynamic-probability-eb_sampler-None"
+            quick = size == 4 or (size != 8 and name(config) == "low_confidence_dynamic-probability-eb_sampler-None")
             marks = [] if quick else [pytest.mark.slow, pytest.mark.ci]
             yield pytest.param(config, size, marks=marks, id=f"{name(config)}-{size}")
 
