@@ -100,9 +100,9 @@ def test_prompt_ids_in_words(cli, model_dir):
 
 
 def test_prompt_and_decoding_options(cli, model_dir):
-    options = ("--strategy", "low_confidence_static", "--denoising-steps", 2, "--temperature", 1.0, "--top-k", 50)
+    options = ("--confidence-threshold", 0.2, "--denoising-steps", 2, "--temperature", 1.0, "--top-k", 50)
     result = cli("--prompt", "one two", "--max-new-tokens", 6, "--seed", 3, "--stop-token-ids", "", "--json", *options)
-    fields = dict(strategy="low_confidence_static", denoising_steps=2, temperature=1.0, top_k=50)
+    fields = dict(confidence_threshold=0.2, denoising_steps=2, temperature=1.0, top_k=50)
     (wanted,) = expected(model_dir, ["one two"], seed=3, **fields)
     assert result.records[0]["tokens"] == wanted.tokens and result.records[0]["text"] == wanted.text
 
@@ -119,6 +119,8 @@ def test_options_of_decoding_are_flags(cli, model_dir):
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_block_size_and_mask_may_come_from_the_command_line(cli, model_dir):
     result = cli("--prompt-ids", "5,9", "--block-size", 8, "--mask-token-id", 262, "--max-new-tokens", 6, "--json")
     assert result.code == 0 and len(result.records[0]["tokens"]) <= 6

@@ -183,7 +183,14 @@ def test_texts_and_ids(x64):
     assert run([]) == []
 
 
-@pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "semi_autoregressive", "autoregressive"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "low_confidence_dynamic",
+        "semi_autoregressive",
+        pytest.param("autoregressive", marks=[pytest.mark.slow, pytest.mark.ci]),
+    ],
+)
 def test_stop_strings(strategy, x64):
     """Each row ends before its first one, soon after it is there; the others go on."""
     config, letters, prompts = DecodingConfig(strategy=strategy), Letters(), [*POOL[:3], POOL[0]]
@@ -329,7 +336,9 @@ def test_repetition_penalty_counts_prompt_and_output(x64):
     assert penalised.tokens != plain.tokens
 
 
-@pytest.mark.parametrize("steps, size", [(1, 4), (2, 4), (4, 4), (3, 8)])
+@pytest.mark.parametrize(
+    "steps, size", [(1, 4), (2, 4), (4, 4), pytest.param(3, 8, marks=[pytest.mark.slow, pytest.mark.ci])]
+)
 def test_forwards_a_block(steps, size, x64):
     """gamma where the next block's first forward commits, gamma + 1 where none does; nobody commits the last block."""
     config = DecodingConfig(strategy="low_confidence_static", block_size=size, denoising_steps=steps)

@@ -114,6 +114,8 @@ def test_the_likeliest_tokens(config, x64):
             assert found[0] == (token, logprob)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_likeliest_of_sampled_and_suppressed_tokens_are_raw(x64):
     """Under the distribution of `logprobs`: what is suppressed may be the likeliest, what is sampled may be none."""
     config = DecodingConfig(temperature=1.5, suppress_token_ids=(14, 18, 10), repetition_penalty=1.5, top_logprobs=4)
@@ -179,6 +181,8 @@ def test_log_probabilities_of_a_prompt(x64):
     assert generate(model, prompts, plain, max_new_tokens=1)[0].prompt_logprobs is None
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_long_prompt_is_scored_in_parts():
     model = tiny_model(jnp.float32, objective="autoregressive", block_size=None, mask_token_id=None)
     config = DecodingConfig(strategy="autoregressive", prompt_logprobs=True)

@@ -17,7 +17,7 @@ from sdar_jax.paradigm import Paradigm
 from tests.bad_input import refused
 from tests.decoding.oracle import _columns, _ended, choose, softmax
 from tests.objectives import oracle as network
-from tests.objectives.test_paradigms import VALUES, model_with
+from tests.objectives.test_paradigms import QUICK, VALUES, model_with
 from tests.tiny import VOCAB
 
 LENGTH = 48
@@ -90,8 +90,6 @@ def assert_equal(completion, wanted) -> None:
     assert completion.denoising_forwards == denoising
 
 
-# Those that the others are made of.
-QUICK = ("shifted", "causal clean copy", "bidirectional prompt", "no blocks, shifted")
 CASES = [
     *((name, 2) for name in QUICK),
     *(pytest.param(name, 2, marks=SLOW) for name in VALUES if name not in QUICK),
