@@ -256,6 +256,8 @@ def test_an_interrupted_file_goes_on_where_it_stopped(cli, tmp_path):
     assert whole.read_bytes() == before
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_ctrl_c_in_a_file_keeps_what_is_written(cli, tmp_path, monkeypatch):
     """Long and short ones, so that later lines are done before earlier ones; at most 4 batches are under way."""
     records = [{"prompt_ids": [i + 1], "max_new_tokens": 40 if i % 4 == 0 else 2} for i in range(14)]
