@@ -175,7 +175,8 @@ class Host:
                 self.preempt(row)
 
 
-@pytest.mark.parametrize("slots", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [pytest.param(2, marks=pytest.mark.ci), 3])
 def test_a_host_that_feeds_and_drains(slots, x64):
     """Five requests through two rows, pages lent one by one and taken back: each as if it had been alone."""
     state, buffer = start([*CONFIGS, EARLY], [*PROMPTS, PROMPTS[1]], slots=slots)
