@@ -1,5 +1,6 @@
 """Settings of the whole suite: CPU backend, run-time checks of array shapes, compilation cache, hypothesis profiles."""
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -7,7 +8,9 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Nearly all of a run is XLA compiling tiny programs once each: optimising their machine code costs more than it gives.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# XLA_DEFAULTS=1 leaves XLA as users have it; CI runs the tests marked `xla_defaults` so as well.
+if not os.environ.get("XLA_DEFAULTS"):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 import jax
 import pytest
@@ -24,6 +27,16 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 settings.register_profile("quick", max_examples=10, deadline=None, derandomize=True)
+# New examples in each run of CI, which prints the seed: HYPOTHESIS_PROFILE=ci and --hypothesis-seed=N repeat a failure.
+settings.register_profile(
+    "ci",
+    max_examples=10,
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.register_profile(
     "thorough",
     max_examples=100,
@@ -31,6 +44,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# Tracing makes objects by the million, and few cycles: looking for those more often takes a tenth of a run.
+gc.set_threshold(100_000, 20, 20)
 
 # Compiled programs hold memory maps, and past 65,530 of a process (Linux's vm.max_map_count) XLA crashes.
 _MOST_MAPS = 30_000

@@ -100,9 +100,9 @@ def test_prompt_ids_in_words(cli, model_dir):
 
 
 def test_prompt_and_decoding_options(cli, model_dir):
-    options = ("--strategy", "low_confidence_static", "--denoising-steps", 2, "--temperature", 1.0, "--top-k", 50)
+    options = ("--confidence-threshold", 0.2, "--denoising-steps", 2, "--temperature", 1.0, "--top-k", 50)
     result = cli("--prompt", "one two", "--max-new-tokens", 6, "--seed", 3, "--stop-token-ids", "", "--json", *options)
-    fields = dict(strategy="low_confidence_static", denoising_steps=2, temperature=1.0, top_k=50)
+    fields = dict(confidence_threshold=0.2, denoising_steps=2, temperature=1.0, top_k=50)
     (wanted,) = expected(model_dir, ["one two"], seed=3, **fields)
     assert result.records[0]["tokens"] == wanted.tokens and result.records[0]["text"] == wanted.text
 
@@ -119,6 +119,8 @@ def test_options_of_decoding_are_flags(cli, model_dir):
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_block_size_and_mask_may_come_from_the_command_line(cli, model_dir):
     result = cli("--prompt-ids", "5,9", "--block-size", 8, "--mask-token-id", 262, "--max-new-tokens", 6, "--json")
     assert result.code == 0 and len(result.records[0]["tokens"]) <= 6
@@ -254,6 +256,8 @@ def test_an_interrupted_file_goes_on_where_it_stopped(cli, tmp_path):
     assert whole.read_bytes() == before
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_ctrl_c_in_a_file_keeps_what_is_written(cli, tmp_path, monkeypatch):
     """Long and short ones, so that later lines are done before earlier ones; at most 4 batches are under way."""
     records = [{"prompt_ids": [i + 1], "max_new_tokens": 40 if i % 4 == 0 else 2} for i in range(14)]
@@ -343,7 +347,7 @@ def test_a_chat_that_outgrows_its_engine_goes_on(model_dir, monkeypatch, capsys)
 def test_a_turn_reads_nothing_that_an_earlier_one_did(cli):
     """But for blocks of four that the earlier turn's end or this one's beginning cuts."""
     result = cli("--chat", "--json", "--max-new-tokens", 40, "--stop-token-ids", "", stdin="hi\nand?\n")
-    first, second = (record["text"] for record in result.records)
+    first, _second = (record["text"] for record in result.records)
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     encode = make_byte_tokenizer().encode
     before = [*encode(turn.format("hi")), *result.records[0]["tokens"]]

@@ -38,6 +38,14 @@ def pack(*rows: Sequence[int], length: int) -> np.ndarray:
     return packed
 
 
+def padded(stops: Sequence[int] = ()) -> tuple[int, ...]:
+    """Four stop tokens, the mask among them, which is never emitted: tests whose decoding has one shape compile once.
+
+    That shape is a batch of four, or of one, of `tiny_model()` in float64, with these stops.
+    """
+    return (*stops, *[MASK] * (4 - len(stops)))
+
+
 @cache
 def tiny_moe(dtype: DTypeLike = jnp.float64, **changes) -> Model:
     """As `tiny_model`, with two of five experts for a token."""

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import grain
@@ -282,7 +283,7 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
 def _record_stream(config: DataConfig, lengths: list[int]) -> tuple[grain.MapDataset, int]:
     """Makes the stream of record ids in the order in which they are drawn, and counts the draws of an epoch."""
     starts = np.cumsum([0, *lengths]).tolist()
-    parts = [grain.MapDataset.range(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [grain.MapDataset.range(a, b) for a, b in pairwise(starts)]
     if config.shuffle:
         # Hashed, as grain numbers an epoch's shuffle seed + epoch: neighbouring seeds would share their orders.
         seeds = np.random.SeedSequence(config.seed).generate_state(len(parts))

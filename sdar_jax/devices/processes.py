@@ -330,7 +330,9 @@ class _Link:
         with contextlib.suppress(OSError):
             if error is not None and not isinstance(error, SdarError):
                 traceback.print_exception(error)
-            print(f"error: {why}", file=sys.stderr, flush=True)
+            # One write: `print` makes two, and what other threads print could come between them.
+            sys.stderr.write(f"error: {why}\n")
+            sys.stderr.flush()
             sys.stdout.flush()
         if error is not None:
             why = f"process {self._place.index} of {self._place.count}: " + " ".join(why.split())

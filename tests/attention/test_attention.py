@@ -93,6 +93,7 @@ def forward_and_gradients(q, k, v, d_out, ranges, implementation, tile=128, scal
         return out, *pullback(d_out)
 
 
+@pytest.mark.xla_defaults
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_equals_naive_attention(implementation, data, seed):

@@ -79,7 +79,7 @@ def test_the_default_range_is_the_papers():
 
 @pytest.mark.parametrize("mask", ["bernoulli", "exact"])
 def test_a_clipped_range_is_kept(mask):
-    masked, weights = whole_rows(512, 200, CorruptionConfig(level="row", mask=mask, t_min=0.3, t_max=0.6))
+    _masked, weights = whole_rows(512, 200, CorruptionConfig(level="row", mask=mask, t_min=0.3, t_max=0.6))
     share = 1 / weights.max(axis=1)
     assert share.min() >= 0.3 * (1 - 1e-6) and share.max() <= 0.6 * (1 + 1e-6)
     assert share.min() < 0.31 and share.max() > 0.59

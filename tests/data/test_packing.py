@@ -60,7 +60,9 @@ def test_noisy_positions_are_those_found_by_hand(lengths, padding, block_size, s
 def test_split_rows_are_full_and_hold_the_stream_in_order(lengths, row_length):
     documents = make_documents(lengths)
     rows = [tokens_of(row) for row in rows_of(SplitPacker(iter(enumerate(documents)), row_length))]
-    assert sum(rows, []) == [token for document in documents for token in document.tokens.tolist()]
+    assert [token for row in rows for token in row] == [
+        token for document in documents for token in document.tokens.tolist()
+    ]
     assert all(len(row) == row_length for row in rows[:-1])
     assert 0 < len(rows[-1]) <= row_length
 

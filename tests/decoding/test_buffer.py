@@ -14,9 +14,9 @@ from sdar_jax.decoding import forward
 from sdar_jax.decoding.buffer import Decoder, State, advance
 from sdar_jax.decoding.generate import _completions, start_state
 from sdar_jax.decoding.rows import Rows
-from tests.tiny import MASK, tiny_model
+from tests.tiny import MASK, padded, tiny_model
 
-NEW, STOPS = 14, (3, 5)
+NEW, STOPS = 14, padded((3, 5))
 CONFIGS = [
     DecodingConfig(confidence_threshold=0.15),
     DecodingConfig(strategy="low_confidence_static", denoising_steps=2),
@@ -63,7 +63,7 @@ def expected():
         dict(slots=3),
         dict(page_size=4),
         dict(page_size=16, prefill_tokens=8),
-        dict(prefill_tokens=4),
+        pytest.param(dict(prefill_tokens=4), marks=pytest.mark.slow),
         pytest.param(dict(slots=4), marks=pytest.mark.slow),
         pytest.param(dict(page_size=8, prefill_tokens=12), marks=pytest.mark.slow),
     ],
@@ -175,7 +175,8 @@ class Host:
                 self.preempt(row)
 
 
-@pytest.mark.parametrize("slots", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [pytest.param(2, marks=pytest.mark.ci), 3])
 def test_a_host_that_feeds_and_drains(slots, x64):
     """Five requests through two rows, pages lent one by one and taken back: each as if it had been alone."""
     state, buffer = start([*CONFIGS, EARLY], [*PROMPTS, PROMPTS[1]], slots=slots)

@@ -13,7 +13,7 @@ from sdar_jax.decoding.generate import start_state
 from sdar_jax.model import stack_layers
 from tests.decoding import oracle
 from tests.jaxprs import compilations, equations
-from tests.tiny import MASK, VOCAB, tiny_model
+from tests.tiny import MASK, VOCAB, padded, tiny_model
 
 NEW = 10
 # Prompts that end on a block and inside one, and two that are alike; one needs a longer canvas and prefill than others.
@@ -23,7 +23,9 @@ SAMPLED = DecodingConfig(strategy="low_confidence_static", temperature=1.0, top_
 
 
 def run(prompts, config=GREEDY, stops=(), model=None, **options):
+    """Most tests decode four prompts, or one, so that they share programs."""
     model = tiny_model() if model is None else model
+    stops = None if stops is None else padded(stops)
     return generate(model, prompts, config, **{"max_new_tokens": NEW, "stop_token_ids": stops, **options})
 
 
@@ -35,9 +37,9 @@ def no_logprobs(completion):
 @pytest.mark.parametrize(
     "config", [SAMPLED, pytest.param(GREEDY, marks=[pytest.mark.slow, pytest.mark.ci])], ids=lambda c: c.strategy
 )
-@given(chosen=st.lists(st.integers(0, len(POOL) - 1), min_size=3, max_size=3), seed=st.integers(0, 20))
+@given(chosen=st.lists(st.integers(0, len(POOL) - 1), min_size=4, max_size=4), seed=st.integers(0, 20))
 def test_neighbours_and_slots_change_nothing(config, chosen, seed):
-    """In float64, a batch of any three, repeats among them, gives each what it gets alone with its own seed + i."""
+    """In float64, a batch of any four, repeats among them, gives each what it gets alone with its own seed + i."""
     with jax.enable_x64(True):
         together = run([POOL[i] for i in chosen], config, stops=(3, 5), seed=seed)
         for slot, i in enumerate(chosen):
@@ -47,7 +49,7 @@ def test_neighbours_and_slots_change_nothing(config, chosen, seed):
 
 
 def test_seeds_matter_for_samples_and_not_for_greedy(x64):
-    prompts = [POOL[3]] * 3
+    prompts = [POOL[3]] * 4
     sampled, again, other = (run(prompts, SAMPLED, seed=seed) for seed in (1, 1, 50))
     assert [c.tokens for c in sampled] == [c.tokens for c in again]
     assert len({tuple(c.tokens) for c in [*sampled, *other]}) > 1
@@ -57,12 +59,12 @@ def test_seeds_matter_for_samples_and_not_for_greedy(x64):
 
 @pytest.fixture(scope="module")
 def unstopped():
-    """What 3 x 8 prompts give without a stop, by a strategy that commits out of order."""
+    """What 4 x 6 prompts give without a stop, by a strategy that commits out of order."""
     config = DecodingConfig(strategy="low_confidence_static", block_size=8)
     random = np.random.default_rng(0)
     prompts = [random.integers(0, MASK, n).tolist() for n in random.integers(1, 9, 24)]
     with jax.enable_x64(True):
-        batches = [run(prompts[i : i + 3], config) for i in range(0, 24, 3)]
+        batches = [run(prompts[i : i + 4], config) for i in range(0, 24, 4)]
     return config, prompts, [completion for batch in batches for completion in batch]
 
 
@@ -95,7 +97,7 @@ def test_stops_in_the_prompt_and_after_the_limit_are_ignored(unstopped, x64):
     # What lies past the limit is decoded with the block that the limit cuts.
     for limit in (1, 3):
         late = [token for token in whole[0].tokens if token not in whole[0].tokens[:limit]]
-        (short,) = run([prompts[0]], config, stops=tuple(late), max_new_tokens=limit)
+        (short,) = run([prompts[0]], config, stops=tuple(late[:4]), max_new_tokens=limit)
         assert short.finish_reason == "length" and len(short.tokens) == limit
     inside = next(token for token in range(MASK) if token not in whole[0].tokens)
     (free,), (same,) = (run([[inside, *prompts[0]]], config, stops=stops) for stops in ((), (inside,)))
@@ -105,7 +107,7 @@ def test_stops_in_the_prompt_and_after_the_limit_are_ignored(unstopped, x64):
 def test_the_models_own_stops(unstopped, x64):
     config, prompts, whole = unstopped
     stop = whole[0].tokens[3]
-    own = tiny_model(stop_token_ids=(stop,))
+    own = tiny_model(stop_token_ids=padded((stop,)))
     first = whole[0].tokens.index(stop)
     assert run([prompts[0]], config, stops=None, model=own)[0].tokens == whole[0].tokens[:first]
     assert run([prompts[0]], config, stops=(), model=own)[0] == whole[0]
@@ -113,7 +115,8 @@ def test_the_models_own_stops(unstopped, x64):
 
 def test_metrics(x64):
     config = DecodingConfig(strategy="low_confidence_static", denoising_steps=2)
-    long, short, none = run([list(range(9)), [1, 2, 3], [1, 2, 3]], config)[:2] + run([[1]], config, max_new_tokens=0)
+    long, short, *_ = run([list(range(9)), *[[1, 2, 3]] * 3], config)
+    (none,) = run([[1]], config, max_new_tokens=0)
     # 9 + 10: three masks in the first block, then four, then three of the last four that are asked for.
     assert (long.denoising_forwards, long.commit_forwards, long.prefill_forwards) == (6, 0, 1)
     assert sorted(long.steps[:3]) == [0, 0, 1]
@@ -126,7 +129,7 @@ def test_metrics(x64):
 
 def test_no_prefill_is_counted_where_there_is_no_cache(x64):
     config = DecodingConfig(strategy="semi_autoregressive")
-    assert run([list(range(9))], config)[0].prefill_forwards == 0
+    assert [completion.prefill_forwards for completion in run(POOL[:4], config)] == [0] * 4
 
 
 def test_the_mask_is_never_emitted(x64):
@@ -145,7 +148,7 @@ def test_weights_that_are_no_numbers_end_a_request_alone(x64):
     model = tiny_model()
     broken = jax.tree.map(lambda leaf: leaf, model)
     broken.embedding = type(model.embedding)(model.embedding[...].at[7].set(np.nan))
-    prompts = [[1, 7, 2], [16, 17, 18, 19], [3, 1, 3, 1, 3, 1, 3, 1, 3]]
+    prompts = [[1, 7, 2], [16, 17, 18, 19], [3, 1, 3, 1, 3, 1, 3, 1, 3], [4]]
     healthy, got = run(prompts), run(prompts, model=broken)
     assert got[0].finish_reason == "error" and got[0].tokens == []
     assert all(np.isfinite(c.logprobs).all() for c in got)
@@ -173,20 +176,27 @@ class Letters:
 
 
 def test_texts_and_ids(x64):
-    by_text, by_ids = run(["bcd", [1, 2, 3]], tokenizer=Letters())
+    by_text, by_ids, *_ = run(["bcd", *[[1, 2, 3]] * 3], tokenizer=Letters())
     assert by_text.tokens == by_ids.tokens
     assert by_text.text == by_ids.text == Letters().decode(by_ids.tokens)
     assert run([[1, 2, 3]])[0].text is None
     assert run([]) == []
 
 
-@pytest.mark.parametrize("strategy", ["low_confidence_dynamic", "semi_autoregressive", "autoregressive"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "low_confidence_dynamic",
+        "semi_autoregressive",
+        pytest.param("autoregressive", marks=[pytest.mark.slow, pytest.mark.ci]),
+    ],
+)
 def test_stop_strings(strategy, x64):
     """Each row ends before its first one, soon after it is there; the others go on."""
-    config, letters = DecodingConfig(strategy=strategy), Letters()
-    whole = run(POOL[:3], config, tokenizer=letters, max_new_tokens=40)
+    config, letters, prompts = DecodingConfig(strategy=strategy), Letters(), [*POOL[:3], POOL[0]]
+    whole = run(prompts, config, tokenizer=letters, max_new_tokens=40)
     stops = [whole[0].text[2:5], whole[1].text[5:9], "#"]
-    cut = run(POOL[:3], config, tokenizer=letters, max_new_tokens=40, stop_strings=stops)
+    cut = run(prompts, config, tokenizer=letters, max_new_tokens=40, stop_strings=stops)
     for before, after in zip(whole, cut, strict=True):
         found = [(before.text.index(stop) + len(stop), stop) for stop in stops if stop in before.text]
         count, stop = min(found, default=(40, None))
@@ -210,7 +220,7 @@ def test_which_stop_token_it_was(unstopped, x64):
 class Holed(Letters):
     """A tokenizer that lacks ids in the middle and at the end of the vocabulary."""
 
-    missing = {*range(3, 15), VOCAB - 2}
+    missing = frozenset({*range(3, 15), VOCAB - 2})
 
     def __len__(self):
         return VOCAB - len(self.missing)
@@ -219,15 +229,16 @@ class Holed(Letters):
         return {str(i): i for i in range(VOCAB) if i not in self.missing}
 
 
-STRATEGIES = ["sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "factor"]
+RULES = ["sequential", "low_confidence_static", "entropy_bounded", "factor"]
+WHAT_IS_READ = ["low_confidence_dynamic", "autoregressive", "semi_autoregressive"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "autoregressive", "semi_autoregressive"])
+@pytest.mark.parametrize("strategy", [*WHAT_IS_READ, *(pytest.param(name, marks=pytest.mark.slow) for name in RULES)])
 def test_ids_that_the_tokenizer_lacks_are_never_proposed(strategy, temperature, x64):
     """Not though they are the likeliest; what the others' probabilities are is not changed by that."""
     config = DecodingConfig(strategy=strategy, temperature=temperature)
-    free, got = run(POOL, config), run(POOL, config, tokenizer=Holed())
+    free, got = run(POOL[:4], config), run(POOL[:4], config, tokenizer=Holed())
     assert any(token in Holed.missing for c in free for token in c.tokens)
     assert not any(token in Holed.missing for c in got for token in c.tokens)
     if temperature == 0 and strategy != "autoregressive":
@@ -245,7 +256,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_proposed(strategy, temperature, 
 
 
 def test_a_tokenizer_that_has_all_ids_bans_none(x64):
-    assert [c.tokens for c in run(POOL, tokenizer=Letters())] == [c.tokens for c in run(POOL)]
+    assert [c.tokens for c in run(POOL[:4], tokenizer=Letters())] == [c.tokens for c in run(POOL[:4])]
 
 
 def traced(config=GREEDY):
@@ -282,14 +293,13 @@ def test_numbers_compile_nothing_anew():
     assert not compiled
 
 
-def test_another_tokenizer_compiles_nothing_anew():
+def test_another_tokenizer_compiles_nothing_anew(x64):
     class Other(Holed):
-        missing = {5}
+        missing = frozenset({5})
 
-    options = dict(max_new_tokens=9, stop_token_ids=())
-    generate(tiny_model(jnp.float32), [POOL[1]], tokenizer=Holed(), **options)
+    run(POOL[:4], tokenizer=Holed())
     with compilations() as compiled:
-        generate(tiny_model(jnp.float32), [POOL[1]], tokenizer=Other(), **options)
+        run(POOL[:4], tokenizer=Other())
     assert not compiled
 
 
@@ -303,17 +313,18 @@ MIXED = [
 
 
 def test_mixed_configs_in_one_batch_equal_each_alone(x64):
-    together = run(POOL, MIXED, stops=(3,), window_slots=3)
-    for i, config in enumerate(MIXED):
-        (alone,) = run([POOL[i]], config, stops=(3,), seed=i, window_slots=3)
-        assert no_logprobs(together[i]) == no_logprobs(alone)
-        np.testing.assert_allclose(together[i].logprobs, alone.logprobs, rtol=1e-9)
+    for chosen in ([0, 1, 2, 3], [4, 3, 2, 0]):
+        together = run([POOL[i] for i in chosen], [MIXED[i] for i in chosen], stops=(3,), window_slots=3)
+        for seed, i in enumerate(chosen):
+            (alone,) = run([POOL[i]], MIXED[i], stops=(3,), seed=seed, window_slots=3)
+            assert no_logprobs(together[seed]) == no_logprobs(alone)
+            np.testing.assert_allclose(together[seed].logprobs, alone.logprobs, rtol=1e-9)
 
 
 def test_repetition_penalty_counts_prompt_and_output(x64):
     """Left to right, by the definition: logits of what is there so far are divided where positive, else multiplied."""
     config = DecodingConfig(strategy="sequential", repetition_penalty=2.0)
-    plain, penalised = run([POOL[2]] * 2, [DecodingConfig(strategy="sequential"), config])
+    plain, penalised, *_ = run([POOL[2]] * 4, [DecodingConfig(strategy="sequential"), config] * 2)
     sequence = list(POOL[2])
     for token, logprob in zip(penalised.tokens, penalised.logprobs, strict=True):
         masks = [MASK] * (-len(sequence) % 4 or 4)
@@ -325,7 +336,9 @@ def test_repetition_penalty_counts_prompt_and_output(x64):
     assert penalised.tokens != plain.tokens
 
 
-@pytest.mark.parametrize("steps, size", [(1, 4), (2, 4), (4, 4), (3, 8)])
+@pytest.mark.parametrize(
+    "steps, size", [(1, 4), (2, 4), (4, 4), pytest.param(3, 8, marks=[pytest.mark.slow, pytest.mark.ci])]
+)
 def test_forwards_a_block(steps, size, x64):
     """gamma where the next block's first forward commits, gamma + 1 where none does; nobody commits the last block."""
     config = DecodingConfig(strategy="low_confidence_static", block_size=size, denoising_steps=steps)

@@ -7,7 +7,7 @@ import pytest
 
 from sdar_jax import DecodingConfig, generate
 from tests.decoding import oracle
-from tests.tiny import MASK, tiny_model, tiny_moe
+from tests.tiny import MASK, padded, tiny_model, tiny_moe
 
 STRATEGIES = [
     DecodingConfig(strategy="sequential", denoising_steps=None),
@@ -36,12 +36,12 @@ def name(config: DecodingConfig) -> str:
 
 
 def cases():
-    """Every strategy at block size 4, the default one at the others; the rest where there is time."""
+    """Every strategy at block size 4, the default one at 1 too; the rest where there is time."""
     for config in STRATEGIES:
         for size in (1, 4, 8, 16):
             if config.strategy == "autoregressive" and size != 4:
                 continue  # Its block is one token, whatever the block size.
-            quick = size == 4 or name(config) == "low_confidence_dynamic-probability-eb_sampler-None"
+            quick = size == 4 or (size == 1 and name(config) == "low_confidence_dynamic-probability-eb_sampler-None")
             marks = [] if quick else [pytest.mark.slow, pytest.mark.ci]
             yield pytest.param(config, size, marks=marks, id=f"{name(config)}-{size}")
 
@@ -52,7 +52,8 @@ def random_prompts(seed: int, lengths=(1, 4, 7, 18)) -> list[list[int]]:
 
 
 def check(model, prompts, config, max_new_tokens=13, stops=STOPS, slots=2):
-    got = generate(model, prompts, config, max_new_tokens=max_new_tokens, stop_token_ids=stops, window_slots=slots)
+    options = dict(max_new_tokens=max_new_tokens, stop_token_ids=padded(stops), window_slots=slots)
+    got = generate(model, prompts, config, **options)
     for prompt, completion in zip(prompts, got, strict=True):
         expected = oracle.decode(model, prompt, config, max_new_tokens, stops)
         tokens, logprobs, steps, reason, denoising, commits = expected
@@ -71,6 +72,7 @@ def test_batch_equals_python_loop(config, size, x64):
     check(tiny_model(), random_prompts(size), fitted(config, size))
 
 
+@pytest.mark.xla_defaults
 def test_an_moe_equals_the_python_loop(x64):
     check(tiny_moe(), random_prompts(9), fitted(STRATEGIES[5], 4))
 
@@ -81,12 +83,14 @@ def test_other_windows_equal_the_python_loop(slots, x64):
     check(tiny_model(), random_prompts(7), fitted(STRATEGIES[5], 4), slots=slots)
 
 
+@pytest.mark.xla_defaults
 def test_blocks_from_the_response_equal_the_python_loop(x64):
     """LLaDA's canvas: the prompt as it is, then blocks from its end."""
     model = tiny_model(block_origin="response", objective="masked_diffusion")
     check(model, random_prompts(5), fitted(STRATEGIES[10], 4))
 
 
+@pytest.mark.xla_defaults
 def test_empty_prompts_and_no_tokens_equal_the_python_loop(x64):
     prompts = random_prompts(6, lengths=(0, 3, 4, 18))
     check(tiny_model(), prompts, fitted(STRATEGIES[5], 4))
@@ -102,11 +106,12 @@ EARLY = [
 ]
 
 
+@pytest.mark.xla_defaults
 @pytest.mark.parametrize("slots", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_blocks_that_open_early_equal_the_python_loop(slots, x64):
     """D2F's rule, each prompt with its own thresholds; some tokens are committed ahead of masks before their block."""
     model, prompts = tiny_model(), random_prompts(8, lengths=(1, 4, 7, 18))
-    got = generate(model, prompts, EARLY, max_new_tokens=18, stop_token_ids=(3,), window_slots=slots)
+    got = generate(model, prompts, EARLY, max_new_tokens=18, stop_token_ids=padded((3,)), window_slots=slots)
     ahead = 0
     for prompt, config, completion in zip(prompts, EARLY, got, strict=True):
         tokens, logprobs, steps, reason, *forwards = oracle.decode_window(model, prompt, config, 18, (3,), slots)

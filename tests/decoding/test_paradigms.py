@@ -17,7 +17,7 @@ from sdar_jax.paradigm import Paradigm
 from tests.bad_input import refused
 from tests.decoding.oracle import _columns, _ended, choose, softmax
 from tests.objectives import oracle as network
-from tests.objectives.test_paradigms import VALUES, model_with
+from tests.objectives.test_paradigms import QUICK, VALUES, model_with
 from tests.tiny import VOCAB
 
 LENGTH = 48
@@ -90,8 +90,14 @@ def assert_equal(completion, wanted) -> None:
     assert completion.denoising_forwards == denoising
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-@pytest.mark.parametrize("name", VALUES)
+CASES = [
+    *((name, 2) for name in QUICK),
+    *(pytest.param(name, 2, marks=SLOW) for name in VALUES if name not in QUICK),
+    *(pytest.param(name, 1, marks=pytest.mark.slow) for name in VALUES),
+]
+
+
+@pytest.mark.parametrize(("name", "slots"), CASES)
 def test_decoding_equals_the_plain_loop(name, slots, x64):
     model = model_with(**VALUES[name])
     config, given = own(model.config), prompts(len(name))
@@ -112,8 +118,15 @@ def test_an_engine_equals_the_plain_loop(name, x64):
         assert_equal(engine.result(request), decode(model, prompt, config, 11))
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-@pytest.mark.parametrize("name", ["shifted", "causal clean copy", "shifted with a causal clean copy"])
+@pytest.mark.parametrize(
+    ("name", "slots"),
+    [
+        ("shifted with a causal clean copy", 2),
+        pytest.param("shifted with a causal clean copy", 1, marks=pytest.mark.slow),
+        *(pytest.param(name, 2, marks=SLOW) for name in ("shifted", "causal clean copy")),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("shifted", "causal clean copy")),
+    ],
+)
 def test_prefill_gives_the_cache_that_decoding_gave(name, slots, x64):
     """Of prompt and answer together: keys that were written while masks were in sight would not be the same."""
     model, prompt = model_with(**VALUES[name]), prompts(3)[2]

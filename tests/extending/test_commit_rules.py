@@ -55,6 +55,12 @@ def test_a_rule_commits_what_it_says():
 def test_a_rule_that_says_what_a_strategy_says_gives_its_tokens():
     static = DecodingConfig(strategy="low_confidence_static")
     assert decoded(DecodingConfig(strategy=CommitRule(as_static, reads_entropy=False))) == decoded(static)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_rule_that_reads_the_entropy_gives_a_strategy_s_tokens():
+    static = DecodingConfig(strategy="low_confidence_static")
     # A function that does not say what it reads is given the entropy too, by other arithmetic.
     for got, wanted in zip(decoded(DecodingConfig(strategy=as_static)), decoded(static), strict=True):
         assert (got.tokens, got.steps) == (wanted.tokens, wanted.steps)
@@ -64,10 +70,10 @@ def test_a_rule_that_says_what_a_strategy_says_gives_its_tokens():
 
 def test_an_engine_takes_rules_as_they_come_and_serves_them_side_by_side():
     engine = Engine(tiny_model(jnp.float32), **ENGINE)
-    configs = [DecodingConfig(strategy=strategy) for strategy in ("sequential", rightmost, None)]
+    configs = [DecodingConfig(strategy=strategy) for strategy in (rightmost, None)]
     ids = [
         engine.submit(prompt, config, max_new_tokens=8, stop_token_ids=())
-        for prompt, config in zip(PROMPTS, configs, strict=True)
+        for prompt, config in zip(PROMPTS[:2], configs, strict=True)
     ]
     for i, config in enumerate(configs):
         served, alone = engine.result(ids[i]), decoded(config)[i]
@@ -75,10 +81,10 @@ def test_an_engine_takes_rules_as_they_come_and_serves_them_side_by_side():
 
 
 def test_rules_of_one_batch_may_differ():
-    mixed = decoded([DecodingConfig(strategy=rightmost), DecodingConfig(), DecodingConfig(strategy="sequential")])
-    assert mixed[0].steps == decoded(DecodingConfig(strategy=rightmost))[0].steps
-    assert mixed[1].tokens == decoded(DecodingConfig())[1].tokens
-    assert mixed[2].steps == decoded(DecodingConfig(strategy="sequential"))[2].steps
+    mixed = decoded([DecodingConfig(strategy=rightmost), DecodingConfig(), DecodingConfig(strategy=rightmost)])
+    alone, default = decoded(DecodingConfig(strategy=rightmost)), decoded(DecodingConfig())
+    assert mixed[0].steps == alone[0].steps and mixed[2].steps == alone[2].steps
+    assert mixed[1].tokens == default[1].tokens
 
 
 def test_a_rule_that_commits_nothing_ends_its_request_alone():

@@ -46,6 +46,7 @@ def chunked(hidden, head, targets, weights, vocab_axis=1, chunk=None):
     return out, gradients
 
 
+@pytest.mark.xla_defaults
 @given(
     seed=st.integers(0, 2**32 - 1),
     weights=st.lists(st.sampled_from([0.0, 0.0, 1.0, 3.5, -2.0, 1e3]), min_size=TOKENS, max_size=TOKENS),

@@ -58,6 +58,7 @@ def test_an_moe_equals_every_expert_on_every_token(normalised, x64):
     assert_close(ours(model, *batch, block_size=4), oracle.block_diffusion(model, *batch, block_size=4))
 
 
+@pytest.mark.xla_defaults
 @given(segment_rows(ROWS, LENGTH), st.sampled_from([(1, False), (4, True), (3, False)]), st.integers(0, 2**31))
 def test_equals_the_dense_mask(segment_ids, setting, seed):
     """Packed rows with padding anywhere, and blocks that documents cut short."""

@@ -107,7 +107,12 @@ def assert_close(found, wanted):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * float(abs(theirs).max() + 1))
 
 
-@pytest.mark.parametrize("name", VALUES)
+# Those that the others are made of.
+QUICK = ("shifted", "causal clean copy", "bidirectional prompt", "no blocks, shifted")
+OTHERS = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.ci]) for name in VALUES if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *OTHERS])
 @given(seed=st.integers(0, 2**32 - 1))
 def test_training_equals_the_definition(name, seed):
     batch = random_batch(seed)

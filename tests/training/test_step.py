@@ -78,6 +78,7 @@ def largest_difference(a, b) -> float:
     return max(float(np.max(np.abs(x - y), initial=0)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
 
 
+@pytest.mark.xla_defaults
 @pytest.mark.parametrize(
     ("objective", "views", "micro"),
     [("autoregressive", False, 4), ("masked_diffusion", False, 2), ("block_diffusion", True, 2)],
@@ -103,7 +104,7 @@ def test_micro_batches_make_the_plain_step_of_the_whole_batch(objective, views, 
     def loss_and_gradient(weights, number):
         key = jax.random.fold_in(jax.random.key(1), number)
         inputs = make_inputs(batch, key, config, model)
-        loss = lambda weights: weighted_loss(rebuild(weights), inputs)[0] / inputs.normalizer.sum()  # noqa: E731
+        loss = lambda weights: weighted_loss(rebuild(weights), inputs)[0] / inputs.normalizer.sum()
         return jax.value_and_grad(loss)(weights)
 
     for number in range(2):
@@ -212,7 +213,7 @@ def test_the_state_is_donated(diffusion_step):
 def test_frozen_weights_are_read_and_stay_the_caller_s():
     """The step is that of all weights, but for what it moves: the same loss, and moments of the trained ones alone."""
     model = shape("block_diffusion")
-    weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0))))
+    weights, _rebuild = model_weights(stack_layers(Model(model, jax.random.key(0))))
     trained = {name: jnp.copy(weight) for name, weight in weights.items() if name.startswith("layers")}
     frozen = {name: weight for name, weight in weights.items() if name not in trained}
     state, step = fresh(model)

@@ -22,7 +22,7 @@ SHAPE = ModelConfig(32, 16, 32, 2, 2, 1, 8)
 
 
 def metrics(loss: float, count: float, nll: float, correct: float, asked: float, norm: float) -> StepMetrics:
-    as_array = lambda *values: tuple(np.float32(value) for value in values)  # noqa: E731
+    as_array = lambda *values: tuple(np.float32(value) for value in values)
     done = TokenCounts(*as_array(64, 64, 300, 300, asked))
     scores = LossMetrics(*as_array(nll, correct, asked))
     return StepMetrics(*as_array(loss, count), scores, done, *as_array(norm, 1e-3), np.bool_(True))
@@ -104,7 +104,7 @@ def test_a_meter_goes_on_where_it_was_saved():
     second.set_state(json.loads(json.dumps(first.get_state())))
     for step in steps[2:]:
         second.add(step, tokens=7)
-    timeless = lambda meter: {k: v for k, v in meter.line().items() if k != "tokens_per_second"}  # noqa: E731
+    timeless = lambda meter: {k: v for k, v in meter.line().items() if k != "tokens_per_second"}
     assert timeless(whole) == timeless(second)
 
 
