@@ -7,12 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
+from sdar_jax.decoding.block_forward import BufferConfig
+from sdar_jax.decoding.buffer import Decoder
 from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
+from sdar_jax.decoding.decode_state import (
+    DecodeState,
+    SequenceShape,
+    SequenceState,
+    first_mask,
+    generated,
+    make_sequence,
+    sequence_at,
+    top_logprobs,
+)
 from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
-from sdar_jax.decoding.rows import Rows, RowShape, first_mask, make_row, output, top_logprobs
 from sdar_jax.decoding.text import TextReader, find_stop, unknown_ids
-from sdar_jax.decoding.updates import end_row
+from sdar_jax.decoding.transfers import end_sequence
 from sdar_jax.devices.sharding import mesh_of
 from sdar_jax.errors import DataError, DecodingError, is_int
 from sdar_jax.model import Model, empty_pages, unstack_layers
@@ -22,8 +32,8 @@ Prompt = Sequence[int] | str
 _DEFAULT = DecodingConfig()
 _ENDLESS = np.iinfo(np.int32).max
 # Forwards between two looks for stop strings.
-_TURNS = 8
-# A forward over more of a prompt is no faster a token, and holds more in memory.
+_STEPS = 8
+# A forward over more of a prompt is no faster per token, and holds more in memory.
 _PREFILL_TOKENS = 512
 # Shorter chunks would save little and be more shapes to compile.
 _LEAST_CHUNK = 32
@@ -46,18 +56,18 @@ def generate(
     Args:
         prompts: token id lists, or texts (with `tokenizer`).
         config: one for all, or one for each prompt, of one block size.
-        max_new_tokens: at most this many a prompt.
+        max_new_tokens: at most this many per prompt.
         stop_token_ids: the output ends before the first of these; None is the model's own list, () none.
         stop_strings: the output's text ends before the first of these; its tokens with the one that completes it.
         tokenizer: a Hugging Face tokenizer; completions then have `text`, and ids that it does not have are never
             proposed.
         seed: prompt i samples with seed + i, whatever else is in the batch.
-        window_slots: K, blocks of a row that one forward may read. 1 spends a forward a block on its final keys; with 2
-            the next block's first forward writes them. Tokens are the same for any K unless a config's
+        window_slots: K, blocks of a sequence that one forward may read. 1 spends a forward per block on its final keys;
+            with 2 the next block's first forward writes them. Tokens are the same for any K unless a config's
             `add_threshold` is below 1, which opens up to K blocks at once.
 
     Returns:
-        One `Completion` a prompt, in order.
+        One `Completion` per prompt, in order.
 
     Raises:
         DecodingError: a prompt or number that cannot be served, or a model that lacks what the strategy needs.
@@ -76,9 +86,9 @@ def generate(
     if not ids:
         return []
     options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
-    rows = decode_batch(model, ids, configs, max_new_tokens=[max_new_tokens] * len(ids), strings=strings, **options)
+    batch = decode_batch(model, ids, configs, max_new_tokens=[max_new_tokens] * len(ids), strings=strings, **options)
+    done = completions(batch, tokenizer, strings)
     asked = [prompt_logprobs(model, p) if c.prompt_logprobs else None for p, c in zip(ids, configs, strict=True)]
-    done = _completions(rows, tokenizer, strings)
     return [each._replace(prompt_logprobs=own) for each, own in zip(done, asked, strict=True)]
 
 
@@ -90,26 +100,27 @@ def decode_batch(
     strings: Sequence[str] = (),
     tokenizer: Any = None,
     **options,
-) -> Rows:
-    """The rows of checked prompts, on the host, when all have ended; `options` are those of `start_state`."""
+) -> SequenceState:
+    """Decodes checked prompts to their ends; their state, on the host. `options` are those of `start_state`."""
     state, buffer = start_state(model, ids, configs, tokenizer=tokenizer, **options)
     decoder = Decoder(unstack_layers(model), buffer)
-    rows = _decoded_to_strings(decoder, state, strings, tokenizer) if strings else decoder(state, _ENDLESS)[0].rows
-    return jax.device_get(rows)
+    batch = _decoded_to_strings(decoder, state, strings, tokenizer) if strings else decoder(state, _ENDLESS)[0].batch
+    return jax.device_get(batch)
 
 
-def _decoded_to_strings(decoder: Decoder, state: State, strings: Sequence[str], tokenizer: Any) -> Rows:
-    """Decodes a few forwards at a time, and ends the rows that have come to a stop string."""
-    readers = [TextReader(tokenizer.decode, strings) for _ in range(len(state.rows.start))]
+def _decoded_to_strings(decoder: Decoder, state: DecodeState, strings: Sequence[str], tokenizer: Any) -> SequenceState:
+    """Decodes a few forwards at a time, and ends the sequences that have come to a stop string."""
+    readers = [TextReader(tokenizer.decode, strings) for _ in range(len(state.batch.progress.start))]
     while True:
-        state, _ = decoder(state, _TURNS)
-        rows = jax.device_get(state.rows)
-        for i in np.flatnonzero(~rows.done).tolist():
-            readers[i].read(output(row_at(rows, i)))
+        state, _ = decoder(state, _STEPS)
+        batch = jax.device_get(state.batch)
+        done = batch.progress.done
+        for i in np.flatnonzero(~done).tolist():
+            readers[i].read(generated(sequence_at(batch, i)))
             if readers[i].found:
-                state = state._replace(rows=end_row(state.rows, i))
-        if all(done or reader.found for done, reader in zip(rows.done, readers, strict=True)):
-            return state.rows
+                state = state._replace(batch=end_sequence(state.batch, i))
+        if all(ended or reader.found for ended, reader in zip(done, readers, strict=True)):
+            return state.batch
 
 
 def one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig) -> list[DecodingConfig]:
@@ -176,8 +187,8 @@ def check_ids(prompt: np.ndarray, index: int, model: ModelConfig, max_new_tokens
         raise DecodingError(f"{total}; together at most max_position_embeddings {model.max_position_embeddings}")
 
 
-def check_seed(seed: int, rows: int) -> None:
-    if not isinstance(seed, int | np.integer) or not -(2**31) <= seed <= 2**31 - 1 - rows:
+def check_seed(seed: int, prompts: int) -> None:
+    if not isinstance(seed, int | np.integer) or not -(2**31) <= seed <= 2**31 - 1 - prompts:
         raise DecodingError(f"seed is {seed!r}; give an integer of 31 bits, as prompt i uses seed + i")
 
 
@@ -243,8 +254,8 @@ def start_state(
     tokenizer: Any = None,
     page_size: int | None = None,
     prefill_tokens: int = _PREFILL_TOKENS,
-) -> tuple[State, BufferConfig]:
-    """A batch whose rows have all their pages from the first. Lengths are bucketed: few shapes are ever compiled.
+) -> tuple[DecodeState, BufferConfig]:
+    """Makes a batch whose sequences have all their pages from the first. Lengths are bucketed: few shapes are compiled.
 
     Masks in a prompt are to be filled, and so are the positions behind it: `max_new_tokens` for all, or of each.
     """
@@ -254,17 +265,17 @@ def start_state(
     given = [prompt != (-1 if model.config.mask_token_id is None else model.config.mask_token_id) for prompt in ids]
     origins = [paradigm.origin_of(first_mask(there)) for there in given]
     ends = [at + -(-(len(p) + count - at) // size) * size for at, p, count in zip(origins, ids, new, strict=True)]
-    page_size = page_size or _page_size(size)
+    page_size = page_size or default_page_size(size)
     length = _bucket(max(1, *ends), page_size if paradigm.cached else size)
     pages = -(-length // page_size)
     suppressed = -(-max(len(config.suppress_token_ids) for config in configs) // 8) * 8
     alternatives = max(config.top_logprobs for config in configs)
     slots = paradigm.slots(window_slots)
-    shape = RowShape(length, len(stop_ids), pages, size, slots, suppressed, alternatives)
+    shape = SequenceShape(length, len(stop_ids), pages, size, slots, suppressed, alternatives)
     own_rules = [config.strategy_for(model.config).rule for config in configs]
     rules = tuple(dict.fromkeys(own_rules))
-    rows = [
-        make_row(
+    sequences = [
+        make_sequence(
             prompt,
             config,
             shape,
@@ -280,12 +291,12 @@ def start_state(
         for i, (prompt, config) in enumerate(zip(ids, configs, strict=True))
     ]
     table = np.arange(len(ids) * pages, dtype=np.int32).reshape(-1, pages)
-    batch = jax.tree.map(lambda *each: np.stack(each), *rows)
-    batch = batch._replace(page_table=table, pages_end=np.full(len(ids), pages * page_size, np.int32))
+    batch = jax.tree.map(lambda *each: np.stack(each), *sequences)
+    batch = batch.with_inputs(page_table=table, pages_end=np.full(len(ids), pages * page_size, np.int32))
     pool = []
     if paradigm.cached:
         pool = empty_pages(model.config, table.size, page_size, model.embedding.dtype, mesh_of(model))
-    prompt = int(batch.start.max()) - (not paradigm.masks) if paradigm.cached else 0
+    prompt = int(batch.progress.start.max()) - (not paradigm.masks) if paradigm.cached else 0
     chunk = _bucket(max(prompt, _LEAST_CHUNK), size)
     if not paradigm.bidirectional_prompt:
         # A prompt that sees all of itself is read in one piece.
@@ -294,55 +305,56 @@ def start_state(
         block_size=size,
         paradigm=paradigm,
         rules=rules,
-        prefill_rows=len(ids) if paradigm.cached else 0,
+        prefill_sequences=len(ids) if paradigm.cached else 0,
         prefill_tokens=chunk,
         decodes_beside_prefill=False,
         stops_early=False,
     )
     banned = jax.device_put(unknown_ids(tokenizer, model.config.vocab_size))
-    return State(jax.device_put(batch), pool, banned), config
+    return DecodeState(jax.device_put(batch), pool, banned), config
 
 
-def _page_size(block_size: int) -> int:
-    """Whole blocks, of 64 positions or more."""
+def default_page_size(block_size: int) -> int:
+    """The positions of a page where no size is asked for: whole blocks, 64 or more."""
     return -(-64 // block_size) * block_size
 
 
 def _bucket(length: int, multiple: int) -> int:
-    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, ...: four sizes an octave, then whole blocks."""
+    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, ...: four sizes per octave, then whole blocks."""
     step = max(8, 2 ** max(length - 1, 1).bit_length() // 8)
     return -(-(-(-length // step) * step) // multiple) * multiple
 
 
-def _completions(rows: Rows, tokenizer: Any, stop_strings: Sequence[str] = ()) -> list[Completion]:
-    return [completion(row_at(rows, i), tokenizer, stop_strings) for i in range(len(rows.start))]
+def completions(batch: SequenceState, tokenizer: Any, stop_strings: Sequence[str] = ()) -> list[Completion]:
+    """What each sequence of a batch, on the host, has generated."""
+    count = len(batch.progress.start)
+    return [completion(sequence_at(batch, i), tokenizer, stop_strings) for i in range(count)]
 
 
-def row_at(rows: Rows, index: int) -> Rows:
-    return jax.tree.map(lambda x: x[index], rows)
-
-
-def completion(row: Rows, tokenizer: Any, stop_strings: Sequence[str] = (), *, start: int | None = None) -> Completion:
-    """What one row, on the host, has generated, up to the first stop string; with `start`, what it has from there."""
-    start = int(row.prompt_length) if start is None else start
-    tokens = output(row, start).tolist()
+def completion(
+    sequence: SequenceState, tokenizer: Any, stop_strings: Sequence[str] = (), *, start: int | None = None
+) -> Completion:
+    """What one sequence, on the host, has generated, up to a stop string; with `start`, what it has from there."""
+    inputs, progress, output = sequence
+    start = int(inputs.prompt_length) if start is None else start
+    tokens = generated(sequence, start).tolist()
     text = None
-    reason: FinishReason = "error" if row.failed else "stop" if row.stopped else "length"
-    stop: int | str | None = int(row.tokens[int(row.end)]) if row.stopped else None
+    reason: FinishReason = "error" if progress.failed else "stop" if progress.stopped else "length"
+    stop: int | str | None = int(output.tokens[int(progress.end)]) if progress.stopped else None
     if tokenizer is not None:
         text = tokenizer.decode(tokens)
         if found := find_stop(tokens, stop_strings, tokenizer.decode):
             tokens, text, reason, stop = tokens[: found.count], found.text, "stop", found.string
-    generated = slice(start, start + len(tokens))
+    places = slice(start, start + len(tokens))
     return Completion(
         tokens=tokens,
         text=text,
         finish_reason=reason,
-        logprobs=row.logprob[generated].tolist(),
-        steps=row.step[generated].tolist(),
-        denoising_forwards=int(row.denoising_forwards),
-        commit_forwards=int(row.commit_forwards),
-        prefill_forwards=int(row.prefill_forwards),
+        logprobs=output.logprob[places].tolist(),
+        steps=output.step[places].tolist(),
+        denoising_forwards=int(progress.denoising_forwards),
+        commit_forwards=int(progress.commit_forwards),
+        prefill_forwards=int(progress.prefill_forwards),
         stop_reason=stop,
-        top_logprobs=top_logprobs(row, generated),
+        top_logprobs=top_logprobs(sequence, places),
     )

@@ -25,7 +25,7 @@ PROMPTS = [LONG[:n] for n in (0, 3, 9, 17, 26)] + [LONG[:10] + [7, 7, 7, 7], LON
 
 def engine(**options) -> Engine:
     """Small pages, few of them, two rows."""
-    sizes = {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "turns": 3}
+    sizes = {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "steps_per_call": 3}
     return Engine(tiny_model(), **{**sizes, **options})
 
 
@@ -43,11 +43,11 @@ request_like = st.tuples(
 
 
 @pytest.mark.parametrize("pages", [14, 7])
-@given(traffic=st.lists(request_like, min_size=3, max_size=7), turns=st.sampled_from([1, 3, 50]))
-def test_everyone_gets_what_they_would_get_alone(pages, traffic, turns):
+@given(traffic=st.lists(request_like, min_size=3, max_size=7), steps_per_call=st.sampled_from([1, 3, 50]))
+def test_everyone_gets_what_they_would_get_alone(pages, traffic, steps_per_call):
     """In float64: two rows, three requests and more, prefixes shared; with 7 pages, requests give up their rows."""
     with jax.enable_x64(True):
-        served = engine(pages=pages, turns=turns)
+        served = engine(pages=pages, steps_per_call=steps_per_call)
         ids = [
             served.submit(PROMPTS[p], CONFIGS[c], max_new_tokens=new, stop_token_ids=stops, seed=seed)
             for p, c, new, stops, seed in traffic
@@ -61,12 +61,12 @@ def test_everyone_gets_what_they_would_get_alone(pages, traffic, turns):
     assert served.stats().pages_available == pages
 
 
-def test_a_row_that_stands_by_begins_when_another_ends(x64):
+def test_a_prefilled_request_begins_when_another_ends(x64):
     """One decodes at a time; the other's prompt is read meanwhile, and its turn comes in the same call."""
-    served = engine(batch_slots=1, turns=50)
+    served = engine(batch_slots=1, steps_per_call=50)
     ids = [served.submit(LONG[:n], CONFIGS[2], max_new_tokens=8, stop_token_ids=()) for n in (17, 25, 9)]
     first, second = (served._requests[i] for i in ids[:2])
-    began = lambda request: int(served._fetch(request).denoising_forwards)
+    began = lambda request: int(served._fetch(request).progress.denoising_forwards)
     while first.result is None:
         served._step()
         assert served.stats().running <= 2
@@ -127,7 +127,7 @@ def test_what_was_generated_is_shared_too(x64):
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_cancelled_requests_keep_what_they_have(steps, x64):
-    served = engine(turns=2)
+    served = engine(steps_per_call=2)
     whole = alone(LONG[:5], CONFIGS[2], 20, (), 0).tokens
     request_id = served.submit(LONG[:5], CONFIGS[2], max_new_tokens=20, stop_token_ids=())
     events = served.stream(request_id)
@@ -141,9 +141,9 @@ def test_cancelled_requests_keep_what_they_have(steps, x64):
         served.result(request_id)
 
 
-@pytest.mark.parametrize("turns", [1, 4, 100])
-def test_streams_do_not_depend_on_the_calls(turns, x64):
-    served = engine(turns=turns)
+@pytest.mark.parametrize("steps_per_call", [1, 4, 100])
+def test_streams_do_not_depend_on_the_calls(steps_per_call, x64):
+    served = engine(steps_per_call=steps_per_call)
     finished, changes = (served.submit(LONG[:6], CONFIGS[0], max_new_tokens=13, stop_token_ids=()) for _ in range(2))
     wanted = alone(LONG[:6], CONFIGS[0], 13, (), 0)
     events = list(served.stream(finished))
@@ -195,7 +195,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_proposed(x64):
     for _ in range(2):
         got = served.generate(PROMPTS, CONFIGS[3], max_new_tokens=14, stop_token_ids=())
         assert all(token % 2 == 0 for completion in got for token in completion.tokens)
-        served._settled = False
+        served._recovery.lost()
     assert any(token % 2 for token in alone(PROMPTS[2], CONFIGS[3], 14, (), 2).tokens)
 
 

@@ -22,7 +22,7 @@ OPTIONS = dict(max_new_tokens=12, stop_token_ids=())
 
 def served(**options) -> Engine:
     """Wide types would be a thread's own setting: float32."""
-    sizes = {"batch_slots": 2, "pages": 24, "page_size": 8, "turns": 2}
+    sizes = {"batch_slots": 2, "pages": 24, "page_size": 8, "steps_per_call": 2}
     return Engine(tiny_model(jnp.float32), **{**sizes, **options})
 
 

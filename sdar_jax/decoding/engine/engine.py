@@ -1,0 +1,418 @@
+"""`Engine`: requests of any lengths and configs through one batch on the device, fed and drained by the host.
+
+A request waits in a queue until there is a free slot and pages for its prompt. What the page pool has of its prefix is
+shared, a page that is shared in part is copied, and the rest is read in chunks beside the decoding of others. The
+device takes several steps per call and decides stops itself (`buffer.advance`); between calls the host takes out what
+ended, allocates pages, and admits new requests. When pages run out, the request that came last gives up its slot: its
+tokens stay, its keys are read again when it comes back, and its result is the same.
+
+Whatever interrupts a call loses nothing: `Recovery`.
+
+Everything moves while a caller waits: in `stream`, `result` and `generate`. Callers may be threads: every public method
+holds the engine's lock while it looks at or changes anything, and for one call of the device at a time.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from sdar_jax.decoding.block_forward import BufferConfig
+from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
+from sdar_jax.decoding.decode_state import SequenceShape, SequenceState, generated
+from sdar_jax.decoding.engine.input_processor import InputProcessor, float_type_of, own_config
+from sdar_jax.decoding.engine.model_runner import ModelRunner
+from sdar_jax.decoding.engine.recovery import Recovery
+from sdar_jax.decoding.engine.request import Request, ended
+from sdar_jax.decoding.engine.scheduler import Scheduler
+from sdar_jax.decoding.engine.sizes import engine_sizes, room_for_pages
+from sdar_jax.decoding.engine.statistics import Counters, Stats
+from sdar_jax.decoding.events import Event, EventReader
+from sdar_jax.decoding.generate import Prompt, check_seed, check_slots
+from sdar_jax.decoding.locks import TurnLock
+from sdar_jax.decoding.page_pool import PagePool
+from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
+from sdar_jax.decoding.text import TextReader, unknown_ids
+from sdar_jax.decoding.transfers import HostView
+from sdar_jax.devices.chips import platform
+from sdar_jax.errors import DecodingError, is_int
+from sdar_jax.model import Model, unstack_layers
+
+# Stop tokens, and tokens to suppress, that a request may have: in the shape of the batch.
+_STOPS, _SUPPRESSED = 8, 32
+
+
+class Engine:
+    """Serves requests of one model by continuous batching over paged keys and values.
+
+    Args:
+        model: a diffusion model, or an autoregressive one, which then serves strategy "autoregressive" alone.
+        tokenizer: for prompts and completions as text, and for stop strings; ids that it does not have are never
+            proposed.
+        batch_slots: requests decoded at once; half as many more may be prefilled and wait for a decode slot.
+        max_length: the most tokens of prompt and output together; None is what `pages` hold, or 4096 where these are
+            not given either, and never more than the model's context.
+        pages: of the cache; None is what `batch_slots` requests of `max_length` need, or as many as an accelerator has
+            memory for beside the weights.
+        page_size: positions of a page, a multiple of the block size; None is 64, or the next whole blocks.
+        block_size: S; None is the model's own.
+        window_slots: K, blocks of a request that a forward may read: 2 fuses a block's last write with the next's
+            start.
+        max_queue: requests that may wait.
+        prefill_tokens: of a prompt, the most that a forward reads beside the decoding of others.
+        steps_per_call: forwards of one call of the device, at most.
+        top_logprobs: the most of these that a request may ask for: room that every position has.
+
+    Raises:
+        ConfigError, DecodingError: sizes that cannot be served, or that there is no memory for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        tokenizer: Any = None,
+        batch_slots: int = 8,
+        max_length: int | None = None,
+        pages: int | None = None,
+        page_size: int | None = None,
+        block_size: int | None = None,
+        window_slots: int = 2,
+        max_queue: int = 1024,
+        prefill_tokens: int = 256,
+        steps_per_call: int = 8,
+        top_logprobs: int = 0,
+    ):
+        config = model.config
+        own = own_config(config, block_size)
+        size = own.resolve_block_size(config)
+        positive = {
+            "batch_slots": batch_slots,
+            "max_queue": max_queue,
+            "steps_per_call": steps_per_call,
+            "prefill_tokens": prefill_tokens,
+            "max_length": 1 if max_length is None else max_length,
+        }
+        for name, value in positive.items():
+            if not is_int(value) or value < 1:
+                raise DecodingError(f"{name} is {value!r}; give a positive integer")
+        if not is_int(top_logprobs) or not 0 <= top_logprobs <= config.vocab_size:
+            raise DecodingError(f"top_logprobs is {top_logprobs!r}; give an integer of 0 to {config.vocab_size}")
+        check_slots(window_slots)
+        paradigm = replace(own, block_size=size).paradigm(config)
+        self._buffer = BufferConfig(
+            block_size=size,
+            paradigm=paradigm,
+            rules=(own.strategy_for(config).rule,),
+            prefill_sequences=1,
+            prefill_tokens=-(-prefill_tokens // size) * size,
+            many_widths=platform() == "cpu",
+            sequences_at_once=batch_slots,
+        )
+        model = unstack_layers(model)
+        sizes = engine_sizes(
+            room_for_pages(model),
+            context=config.max_position_embeddings,
+            batch_slots=batch_slots,
+            block_size=size,
+            max_length=max_length,
+            pages=pages,
+            page_size=page_size,
+        )
+        pool = PagePool(sizes.pages, sizes.page_size, size)
+        # One block more than is asked for may be open.
+        table = -(-(sizes.max_length + size) // sizes.page_size)
+        shape = SequenceShape(
+            length=table * sizes.page_size,
+            stops=_STOPS,
+            pages=table,
+            block_size=size,
+            slots=paradigm.slots(window_slots),
+            suppressed=_SUPPRESSED,
+            alternatives=top_logprobs,
+        )
+        slots = batch_slots + -(-batch_slots // 2)
+        self._tokenizer = tokenizer
+        self._max_queue = max_queue
+        self._steps_per_call = steps_per_call
+        self._sizes = sizes
+        self._inputs = InputProcessor(
+            config, tokenizer, self._buffer, shape, sizes, float_type_of(model.embedding.dtype)
+        )
+        self._scheduler = Scheduler(pool, slots, self._buffer, shape, steps_per_call)
+        self._runner = ModelRunner(
+            model,
+            self._buffer,
+            idle=self._inputs.idle(),
+            slots=slots,
+            pages=(sizes.pages, sizes.page_size),
+            banned=unknown_ids(tokenizer, config.vocab_size),
+        )
+        self._requests: dict[int, Request] = {}
+        self._ids = itertools.count()
+        self._counters = Counters()
+        self._lock = TurnLock()
+        self._recovery = Recovery(self._reset)
+        self._recovery.recover()
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of prompt and output together that a request may have."""
+        return self._sizes.max_length
+
+    def submit(
+        self,
+        prompt: Prompt,
+        config: DecodingConfig = DecodingConfig(),  # noqa: B008 (frozen)
+        *,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        seed: int = 0,
+    ) -> int:
+        """Queues a request and returns its id.
+
+        Args:
+            prompt: token ids, or a text (with the engine's tokenizer).
+            stop_token_ids: the output ends before the first of these; None is the model's own list, () none.
+            stop_strings: the output's text ends before the first of these; its tokens with the one that completes it.
+
+        Raises:
+            DecodingError: the queue is full, or the request cannot be served by this engine.
+        """
+        request = self._accept(
+            prompt,
+            config,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            stop_strings=stop_strings,
+            seed=seed,
+        )
+        with self._lock:
+            self._recover()
+            if (count := len(self._scheduler.waiting)) >= self._max_queue:
+                raise DecodingError(f"the queue holds {count} requests, its max_queue; take a result first")
+            return self._enqueue(request)
+
+    def _accept(self, prompt: Prompt, config: DecodingConfig, **options) -> Request:
+        """A request that this engine can serve, or the error that says why not; it is not in the queue yet."""
+        request = self._inputs.request(prompt, config, **options)
+        if config.prompt_logprobs:
+            request.prompt_logprobs = prompt_logprobs(self._runner.model, request.prompt)
+        return request
+
+    def _enqueue(self, request: Request) -> int:
+        request.id = next(self._ids)
+        with self._recovery.changing():
+            if request.sequence.progress.done:
+                self._finish(request, request.sequence, None)
+            else:
+                self._scheduler.waiting.append(request)
+            self._requests[request.id] = request
+        return request.id
+
+    def result(self, request_id: int) -> Completion:
+        """The completion, once there is one; runs the engine until then. An id gives its result once."""
+        while True:
+            with self._lock:
+                request = self._known(request_id)
+                if request.result is not None:
+                    del self._requests[request_id]
+                    return request.result
+                self._step()
+
+    def cancel(self, request_id: int) -> Completion:
+        """Ends a request with what it has, finish_reason "cancelled"; one that had ended gives its own completion."""
+        with self._lock:
+            request = self._known(request_id)
+            if request.result is None:
+                self._end_early(request)
+            assert request.result is not None
+            del self._requests[request_id]
+            return request.result
+
+    def _end_early(self, request: Request) -> None:
+        with self._recovery.changing():
+            if request.slot is None:
+                self._scheduler.waiting.remove(request)
+            sequence = self._evict(request)
+            # It may have ended in a call whose end nobody saw.
+            self._finish(request, sequence, None if sequence.progress.done else "cancelled")
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        config: DecodingConfig = DecodingConfig(),  # noqa: B008 (frozen)
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        **options,
+    ) -> list[Completion]:
+        """As `sdar_jax.generate`, beside whatever else the engine is doing; `options` are those of `submit`."""
+        check_seed(seed, len(prompts))
+        ids = []
+        try:
+            for index, prompt in enumerate(prompts):
+                request = self._accept(prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options)
+                ids.append(self._enqueue_when_there_is_room(request))
+            return [self.result(request_id) for request_id in ids]
+        except BaseException:
+            # Nobody else knows their ids.
+            for request_id in ids:
+                with suppress(DecodingError):  # Its result was taken.
+                    self.cancel(request_id)
+            raise
+
+    def _enqueue_when_there_is_room(self, request: Request) -> int:
+        while True:
+            with self._lock:
+                self._recover()
+                if len(self._scheduler.waiting) < self._max_queue:
+                    return self._enqueue(request)
+                self._step()
+
+    def stream(self, request_id: int, *, changes: bool = False) -> Iterator[Event]:
+        """Finished blocks as they come, or every change of the open ones; then take `result`.
+
+        Changes do not depend on how many steps the device takes per call; an event may hold several finished blocks.
+        With the engine's tokenizer, what may become part of a stop string, or of a character that is not complete, is
+        held back until that is decided; a stop string itself is never given.
+        """
+        with self._lock:
+            request = self._known(request_id)
+        return self._events(request, changes)
+
+    def _events(self, request: Request, changes: bool) -> Iterator[Event]:
+        decode = None if self._tokenizer is None else self._tokenizer.decode
+        reader = EventReader(request.stop_strings, decode, self._buffer.block_size, changes)
+        while True:
+            with self._lock:
+                self._recover()
+                result = request.result
+                if request.slot is not None:
+                    # What was given is kept, should the device's state be lost.
+                    request.sequence = self._fetch(request)
+                events = reader.events(request.sequence, result)
+            # Not under the lock: a stream may be left here, or wait for its caller.
+            yield from events
+            if result is not None:
+                return
+            with self._lock:
+                if request.result is None:
+                    self._step()
+
+    def stats(self) -> Stats:
+        """What waits, runs and is free now, and what was counted since the engine was made."""
+        with self._lock:
+            self._recover()
+            return self._counters.stats(
+                queued=len(self._scheduler.waiting),
+                running=len(self._scheduler.running),
+                pages_available=self._scheduler.pool.available,
+                evictions=self._scheduler.pool.evictions,
+            )
+
+    def _known(self, request_id: int) -> Request:
+        self._recover()
+        if request_id not in self._requests:
+            raise DecodingError(f"request {request_id!r} is unknown, or its result was taken; use an id from submit")
+        return self._requests[request_id]
+
+    def _recover(self) -> None:
+        self._counters.restarts += self._recovery.recover()
+
+    def _reset(self) -> None:
+        """Empties the device and the pages. Who has not ended waits again, as the host last saw it, in the old order.
+
+        What a request is, no change touches, and decoding from an earlier state of it gives the same result.
+        """
+        unfinished = [request for request in self._requests.values() if request.result is None]
+        for request in unfinished:
+            request.stop_reader = self._inputs.stop_reader(request.stop_strings)
+        self._scheduler.reset(unfinished)
+        self._runner.reset()
+
+    def _step(self) -> None:
+        """Admits what fits, runs the device once, takes out what ended, and allocates pages."""
+        self._recover()
+        with self._recovery.changing():
+            self._admit()
+            running = self._scheduler.running
+            if not running:
+                assert not self._scheduler.waiting, "a request that was accepted must fit when it is alone"
+                return
+            # Where no request can decode yet it is one step, so that the time of reading prompts is known.
+            alone = all(self._scheduler.unread(request) for request in running)
+            read, started = self._counters.prefill_tokens, time.perf_counter()
+            self._runner.run(1 if alone else self._steps_per_call, self._inputs.rules)
+            self._counters.calls += 1
+        view = self._wait()
+        seconds = time.perf_counter() - started
+        with self._recovery.changing():
+            self._drain(view)
+        if alone:
+            self._counters.prefill_alone_tokens += self._counters.prefill_tokens - read
+            self._counters.prefill_alone_seconds += seconds
+
+    def _admit(self) -> None:
+        for admission in self._scheduler.admit():
+            self._runner.admit(admission)
+            if not admission.again:
+                self._counters.prompt_tokens += len(admission.request.prompt)
+                self._counters.prefix_tokens += admission.prefix_length
+
+    def _drain(self, view: HostView) -> None:
+        for request in self._scheduler.running:
+            unread = self._scheduler.unread(request)
+            request.cached = int(view.progress.cached[request.slot])
+            self._counters.prefill_tokens += unread - self._scheduler.unread(request)
+            self._scheduler.record_prompt(request, view)
+            if view.progress.done[request.slot]:
+                self._finish(request, self._evict(request), None)
+            elif request.stop_reader is not None:
+                self._stop_at_string(request, request.stop_reader)
+        growth = self._scheduler.grow(view)
+        for slot in growth.preempted:
+            self._runner.end(slot)
+            self._counters.preemptions += 1
+        if growth.allocated:
+            self._runner.set_pages(*self._scheduler.page_tables())
+
+    def _stop_at_string(self, request: Request, reader: TextReader) -> None:
+        reader.read(generated(self._fetch(request)))
+        if reader.found:
+            self._finish(request, self._evict(request), None)
+
+    def _wait(self) -> HostView:
+        """What the last call left, once it is done."""
+        view = self._runner.view
+        try:
+            view.progress  # noqa: B018
+        except Exception:
+            # The device failed, and what it was to give is no longer there.
+            self._recovery.lost()
+            raise
+        return view
+
+    def _fetch(self, request: Request) -> SequenceState:
+        """The state of a request in a slot, as the last call left it."""
+        assert request.slot is not None
+        return self._wait().sequence(request.sequence.inputs, request.slot)
+
+    def _evict(self, request: Request) -> SequenceState:
+        """Takes a request out of its slot, if it has one; its state."""
+        slot = request.slot
+        if slot is None:
+            return request.sequence
+        sequence = self._scheduler.release(request, self._wait())
+        if not sequence.progress.done:
+            self._runner.end(slot)
+        return sequence
+
+    def _finish(self, request: Request, sequence: SequenceState, reason: FinishReason | None) -> None:
+        """Makes the completion of a request that has left its slot."""
+        request.sequence = sequence
+        request.result = ended(request, sequence, reason, self._tokenizer)
+        self._counters.count_end(request.result)
