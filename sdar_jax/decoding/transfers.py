@@ -4,7 +4,7 @@ Each change is compiled once.
 """
 
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,20 +34,20 @@ def step_output(batch: SequenceState) -> StepOutput:
     return StepOutput(pack(batch.progress), batch.output)
 
 
-def pack(progress: SequenceProgress) -> Packed:
-    """Stacks the fields [B] into one array for each dtype, by its name: each that the host reads takes time of its own.
+def pack(fields: Any) -> Packed:
+    """Stacks fields [B], of any tree, into one array for each dtype, by its name: each that the host reads takes time of its own.
 
     Flags travel as int32.
     """
     groups: dict[str, list[Array]] = {}
-    for field in jax.tree.leaves(progress):
+    for field in jax.tree.leaves(fields):
         dtype = _dtype_in_transfer(field.dtype)
         groups.setdefault(dtype.name, []).append(field.astype(dtype))
     return {name: jnp.stack(fields) for name, fields in groups.items()}
 
 
-def unpack(packed: dict[str, np.ndarray], dtypes: SequenceProgress) -> SequenceProgress:
-    """The fields [B] that were packed, each of its own of `dtypes`."""
+def unpack(packed: dict[str, np.ndarray], dtypes: Any) -> Any:
+    """The fields [B] that were packed, in the tree of their `dtypes`, each of its own."""
     leaves, structure = jax.tree.flatten(dtypes)
     groups = {name: iter(fields) for name, fields in packed.items()}
     fields = [next(groups[_dtype_in_transfer(dtype).name]).astype(dtype) for dtype in leaves]

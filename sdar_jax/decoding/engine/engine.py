@@ -29,9 +29,10 @@ from sdar_jax.decoding.engine.request import Request, ended
 from sdar_jax.decoding.engine.scheduler import Scheduler
 from sdar_jax.decoding.engine.sizes import engine_sizes, room_for_pages
 from sdar_jax.decoding.engine.statistics import Counters, Stats
+from sdar_jax.decoding.engine.weights import replacement
 from sdar_jax.decoding.events import Event, EventReader
 from sdar_jax.decoding.generate import Prompt, check_seed, check_slots
-from sdar_jax.decoding.locks import TurnLock
+from sdar_jax.decoding.locks import FairLock
 from sdar_jax.decoding.page_pool import PagePool
 from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
 from sdar_jax.decoding.text import TextReader, unknown_ids
@@ -153,7 +154,7 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._counters = Counters()
-        self._lock = TurnLock()
+        self._lock = FairLock()
         self._recovery = Recovery(self._reset)
         self._recovery.recover()
 
@@ -302,6 +303,43 @@ class Engine:
             with self._lock:
                 if request.result is None:
                     self._step()
+
+    def update_weights(self, model: Model) -> None:
+        """Serves another model of the same shapes from now on, such as the next one of a training run.
+
+        Cached prefixes of the old weights are dropped, and nothing is compiled anew. Every completion comes from one
+        model: this is refused while a request has not ended. Results that were not taken yet stay.
+
+        Args:
+            model: of the same config, with weights of the same names, shapes and dtypes; they are moved to the devices
+                of the engine's if they are on others.
+
+        Raises:
+            DecodingError: a request has not ended, or the model differs; the engine is then as it was.
+        """
+        with self._lock:
+            self._recover()
+            if unfinished := len(self._scheduler.running) + len(self._scheduler.waiting):
+                raise DecodingError(
+                    f"{unfinished} requests have not ended, and each is decoded by one model; take their results, or "
+                    "cancel them, before update_weights"
+                )
+            model = replacement(self._runner.model, model)
+            with self._recovery.changing():
+                self._runner.update_weights(model)
+                self._scheduler.pool.clear()
+
+    def warm_up(self, config: DecodingConfig = DecodingConfig()) -> None:  # noqa: B008 (frozen)
+        """Compiles what requests of this config will run; without it, the first of them wait for that.
+
+        Two requests are decoded: from one page into the next, the second with a page that is shared in part and copied.
+        """
+        token = 1 if self._runner.model.config.mask_token_id == 0 else 0
+        prompt = [token] * max(1, min(self._sizes.page_size - 1, self.max_length - 2))
+        config = replace(config, min_new_tokens=0)
+        new = min(2, self.max_length - len(prompt))
+        for _ in range(2):
+            self.generate([prompt], config, max_new_tokens=new, stop_token_ids=())
 
     def stats(self) -> Stats:
         """What waits, runs and is free now, and what was counted since the engine was made."""

@@ -11,6 +11,7 @@ from sdar_jax.decoding.buffer import Decoder
 from sdar_jax.decoding.commit_rules import CommitRule
 from sdar_jax.decoding.decode_state import DecodeState, SequenceState
 from sdar_jax.decoding.engine.scheduler import Admission
+from sdar_jax.decoding.engine.weights import committed
 from sdar_jax.decoding.transfers import HostView, copy_page, end_sequence, put_sequence, set_pages
 from sdar_jax.devices.sharding import mesh_of
 from sdar_jax.model import Model, empty_pages
@@ -44,7 +45,7 @@ class ModelRunner:
         pages: tuple[int, int],
         banned: np.ndarray | None,
     ):
-        self.model = model
+        self.model = committed(model)
         self._config = config
         self._decode = Decoder(self.model, config)
         self._idle = jax.tree.map(lambda x: np.stack([x] * slots), idle)
@@ -58,6 +59,14 @@ class ModelRunner:
         self.state = DecodeState(jax.tree.map(jnp.asarray, self._idle), [], jax.device_put(self._banned))
         dtype, mesh = self.model.embedding.dtype, mesh_of(self.model)
         self.state = self.state._replace(cache=empty_pages(self.model.config, *self._pages, dtype, mesh))
+        if mesh is None:
+            # Committed as the weights are, and as the state comes back from a call, or that would be compiled twice.
+            self.state = jax.device_put(self.state, jax.tree.leaves(self.model)[0].sharding)
+
+    def update_weights(self, model: Model) -> None:
+        """Decodes with these weights from now on (see `weights.replacement`); nothing is compiled."""
+        self.model = model
+        self._decode = Decoder(self.model, self._config)
 
     def admit(self, admission: Admission) -> None:
         """Puts a request's state into its slot, and copies the page that it shares in part."""
