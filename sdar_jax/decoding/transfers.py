@@ -35,9 +35,9 @@ def step_output(batch: SequenceState) -> StepOutput:
 
 
 def pack(fields: Any) -> Packed:
-    """Stacks fields [B], of any tree, into one array for each dtype, by its name: each that the host reads takes time of its own.
+    """Stacks fields [B], of any tree, into one array for each dtype, by its name; flags travel as int32.
 
-    Flags travel as int32.
+    Each array that the host reads takes time of its own.
     """
     groups: dict[str, list[Array]] = {}
     for field in jax.tree.leaves(fields):
