@@ -27,7 +27,7 @@ from sdar_jax.decoding.engine.model_runner import ModelRunner
 from sdar_jax.decoding.engine.recovery import Recovery
 from sdar_jax.decoding.engine.request import Request, ended
 from sdar_jax.decoding.engine.scheduler import Scheduler
-from sdar_jax.decoding.engine.sizes import engine_sizes, room_for_pages
+from sdar_jax.decoding.engine.sizes import EngineSizes, engine_sizes, room_for_pages
 from sdar_jax.decoding.engine.statistics import Counters, Stats
 from sdar_jax.decoding.engine.weights import replacement
 from sdar_jax.decoding.events import Event, EventReader
@@ -86,36 +86,21 @@ class Engine:
         steps_per_call: int = 8,
         top_logprobs: int = 0,
     ):
-        config = model.config
-        own = own_config(config, block_size)
-        size = own.resolve_block_size(config)
-        positive = {
-            "batch_slots": batch_slots,
-            "max_queue": max_queue,
-            "steps_per_call": steps_per_call,
-            "prefill_tokens": prefill_tokens,
-            "max_length": 1 if max_length is None else max_length,
-        }
-        for name, value in positive.items():
-            if not is_int(value) or value < 1:
-                raise DecodingError(f"{name} is {value!r}; give a positive integer")
-        if not is_int(top_logprobs) or not 0 <= top_logprobs <= config.vocab_size:
-            raise DecodingError(f"top_logprobs is {top_logprobs!r}; give an integer of 0 to {config.vocab_size}")
-        check_slots(window_slots)
-        paradigm = replace(own, block_size=size).paradigm(config)
-        self._buffer = BufferConfig(
-            block_size=size,
-            paradigm=paradigm,
-            rules=(own.strategy_for(config).rule,),
-            prefill_sequences=1,
-            prefill_tokens=-(-prefill_tokens // size) * size,
-            many_widths=platform() == "cpu",
-            sequences_at_once=batch_slots,
+        own = own_config(model.config, block_size)
+        size = own.resolve_block_size(model.config)
+        _check_positive(
+            batch_slots=batch_slots,
+            max_queue=max_queue,
+            steps_per_call=steps_per_call,
+            prefill_tokens=prefill_tokens,
+            max_length=1 if max_length is None else max_length,
         )
+        _check_top_logprobs(top_logprobs, model.config.vocab_size)
+        check_slots(window_slots)
         model = unstack_layers(model)
         sizes = engine_sizes(
             room_for_pages(model),
-            context=config.max_position_embeddings,
+            context=model.config.max_position_embeddings,
             batch_slots=batch_slots,
             block_size=size,
             max_length=max_length,
@@ -123,34 +108,35 @@ class Engine:
             page_size=page_size,
         )
         pool = PagePool(sizes.pages, sizes.page_size, size)
-        # One block more than is asked for may be open.
-        table = -(-(sizes.max_length + size) // sizes.page_size)
-        shape = SequenceShape(
-            length=table * sizes.page_size,
-            stops=_STOPS,
-            pages=table,
+        paradigm = replace(own, block_size=size).paradigm(model.config)
+        config = BufferConfig(
             block_size=size,
-            slots=paradigm.slots(window_slots),
-            suppressed=_SUPPRESSED,
-            alternatives=top_logprobs,
+            paradigm=paradigm,
+            rules=(own.strategy_for(model.config).rule,),
+            prefill_sequences=1,
+            prefill_tokens=-(-prefill_tokens // size) * size,
+            many_widths=platform() == "cpu",
+            sequences_at_once=batch_slots,
         )
+        shape = _sequence_shape(sizes, size, paradigm.slots(window_slots), top_logprobs)
         slots = batch_slots + -(-batch_slots // 2)
         self._tokenizer = tokenizer
         self._max_queue = max_queue
         self._steps_per_call = steps_per_call
         self._sizes = sizes
         self._inputs = InputProcessor(
-            config, tokenizer, self._buffer, shape, sizes, float_type_of(model.embedding.dtype)
+            model.config, tokenizer, config, shape, sizes, float_type_of(model.embedding.dtype)
         )
-        self._scheduler = Scheduler(pool, slots, self._buffer, shape, steps_per_call)
+        self._scheduler = Scheduler(pool, slots, config, shape, steps_per_call)
         self._runner = ModelRunner(
             model,
-            self._buffer,
+            config,
             idle=self._inputs.idle(),
             slots=slots,
             pages=(sizes.pages, sizes.page_size),
-            banned=unknown_ids(tokenizer, config.vocab_size),
+            banned=unknown_ids(tokenizer, model.config.vocab_size),
         )
+        self._block_size = size
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count()
         self._counters = Counters()
@@ -287,7 +273,7 @@ class Engine:
 
     def _events(self, request: Request, changes: bool) -> Iterator[Event]:
         decode = None if self._tokenizer is None else self._tokenizer.decode
-        reader = EventReader(request.stop_strings, decode, self._buffer.block_size, changes)
+        reader = EventReader(request.stop_strings, decode, self._block_size, changes)
         while True:
             with self._lock:
                 self._recover()
@@ -454,3 +440,28 @@ class Engine:
         request.sequence = sequence
         request.result = ended(request, sequence, reason, self._tokenizer)
         self._counters.count_end(request.result)
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if not is_int(value) or value < 1:
+            raise DecodingError(f"{name} is {value!r}; give a positive integer")
+
+
+def _check_top_logprobs(top_logprobs: int, vocab_size: int) -> None:
+    if not is_int(top_logprobs) or not 0 <= top_logprobs <= vocab_size:
+        raise DecodingError(f"top_logprobs is {top_logprobs!r}; give an integer of 0 to {vocab_size}")
+
+
+def _sequence_shape(sizes: EngineSizes, block_size: int, slots: int, top_logprobs: int) -> SequenceShape:
+    # One block more than is asked for may be open.
+    pages = -(-(sizes.max_length + block_size) // sizes.page_size)
+    return SequenceShape(
+        length=pages * sizes.page_size,
+        stops=_STOPS,
+        pages=pages,
+        block_size=block_size,
+        slots=slots,
+        suppressed=_SUPPRESSED,
+        alternatives=top_logprobs,
+    )
