@@ -193,7 +193,7 @@ def make_sequence(
         forward_budget=_int(2 * (limit - min(first_block, known) + shape.block_size)),
         stop_ids=_padded(stop_ids, shape.stops, -1),
         sampling=sampling_params(config, shape.block_size, seed=seed, rule=rule, width=shape.suppressed),
-        page_table=np.zeros(shape.pages, np.int32),
+        page_table=_padded((), shape.pages, 0),
         pages_end=_int(0),
         admitted=_int(0),
     )
@@ -211,22 +211,28 @@ def make_sequence(
         out_of_pages=_flag(False),
     )
     # A prompt that nothing follows ends where it ends: its last block is not decoded past that.
-    committed = np.arange(shape.length) >= limit if max_new_tokens == 0 else np.zeros(shape.length, bool)
+    committed = _zeros(shape.length, dtype=bool)
     committed[:known] = given
+    if max_new_tokens == 0:
+        committed[limit:] = True
     output = SequenceOutput(
         tokens=_padded(prompt, shape.length, mask_token_id),
         committed=committed,
-        step=np.full(shape.length, -1, np.int32),
-        logprob=np.zeros(shape.length, float_type),
-        top_token=np.zeros((shape.length, shape.alternatives), np.int32),
-        top_logprob=np.zeros((shape.length, shape.alternatives), float_type),
-        block_step=np.zeros(shape.slots, np.int32),
+        step=_padded((), shape.length, -1),
+        logprob=_zeros(shape.length, dtype=float_type),
+        top_token=_zeros(shape.length, shape.alternatives, dtype=np.int32),
+        top_logprob=_zeros(shape.length, shape.alternatives, dtype=float_type),
+        block_step=_zeros(shape.slots, dtype=np.int32),
     )
     return SequenceState(inputs, progress, output)
 
 
 def _int(value: int) -> Any:
     return np.asarray(value, np.int32)
+
+
+def _zeros(*shape: int, dtype: Any) -> Any:
+    return np.zeros(shape, dtype)
 
 
 def _flag(value: bool | np.bool) -> Any:
