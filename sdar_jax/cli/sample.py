@@ -29,9 +29,9 @@ from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
 from sdar_jax.decoding.commit_rules import StrategyName
-from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, checked_stops, to_ids
 from sdar_jax.decoding.jsonl import answered, as_record, numbered_records
 from sdar_jax.decoding.output_settings import check_settings, write_settings
+from sdar_jax.decoding.prompts import Prompt, check_prompts, check_seed, checked_stops, to_ids
 from sdar_jax.decoding.speed import timed
 from sdar_jax.decoding.terminal import BlockText, watching
 from sdar_jax.devices.chips import check_backend

@@ -6,18 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from sdar_jax.decoding.completions import completion
 from sdar_jax.decoding.config import Completion, DecodingConfig
 from sdar_jax.decoding.decode_state import first_mask, sequence_at
-from sdar_jax.decoding.generate import (
+from sdar_jax.decoding.generate import decode_batch, one_each
+from sdar_jax.decoding.prompts import (
     Prompt,
     check_ids,
     check_options,
     check_seed,
     check_slots,
     checked_stops,
-    completion,
-    decode_batch,
-    one_each,
     to_ids,
 )
 from sdar_jax.errors import DecodingError

@@ -54,6 +54,11 @@ class _Page:
     children: set[int] = field(default_factory=set)
 
 
+def default_page_size(block_size: int) -> int:
+    """The positions of a page where no size is asked for: whole blocks, 64 or more."""
+    return -(-64 // block_size) * block_size
+
+
 def check_page_size(page_size: int, block_size: int) -> None:
     """Raises ConfigError for a page that is not made of whole blocks."""
     if page_size < 1 or page_size % block_size:

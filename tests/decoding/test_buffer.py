@@ -12,8 +12,9 @@ import pytest
 from sdar_jax import DecodingConfig
 from sdar_jax.decoding import block_forward
 from sdar_jax.decoding.buffer import Decoder, advance
+from sdar_jax.decoding.completions import completions
 from sdar_jax.decoding.decode_state import DecodeState, SequenceState
-from sdar_jax.decoding.generate import completions, start_state
+from sdar_jax.decoding.generate import start_state
 from tests.tiny import MASK, tiny_model
 
 NEW, STOPS = 14, (3, 5)

@@ -31,10 +31,10 @@ from sdar_jax.decoding.engine.sizes import EngineSizes, engine_sizes, room_for_p
 from sdar_jax.decoding.engine.statistics import Counters, Stats
 from sdar_jax.decoding.engine.weights import replacement
 from sdar_jax.decoding.events import Event, EventReader
-from sdar_jax.decoding.generate import Prompt, check_seed, check_slots
 from sdar_jax.decoding.locks import FairLock
 from sdar_jax.decoding.page_pool import PagePool
 from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
+from sdar_jax.decoding.prompts import Prompt, check_seed, check_slots
 from sdar_jax.decoding.text import TextReader, unknown_ids
 from sdar_jax.decoding.transfers import HostView
 from sdar_jax.devices.chips import platform

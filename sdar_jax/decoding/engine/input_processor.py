@@ -14,7 +14,7 @@ from sdar_jax.decoding.config import DecodingConfig
 from sdar_jax.decoding.decode_state import SequenceShape, SequenceState, make_sequence
 from sdar_jax.decoding.engine.request import Request
 from sdar_jax.decoding.engine.sizes import EngineSizes
-from sdar_jax.decoding.generate import (
+from sdar_jax.decoding.prompts import (
     Prompt,
     check_options,
     check_prompts,

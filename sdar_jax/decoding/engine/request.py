@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from sdar_jax.decoding.completions import completion
 from sdar_jax.decoding.config import Completion, FinishReason
 from sdar_jax.decoding.decode_state import SequenceState
-from sdar_jax.decoding.generate import completion
 from sdar_jax.decoding.text import TextReader
 
 

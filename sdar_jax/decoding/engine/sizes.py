@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sdar_jax.decoding.generate import default_page_size
-from sdar_jax.decoding.page_pool import check_page_size
+from sdar_jax.decoding.page_pool import check_page_size, default_page_size
 from sdar_jax.devices.sharding import PAGES, mesh_of, named
 from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model
