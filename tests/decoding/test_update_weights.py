@@ -16,30 +16,35 @@ PROMPT = [7 * i % 20 + 1 for i in range(26)]
 SIZES = dict(batch_slots=2, pages=14, page_size=8, prefill_tokens=8)
 
 
-def decode(engine: Engine) -> Completion:
-    prompts = [PROMPT, [*PROMPT[:12], 3]]
-    first, second = engine.generate(prompts, CONFIG, max_new_tokens=8, stop_token_ids=())
-    return first._replace(prefill_forwards=0), second._replace(prefill_forwards=0)
+PROMPTS = [PROMPT, [*PROMPT[:12], 3]]
+
+
+def decode(engine: Engine) -> list[Completion]:
+    return engine.generate(PROMPTS, CONFIG, max_new_tokens=8, stop_token_ids=())
+
+
+def tokens(completions: list[Completion]) -> list[list[int]]:
+    return [completion.tokens for completion in completions]
 
 
 def test_results_are_those_of_an_engine_of_the_new_model(x64):
     """Its weights stacked, or on a device by name, as a training step leaves them: nothing is compiled for that."""
     old, new = tiny_model(seed=0), tiny_model(seed=1)
     engine = Engine(old, **SIZES)
-    before = decode(engine), decode(engine)
-    assert engine.stats().prefix_tokens > 24
-    wanted = decode(Engine(new, **SIZES))
-    placed = jax.device_put(jax.tree.map(jnp.copy, new), jax.devices()[0])
+    before = decode(engine)
+    assert decode(engine)[0].prefill_forwards == 0
     prefix = engine.stats().prefix_tokens
+    fresh = decode(Engine(new, **SIZES))
+    placed = jax.device_put(jax.tree.map(jnp.copy, new), jax.devices()[0])
     with compilations() as compiled:
         engine.update_weights(placed)
-        first = engine.generate([PROMPT], CONFIG, max_new_tokens=8, stop_token_ids=())
+        after = decode(engine)
         assert not compiled
-    # Nothing that the old weights had cached was read.
-    assert engine.stats().prefix_tokens == prefix and first[0].prefill_forwards == 3
-    assert decode(engine) == wanted != before[0]
+    # To the last bit, and nothing that the old weights had cached was read.
+    assert after == fresh and tokens(after) != tokens(before)
+    assert after[0].prefill_forwards == 3 and engine.stats().prefix_tokens - prefix == 12
     engine.update_weights(stack_layers(jax.tree.map(jnp.copy, old)))
-    assert decode(engine) == before[0]
+    assert decode(engine) == before
     assert engine.stats().restarts == 0
 
 
