@@ -69,10 +69,10 @@ def test_a_prefilled_request_begins_when_another_ends(x64):
     """One decodes at a time; the other's prompt is read meanwhile, and its turn comes in the same call."""
     served = engine(batch_slots=1, steps_per_call=50)
     ids = [served.submit(LONG[:n], CONFIGS[2], max_new_tokens=8, stop_token_ids=()) for n in (17, 25, 9)]
-    first, second = (served._requests[i] for i in ids[:2])
-    began = lambda request: int(served._fetch(request).progress.denoising_forwards)
+    first, second = (served._core.requests[i] for i in ids[:2])
+    began = lambda request: int(served._core._fetch(request).progress.denoising_forwards)
     while first.result is None:
-        served._step()
+        served._core.step()
         assert served.stats().running <= 2
         assert first.result is not None or not began(first) or not began(second)
     # Only their prompts and the third's, which waited, took calls of their own.
@@ -88,8 +88,8 @@ def test_prompts_are_read_in_the_order_of_admission(x64):
     for _ in range(30):
         while served.stats().queued < 2:
             ids.append(served.submit([len(ids) % 20 + 1] * 17, CONFIGS[0], max_new_tokens=1, stop_token_ids=()))
-        served._step()
-        ended = [served._requests[i].result is not None for i in ids]
+        served._core.step()
+        ended = [served._core.requests[i].result is not None for i in ids]
         assert ended == sorted(ended, reverse=True)
     assert sum(ended) > 5
 
@@ -199,7 +199,7 @@ def test_ids_that_the_tokenizer_lacks_are_never_proposed(x64):
     for _ in range(2):
         got = served.generate(PROMPTS, CONFIGS[3], max_new_tokens=14, stop_token_ids=())
         assert all(token % 2 == 0 for completion in got for token in completion.tokens)
-        served._recovery.lost()
+        served._core.recovery.lost()
     assert any(token % 2 for token in alone(PROMPTS[2], CONFIGS[3], 14, (), 2).tokens)
 
 

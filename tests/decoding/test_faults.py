@@ -117,9 +117,9 @@ def test_pages_that_no_logits_came_from_are_no_prefix(x64):
     """A request that is cancelled while its prompt is read leaves none; one that decoded leaves them."""
     one = served(steps_per_call=1)
     left = submit(one, LONG[:26])
-    one._step()
-    one._step()
-    assert one._requests[left].cached == 16
+    one._core.step()
+    one._core.step()
+    assert one._core.requests[left].cached == 16
     one.cancel(left)
     for prefix in (0, 24):
         before = one.stats().prefix_tokens
@@ -131,10 +131,10 @@ def test_pages_that_no_logits_came_from_are_no_prefix(x64):
 def test_a_prompt_is_shared_while_its_request_runs(slots, x64):
     one = served(pages=12, steps_per_call=1, window_slots=slots)
     first = submit(one, LONG[:17])
-    while one.stats().prefill_tokens < 16 or not one._requests[first].prompt_recorded:
-        one._step()
+    while one.stats().prefill_tokens < 16 or not one._core.requests[first].prompt_recorded:
+        one._core.step()
     second = submit(one, [*LONG[:17], 9])
-    one._step()
+    one._core.step()
     assert one.stats().running == 2 and one.stats().prefix_tokens == 16
     assert one.result(first).tokens == wanted(LONG[:17])
     assert one.result(second).tokens == wanted([*LONG[:17], 9])
@@ -207,18 +207,18 @@ def test_an_interruption_loses_nothing(name, before, whole, x64):
     one = served()
     one.generate([PROMPTS[1]], CONFIG, max_new_tokens=1)
     unwanted = submit(one, PROMPTS[3])
-    one._step()
+    one._core.step()
     ids = [submit(one, [*PROMPTS[1][:12], 7], 5), *(submit(one, prompt) for prompt in PROMPTS)]
     told, events = [], one.stream(ids[2])
-    place = {"_decode": one._runner, "device_get": jax}.get(name, model_runner)
+    place = {"_decode": one._core._runner, "device_get": jax}.get(name, model_runner)
     with once(place, name, before=before), pytest.raises(Interrupted):
         assert one.cancel(unwanted).finish_reason == "cancelled"
         for event in events:
             told += event.tokens
         for request_id in ids:
-            while one._requests[request_id].result is None:
-                one._step()
-    if unwanted in one._requests:
+            while one._core.requests[request_id].result is None:
+                one._core.step()
+    if unwanted in one._core.requests:
         one.cancel(unwanted)
     assert told == whole[1][: len(told)]
     told = [t for event in one.stream(ids[2]) for t in event.tokens]
@@ -232,7 +232,7 @@ def test_cancel_after_an_interruption_gives_what_had_ended(x64):
     """It ended in a call that nobody waited for, in the middle of a block."""
     one = served(steps_per_call=50)
     request_id = submit(one, new=1)
-    with once(one, "_wait", before=False), pytest.raises(Interrupted):
+    with once(one._core, "_wait", before=False), pytest.raises(Interrupted):
         one.result(request_id)
     done = one.cancel(request_id)
     assert (done.tokens, done.finish_reason) == (wanted([1, 2, 3], new=1), "length")
@@ -266,8 +266,8 @@ def traced(one: Engine, ids: list[int], number: int) -> int:
     try:
         one.cancel(ids[-1])
         for request_id in ids[:-1]:
-            while one._known(request_id).result is None:
-                one._step()
+            while one._core.known(request_id).result is None:
+                one._core.step()
     except Interrupted:
         pass
     finally:
@@ -285,7 +285,7 @@ def test_interruptions_anywhere(whole, x64):
         ids = [submit(one, prompt) for prompt in [*PROMPTS, PROMPTS[0]]]
         lines = traced(one, ids, number)
         assert [one.result(i).tokens for i in ids[:-1]] == whole
-        if ids[-1] in one._requests:
+        if ids[-1] in one._core.requests:
             one.cancel(ids[-1])
         assert idle(one)
         return lines

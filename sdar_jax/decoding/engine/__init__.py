@@ -1,6 +1,7 @@
 """Continuous batching, in parts that each stand alone.
 
-    Engine          the face: submit, stream, result, cancel, generate, update_weights, stats
+    Engine          the face, and its lock: submit, stream, result, cancel, generate, update_weights, stats
+    EngineCore      the loop: a step admits, runs the device once, takes out what ended; knows no threads
     InputProcessor  a prompt and a config to a checked request
     Scheduler       the queue, slots of the batch, pages, preemption; knows no device
     ModelRunner     the batch on the device; knows no queue

@@ -12,31 +12,27 @@ Everything moves while a caller waits: in `stream`, `result` and `generate`. Cal
 holds the engine's lock while it looks at or changes anything, and for one call of the device at a time.
 """
 
-import itertools
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from sdar_jax.decoding.block_forward import BufferConfig
-from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
-from sdar_jax.decoding.decode_state import SequenceShape, SequenceState, generated
+from sdar_jax.decoding.config import Completion, DecodingConfig
+from sdar_jax.decoding.decode_state import SequenceShape
+from sdar_jax.decoding.engine.core import EngineCore
 from sdar_jax.decoding.engine.input_processor import InputProcessor, float_type_of, own_config
 from sdar_jax.decoding.engine.model_runner import ModelRunner
-from sdar_jax.decoding.engine.recovery import Recovery
-from sdar_jax.decoding.engine.request import Request, ended
+from sdar_jax.decoding.engine.request import Request
 from sdar_jax.decoding.engine.scheduler import Scheduler
 from sdar_jax.decoding.engine.sizes import EngineSizes, engine_sizes, room_for_pages
-from sdar_jax.decoding.engine.statistics import Counters, Stats
-from sdar_jax.decoding.engine.weights import replacement
+from sdar_jax.decoding.engine.statistics import Stats
 from sdar_jax.decoding.events import Event, EventReader
 from sdar_jax.decoding.locks import FairLock
 from sdar_jax.decoding.page_pool import PagePool
 from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
 from sdar_jax.decoding.prompts import Prompt, check_seed, check_slots
-from sdar_jax.decoding.text import TextReader, unknown_ids
-from sdar_jax.decoding.transfers import HostView
+from sdar_jax.decoding.text import unknown_ids
 from sdar_jax.devices.chips import platform
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, unstack_layers
@@ -122,13 +118,12 @@ class Engine:
         slots = batch_slots + -(-batch_slots // 2)
         self._tokenizer = tokenizer
         self._max_queue = max_queue
-        self._steps_per_call = steps_per_call
         self._sizes = sizes
         self._inputs = InputProcessor(
             model.config, tokenizer, config, shape, sizes, float_type_of(model.embedding.dtype)
         )
-        self._scheduler = Scheduler(pool, slots, config, shape, steps_per_call)
-        self._runner = ModelRunner(
+        scheduler = Scheduler(pool, slots, config, shape, steps_per_call)
+        runner = ModelRunner(
             model,
             config,
             idle=self._inputs.idle(),
@@ -137,12 +132,8 @@ class Engine:
             banned=unknown_ids(tokenizer, model.config.vocab_size),
         )
         self._block_size = size
-        self._requests: dict[int, Request] = {}
-        self._ids = itertools.count()
-        self._counters = Counters()
         self._lock = FairLock()
-        self._recovery = Recovery(self._reset)
-        self._recovery.recover()
+        self._core = EngineCore(self._inputs, scheduler, runner, tokenizer, steps_per_call)
 
     @property
     def max_length(self) -> int:
@@ -178,55 +169,37 @@ class Engine:
             seed=seed,
         )
         with self._lock:
-            self._recover()
-            if (count := len(self._scheduler.waiting)) >= self._max_queue:
+            self._core.recover()
+            if (count := self._core.queued) >= self._max_queue:
                 raise DecodingError(f"the queue holds {count} requests, its max_queue; take a result first")
-            return self._enqueue(request)
+            return self._core.enqueue(request)
 
     def _accept(self, prompt: Prompt, config: DecodingConfig, **options) -> Request:
         """A request that this engine can serve, or the error that says why not; it is not in the queue yet."""
         request = self._inputs.request(prompt, config, **options)
         if config.prompt_logprobs:
-            request.prompt_logprobs = prompt_logprobs(self._runner.model, request.prompt)
+            request.prompt_logprobs = prompt_logprobs(self._core.model, request.prompt)
         return request
-
-    def _enqueue(self, request: Request) -> int:
-        request.id = next(self._ids)
-        with self._recovery.changing():
-            if request.sequence.progress.done:
-                self._finish(request, request.sequence, None)
-            else:
-                self._scheduler.waiting.append(request)
-            self._requests[request.id] = request
-        return request.id
 
     def result(self, request_id: int) -> Completion:
         """The completion, once there is one; runs the engine until then. An id gives its result once."""
         while True:
             with self._lock:
-                request = self._known(request_id)
+                request = self._core.known(request_id)
                 if request.result is not None:
-                    del self._requests[request_id]
+                    del self._core.requests[request_id]
                     return request.result
-                self._step()
+                self._core.step()
 
     def cancel(self, request_id: int) -> Completion:
         """Ends a request with what it has, finish_reason "cancelled"; one that had ended gives its own completion."""
         with self._lock:
-            request = self._known(request_id)
+            request = self._core.known(request_id)
             if request.result is None:
-                self._end_early(request)
+                self._core.end_early(request)
             assert request.result is not None
-            del self._requests[request_id]
+            del self._core.requests[request_id]
             return request.result
-
-    def _end_early(self, request: Request) -> None:
-        with self._recovery.changing():
-            if request.slot is None:
-                self._scheduler.waiting.remove(request)
-            sequence = self._evict(request)
-            # It may have ended in a call whose end nobody saw.
-            self._finish(request, sequence, None if sequence.progress.done else "cancelled")
 
     def generate(
         self,
@@ -255,10 +228,10 @@ class Engine:
     def _enqueue_when_there_is_room(self, request: Request) -> int:
         while True:
             with self._lock:
-                self._recover()
-                if len(self._scheduler.waiting) < self._max_queue:
-                    return self._enqueue(request)
-                self._step()
+                self._core.recover()
+                if self._core.queued < self._max_queue:
+                    return self._core.enqueue(request)
+                self._core.step()
 
     def stream(self, request_id: int, *, changes: bool = False) -> Iterator[Event]:
         """Finished blocks as they come, or every change of the open ones; then take `result`.
@@ -268,7 +241,7 @@ class Engine:
         held back until that is decided; a stop string itself is never given.
         """
         with self._lock:
-            request = self._known(request_id)
+            request = self._core.known(request_id)
         return self._events(request, changes)
 
     def _events(self, request: Request, changes: bool) -> Iterator[Event]:
@@ -276,11 +249,9 @@ class Engine:
         reader = EventReader(request.stop_strings, decode, self._block_size, changes)
         while True:
             with self._lock:
-                self._recover()
+                self._core.recover()
                 result = request.result
-                if request.slot is not None:
-                    # What was given is kept, should the device's state be lost.
-                    request.sequence = self._fetch(request)
+                self._core.refresh(request)
                 events = reader.events(request.sequence, result)
             # Not under the lock: a stream may be left here, or wait for its caller.
             yield from events
@@ -288,7 +259,7 @@ class Engine:
                 return
             with self._lock:
                 if request.result is None:
-                    self._step()
+                    self._core.step()
 
     def update_weights(self, model: Model) -> None:
         """Serves another model of the same shapes from now on, such as the next one of a training run.
@@ -304,23 +275,14 @@ class Engine:
             DecodingError: a request has not ended, or the model differs; the engine is then as it was.
         """
         with self._lock:
-            self._recover()
-            if unfinished := len(self._scheduler.running) + len(self._scheduler.waiting):
-                raise DecodingError(
-                    f"{unfinished} requests have not ended, and each is decoded by one model; take their results, or "
-                    "cancel them, before update_weights"
-                )
-            model = replacement(self._runner.model, model)
-            with self._recovery.changing():
-                self._runner.update_weights(model)
-                self._scheduler.pool.clear()
+            self._core.update_weights(model)
 
     def warm_up(self, config: DecodingConfig = DecodingConfig()) -> None:  # noqa: B008 (frozen)
         """Compiles what requests of this config will run; without it, the first of them wait for that.
 
         Two requests are decoded: from one page into the next, the second with a page that is shared in part and copied.
         """
-        token = 1 if self._runner.model.config.mask_token_id == 0 else 0
+        token = 1 if self._core.model.config.mask_token_id == 0 else 0
         prompt = [token] * max(1, min(self._sizes.page_size - 1, self.max_length - 2))
         config = replace(config, min_new_tokens=0)
         new = min(2, self.max_length - len(prompt))
@@ -330,116 +292,7 @@ class Engine:
     def stats(self) -> Stats:
         """What waits, runs and is free now, and what was counted since the engine was made."""
         with self._lock:
-            self._recover()
-            return self._counters.stats(
-                queued=len(self._scheduler.waiting),
-                running=len(self._scheduler.running),
-                pages_available=self._scheduler.pool.available,
-                evictions=self._scheduler.pool.evictions,
-            )
-
-    def _known(self, request_id: int) -> Request:
-        self._recover()
-        if request_id not in self._requests:
-            raise DecodingError(f"request {request_id!r} is unknown, or its result was taken; use an id from submit")
-        return self._requests[request_id]
-
-    def _recover(self) -> None:
-        self._counters.restarts += self._recovery.recover()
-
-    def _reset(self) -> None:
-        """Empties the device and the pages. Who has not ended waits again, as the host last saw it, in the old order.
-
-        What a request is, no change touches, and decoding from an earlier state of it gives the same result.
-        """
-        unfinished = [request for request in self._requests.values() if request.result is None]
-        for request in unfinished:
-            request.stop_reader = self._inputs.stop_reader(request.stop_strings)
-        self._scheduler.reset(unfinished)
-        self._runner.reset()
-
-    def _step(self) -> None:
-        """Admits what fits, runs the device once, takes out what ended, and allocates pages."""
-        self._recover()
-        with self._recovery.changing():
-            self._admit()
-            running = self._scheduler.running
-            if not running:
-                assert not self._scheduler.waiting, "a request that was accepted must fit when it is alone"
-                return
-            # Where no request can decode yet it is one step, so that the time of reading prompts is known.
-            alone = all(self._scheduler.unread(request) for request in running)
-            read, started = self._counters.prefill_tokens, time.perf_counter()
-            self._runner.run(1 if alone else self._steps_per_call, self._inputs.rules)
-            self._counters.calls += 1
-        view = self._wait()
-        seconds = time.perf_counter() - started
-        with self._recovery.changing():
-            self._drain(view)
-        if alone:
-            self._counters.prefill_alone_tokens += self._counters.prefill_tokens - read
-            self._counters.prefill_alone_seconds += seconds
-
-    def _admit(self) -> None:
-        for admission in self._scheduler.admit():
-            self._runner.admit(admission)
-            if not admission.again:
-                self._counters.prompt_tokens += len(admission.request.prompt)
-                self._counters.prefix_tokens += admission.prefix_length
-
-    def _drain(self, view: HostView) -> None:
-        for request in self._scheduler.running:
-            unread = self._scheduler.unread(request)
-            request.cached = int(view.progress.cached[request.slot])
-            self._counters.prefill_tokens += unread - self._scheduler.unread(request)
-            self._scheduler.record_prompt(request, view)
-            if view.progress.done[request.slot]:
-                self._finish(request, self._evict(request), None)
-            elif request.stop_reader is not None:
-                self._stop_at_string(request, request.stop_reader)
-        growth = self._scheduler.grow(view)
-        for slot in growth.preempted:
-            self._runner.end(slot)
-            self._counters.preemptions += 1
-        if growth.allocated:
-            self._runner.set_pages(*self._scheduler.page_tables())
-
-    def _stop_at_string(self, request: Request, reader: TextReader) -> None:
-        reader.read(generated(self._fetch(request)))
-        if reader.found:
-            self._finish(request, self._evict(request), None)
-
-    def _wait(self) -> HostView:
-        """What the last call left, once it is done."""
-        view = self._runner.view
-        try:
-            view.progress  # noqa: B018
-        except Exception:
-            # The device failed, and what it was to give is no longer there.
-            self._recovery.lost()
-            raise
-        return view
-
-    def _fetch(self, request: Request) -> SequenceState:
-        """The state of a request in a slot, as the last call left it."""
-        assert request.slot is not None
-        return self._wait().sequence(request.sequence.inputs, request.slot)
-
-    def _evict(self, request: Request) -> SequenceState:
-        """Takes a request out of its slot, if it has one; its state."""
-        slot = request.slot
-        if slot is None:
-            return request.sequence
-        sequence = self._scheduler.release(request, self._wait())
-        if not sequence.progress.done:
-            self._runner.end(slot)
-        return sequence
-
-    def _finish(self, request: Request, sequence: SequenceState, reason: FinishReason | None) -> None:
-        """Makes the completion of a request that has left its slot."""
-        request.sequence = sequence
-        request.result = ended(request, sequence, reason, self._tokenizer)
-        self._counters.count_end(request.result)
+            return self._core.stats()
 
 
 def _check_positive(**values: int) -> None:
