@@ -27,9 +27,9 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from sdar_jax import DecodingConfig, ModelConfig
-from sdar_jax.decoding.buffer import State, advance
-from sdar_jax.decoding.forward import BufferConfig
-from sdar_jax.decoding.rows import RowShape, make_row
+from sdar_jax.decoding.block_forward import BufferConfig
+from sdar_jax.decoding.buffer import advance
+from sdar_jax.decoding.decode_state import DecodeState, SequenceShape, make_sequence
 from sdar_jax.devices.chips import CHIPS, Chip, compiling_for, topology
 from sdar_jax.model import Model, empty_pages
 
@@ -132,14 +132,14 @@ def plot(model: ModelConfig, chips: Sequence[str], context: int, path: str) -> N
     figure.savefig(path)
 
 
-def abstract_state(model: ModelConfig, batch: int, size: int, context: int) -> State:
-    """An engine's state for `batch` rows of up to `context` tokens."""
+def abstract_state(model: ModelConfig, batch: int, size: int, context: int) -> DecodeState:
+    """An engine's state for `batch` sequences of up to `context` tokens."""
     pages = -(-(context + size) // PAGE)
     config = DecodingConfig(block_size=size)
-    row = make_row(
+    sequence = make_sequence(
         np.zeros(0, np.int32),
         config,
-        RowShape(pages * PAGE, 8, pages, size, 2),
+        SequenceShape(pages * PAGE, 8, pages, size, 2),
         rule=(0, config.strategy_for(model).rule),
         origin=0,
         max_new_tokens=1,
@@ -148,8 +148,8 @@ def abstract_state(model: ModelConfig, batch: int, size: int, context: int) -> S
         seed=0,
         float_type=np.dtype(np.float32),
     )
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype), row)
-    return State(rows, jax.eval_shape(lambda: empty_pages(model, batch * pages, PAGE, jnp.bfloat16)))
+    sequences = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype), sequence)
+    return DecodeState(sequences, jax.eval_shape(lambda: empty_pages(model, batch * pages, PAGE, jnp.bfloat16)))
 
 
 def compile_for(chip: str, model: ModelConfig, batch: int, size: int, context: int):
@@ -158,12 +158,12 @@ def compile_for(chip: str, model: ModelConfig, batch: int, size: int, context: i
     one = SingleDeviceSharding(device)
     place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
     weights: Any = jax.eval_shape(partial(Model, model, jax.random.key(0), jnp.bfloat16))
-    state, turns = abstract_state(model, batch, size, context), jax.ShapeDtypeStruct((), jnp.int32)
+    state, steps = abstract_state(model, batch, size, context), jax.ShapeDtypeStruct((), jnp.int32)
     rules = (DecodingConfig().strategy_for(model).rule,)
-    config = BufferConfig(size, model.with_blocks(size), rules, prefill_rows=1, prefill_tokens=256)
+    config = BufferConfig(size, model.with_blocks(size), rules, prefill_sequences=1, prefill_tokens=256)
     with compiling_for(device):
         program = jax.jit(partial(advance, config=config), donate_argnums=1)
-        return program.lower(place(weights), place(state), place(turns)).compile()
+        return program.lower(place(weights), place(state), place(steps)).compile()
 
 
 def print_compiled(chip: str, model: ModelConfig, batch: int, size: int, context: int) -> None:

@@ -1,6 +1,6 @@
 """64 concurrent requests of mixed lengths through an engine of 8 rows, beside static batches of 8 with equal lengths.
 
-    python -m benchmarks.load [--requests 256] [--pairs 5] [--turns 16] [--pages 96] [--seed 0]
+    python -m benchmarks.load [--requests 256] [--pairs 5] [--steps-per-call 16] [--pages 96] [--seed 0]
 
 Whenever one of the 64 ends the next is submitted, until all have been: so the queue is full but for the end of a run,
 when the last rows finish alone. Pages are too few for 8 long rows, and one request in eight is cancelled when it is
@@ -159,14 +159,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256, help="in all, 64 at a time")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--turns", type=int, default=16, help="forwards a call of the engine, at most")
+    parser.add_argument("--steps-per-call", type=int, default=16, help="forwards per call of the engine, at most")
     parser.add_argument("--pages", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, compiled = unstack_layers(network()), Compilations()
     random = np.random.default_rng(args.seed)
     sizes = dict(batch_slots=ROWS, pages=args.pages, page_size=PAGE_SIZE, max_length=PROMPT[1] + NEW[1])
-    engine = Engine(model, turns=args.turns, **sizes)
+    engine = Engine(model, steps_per_call=args.steps_per_call, **sizes)
     serve(engine, traffic(random, CONCURRENT), random, compiled)
     prompt, new = sum(PROMPT) // 2, sum(NEW) // 2
     static(model, ROWS, prompt, new, random)

@@ -271,7 +271,7 @@ def test_ctrl_c_in_a_file_keeps_what_is_written(cli, tmp_path, monkeypatch):
         # Two of the calls warm up.
         if next(calls) == 2 + 4:
             raise KeyboardInterrupt
-        most.append(len(self._requests))
+        most.append(len(self._core.requests))
         return result(self, request_id)
 
     with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@
 
 An input line is {"prompt": text}, {"prompt_ids": [ids]} or {"messages": [...]}, with "max_new_tokens" and "seed" of its
 own if it has them; what else it holds is copied to the output line. Lines that the output file already holds are not
-decoded again, so an interrupted run goes on, with the same results. OUTPUT.settings.json says what made them: another
+decoded again, so an interrupted run resumes, with the same results. OUTPUT.settings.json says what made them: another
 model or other settings are refused. Speeds go to stderr; they do not count compilation.
 """
 
@@ -29,9 +29,9 @@ from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
 from sdar_jax.decoding.commit_rules import StrategyName
-from sdar_jax.decoding.generate import Prompt, check_prompts, check_seed, checked_stops, to_ids
 from sdar_jax.decoding.jsonl import answered, as_record, numbered_records
 from sdar_jax.decoding.output_settings import check_settings, write_settings
+from sdar_jax.decoding.prompts import Prompt, check_prompts, check_seed, checked_stops, to_ids
 from sdar_jax.decoding.speed import timed
 from sdar_jax.decoding.terminal import BlockText, watching
 from sdar_jax.devices.chips import check_backend
@@ -40,7 +40,6 @@ from sdar_jax.hf.model_files import fingerprint
 from sdar_jax.hf.pretrained import model_directory
 from sdar_jax.model import Model
 
-PAGE = 64  # Positions of a page, at least: whole blocks.
 LEAST_LENGTH = 256  # An engine's requests may have this many tokens, at least; in a chat, more.
 CHAT_LENGTH = 2048
 AHEAD = 4  # Batches of a file under way: what an interruption can lose.
@@ -132,12 +131,11 @@ class Sampler:
             block_size=config.decoding.block_size,
             mask_token_id=config.mask_token_id,
         )
-        self.block_size = config.decoding.resolve_block_size(self.model.config)
+        config.decoding.resolve_block_size(self.model.config)
         if config.watch and self.canvas:
             raise DecodingError("--watch follows the engine, and this model reads its whole canvas; leave it out")
         self.stop_token_ids = None if stops is None else checked_stops(stops, self.model.config)
         self.engine: Engine | None = None
-        self.engine_length = 0
 
     @property
     def canvas(self) -> bool:
@@ -169,26 +167,17 @@ class Sampler:
             return
         self.engine = None  # Its pages make room.
         length = min(max(length, LEAST_LENGTH), self.model.config.max_position_embeddings)
-        page_size = -(-PAGE // self.block_size) * self.block_size
         started = time.perf_counter()
         self.engine = Engine(
             self.model,
             tokenizer=self.tokenizer,
             batch_slots=slots,
-            pages=slots * -(-(length + self.block_size) // page_size),
-            page_size=page_size,
             max_length=length,
             max_queue=AHEAD * slots,
-            turns=1 if self.config.watch else 8,
+            steps_per_call=1 if self.config.watch else 8,
             top_logprobs=self.config.decoding.top_logprobs,
         )
-        self.engine_length = length
-        # From one page into the next; the second time, with a page that is shared in part and copied.
-        token = 1 if self.model.config.mask_token_id == 0 else 0
-        prompt = [token] * max(1, min(page_size - 1, length - 2))
-        config = dataclasses.replace(self.config.decoding, min_new_tokens=0)
-        for stops in (self.stop_token_ids, ()):
-            self.engine.generate([prompt], config, max_new_tokens=2, stop_token_ids=stops)
+        self.engine.warm_up(self.config.decoding)
         print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
     def submit(self, request: Request) -> int:
@@ -259,8 +248,8 @@ def parse_variables(text: str | None) -> dict[str, Any]:
     except ValueError:
         variables = None
     if not isinstance(variables, dict):
-        told = f"--chat-template-kwargs {text!r} is not a JSON object"
-        raise DecodingError(f"""{told}; write it as '{{"enable_thinking": false}}'""")
+        message = f"--chat-template-kwargs {text!r} is not a JSON object"
+        raise DecodingError(f"""{message}; write it as '{{"enable_thinking": false}}'""")
     return variables
 
 
@@ -309,7 +298,7 @@ def chat(config: SampleConfig) -> None:
             first = start
         request = sampler.request(ids, config.seed + len(messages))
         # A conversation that has outgrown its engine gets a larger one, which has to read all of it again.
-        if sampler.engine_length < request.length:
+        if sampler.engine is None or sampler.engine.max_length < request.length:
             sampler.prepare(1, max(CHAT_LENGTH, 2 * request.length))
         answer = show_answer(sampler, request).text
         # A turn that says nothing belongs in no conversation, and neither does its question.
@@ -334,10 +323,10 @@ def _context(sampler: Sampler) -> int:
 def _say_unanswered(sampler: Sampler, tokens: int) -> None:
     """On stdout too for a program, which waits for a line."""
     room = f"it has {tokens} tokens, --max-new-tokens is {sampler.config.max_new_tokens}"
-    told = f"this message is not answered: {room} and the context {_context(sampler)}; shorten it"
-    print(told, file=sys.stderr)
+    reply = f"this message is not answered: {room} and the context {_context(sampler)}; shorten it"
+    print(reply, file=sys.stderr)
     if sampler.config.json:
-        print(json.dumps({"error": told}), flush=True)
+        print(json.dumps({"error": reply}), flush=True)
 
 
 def _read_turn() -> str | None:

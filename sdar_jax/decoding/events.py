@@ -1,4 +1,4 @@
-"""What a request's row, on the host, says of its progress, and what a stream tells of it."""
+"""What a stream gives of its request as it is decoded: events, from its state on the host."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sdar_jax.decoding.config import Completion
-from sdar_jax.decoding.rows import Rows, output, top_logprobs
+from sdar_jax.decoding.decode_state import SequenceState, generated, top_logprobs
 from sdar_jax.decoding.text import Decode, TextReader, tokens_within, whole_characters
 
 
@@ -28,76 +28,92 @@ class Event(NamedTuple):
     top_logprobs: Sequence[list[tuple[int, float]] | None] | None = None
 
 
-def finished(row: Rows, first: int, end: int) -> Event:
+def finished(sequence: SequenceState, first: int, end: int) -> Event:
     """Tokens first to end of the output, all of them final."""
-    at = int(row.prompt_length)
+    at = int(sequence.inputs.prompt_length)
     chosen = slice(at + first, at + end)
-    tokens, logprobs = row.tokens[chosen].tolist(), row.logprob[chosen].tolist()
-    return Event(first, tokens, logprobs, end - first, int(row.denoising_forwards), top_logprobs(row, chosen))
+    return Event(
+        start=first,
+        tokens=sequence.output.tokens[chosen].tolist(),
+        logprobs=sequence.output.logprob[chosen].tolist(),
+        finished=end - first,
+        forward=int(sequence.progress.denoising_forwards),
+        top_logprobs=top_logprobs(sequence, chosen),
+    )
 
 
-def snapshot(row: Rows, forward: int, block_size: int) -> Event:
+def snapshot(sequence: SequenceState, forward: int, block_size: int) -> Event:
     """The output as it was after one denoising forward, to the end of the last block that had a committed token."""
-    at, limit = int(row.prompt_length), int(row.limit)
-    origin = int(row.origin)
-    block_end = lambda position: origin + -(-(position - origin) // block_size) * block_size
+    inputs, _, output = sequence
+    at, limit, origin = int(inputs.prompt_length), int(inputs.limit), int(inputs.origin)
+
+    def block_end(position: int) -> int:
+        return origin + -(-(position - origin) // block_size) * block_size
+
     # A forward may commit nothing but what is past the limit, in the last block.
-    whole = slice(at, block_end(limit))
-    steps = np.where(row.committed[whole], row.step[whole], forward + 1)
+    blocks = slice(at, block_end(limit))
+    steps = np.where(output.committed[blocks], output.step[blocks], forward + 1)
     first_open = block_end(at + int((steps >= forward).argmax()) + 1) - block_size
     last = at + int(np.flatnonzero(steps <= forward)[-1]) if (steps <= forward).any() else at - 1
     end = min(block_end(last + 1), limit)
     known = (steps <= forward)[: end - at].tolist()
     there = lambda values: [value if here else None for value, here in zip(values, known, strict=True)]
-    others = top_logprobs(row, slice(at, end))
+    others = top_logprobs(sequence, slice(at, end))
     return Event(
-        0,
-        there(row.tokens[at:end].tolist()),
-        there(row.logprob[at:end].tolist()),
-        max(first_open - at, 0),
-        forward,
-        None if others is None else there(others),
+        start=0,
+        tokens=there(output.tokens[at:end].tolist()),
+        logprobs=there(output.logprob[at:end].tolist()),
+        finished=max(first_open - at, 0),
+        forward=forward,
+        top_logprobs=None if others is None else there(others),
     )
 
 
-class Progress:
-    """What a stream has told of its request, and what it is to tell next.
+class EventReader:
+    """What a stream has given of its request, and what it gives next.
 
     With a tokenizer (`decode`), tokens are held back that may become part of a stop string or of a character that is
-    not complete, and those that are part of a stop string are never told.
+    not complete, and those that are part of a stop string are never given.
     """
 
     def __init__(self, strings: Sequence[str], decode: Decode | None, block_size: int, changes: bool):
         self._reader = None if decode is None else TextReader(decode, strings)
-        self._strings, self._decode, self._block_size, self._changes = strings, decode, block_size, changes
-        self._told, self._forward = 0, 0
+        self._strings = strings
+        self._decode = decode
+        self._block_size = block_size
+        self._changes = changes
+        self._given = 0
+        self._forward = 0
 
-    def events(self, row: Rows, result: Completion | None) -> list[Event]:
-        """What is new in a row; with its result, the rest."""
-        return self._changed(row) if self._changes else self._finished(row, result)
+    def events(self, sequence: SequenceState, result: Completion | None) -> list[Event]:
+        """What is new in a sequence; with its result, the rest."""
+        return self._changed(sequence) if self._changes else self._finished(sequence, result)
 
-    def _finished(self, row: Rows, result: Completion | None) -> list[Event]:
-        first, count = self._told, self._sure(row, result)
+    def _finished(self, sequence: SequenceState, result: Completion | None) -> list[Event]:
+        first = self._given
+        count = self._certain(sequence, result)
         if count <= first:
             return []
-        self._told = count
-        return [finished(row, first, count)]
+        self._given = count
+        return [finished(sequence, first, count)]
 
-    def _sure(self, row: Rows, result: Completion | None) -> int:
-        """Tokens that may be told."""
+    def _certain(self, sequence: SequenceState, result: Completion | None) -> int:
+        """How many tokens may be given."""
         if result is not None:
             return _shown(result, self._decode)
-        count = min(int(row.start), int(row.limit)) - int(row.prompt_length)
+        end = min(int(sequence.progress.start), int(sequence.inputs.limit))
+        count = end - int(sequence.inputs.prompt_length)
         if self._reader is None:
             return count
-        self._reader.read(output(row)[: max(count, 0)])
+        self._reader.read(generated(sequence)[: max(count, 0)])
         return self._reader.shown
 
-    def _changed(self, row: Rows) -> list[Event]:
+    def _changed(self, sequence: SequenceState) -> list[Event]:
         events = []
-        while self._forward < int(row.denoising_forwards) and not (self._reader and self._reader.found):
-            event = snapshot(row, self._forward, self._block_size)
-            # A character that is not complete is for who shows it: without stop strings, all is told as it stands.
+        forwards = int(sequence.progress.denoising_forwards)
+        while self._forward < forwards and not (self._reader and self._reader.found):
+            event = snapshot(sequence, self._forward, self._block_size)
+            # A character that is not complete is for who shows it: without stop strings, all is given as it stands.
             events.append(_held_back(event, self._reader) if self._reader and self._strings else event)
             self._forward += 1
         return events

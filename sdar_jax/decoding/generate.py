@@ -1,29 +1,49 @@
 """`generate`: prompts in, trimmed completions out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdar_jax.decoding.buffer import BufferConfig, Decoder, State
-from sdar_jax.decoding.config import Completion, DecodingConfig, FinishReason
+from sdar_jax.decoding.block_forward import BufferConfig
+from sdar_jax.decoding.buffer import Decoder
+from sdar_jax.decoding.completions import completions
+from sdar_jax.decoding.config import Completion, DecodingConfig
+from sdar_jax.decoding.decode_state import (
+    DecodeState,
+    SequenceShape,
+    SequenceState,
+    first_mask,
+    generated,
+    make_sequence,
+    sequence_at,
+)
+from sdar_jax.decoding.page_pool import default_page_size
 from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
-from sdar_jax.decoding.rows import Rows, RowShape, first_mask, make_row, output, top_logprobs
-from sdar_jax.decoding.text import TextReader, find_stop, unknown_ids
-from sdar_jax.decoding.updates import end_row
+from sdar_jax.decoding.prompts import (
+    Prompt,
+    check_options,
+    check_prompts,
+    check_seed,
+    check_slots,
+    checked_stop_strings,
+    checked_stops,
+    to_ids,
+)
+from sdar_jax.decoding.text import TextReader, unknown_ids
+from sdar_jax.decoding.transfers import end_sequence
 from sdar_jax.devices.sharding import mesh_of
-from sdar_jax.errors import DataError, DecodingError, is_int
+from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model, empty_pages, unstack_layers
 from sdar_jax.model.config import ModelConfig
 
-Prompt = Sequence[int] | str
 _DEFAULT = DecodingConfig()
 _ENDLESS = np.iinfo(np.int32).max
 # Forwards between two looks for stop strings.
-_TURNS = 8
-# A forward over more of a prompt is no faster a token, and holds more in memory.
+_STEPS = 8
+# A forward over more of a prompt is no faster per token, and holds more in memory.
 _PREFILL_TOKENS = 512
 # Shorter chunks would save little and be more shapes to compile.
 _LEAST_CHUNK = 32
@@ -46,18 +66,18 @@ def generate(
     Args:
         prompts: token id lists, or texts (with `tokenizer`).
         config: one for all, or one for each prompt, of one block size.
-        max_new_tokens: at most this many a prompt.
+        max_new_tokens: at most this many per prompt.
         stop_token_ids: the output ends before the first of these; None is the model's own list, () none.
         stop_strings: the output's text ends before the first of these; its tokens with the one that completes it.
         tokenizer: a Hugging Face tokenizer; completions then have `text`, and ids that it does not have are never
             proposed.
         seed: prompt i samples with seed + i, whatever else is in the batch.
-        window_slots: K, blocks of a row that one forward may read. 1 spends a forward a block on its final keys; with 2
-            the next block's first forward writes them. Tokens are the same for any K unless a config's
+        window_slots: K, blocks of a sequence that one forward may read. 1 spends a forward per block on its final keys;
+            with 2 the next block's first forward writes them. Tokens are the same for any K unless a config's
             `add_threshold` is below 1, which opens up to K blocks at once.
 
     Returns:
-        One `Completion` a prompt, in order.
+        One `Completion` per prompt, in order.
 
     Raises:
         DecodingError: a prompt or number that cannot be served, or a model that lacks what the strategy needs.
@@ -76,9 +96,9 @@ def generate(
     if not ids:
         return []
     options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
-    rows = decode_batch(model, ids, configs, max_new_tokens=[max_new_tokens] * len(ids), strings=strings, **options)
+    batch = decode_batch(model, ids, configs, max_new_tokens=[max_new_tokens] * len(ids), strings=strings, **options)
+    done = completions(batch, tokenizer, strings)
     asked = [prompt_logprobs(model, p) if c.prompt_logprobs else None for p, c in zip(ids, configs, strict=True)]
-    done = _completions(rows, tokenizer, strings)
     return [each._replace(prompt_logprobs=own) for each, own in zip(done, asked, strict=True)]
 
 
@@ -90,26 +110,27 @@ def decode_batch(
     strings: Sequence[str] = (),
     tokenizer: Any = None,
     **options,
-) -> Rows:
-    """The rows of checked prompts, on the host, when all have ended; `options` are those of `start_state`."""
+) -> SequenceState:
+    """Decodes checked prompts to their ends; their state, on the host. `options` are those of `start_state`."""
     state, buffer = start_state(model, ids, configs, tokenizer=tokenizer, **options)
     decoder = Decoder(unstack_layers(model), buffer)
-    rows = _decoded_to_strings(decoder, state, strings, tokenizer) if strings else decoder(state, _ENDLESS)[0].rows
-    return jax.device_get(rows)
+    batch = _decoded_to_strings(decoder, state, strings, tokenizer) if strings else decoder(state, _ENDLESS)[0].batch
+    return jax.device_get(batch)
 
 
-def _decoded_to_strings(decoder: Decoder, state: State, strings: Sequence[str], tokenizer: Any) -> Rows:
-    """Decodes a few forwards at a time, and ends the rows that have come to a stop string."""
-    readers = [TextReader(tokenizer.decode, strings) for _ in range(len(state.rows.start))]
+def _decoded_to_strings(decoder: Decoder, state: DecodeState, strings: Sequence[str], tokenizer: Any) -> SequenceState:
+    """Decodes a few forwards at a time, and ends the sequences that have come to a stop string."""
+    readers = [TextReader(tokenizer.decode, strings) for _ in range(len(state.batch.progress.start))]
     while True:
-        state, _ = decoder(state, _TURNS)
-        rows = jax.device_get(state.rows)
-        for i in np.flatnonzero(~rows.done).tolist():
-            readers[i].read(output(row_at(rows, i)))
+        state, _ = decoder(state, _STEPS)
+        batch = jax.device_get(state.batch)
+        done = batch.progress.done
+        for i in np.flatnonzero(~done).tolist():
+            readers[i].read(generated(sequence_at(batch, i)))
             if readers[i].found:
-                state = state._replace(rows=end_row(state.rows, i))
-        if all(done or reader.found for done, reader in zip(rows.done, readers, strict=True)):
-            return state.rows
+                state = state._replace(batch=end_sequence(state.batch, i))
+        if all(ended or reader.found for ended, reader in zip(done, readers, strict=True)):
+            return state.batch
 
 
 def one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig) -> list[DecodingConfig]:
@@ -128,109 +149,6 @@ def one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, mode
     return configs
 
 
-def to_ids(prompt: Prompt, index: int, tokenizer: Any) -> np.ndarray:
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise DecodingError(f"prompt {index} is a text; give tokenizer=, or token ids")
-        # Here, as whoever gives ids needs none of what the import brings with it.
-        from sdar_jax.data.tokenizer import Encoder, check_unicode
-
-        try:
-            check_unicode(prompt)
-            prompt = Encoder(tokenizer).prompt(prompt)
-        except DataError as error:
-            raise DecodingError(f"prompt {index} has {error}") from None
-    try:
-        ids = np.asarray(prompt)
-    except ValueError:
-        ids = np.zeros((0, 0))
-    if ids.shape == (0,):
-        return np.zeros(0, np.int32)
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise DecodingError(f"prompt {index} is not a list of token ids but {str(prompt)[:40]}; give integers")
-    return ids
-
-
-def check_prompts(
-    ids: list[np.ndarray], configs: list[DecodingConfig], model: ModelConfig, max_new_tokens: int
-) -> None:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
-        raise DecodingError(f"max_new_tokens is {max_new_tokens!r}; give an integer >= 0")
-    for i, (prompt, config) in enumerate(zip(ids, configs, strict=True)):
-        check_ids(prompt, i, model, max_new_tokens)
-        if masks := np.flatnonzero(prompt == model.mask_token_id).tolist():
-            place = f"prompt {i} holds the mask token {model.mask_token_id} at position {masks[0]}"
-            raise DecodingError(f"{place}; fill masks with sdar_jax.infill")
-        if not prompt.size and config.paradigm(model).shifted:
-            raise DecodingError(
-                f"prompt {i} is empty and each token is predicted by the one before it; give at least one token"
-            )
-
-
-def check_ids(prompt: np.ndarray, index: int, model: ModelConfig, max_new_tokens: int) -> None:
-    if prompt.size and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
-        wrong = prompt[(prompt < 0) | (prompt >= model.vocab_size)][0]
-        raise DecodingError(f"prompt {index} holds token id {wrong}; the vocabulary is 0 to {model.vocab_size - 1}")
-    if len(prompt) + max_new_tokens > model.max_position_embeddings:
-        total = f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}"
-        raise DecodingError(f"{total}; together at most max_position_embeddings {model.max_position_embeddings}")
-
-
-def check_seed(seed: int, rows: int) -> None:
-    if not isinstance(seed, int | np.integer) or not -(2**31) <= seed <= 2**31 - 1 - rows:
-        raise DecodingError(f"seed is {seed!r}; give an integer of 31 bits, as prompt i uses seed + i")
-
-
-def check_slots(window_slots: int) -> None:
-    if not is_int(window_slots) or window_slots < 1:
-        raise DecodingError(f"window_slots is {window_slots!r}; give a positive integer")
-
-
-def checked_stops(stop_token_ids: Sequence[int], model: ModelConfig) -> tuple[int, ...]:
-    known = range(model.vocab_size)
-    listed = isinstance(stop_token_ids, Iterable) and not isinstance(stop_token_ids, str)
-    stops: tuple[Any, ...] = tuple(stop_token_ids) if listed else (None,)
-    if not all(isinstance(stop, int | np.integer) and stop in known for stop in stops):
-        wrong = f"stop_token_ids is {stop_token_ids!r}"
-        raise DecodingError(f"{wrong}; give a list of token ids, each 0 to {model.vocab_size - 1}")
-    return tuple(map(int, stops))
-
-
-def checked_stop_strings(strings: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
-    listed = isinstance(strings, Iterable) and not isinstance(strings, str)
-    if not listed or not all(isinstance(string, str) and string for string in strings):
-        raise DecodingError(f"stop_strings is {strings!r}; give a list of texts, none of them empty")
-    if strings and tokenizer is None:
-        raise DecodingError(f"stop_strings {strings!r} are looked for in text; give tokenizer=")
-    return tuple(strings)
-
-
-def check_options(
-    config: DecodingConfig,
-    model: ModelConfig,
-    stops: Sequence[int],
-    tokenizer: Any,
-    max_new_tokens: int | None,
-) -> None:
-    """What of a config depends on the model and the request. Raises DecodingError."""
-    size, ids = model.vocab_size, config.suppress_token_ids
-    if wrong := [each for each in ids if each >= size]:
-        raise DecodingError(f"suppress_token_ids holds {wrong[0]}; the vocabulary is 0 to {size - 1}")
-    if config.top_logprobs > size:
-        raise DecodingError(f"top_logprobs is {config.top_logprobs} and the vocabulary {size}; use at most that")
-    if max_new_tokens is not None and config.min_new_tokens > max_new_tokens:
-        least = f"min_new_tokens is {config.min_new_tokens} and max_new_tokens {max_new_tokens}"
-        raise DecodingError(f"{least}; use at most that")
-    if not ids and not config.min_new_tokens:
-        return
-    unknown = unknown_ids(tokenizer, size)
-    left = np.ones(size, bool) if unknown is None else ~unknown
-    masks = [] if model.mask_token_id is None else [model.mask_token_id]
-    left[[*ids, *masks, *(stops if config.min_new_tokens else ())]] = False
-    if not left.any():
-        raise DecodingError("suppress_token_ids and min_new_tokens leave no token to propose; suppress fewer")
-
-
 def start_state(
     model: Model,
     ids: Sequence[np.ndarray],
@@ -243,8 +161,8 @@ def start_state(
     tokenizer: Any = None,
     page_size: int | None = None,
     prefill_tokens: int = _PREFILL_TOKENS,
-) -> tuple[State, BufferConfig]:
-    """A batch whose rows have all their pages from the first. Lengths are bucketed: few shapes are ever compiled.
+) -> tuple[DecodeState, BufferConfig]:
+    """Makes a batch whose sequences have all their pages from the first. Lengths are bucketed: few shapes are compiled.
 
     Masks in a prompt are to be filled, and so are the positions behind it: `max_new_tokens` for all, or of each.
     """
@@ -254,17 +172,17 @@ def start_state(
     given = [prompt != (-1 if model.config.mask_token_id is None else model.config.mask_token_id) for prompt in ids]
     origins = [paradigm.origin_of(first_mask(there)) for there in given]
     ends = [at + -(-(len(p) + count - at) // size) * size for at, p, count in zip(origins, ids, new, strict=True)]
-    page_size = page_size or _page_size(size)
+    page_size = page_size or default_page_size(size)
     length = _bucket(max(1, *ends), page_size if paradigm.cached else size)
     pages = -(-length // page_size)
     suppressed = -(-max(len(config.suppress_token_ids) for config in configs) // 8) * 8
     alternatives = max(config.top_logprobs for config in configs)
     slots = paradigm.slots(window_slots)
-    shape = RowShape(length, len(stop_ids), pages, size, slots, suppressed, alternatives)
+    shape = SequenceShape(length, len(stop_ids), pages, size, slots, suppressed, alternatives)
     own_rules = [config.strategy_for(model.config).rule for config in configs]
     rules = tuple(dict.fromkeys(own_rules))
-    rows = [
-        make_row(
+    sequences = [
+        make_sequence(
             prompt,
             config,
             shape,
@@ -280,12 +198,12 @@ def start_state(
         for i, (prompt, config) in enumerate(zip(ids, configs, strict=True))
     ]
     table = np.arange(len(ids) * pages, dtype=np.int32).reshape(-1, pages)
-    batch = jax.tree.map(lambda *each: np.stack(each), *rows)
-    batch = batch._replace(page_table=table, pages_end=np.full(len(ids), pages * page_size, np.int32))
+    batch = jax.tree.map(lambda *each: np.stack(each), *sequences)
+    batch = batch.with_inputs(page_table=table, pages_end=np.full(len(ids), pages * page_size, np.int32))
     pool = []
     if paradigm.cached:
         pool = empty_pages(model.config, table.size, page_size, model.embedding.dtype, mesh_of(model))
-    prompt = int(batch.start.max()) - (not paradigm.masks) if paradigm.cached else 0
+    prompt = int(batch.progress.start.max()) - (not paradigm.masks) if paradigm.cached else 0
     chunk = _bucket(max(prompt, _LEAST_CHUNK), size)
     if not paradigm.bidirectional_prompt:
         # A prompt that sees all of itself is read in one piece.
@@ -294,55 +212,16 @@ def start_state(
         block_size=size,
         paradigm=paradigm,
         rules=rules,
-        prefill_rows=len(ids) if paradigm.cached else 0,
+        prefill_sequences=len(ids) if paradigm.cached else 0,
         prefill_tokens=chunk,
         decodes_beside_prefill=False,
         stops_early=False,
     )
     banned = jax.device_put(unknown_ids(tokenizer, model.config.vocab_size))
-    return State(jax.device_put(batch), pool, banned), config
-
-
-def _page_size(block_size: int) -> int:
-    """Whole blocks, of 64 positions or more."""
-    return -(-64 // block_size) * block_size
+    return DecodeState(jax.device_put(batch), pool, banned), config
 
 
 def _bucket(length: int, multiple: int) -> int:
-    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, ...: four sizes an octave, then whole blocks."""
+    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, ...: four sizes per octave, then whole blocks."""
     step = max(8, 2 ** max(length - 1, 1).bit_length() // 8)
     return -(-(-(-length // step) * step) // multiple) * multiple
-
-
-def _completions(rows: Rows, tokenizer: Any, stop_strings: Sequence[str] = ()) -> list[Completion]:
-    return [completion(row_at(rows, i), tokenizer, stop_strings) for i in range(len(rows.start))]
-
-
-def row_at(rows: Rows, index: int) -> Rows:
-    return jax.tree.map(lambda x: x[index], rows)
-
-
-def completion(row: Rows, tokenizer: Any, stop_strings: Sequence[str] = (), *, start: int | None = None) -> Completion:
-    """What one row, on the host, has generated, up to the first stop string; with `start`, what it has from there."""
-    start = int(row.prompt_length) if start is None else start
-    tokens = output(row, start).tolist()
-    text = None
-    reason: FinishReason = "error" if row.failed else "stop" if row.stopped else "length"
-    stop: int | str | None = int(row.tokens[int(row.end)]) if row.stopped else None
-    if tokenizer is not None:
-        text = tokenizer.decode(tokens)
-        if found := find_stop(tokens, stop_strings, tokenizer.decode):
-            tokens, text, reason, stop = tokens[: found.count], found.text, "stop", found.string
-    generated = slice(start, start + len(tokens))
-    return Completion(
-        tokens=tokens,
-        text=text,
-        finish_reason=reason,
-        logprobs=row.logprob[generated].tolist(),
-        steps=row.step[generated].tolist(),
-        denoising_forwards=int(row.denoising_forwards),
-        commit_forwards=int(row.commit_forwards),
-        prefill_forwards=int(row.prefill_forwards),
-        stop_reason=stop,
-        top_logprobs=top_logprobs(row, generated),
-    )

@@ -6,21 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from sdar_jax.decoding.completions import completion
 from sdar_jax.decoding.config import Completion, DecodingConfig
-from sdar_jax.decoding.generate import (
+from sdar_jax.decoding.decode_state import first_mask, sequence_at
+from sdar_jax.decoding.generate import decode_batch, one_each
+from sdar_jax.decoding.prompts import (
     Prompt,
     check_ids,
     check_options,
     check_seed,
     check_slots,
     checked_stops,
-    completion,
-    decode_batch,
-    one_each,
-    row_at,
     to_ids,
 )
-from sdar_jax.decoding.rows import first_mask
 from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model
 from sdar_jax.paradigm import Paradigm, fills_masks
@@ -56,8 +54,8 @@ def infill(
         window_slots: K, as for `generate`.
 
     Returns:
-        One `Completion` a canvas, in order. `tokens` is the whole canvas, filled; of what was given, `logprobs` are 0,
-        `steps` -1, and `top_logprobs` empty.
+        One `Completion` per canvas, in order. `tokens` is the whole canvas, filled; of what was given, `logprobs` are
+        0, `steps` -1, and `top_logprobs` empty.
 
     Raises:
         DecodingError: an autoregressive model, or what `generate` refuses.
@@ -91,8 +89,8 @@ def infill(
     behind = [_masks_at_end(masked) for masked in masks]
     heads = [canvas[: len(canvas) - count] for canvas, count in zip(ids, behind, strict=True)]
     options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
-    rows = decode_batch(model, heads, configs, max_new_tokens=behind, **options)
-    return [completion(row_at(rows, i), tokenizer, start=0) for i in range(len(ids))]
+    batch = decode_batch(model, heads, configs, max_new_tokens=behind, **options)
+    return [completion(sequence_at(batch, i), tokenizer, start=0) for i in range(len(ids))]
 
 
 def _masks_at_end(masked: np.ndarray) -> int:

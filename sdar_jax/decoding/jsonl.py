@@ -1,4 +1,4 @@
-"""Prompts and completions in JSONL files, line by line; an output file that was cut short is gone on with."""
+"""Prompts and completions in JSONL files, line by line; an output file that was cut short is continued."""
 
 import json
 from collections.abc import Iterator

@@ -1,10 +1,10 @@
-"""A lock that threads take in turns."""
+"""A lock that no thread keeps from the others."""
 
 import threading
 from contextlib import suppress
 
 
-class TurnLock:
+class FairLock:
     """Whoever releases it does not get it again before a thread that waits for it. It is not to be taken twice.
 
     With an ordinary lock, a thread that runs an engine step by step would keep the others from ever adding a request.

@@ -42,8 +42,10 @@ def check_settings(output: Path, answers: int, model: str, fingerprint: str, set
         if made_with.get(name) != settings.get(name)
     ]
     if changed:
-        told = ", ".join(changed)
-        raise DataError(f"{output}: holds answers made otherwise: {told}; give what it was, or choose another --output")
+        differences = ", ".join(changed)
+        raise DataError(
+            f"{output}: holds answers made otherwise: {differences}; give what it was, or choose another --output"
+        )
 
 
 def write_settings(output: Path, model: str, fingerprint: str, settings: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How fast requests were decoded, in words: prefill, tokens a second and a forward, forwards by kind."""
+"""How fast requests were decoded, in words: prefill, tokens per second and per forward, forwards by kind."""
 
 import contextlib
 import sys
@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from sdar_jax.decoding.config import Completion
-from sdar_jax.decoding.engine import Engine
-from sdar_jax.decoding.requests import Stats
+from sdar_jax.decoding.engine import Engine, Stats
 
 
 @contextlib.contextmanager
@@ -24,17 +23,17 @@ def timed(engine: Engine | None, batch: int) -> Iterator[list[Completion]]:
 
 
 def prefill_speed(before: Stats, now: Stats) -> str:
-    """Positions read before decoding, and the speed of those that were read while no row decoded."""
+    """Positions read before decoding, and the speed of those that were read while no request decoded."""
     read, shared = now.prefill_tokens - before.prefill_tokens, now.prefix_tokens - before.prefix_tokens
     alone = now.prefill_alone_tokens - before.prefill_alone_tokens
     seconds = now.prefill_alone_seconds - before.prefill_alone_seconds
     rate = f" in {seconds:.3f} s, {alone / seconds:.0f} tokens/s" if alone else ""
-    told = f"{read} tokens{rate}" if alone == read else f"{read} tokens, {alone} of them with no row decoding{rate}"
-    return f"prefill: {told}; {shared} more from the cache"
+    message = f"{read} tokens{rate}" if alone == read else f"{read} tokens, {alone} of them with no row decoding{rate}"
+    return f"prefill: {message}; {shared} more from the cache"
 
 
 def speed(completions: Sequence[Completion], seconds: float, batch: int) -> str:
-    """TGS: generated tokens a second of wall time, prefill included. TPF: generated tokens a denoising forward."""
+    """TGS: generated tokens per second of wall time, prefill included. TPF: generated tokens per denoising forward."""
     tokens = sum(len(c.tokens) for c in completions)
     denoising = sum(c.denoising_forwards for c in completions)
     commits = sum(c.commit_forwards for c in completions)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer, make_dataset
 from sdar_jax.data.tokenizer import Encoder, TokenIds, token_ids
-from sdar_jax.decoding.generate import to_ids
+from sdar_jax.decoding.prompts import to_ids
 from sdar_jax.errors import CheckpointError, DataError, DecodingError
 from sdar_jax.hf import pretrained
 from tests.data.conftest import EOS, SPECIAL, make_byte_tokenizer

@@ -149,7 +149,7 @@ def test_sizes_of_an_engine():
         engine(page_size=6)
     with refused(ConfigError, "pages is 0", "at least 1"):
         engine(pages=0)
-    served = engine(pages=1, page_size=4, batch_slots=1, max_queue=1, turns=1, prefill_tokens=1)
+    served = engine(pages=1, page_size=4, batch_slots=1, max_queue=1, steps_per_call=1, prefill_tokens=1)
     assert len(served.result(served.submit([1], max_new_tokens=3, stop_token_ids=())).tokens) == 3
 
 

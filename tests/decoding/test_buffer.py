@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from sdar_jax import DecodingConfig
-from sdar_jax.decoding import forward
-from sdar_jax.decoding.buffer import Decoder, State, advance
-from sdar_jax.decoding.generate import _completions, start_state
-from sdar_jax.decoding.rows import Rows
+from sdar_jax.decoding import block_forward
+from sdar_jax.decoding.buffer import Decoder, advance
+from sdar_jax.decoding.completions import completions
+from sdar_jax.decoding.decode_state import DecodeState, SequenceState
+from sdar_jax.decoding.generate import start_state
 from tests.tiny import MASK, padded, tiny_model
 
 NEW, STOPS = 14, padded((3, 5))
@@ -38,17 +39,17 @@ def newly_compiled():
     return jax.jit(lambda *arguments: advance(*arguments), static_argnums=3)
 
 
-def decoded(model, state: State, turns: int, buffer) -> State:
-    return Decoder(model, buffer)(state, turns)[0]
+def decoded(model, state: DecodeState, steps: int, buffer) -> DecodeState:
+    return Decoder(model, buffer)(state, steps)[0]
 
 
-def finished(state: State, buffer, compiled=decoded) -> Rows:
-    return jax.device_get(compiled(tiny_model(), state, 999, buffer).rows)
+def finished(state: DecodeState, buffer, compiled=decoded) -> SequenceState:
+    return jax.device_get(compiled(tiny_model(), state, 999, buffer).batch)
 
 
-def results(rows: Rows) -> list:
+def results(batch: SequenceState) -> list:
     """All but log-probabilities, whose last bits depend on the width of a forward, and how the prompt was read."""
-    return [c._replace(logprobs=None, commit_forwards=0, prefill_forwards=0) for c in _completions(rows, None)]
+    return [c._replace(logprobs=None, commit_forwards=0, prefill_forwards=0) for c in completions(batch, None)]
 
 
 @pytest.fixture(scope="module")
@@ -70,56 +71,56 @@ def expected():
     ids=str,
 )
 def test_windows_pages_and_chunks_change_nothing(change, expected, x64):
-    rows = finished(*start(**change))
-    assert results(rows) == expected
+    batch = finished(*start(**change))
+    assert results(batch) == expected
     chunk = change.get("prefill_tokens", 512)
-    np.testing.assert_array_equal(rows.prefill_forwards, [-(-(len(p) // 4 * 4) // chunk) for p in PROMPTS])
+    np.testing.assert_array_equal(batch.progress.prefill_forwards, [-(-(len(p) // 4 * 4) // chunk) for p in PROMPTS])
 
 
 def test_widths_change_nothing(expected, x64):
     """The widest forward alone, instead of the narrowest that is wide enough."""
-    with mock.patch.object(forward, "_parts_of", lambda whole, eighths: [whole]):
+    with mock.patch.object(block_forward, "_parts_of", lambda whole, eighths: [whole]):
         assert results(finished(*start(), compiled=newly_compiled())) == expected
 
 
 @pytest.mark.parametrize("order", [[3, 0, 2, 1], [1, 1, 3, 3]])
 def test_order_and_neighbours_change_nothing(order, expected, x64):
-    rows = []
+    sequences = []
     for i in order:
         state, buffer = start()
-        rows.append(jax.tree.map(lambda x, i=i: x[i], state.rows))
-    mixed = jax.tree.map(lambda *each: jnp.stack(each), *rows)
-    mixed = mixed._replace(page_table=state.rows.page_table)
-    assert results(finished(State(mixed, state.cache), buffer)) == [expected[i] for i in order]
+        sequences.append(jax.tree.map(lambda x, i=i: x[i], state.batch))
+    mixed = jax.tree.map(lambda *each: jnp.stack(each), *sequences)
+    mixed = mixed.with_inputs(page_table=state.batch.inputs.page_table)
+    assert results(finished(DecodeState(mixed, state.cache), buffer)) == [expected[i] for i in order]
 
 
 def test_only_work_is_done(x64):
     """A forward has as many slots as are open, in quarters of all; the head as many positions as are masked."""
     widths = {"slots": [], "head": []}
-    narrowest = forward._narrowest
+    narrowest = block_forward._narrowest
 
     def record(sizes, count):
         jax.debug.callback(lambda n, sizes=sizes: widths["head" if sizes[0] == 0 else "slots"].append(int(n)), count)
         return narrowest(sizes, count)
 
-    with mock.patch.object(forward, "_narrowest", record):
+    with mock.patch.object(block_forward, "_narrowest", record):
         config = DecodingConfig(strategy="sequential")
         state, buffer = start([config] * 2, [PROMPTS[0], PROMPTS[0]], max_new_tokens=8)
         buffer = dataclasses.replace(buffer, many_widths=True)
-        short = state.rows._replace(limit=jnp.array([8, 4]), end=jnp.array([8, 4]))
-        finished(State(short, state.cache), buffer, compiled=newly_compiled())
+        short = state.batch.with_inputs(limit=jnp.array([8, 4])).with_progress(end=jnp.array([8, 4]))
+        finished(DecodeState(short, state.cache), buffer, compiled=newly_compiled())
     jax.effects_barrier()
     # Two rows for four steps; then one alone, whose first block's last forward is the fifth.
     assert widths["slots"] == [2, 2, 2, 2, 2, 1, 1, 1]
     assert widths["head"] == [8, 6, 4, 2, 4, 3, 2, 1]
 
 
-_write = jax.jit(lambda rows, new, at: jax.tree.map(lambda x, value: x.at[at].set(value), rows, new))
-_read = jax.jit(lambda rows, at: jax.tree.map(lambda x: x[at], rows))
+_write = jax.jit(lambda batch, new, at: jax.tree.map(lambda x, value: x.at[at].set(value), batch, new))
+_read = jax.jit(lambda batch, at: jax.tree.map(lambda x: x[at], batch))
 
 
 class Host:
-    """A host that serves requests through fewer rows than there are, lends pages late and takes them back."""
+    """A host that serves requests through fewer slots than there are, allocates pages late and takes them back."""
 
     def __init__(self, requests: list[int], seed: int, slots: int, page_size: int = 8):
         self.random = np.random.default_rng(seed)
@@ -127,79 +128,83 @@ class Host:
         options = dict(slots=slots, page_size=page_size, prefill_tokens=8)
         self.fresh, self.buffer = start([*CONFIGS, EARLY], [*PROMPTS, PROMPTS[1]], **options)
         beside = bool(self.random.integers(2))
-        changes = dict(prefill_rows=1, decodes_beside_prefill=beside, stops_early=True)
+        changes = dict(prefill_sequences=1, decodes_beside_prefill=beside, stops_early=True)
         self.buffer = dataclasses.replace(self.buffer, **changes)
         self.page_size, self.serving = page_size, {}
-        rows = jax.tree.map(lambda x: jnp.copy(x[:2]), self.fresh.rows)
-        table = jnp.asarray(self.random.permutation(rows.page_table.size).reshape(rows.page_table.shape), jnp.int32)
-        rows = rows._replace(page_table=table, done=jnp.ones(2, bool))
-        self.state = State(rows, jax.tree.map(lambda pages: jnp.copy(pages[: table.size]) + 9, self.fresh.cache))
+        batch = jax.tree.map(lambda x: jnp.copy(x[:2]), self.fresh.batch)
+        shape = batch.inputs.page_table.shape
+        table = jnp.asarray(self.random.permutation(shape[0] * shape[1]).reshape(shape), jnp.int32)
+        batch = batch.with_inputs(page_table=table).with_progress(done=jnp.ones(2, bool))
+        self.state = DecodeState(batch, jax.tree.map(lambda pages: jnp.copy(pages[: table.size]) + 9, self.fresh.cache))
         self.waiting = []
 
-    def admit(self, row: int) -> None:
+    def admit(self, slot: int) -> None:
         if self.waiting and (not self.queue or self.random.random() < 0.5):
             request, saved = self.waiting.pop()
-            self.write(row, saved._replace(cached=jnp.int32(0)))
+            self.write(slot, saved.with_progress(cached=jnp.int32(0)))
         else:
             request = self.queue.pop()
-            self.write(row, _read(self.fresh.rows, request))
-        self.serving[row] = request
+            self.write(slot, _read(self.fresh.batch, request))
+        self.serving[slot] = request
 
-    def write(self, row: int, new: Rows) -> None:
-        new = new._replace(page_table=self.state.rows.page_table[row], pages_end=jnp.int32(0))
-        self.state = self.state._replace(rows=_write(self.state.rows, new, row))
+    def write(self, slot: int, new: SequenceState) -> None:
+        new = new.with_inputs(page_table=self.state.batch.inputs.page_table[slot], pages_end=jnp.int32(0))
+        self.state = self.state._replace(batch=_write(self.state.batch, new, slot))
 
-    def preempt(self, row: int) -> None:
-        saved = _read(self.state.rows, row)
-        self.waiting.append((self.serving.pop(row), saved))
-        self.state = self.state._replace(rows=self.state.rows._replace(done=self.state.rows.done.at[row].set(True)))
+    def preempt(self, slot: int) -> None:
+        batch = self.state.batch
+        saved = _read(batch, slot)
+        self.waiting.append((self.serving.pop(slot), saved))
+        self.state = self.state._replace(batch=batch.with_progress(done=batch.progress.done.at[slot].set(True)))
 
-    def serve(self) -> dict[int, Rows]:
+    def serve(self) -> dict[int, SequenceState]:
         while self.queue or self.waiting or self.serving:
-            for row in range(2):
-                if row not in self.serving and (self.queue or self.waiting):
-                    self.admit(row)
-            lend = self.state.rows.starved & (self.random.random(2) < 0.7)
-            rows = self.state.rows._replace(pages_end=self.state.rows.pages_end + self.page_size * lend)
-            turns = int(self.random.integers(1, 6))
-            self.state, _ = Decoder(tiny_model(), self.buffer)(State(rows, self.state.cache), turns)
+            for slot in range(2):
+                if slot not in self.serving and (self.queue or self.waiting):
+                    self.admit(slot)
+            batch = self.state.batch
+            grows = batch.progress.out_of_pages & (self.random.random(2) < 0.7)
+            batch = batch.with_inputs(pages_end=batch.inputs.pages_end + self.page_size * grows)
+            steps = int(self.random.integers(1, 6))
+            self.state, _ = Decoder(tiny_model(), self.buffer)(DecodeState(batch, self.state.cache), steps)
             self.drain()
         return self.done
 
     def drain(self) -> None:
-        for row, request in list(self.serving.items()):
-            if self.state.rows.done[row]:
-                self.done[request] = jax.device_get(_read(self.state.rows, row))
-                del self.serving[row]
+        for slot, request in list(self.serving.items()):
+            if self.state.batch.progress.done[slot]:
+                self.done[request] = jax.device_get(_read(self.state.batch, slot))
+                del self.serving[slot]
             elif self.random.random() < 0.1:
-                self.preempt(row)
+                self.preempt(slot)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [pytest.param(2, marks=pytest.mark.ci), 3])
 def test_a_host_that_feeds_and_drains(slots, x64):
-    """Five requests through two rows, pages lent one by one and taken back: each as if it had been alone."""
+    """Five requests through two slots, pages allocated one by one and taken back: each as if it had been alone."""
     state, buffer = start([*CONFIGS, EARLY], [*PROMPTS, PROMPTS[1]], slots=slots)
     whole = results(finished(state, buffer))
     for seed in range(2):
         served = Host(list(range(5)), seed, slots).serve()
-        for request, row in served.items():
-            assert results(jax.tree.map(lambda x: x[None], row)) == [whole[request]]
+        for request, sequence in served.items():
+            assert results(jax.tree.map(lambda x: x[None], sequence)) == [whole[request]]
 
 
 def test_a_call_ends_with_news(x64):
-    """Asked for many turns, it returns when a row ends or starves, and not again for the same news."""
+    """Asked for many steps, it returns when a sequence ends or is out of pages, and not again for the same news."""
     config = DecodingConfig(strategy="low_confidence_static", denoising_steps=1)
     state, buffer = start([config] * 3, [PROMPTS[0]] * 3, page_size=4, stop_ids=())
     buffer = dataclasses.replace(buffer, stops_early=True)
-    rows = state.rows._replace(pages_end=jnp.array([16, 8, 16]), limit=jnp.array([12, 12, 4]))
-    run = partial(decoded, tiny_model(), turns=99, buffer=buffer)
-    state = run(state=State(rows, state.cache))
-    assert (state.rows.done.tolist(), state.rows.starved.tolist()) == ([False, False, True], [False] * 3)
+    batch = state.batch.with_inputs(pages_end=jnp.array([16, 8, 16]), limit=jnp.array([12, 12, 4]))
+    run = partial(decoded, tiny_model(), steps=99, buffer=buffer)
+    news = lambda state: (state.batch.progress.done.tolist(), state.batch.progress.out_of_pages.tolist())
+    state = run(state=DecodeState(batch, state.cache))
+    assert news(state) == ([False, False, True], [False] * 3)
     state = run(state=state)
-    assert (state.rows.done.tolist(), state.rows.starved.tolist()) == ([False, False, True], [False, True, False])
+    assert news(state) == ([False, False, True], [False, True, False])
     state = run(state=state)
-    assert (state.rows.done.tolist(), state.rows.starved.tolist()) == ([True, False, True], [False, True, False])
-    assert run(state=jax.tree.map(jnp.copy, state)).rows.denoising_forwards.tolist() == [3, 2, 1]
-    state = run(state=state._replace(rows=state.rows._replace(pages_end=jnp.full(3, 12))))
-    assert state.rows.done.all() and state.rows.denoising_forwards.tolist() == [3, 3, 1]
+    assert news(state) == ([True, False, True], [False, True, False])
+    assert run(state=jax.tree.map(jnp.copy, state)).batch.progress.denoising_forwards.tolist() == [3, 2, 1]
+    state = run(state=state._replace(batch=state.batch.with_inputs(pages_end=jnp.full(3, 12))))
+    assert state.batch.progress.done.all() and state.batch.progress.denoising_forwards.tolist() == [3, 3, 1]

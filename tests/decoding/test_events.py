@@ -20,7 +20,7 @@ class Letters:
 
 
 def engine(**options) -> Engine:
-    sizes = {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "turns": 3}
+    sizes = {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "steps_per_call": 3}
     return Engine(tiny_model(), tokenizer=Letters(), **{**sizes, **options})
 
 
@@ -86,9 +86,9 @@ def test_what_is_streamed_is_no_part_of_a_stop_string(x64):
 
 
 def test_changes_are_no_part_of_a_stop_string(x64):
-    """Finished or open, and the same for any number of turns a call; what cannot be part of one is shown."""
+    """Finished or open, and the same for any number of steps per call; what cannot be part of one is shown."""
     free = engine().generate([PROMPT[:6]], CONFIG, max_new_tokens=13, stop_token_ids=())[0]
-    alone, several = engine(turns=1), engine(turns=8)
+    alone, several = engine(steps_per_call=1), engine(steps_per_call=8)
     shown = 0
     for count in range(2, 13):
         for stop in (free.text[count - 2 : count + 1], free.text[count - 2 : count] + "#"):
@@ -118,7 +118,7 @@ def test_no_event_ends_inside_a_character(x64):
             return bytes([65, 0xC3, 0xA9, 0xE4, 0xBD, 0xA0][i % 6] for i in ids).decode(errors="replace")
 
     decode, held = Bytes().decode, 0
-    served = Engine(tiny_model(), tokenizer=Bytes(), batch_slots=1, pages=14, page_size=8, turns=1)
+    served = Engine(tiny_model(), tokenizer=Bytes(), batch_slots=1, pages=14, page_size=8, steps_per_call=1)
     for seed in range(8):
         options = dict(max_new_tokens=13, stop_token_ids=(), seed=seed)
         first, second = (served.submit(PROMPT[:6], DecodingConfig(temperature=1.0), **options) for _ in range(2))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from sdar_jax import DecodingConfig
-from sdar_jax.decoding import Engine, engine
+from sdar_jax.decoding import Engine
+from sdar_jax.decoding.engine import model_runner
 from sdar_jax.errors import DecodingError
 from tests.bad_input import refused
 from tests.decoding.traffic import Request, alone
@@ -18,7 +19,7 @@ from tests.tiny import MASK, tiny_model
 CONFIG = DecodingConfig(strategy="low_confidence_static", denoising_steps=2)
 PROMPTS = [[7 * i % 20 + 1 for i in range(n)] for n in (6, 17, 0, 11)]
 NEW, NO_STOPS = 13, (MASK, MASK)
-SIZES = dict(batch_slots=2, pages=6, page_size=8, prefill_tokens=8, turns=3, max_length=48)
+SIZES = dict(batch_slots=2, pages=6, page_size=8, prefill_tokens=8, steps_per_call=3, max_length=48)
 
 
 def served(**options) -> Engine:
@@ -58,7 +59,7 @@ def test_what_cannot_be_served_is_refused(x64):
             submit(small, prompt, new)
     with refused(DecodingError, "30 tokens", "max_new_tokens is 20", "40"):
         submit(served(pages=5, max_length=None), [1] * 30, 20)
-    for name in ("max_queue", "batch_slots", "turns", "prefill_tokens", "max_length"):
+    for name in ("max_queue", "batch_slots", "steps_per_call", "prefill_tokens", "max_length"):
         with refused(DecodingError, f"{name} is 0", "positive"):
             served(**{name: 0})
     assert idle(small) and not small.stats().finished
@@ -105,7 +106,7 @@ def test_pages_of_a_failed_request_are_no_prefix(slots, x64):
     """Not its prompt either, though three chunks of it had been read before the bad token came to light."""
     broken = jax.tree.map(lambda leaf: leaf, tiny_model())
     broken.embedding = type(broken.embedding)(broken.embedding[...].at[BAD].set(np.nan))
-    one = Engine(broken, **{**SIZES, "turns": 1, "window_slots": slots})
+    one = Engine(broken, **{**SIZES, "steps_per_call": 1, "window_slots": slots})
     for _ in range(2):
         assert one.generate([[*LONG[:24], BAD, 3]], CONFIG, max_new_tokens=NEW)[0].finish_reason == "error"
         assert one.stats().prefix_tokens == 0
@@ -114,11 +115,11 @@ def test_pages_of_a_failed_request_are_no_prefix(slots, x64):
 
 def test_pages_that_no_logits_came_from_are_no_prefix(x64):
     """A request that is cancelled while its prompt is read leaves none; one that decoded leaves them."""
-    one = served(turns=1)
+    one = served(steps_per_call=1)
     left = submit(one, LONG[:26])
-    one._step()
-    one._step()
-    assert one._requests[left].cached == 16
+    one._core.step()
+    one._core.step()
+    assert one._core.requests[left].cached == 16
     one.cancel(left)
     for prefix in (0, 24):
         before = one.stats().prefix_tokens
@@ -128,12 +129,12 @@ def test_pages_that_no_logits_came_from_are_no_prefix(x64):
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_a_prompt_is_shared_while_its_request_runs(slots, x64):
-    one = served(pages=12, turns=1, window_slots=slots)
+    one = served(pages=12, steps_per_call=1, window_slots=slots)
     first = submit(one, LONG[:17])
-    while one.stats().prefill_tokens < 16 or not one._requests[first].recorded:
-        one._step()
+    while one.stats().prefill_tokens < 16 or not one._core.requests[first].prompt_recorded:
+        one._core.step()
     second = submit(one, [*LONG[:17], 9])
-    one._step()
+    one._core.step()
     assert one.stats().running == 2 and one.stats().prefix_tokens == 16
     assert one.result(first).tokens == wanted(LONG[:17])
     assert one.result(second).tokens == wanted([*LONG[:17], 9])
@@ -183,7 +184,7 @@ class Interrupted(BaseException):
 
 
 def once(place, name: str, *, before: bool, at: int = 0):
-    """`name` of the engine, or of its module, raises in one call, before it does anything or when it has done it."""
+    """`name` of the engine, or of a module, raises in one call, before it does anything or when it has done it."""
     real, calls = getattr(place, name), []
 
     def call(*arguments):
@@ -198,24 +199,26 @@ def once(place, name: str, *, before: bool, at: int = 0):
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("name", ["_decode", "device_get", "put_row", "Seen", "give_pages", "end_row", "copy_page"])
+@pytest.mark.parametrize(
+    "name", ["_decode", "device_get", "put_sequence", "HostView", "set_pages", "end_sequence", "copy_page"]
+)
 def test_an_interruption_loses_nothing(name, before, whole, x64):
-    """State that was donated may be gone, books half kept: requests go on, and tokens that were told stand."""
+    """Donated state may be gone, host and device half changed: requests go on, and tokens that were told stand."""
     one = served()
     one.generate([PROMPTS[1]], CONFIG, max_new_tokens=1)
     unwanted = submit(one, PROMPTS[3])
-    one._step()
+    one._core.step()
     ids = [submit(one, [*PROMPTS[1][:12], 7], 5), *(submit(one, prompt) for prompt in PROMPTS)]
     told, events = [], one.stream(ids[2])
-    place = {"_decode": one, "device_get": jax}.get(name, engine)
+    place = {"_decode": one._core._runner, "device_get": jax}.get(name, model_runner)
     with once(place, name, before=before), pytest.raises(Interrupted):
         assert one.cancel(unwanted).finish_reason == "cancelled"
         for event in events:
             told += event.tokens
         for request_id in ids:
-            while one._requests[request_id].result is None:
-                one._step()
-    if unwanted in one._requests:
+            while one._core.requests[request_id].result is None:
+                one._core.step()
+    if unwanted in one._core.requests:
         one.cancel(unwanted)
     assert told == whole[1][: len(told)]
     told = [t for event in one.stream(ids[2]) for t in event.tokens]
@@ -227,16 +230,16 @@ def test_an_interruption_loses_nothing(name, before, whole, x64):
 
 def test_cancel_after_an_interruption_gives_what_had_ended(x64):
     """It ended in a call that nobody waited for, in the middle of a block."""
-    one = served(turns=50)
+    one = served(steps_per_call=50)
     request_id = submit(one, new=1)
-    with once(one, "_wait", before=False), pytest.raises(Interrupted):
+    with once(one._core, "_wait", before=False), pytest.raises(Interrupted):
         one.result(request_id)
     done = one.cancel(request_id)
     assert (done.tokens, done.finish_reason) == (wanted([1, 2, 3], new=1), "length")
 
 
 def interrupt_line(number: int):
-    """A tracer that raises at the so-manieth line of the engine's and the pool's own code, and counts them."""
+    """A tracer that raises at the so-manieth line of the engine's parts and the pool's code, and counts them."""
     seen = [0]
 
     def local(frame, event, _):
@@ -247,7 +250,8 @@ def interrupt_line(number: int):
         return local
 
     def start(frame, *_):
-        inside = frame.f_code.co_filename.endswith(("decoding/engine.py", "decoding/pages.py"))
+        file = frame.f_code.co_filename
+        inside = "/sdar_jax/decoding/engine/" in file or file.endswith("decoding/page_pool.py")
         # What `result` hands out it has forgotten; that is as far as the promise goes.
         return local if inside and frame.f_code.co_name != "result" else None
 
@@ -262,8 +266,8 @@ def traced(one: Engine, ids: list[int], number: int) -> int:
     try:
         one.cancel(ids[-1])
         for request_id in ids[:-1]:
-            while one._known(request_id).result is None:
-                one._step()
+            while one._core.known(request_id).result is None:
+                one._core.step()
     except Interrupted:
         pass
     finally:
@@ -281,7 +285,7 @@ def test_interruptions_anywhere(whole, x64):
         ids = [submit(one, prompt) for prompt in [*PROMPTS, PROMPTS[0]]]
         lines = traced(one, ids, number)
         assert [one.result(i).tokens for i in ids[:-1]] == whole
-        if ids[-1] in one._requests:
+        if ids[-1] in one._core.requests:
             one.cancel(ids[-1])
         assert idle(one)
         return lines

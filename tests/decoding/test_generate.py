@@ -263,7 +263,7 @@ def traced(config=GREEDY):
     options = dict(max_new_tokens=NEW, stop_ids=(3,), seed=0, window_slots=2)
     state, buffer = start_state(tiny_model(jnp.float32), [np.arange(9)], [config], **options)
     call = lambda model, state: advance(model, state, 99, buffer)
-    return state.rows.tokens.aval, equations(call, tiny_model(jnp.float32), state)
+    return state.batch.output.tokens.aval, equations(call, tiny_model(jnp.float32), state)
 
 
 OTHERS = [DecodingConfig(strategy=name) for name in ("autoregressive", "semi_autoregressive")]

@@ -3,12 +3,12 @@
 import numpy as np
 
 from sdar_jax import DecodingConfig, generate
-from sdar_jax.decoding import forward
+from sdar_jax.decoding import block_forward
 from tests.tiny import MASK, padded, tiny_model
 
 
 def test_many_rows_equal_few(x64):
-    rows = forward._PROPOSALS // 4 + 40
+    rows = block_forward._PROPOSALS // 4 + 40
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, MASK, rng.integers(0, 6)).tolist() for _ in range(rows)]
     config = DecodingConfig(temperature=1.0, top_k=7, top_p=0.9, confidence_threshold=0.3)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sdar_jax.decoding.config import Completion
-from sdar_jax.decoding.generate import to_ids
 from sdar_jax.decoding.jsonl import answered, as_record, read_records
+from sdar_jax.decoding.prompts import to_ids
 from sdar_jax.errors import DataError, DecodingError
 from tests.data.conftest import make_byte_tokenizer
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from sdar_jax import DecodingConfig, generate
-from sdar_jax.decoding import Completion, forward
+from sdar_jax.decoding import Completion, block_forward
 from sdar_jax.decoding.buffer import advance
 from sdar_jax.model import Model
 from tests.decoding import oracle
@@ -42,15 +42,15 @@ def recorded(run: Callable[[], list[Completion]]) -> tuple[list[Completion], Rec
         for key, row in zip(zip(seeds.tolist(), positions.tolist(), steps.tolist(), strict=True), logits, strict=True):
             found[key] = np.array(row)
 
-    propose = forward.propose
+    propose = block_forward.propose
 
     def watched(logits, knobs, positions, step, *rest, **options):
         jax.debug.callback(save, logits, knobs.seed, positions, step)
         return propose(logits, knobs, positions, step, *rest, **options)
 
     compiled = jax.jit(lambda *arguments: advance(*arguments), static_argnums=3)
-    decoder = lambda model, config: lambda state, turns: (compiled(model, state, turns, config), None)
-    with mock.patch.object(forward, "propose", watched), mock.patch.object(generating, "Decoder", decoder):
+    decoder = lambda model, config: lambda state, steps: (compiled(model, state, steps, config), None)
+    with mock.patch.object(block_forward, "propose", watched), mock.patch.object(generating, "Decoder", decoder):
         completions = run()
         jax.effects_barrier()
     return completions, found

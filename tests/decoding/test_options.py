@@ -28,7 +28,7 @@ OPTIONS = [
 
 
 def sizes(**options):
-    return {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "turns": 3} | options
+    return {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "steps_per_call": 3} | options
 
 
 def cases():

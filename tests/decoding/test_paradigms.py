@@ -131,7 +131,7 @@ def test_prefill_gives_the_cache_that_decoding_gave(name, slots, x64):
     """Of prompt and answer together: keys that were written while masks were in sight would not be the same."""
     model, prompt = model_with(**VALUES[name]), prompts(3)[2]
     decoded = finished(model, np.array(prompt, np.int32), 17, slots)
-    whole = np.asarray(decoded.rows.tokens[0, : len(prompt) + 17])
+    whole = np.asarray(decoded.batch.output.tokens[0, : len(prompt) + 17])
     prefilled = finished(model, whole, 4, slots)
     final = (len(prompt) + 17 - 4) // 4 * 4
     for ours, theirs in zip(jax.tree.leaves(decoded.cache), jax.tree.leaves(prefilled.cache), strict=True):

@@ -11,7 +11,7 @@ import pytest
 
 from sdar_jax import DecodingConfig, generate
 from sdar_jax.decoding import Engine
-from sdar_jax.decoding.locks import TurnLock
+from sdar_jax.decoding.locks import FairLock
 from sdar_jax.errors import DecodingError
 from tests.tiny import tiny_model
 
@@ -22,7 +22,7 @@ OPTIONS = dict(max_new_tokens=12, stop_token_ids=())
 
 def served(**options) -> Engine:
     """Wide types would be a thread's own setting: float32."""
-    sizes = {"batch_slots": 2, "pages": 24, "page_size": 8, "turns": 2}
+    sizes = {"batch_slots": 2, "pages": 24, "page_size": 8, "steps_per_call": 2}
     return Engine(tiny_model(jnp.float32), **{**sizes, **options})
 
 
@@ -117,7 +117,7 @@ def test_a_result_is_given_to_one_thread(whole):
 
 def test_the_lock_goes_round():
     """A thread that takes it again and again lets the other have it each time."""
-    lock, order = TurnLock(), []
+    lock, order = FairLock(), []
     ready = threading.Barrier(2, timeout=30)
 
     def take(name):
@@ -133,7 +133,7 @@ def test_the_lock_goes_round():
 
 def test_an_interruption_while_the_lock_is_taken_keeps_nobody_out():
     """Ctrl-C that comes when the lock has been taken and its block has not begun."""
-    lock = TurnLock()
+    lock = FairLock()
     lock._held.acquire()
     with lock:
         pass

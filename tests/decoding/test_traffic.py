@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from sdar_jax.decoding import Engine, engine
+from sdar_jax.decoding import Engine
+from sdar_jax.decoding.engine import model_runner
 from tests.decoding import oracle
 from tests.decoding.traffic import LONGEST_OUTPUT, LONGEST_PROMPT, Caller, Request, alone, check, random_request
 from tests.jaxprs import compilations
@@ -36,10 +37,10 @@ def model_of(shape: str, seed: int):
 def serve(shape: str, seed: int, count: int, copies: mock.Mock) -> None:
     random = np.random.default_rng([seed, count])
     model = model_of(shape, seed)
-    served = Engine(model, max_length=LENGTH, turns=int(random.integers(1, 5)), **SHAPES[shape])
+    served = Engine(model, max_length=LENGTH, steps_per_call=int(random.integers(1, 5)), **SHAPES[shape])
     stems = random.integers(0, MASK, (3, LONGEST_PROMPT))
     caller = Caller(served, [random_request(random, model, stems) for _ in range(count)], random)
-    with mock.patch.object(engine, "copy_page", copies):
+    with mock.patch.object(model_runner, "copy_page", copies):
         caller.run()
     for number, (request, completion, told) in enumerate(caller.ended):
         wanted = alone(model, request)
@@ -74,7 +75,7 @@ def check_oracle(model, request: Request, wanted) -> None:
 def test_nothing_is_compiled_after_warm_up(x64):
     """Not one program, large or small: other lengths, configs, cancels, shared prefixes, page pressure."""
     random, model = np.random.default_rng(0), model_of("two rows", 1)
-    served = Engine(model, max_length=LENGTH, turns=3, **SHAPES["two rows"])
+    served = Engine(model, max_length=LENGTH, steps_per_call=3, **SHAPES["two rows"])
     stems = random.integers(0, MASK, (3, LONGEST_PROMPT))
     traffic = lambda count: [random_request(random, model, stems) for _ in range(count)]
     Caller(served, traffic(25), random).run()
@@ -93,7 +94,7 @@ def test_nothing_is_compiled_after_warm_up(x64):
 @pytest.mark.ci
 def test_some_traffic():
     with jax.enable_x64(True):
-        serve("two rows", 1, 300, mock.Mock(wraps=engine.copy_page))
+        serve("two rows", 1, 300, mock.Mock(wraps=model_runner.copy_page))
 
 
 @pytest.mark.slow
@@ -101,4 +102,4 @@ def test_some_traffic():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_much_traffic(shape, seed):
     with jax.enable_x64(True):
-        serve(shape, seed, 400, mock.Mock(wraps=engine.copy_page))
+        serve(shape, seed, 400, mock.Mock(wraps=model_runner.copy_page))

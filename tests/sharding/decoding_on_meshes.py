@@ -58,7 +58,7 @@ def generated(model: Model, config: DecodingConfig) -> list[tuple]:
 def served(model: Model, config: DecodingConfig) -> list[tuple]:
     engine = Engine(model, batch_slots=2, pages=24, page_size=8, prefill_tokens=8)
     found = [result(done) for done in engine.generate(PROMPTS, config, **OPTIONS)]
-    pages = engine._state.cache[0].k
+    pages = engine._core._runner.state.cache[0].k
     assert pages.addressable_shards[0].data.shape[1] == share(pages, 2, "tensor"), "each device has its own heads"
     return found
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sdar_jax.decoding.pages import PagePool
+from sdar_jax.decoding.page_pool import PagePool
 from sdar_jax.errors import ConfigError
 from tests.bad_input import refused
 

@@ -1,6 +1,6 @@
-"""The forwards of a turn, no wider than the state needs: packed slots, chunks of prompts, and the head on masks alone.
+"""The forwards of a step, no wider than the state needs: packed slots, chunks of prompts, and the head on masks alone.
 
-What a turn has to do varies from one to the next, and shapes cannot: each width is a branch, compiled once, and a turn
+What a step has to do varies from one to the next, and shapes cannot: each width is a branch, compiled once, and a step
 takes the narrowest that holds its work.
 """
 
@@ -14,12 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import visibility
 from sdar_jax.decoding.commit_rules import CommitRule
+from sdar_jax.decoding.decode_state import SequenceState, Window, take
 from sdar_jax.decoding.proposal import Alternatives, Proposal, propose
-from sdar_jax.decoding.rows import Rows, Window, take
 from sdar_jax.model import LayerPages, Model, Windows
 from sdar_jax.paradigm import Paradigm
 
-# Queries of a row that the paged kernels take at once.
+# Queries of a sequence that the paged kernels take at once.
 _WINDOW = 128
 # Positions whose logits are held at once, where there are more: 0.6 GB of float32 over a vocabulary of 152k.
 _PROPOSALS = 1024
@@ -36,32 +36,32 @@ class BufferConfig:
         paradigm: what the model reads and predicts. One that fills no masks reads, in place of a block of one, the
             token before it (S = K = 1); one that cannot be cached reads the whole canvas each time, without pages
             (K = 1).
-        rules: the commit rules in use; `SamplingParams.rule` of a row says which is its own.
-        prefill_rows: a forward reads up to prefill_rows x prefill_tokens of prompts, of as many rows as that serves; 0
-            where none has any to read.
-        prefill_tokens: of one row, the most a forward reads; a multiple of S.
-        decodes_beside_prefill: whether other rows decode in forwards that read prompts, or all rows begin as one.
+        rules: the commit rules in use; `SamplingParams.rule` of a sequence says which is its own.
+        prefill_sequences: a forward reads up to prefill_sequences x prefill_tokens of prompts, of as many sequences as
+            that serves; 0 where none has any to read.
+        prefill_tokens: of one prompt, the most that a forward reads; a multiple of S.
+        decodes_beside_prefill: whether other sequences decode in forwards that read prompts, or all begin as one.
         many_widths: whether forwards are compiled for many numbers of slots and prompt windows, or for few. Many fit
             the work more closely, and take longer to compile: for CPUs, where a forward's time grows with its width.
-        rows_at_once: rows that decode in one forward, the first admitted; the others stand by with their prompts read,
-            and one begins when another ends, without waiting for the host. None is all.
-        stops_early: whether `advance` returns when, of the rows at once, an eighth have come to be missing: have
-            ended or starved, and no other is there.
+        sequences_at_once: sequences that decode in one forward, the first admitted; the others are prefilled and wait
+            for a decode slot: one begins when another ends, without waiting for the host. None is all.
+        stops_early: whether `advance` returns when, of the sequences at once, an eighth have come to be missing: have
+            ended or are out of pages, and no other is there.
     """
 
     block_size: int
     paradigm: Paradigm
     rules: tuple[CommitRule, ...]
-    prefill_rows: int = 0
+    prefill_sequences: int = 0
     prefill_tokens: int = 0
     decodes_beside_prefill: bool = True
     many_widths: bool = False
-    rows_at_once: int | None = None
+    sequences_at_once: int | None = None
     stops_early: bool = True
 
-    def at_once(self, rows: int) -> int:
-        """How many of so many rows decode in one forward."""
-        return rows if self.rows_at_once is None else min(self.rows_at_once, rows)
+    def at_once(self, sequences: int) -> int:
+        """How many of so many sequences decode in one forward."""
+        return sequences if self.sequences_at_once is None else min(self.sequences_at_once, sequences)
 
     @property
     def prompt_window(self) -> int:
@@ -72,7 +72,7 @@ class BufferConfig:
 
     @property
     def chunk_windows(self) -> int:
-        """Windows that a row's longest chunk takes."""
+        """Windows that a prompt's longest chunk takes."""
         return -(-self.prefill_tokens // self.prompt_window)
 
     @property
@@ -92,49 +92,55 @@ class BufferConfig:
 
 
 class Packed(NamedTuple):
-    """Hidden states of slots: hidden[i] is those of slot `index[i]`, counted row by row; rubbish from `count` on."""
+    """Hidden states of slots.
+
+    Attributes:
+        hidden: hidden[i] is of slot `index[i]`; undefined from `count` on.
+        index: slots counted sequence by sequence.
+        count: how many there are.
+    """
 
     hidden: Float[Array, "N S D"]
     index: Int[Array, " N"]
     count: Int[Array, ""]
 
 
-def prompt_left(rows: Rows, config: BufferConfig) -> Int[Array, " B"]:
-    """Positions to read before the row can decode; of `reads_before`, the last is read as it decodes."""
+def prompt_left(batch: SequenceState, config: BufferConfig) -> Int[Array, " B"]:
+    """Positions to read before the sequence can decode; of `reads_before`, the last is read as it decodes."""
     if not config.paradigm.cached:
-        return jnp.zeros_like(rows.start)
-    return rows.start - rows.cached - config.reads_before
+        return jnp.zeros_like(batch.progress.start)
+    return batch.progress.start - batch.progress.cached - config.reads_before
 
 
-def next_chunk(rows: Rows, config: BufferConfig) -> Int[Array, " B"]:
-    """Positions of its prompt that a row would read in the next forward: whole blocks, or all that are left."""
-    left = prompt_left(rows, config)
+def next_chunk(batch: SequenceState, config: BufferConfig) -> Int[Array, " B"]:
+    """Positions of its prompt that a sequence would read in the next forward: whole blocks, or all that are left."""
+    left = prompt_left(batch, config)
     if config.paradigm.origin == "sequence":
         # Both are multiples of S, or all that is left.
         return jnp.minimum(left, config.prefill_tokens)
-    end = rows.cached + config.prefill_tokens
-    in_response = end - rows.origin
-    end = jnp.where(in_response > 0, rows.origin + in_response // config.block_size * config.block_size, end)
-    return jnp.minimum(left, end - rows.cached)
+    end = batch.progress.cached + config.prefill_tokens
+    in_response = end - batch.inputs.origin
+    end = jnp.where(in_response > 0, batch.inputs.origin + in_response // config.block_size * config.block_size, end)
+    return jnp.minimum(left, end - batch.progress.cached)
 
 
 def paged_forward(
     model: Model,
-    rows: Rows,
+    batch: SequenceState,
     cache: list[LayerPages],
     window: Window,
     live: Bool[Array, "B K"],
     reads: Bool[Array, " B"],
     config: BufferConfig,
 ) -> tuple[Packed, list[LayerPages]]:
-    """Reads the live slots, and the next chunk of the prompts of rows in `reads`; writes their keys and values."""
+    """Reads the live slots, and the next chunk of the prompts of those in `reads`; writes their keys and values."""
     index, count = _first(live)
-    sizes = _window_sizes(rows, reads, config)
+    sizes = _window_sizes(batch, reads, config)
     pieces, pieces_count = _first(sizes > 0)
 
     def forward(slots: int, prompts: int, cache: list[LayerPages]):
-        groups = [_slots(rows, window, index[:slots], count, config)] if slots else []
-        groups += [_prompts(rows, sizes, pieces[:prompts], config)] if prompts else []
+        groups = [_slots(batch, window, index[:slots], count, config)] if slots else []
+        groups += [_prompts(batch, sizes, pieces[:prompts], config)] if prompts else []
         hidden, cache = model.hidden_paged(groups, cache, wanted=1 if slots else 0)
         found = jnp.zeros((index.size, config.block_size, model.config.hidden_size), model.embedding.dtype)
         return found.at[:slots].set(_predicting(hidden[0], config)) if slots else found, cache
@@ -142,12 +148,13 @@ def paged_forward(
     widths, beside = _slot_widths(config.at_once(live.shape[0]), live.shape[1], config)
     branches = [(width, 0) for width in widths]
     branch = _narrowest(widths, count)
-    if config.prefill_rows:
-        most = min(config.prefill_rows, reads.size) * sizes.shape[1]
+    if config.prefill_sequences:
+        most = min(config.prefill_sequences, reads.size) * sizes.shape[1]
         eighths = (1, 2, 3, 4, 6, 8) if config.many_widths else (4, 8)
         read_widths = _parts_of(most, eighths if config.decodes_beside_prefill else (8,))
         branches += [(few, width) for few in beside for width in read_widths]
         narrowest = _narrowest(read_widths, pieces_count) if len(read_widths) > 1 else 0
+        # Behind the branches that decode alone: each width of decoding, and for each of them every width of reading.
         joint = (count > beside[0]) * len(read_widths) + narrowest
         branch = jnp.where(reads.any(), len(widths) + joint, branch)
     hidden, cache = _switch(branch, branches, forward, cache)
@@ -158,11 +165,11 @@ def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int
     """Numbers of slots that forwards are compiled for, alone and beside prompts."""
     most = batch * slots
     if config.many_widths:
-        # Rows out of step have a few blocks more than rows: there, steps are small.
+        # Sequences out of step have a few blocks more than there are sequences: there, widths are close.
         widths = sorted({min(width, most) for width in _parts_of(batch, (2, 4, 8, 9, 10, 11, 12))} | {most})
     else:
         widths = _parts_of(most, (4, 8))
-    # Beside prompts, decoding is as wide as most turns need, or as wide as it can be; or all rows begin.
+    # Beside prompts, decoding is as wide as most steps need, or as wide as it can be; or all begin.
     return widths, _parts_of(most, (6, 8)) if config.decodes_beside_prefill else [batch]
 
 
@@ -174,18 +181,18 @@ def _predicting(hidden: Float[Array, "N W D"], config: BufferConfig) -> Float[Ar
     return jnp.concatenate([hidden[:, -1:], hidden[:, : config.block_size - 1]], axis=1)
 
 
-def _slots(rows: Rows, window: Window, index: Array, count: Array, config: BufferConfig) -> Windows:
+def _slots(batch: SequenceState, window: Window, index: Array, count: Array, config: BufferConfig) -> Windows:
     """The windows of some slots; those past `count` read and write nothing.
 
     A shifted model's have one token more, at the end: the one before the block, which predicts the block's first. Its
     key is in the pages, and is not written.
     """
     slots, used = window.positions.shape[1], jnp.arange(index.size) < count
-    row, slot = index // slots, index % slots
-    start = rows.start[row] + slot * config.block_size - config.reads_before
+    sequence, slot = index // slots, index % slots
+    start = batch.progress.start[sequence] + slot * config.block_size - config.reads_before
     tokens = window.tokens.reshape(-1, config.block_size)[index]
     if config.reads_before:
-        tokens = take(rows.tokens[row], start[:, None], 0)
+        tokens = take(batch.output.tokens[sequence], start[:, None], 0)
     count_each = jnp.where(used, config.block_size, 0)
     visible = jnp.broadcast_to((start + config.block_size)[:, None], tokens.shape)
     offset = jnp.arange(config.block_size, dtype=jnp.int32)
@@ -196,34 +203,36 @@ def _slots(rows: Rows, window: Window, index: Array, count: Array, config: Buffe
     positions = None
     if config.shifted_in_block:
         before = jnp.maximum(start - 1, 0)[:, None]
-        tokens = jnp.concatenate([tokens, take(rows.tokens[row], before, 0)], axis=1)
+        tokens = jnp.concatenate([tokens, take(batch.output.tokens[sequence], before, 0)], axis=1)
         positions = jnp.concatenate([start[:, None] + offset, before], axis=1)
         visible = jnp.concatenate([visible, start[:, None]], axis=1)
     visible = jnp.where(used[:, None], visible, 0)
-    return Windows(tokens, start, count_each, visible, rows.page_table[row], positions)
+    return Windows(tokens, start, count_each, visible, batch.inputs.page_table[sequence], positions)
 
 
-def prompt_windows(rows: Rows, config: BufferConfig) -> Int[Array, " B"]:
-    """Windows that each row's prompt would take of the next forward."""
-    return -(-next_chunk(rows, config) // config.prompt_window)
+def prompt_windows(batch: SequenceState, config: BufferConfig) -> Int[Array, " B"]:
+    """Windows that each prompt would take of the next forward."""
+    return -(-next_chunk(batch, config) // config.prompt_window)
 
 
-def _window_sizes(rows: Rows, reads: Array, config: BufferConfig) -> Int[Array, "B P"]:
+def _window_sizes(batch: SequenceState, reads: Array, config: BufferConfig) -> Int[Array, "B P"]:
     """Positions in each of the windows that a forward reads of each prompt; 0 where there is none."""
-    wanted = jnp.where(reads, next_chunk(rows, config), 0)
+    wanted = jnp.where(reads, next_chunk(batch, config), 0)
     offset = jnp.arange(config.chunk_windows, dtype=jnp.int32) * config.prompt_window
     return jnp.clip(wanted[:, None] - offset, 0, config.prompt_window)
 
 
-def _prompts(rows: Rows, sizes: Int[Array, "B P"], pieces: Array, config: BufferConfig) -> Windows:
-    """These windows of prompts, counted row by row, each position seeing what a clean one sees."""
-    row, number = pieces // sizes.shape[1], pieces % sizes.shape[1]
-    start = rows.cached[row] + number * config.prompt_window
-    count = sizes[row, number]
+def _prompts(batch: SequenceState, sizes: Int[Array, "B P"], pieces: Array, config: BufferConfig) -> Windows:
+    """These windows of prompts, counted prompt by prompt, each position seeing what a clean one sees."""
+    sequence, number = pieces // sizes.shape[1], pieces % sizes.shape[1]
+    start = batch.progress.cached[sequence] + number * config.prompt_window
+    count = sizes[sequence, number]
     index = jnp.arange(config.prompt_window, dtype=jnp.int32)
     positions = start[:, None] + index
-    visible = jnp.where(index < count[:, None], _clean_end(positions, rows.origin[row][:, None], config), 0)
-    return Windows(take(rows.tokens[row], positions, 0), start, count, visible, rows.page_table[row])
+    origin = batch.inputs.origin[sequence][:, None]
+    visible = jnp.where(index < count[:, None], _clean_end(positions, origin, config), 0)
+    tokens = take(batch.output.tokens[sequence], positions, 0)
+    return Windows(tokens, start, count, visible, batch.inputs.page_table[sequence])
 
 
 def _clean_end(positions: Array, origin: Array, config: BufferConfig) -> Array:
@@ -238,20 +247,20 @@ def _clean_end(positions: Array, origin: Array, config: BufferConfig) -> Array:
     return jnp.where(positions >= origin, in_response, in_prompt)
 
 
-def canvas_forward(model: Model, rows: Rows, window: Window, config: BufferConfig) -> Packed:
-    """What predicts the open blocks: each row's canvas, prompt to last block, every position seeing all of it."""
-    index = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32), rows.tokens.shape)
-    inside = (index < rows.canvas_end[:, None]).astype(jnp.int32)
-    hidden = model.hidden(rows.tokens, index, visibility.bidirectional(inside))
-    batch = rows.start.size
+def canvas_forward(model: Model, batch: SequenceState, window: Window, config: BufferConfig) -> Packed:
+    """What predicts the open blocks: each sequence's canvas, prompt to last block, every position seeing all of it."""
+    index = jnp.broadcast_to(jnp.arange(batch.output.tokens.shape[1], dtype=jnp.int32), batch.output.tokens.shape)
+    inside = (index < batch.inputs.canvas_end[:, None]).astype(jnp.int32)
+    hidden = model.hidden(batch.output.tokens, index, visibility.bidirectional(inside))
+    count = batch.progress.start.size
     predicting = jnp.maximum(window.positions[:, 0] - config.paradigm.shifted, 0)
     opened = jnp.take_along_axis(hidden, predicting[..., None], axis=1, mode="clip")
-    return Packed(opened, jnp.arange(batch, dtype=jnp.int32), jnp.int32(batch))
+    return Packed(opened, jnp.arange(count, dtype=jnp.int32), jnp.int32(count))
 
 
 def propose_masked(
     model: Model,
-    rows: Rows,
+    batch: SequenceState,
     window: Window,
     masked: Bool[Array, "B K S"],
     packed: Packed,
@@ -266,29 +275,29 @@ def propose_masked(
     used = jnp.arange(packed.index.size) < packed.count
     order, count = _first(masked.reshape(-1, size)[packed.index] & used[:, None])
     order = jnp.pad(order, (0, -order.size % _PROPOSALS))
-    alternatives = rows.top_token.shape[-1]
+    alternatives = batch.output.top_token.shape[-1]
     none = _no_proposal(masked.size, jnp.promote_types(packed.hidden.dtype, jnp.float32), alternatives)
 
     def head(width: int, proposal: Proposal, first: int | Array = 0) -> Proposal:
         if width == 0:
             return proposal
         used = first + jnp.arange(width) < count
-        # What pads the list repeats its first entry, and so asks for nothing that no row asks for.
+        # What pads the list repeats its first entry, and so asks for nothing that no sequence asks for.
         source = jnp.where(used, jax.lax.dynamic_slice_in_dim(order, first, width), order[0])
         place = packed.index[source // size] * size + source % size
-        row = place // (masked.size // masked.shape[0])
+        sequence = place // (masked.size // masked.shape[0])
         logits = model.unembed(packed.hidden.reshape(-1, packed.hidden.shape[-1])[source])
-        sampling = rows.sampling.at(row)
+        sampling = batch.inputs.sampling.at(sequence)
         positions = window.positions.reshape(-1)[place]
-        stops = rows.stop_ids[row]
-        behind_prompt = positions - rows.prompt_length[row]
+        stops = batch.inputs.stop_ids[sequence]
+        behind_prompt = positions - batch.inputs.prompt_length[sequence]
         early = (behind_prompt >= 0) & (behind_prompt < sampling.min_new_tokens)
         found = propose(
             logits,
             sampling,
             positions,
-            rows.denoising_forwards[row],
-            lambda: _seen(rows, logits.shape[-1])[row],
+            batch.progress.denoising_forwards[sequence],
+            lambda: _seen(batch, logits.shape[-1])[sequence],
             mask_token_id=model.config.mask_token_id,
             banned=banned,
             suppressed=jnp.concatenate([sampling.suppress_token_ids, jnp.where(early[:, None], stops, -1)], axis=1),
@@ -299,7 +308,7 @@ def propose_masked(
         to = jnp.where(used, place, masked.size)
         return jax.tree.map(lambda all, new: all.at[to].set(new, mode="drop"), proposal, found)
 
-    # At most one block a row has masks, unless blocks open early.
+    # At most one block per sequence has masks, unless blocks open early.
     at_once = config.at_once(masked.shape[0])
     one_block, most = at_once * size, at_once * masked.shape[1] * size
     if most > _PROPOSALS:
@@ -318,11 +327,11 @@ def _no_proposal(length: int, dtype, alternatives: int) -> Proposal:
     return Proposal(token, number, number, number, jnp.ones(length, bool), others)
 
 
-def _seen(rows: Rows, vocab_size: int) -> Bool[Array, "B V"]:
-    """The tokens of each row's prompt and of what it has committed."""
-    at = jnp.where(rows.committed, rows.tokens, vocab_size)
-    batch = jnp.arange(at.shape[0])[:, None]
-    return jnp.zeros((at.shape[0], vocab_size), bool).at[batch, at].set(True, mode="drop")
+def _seen(batch: SequenceState, vocab_size: int) -> Bool[Array, "B V"]:
+    """The tokens of each sequence's prompt and of what it has committed."""
+    at = jnp.where(batch.output.committed, batch.output.tokens, vocab_size)
+    index = jnp.arange(at.shape[0])[:, None]
+    return jnp.zeros((at.shape[0], vocab_size), bool).at[index, at].set(True, mode="drop")
 
 
 def _first(wanted: Bool[Array, "..."]) -> tuple[Int[Array, " N"], Int[Array, ""]]:

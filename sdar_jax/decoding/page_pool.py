@@ -21,14 +21,27 @@ Tokens = tuple[int, ...]
 class Prefix(NamedTuple):
     """What is already in the cache of a sequence.
 
-    pages: to share, all of them full. partial: a page whose first `partial_length` positions serve as well, once they
-    are copied; None if there is none. length: positions in all.
+    Attributes:
+        pages: to share, all of them full.
+        partial: a page whose first `partial_length` positions serve as well, once they are copied; None if there is
+            none.
+        partial_length: positions of `partial`.
+        length: positions in all.
     """
 
     pages: tuple[int, ...]
     partial: int | None
     partial_length: int
     length: int
+
+    @property
+    def held(self) -> list[int]:
+        """All pages that are read, the partial one last."""
+        return [*self.pages] if self.partial is None else [*self.pages, self.partial]
+
+    def without_partial(self) -> "Prefix":
+        """The pages that are full, alone."""
+        return self._replace(partial=None, partial_length=0, length=self.length - self.partial_length)
 
 
 @dataclass
@@ -41,6 +54,17 @@ class _Page:
     children: set[int] = field(default_factory=set)
 
 
+def default_page_size(block_size: int) -> int:
+    """The positions of a page where no size is asked for: whole blocks, 64 or more."""
+    return -(-64 // block_size) * block_size
+
+
+def check_page_size(page_size: int, block_size: int) -> None:
+    """Raises ConfigError for a page that is not made of whole blocks."""
+    if page_size < 1 or page_size % block_size:
+        raise ConfigError(f"page_size is {page_size}; give a multiple of the block size {block_size}")
+
+
 class PagePool:
     """`count` pages of `page_size` positions, for blocks of `block_size`.
 
@@ -49,20 +73,19 @@ class PagePool:
     """
 
     def __init__(self, count: int, page_size: int, block_size: int):
-        if page_size < 1 or page_size % block_size:
-            raise ConfigError(f"page_size is {page_size}; give a multiple of the block size {block_size}")
+        check_page_size(page_size, block_size)
         if count < 1:
             raise ConfigError(f"pages is {count}; give at least 1")
-        self.page_size, self.block_size = page_size, block_size
-        self.sizes = count, page_size
+        self.count = count
+        self.page_size = page_size
+        self.block_size = block_size
         self.evictions = 0
         self.clear()
 
     def clear(self) -> None:
         """Takes all pages back, and forgets what they hold."""
-        count, _ = self.sizes
-        self._pages = [_Page() for _ in range(count)]
-        self._free = list(range(count - 1, -1, -1))
+        self._pages = [_Page() for _ in range(self.count)]
+        self._free = list(range(self.count - 1, -1, -1))
         # Least recently used first, and a page always after those that continue it: they are released together.
         self._kept: dict[int, None] = {}
         self._first_block: dict[tuple[int | None, Tokens], set[int]] = {}
