@@ -68,7 +68,7 @@ CHIP_SHAPES = [
 CPU_SHAPE = Shape("CPU", 2048, 4, 8, 8, 64)
 
 
-def both_ways(attend: Callable, inputs: Sequence) -> Iterator[tuple[str, Callable, tuple]]:
+def both_ways(attend: Callable, inputs: Sequence) -> Iterator[tuple[str, jax.stages.Wrapped, tuple]]:
     """(name, jitted function, arguments) of the forward, and of the forward and backward."""
     q, k, v, d_out = inputs
     yield "forward", jax.jit(attend), (q, k, v)
@@ -132,7 +132,9 @@ def on_cpu(torch_python: str | None, pairs: int):
         abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(partial(longer.inputs, jnp.float32))]
         attend = partial(attention, ranges=longer.ranges(), implementation="chunked")
         *_, (_, function, _) = both_ways(attend, abstract)
-        held = function.lower(*abstract).compile().memory_analysis().temp_size_in_bytes
+        memory = function.lower(*abstract).compile().memory_analysis()
+        assert memory is not None, "XLA says what memory a program for a CPU takes"
+        held = memory.temp_size_in_bytes
         dense = (2 * length) ** 2 / 1e6
         print(
             f"L = {length}: {held / 1e6:.0f} MB held, {held / length:.0f} bytes a token; a dense mask: {dense:.0f} MB"

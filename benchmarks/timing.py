@@ -23,6 +23,7 @@ def seconds(function: Callable, *args, calls: int = 10, repeats: int = 5) -> flo
 
     def once() -> float:
         start = time.perf_counter()
+        out = None
         for _ in range(calls):
             out = function(*args)
         jax.block_until_ready(out)

@@ -45,8 +45,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, name: str = "logits") -> 
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max(), name
 
 
-@pytest.mark.xla_defaults
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.xla_defaults), True])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_and_gradients(name: str, stacked: bool, tmp_path: Path) -> None:
     expected = dict(np.load(FIXTURES / name / "outputs.npz"))

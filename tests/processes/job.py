@@ -46,7 +46,8 @@ class Job:
         config = directory / "train.yaml"
         config.write_text(yaml.safe_dump(values))
         self.run_dir = Path(values["run_dir"])
-        self._directory, self.processes = directory, []
+        self._directory = directory
+        self.processes, self._listeners = [], []
         address = f"127.0.0.1:{free_port()}"
         for index in range(count):
             places = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
@@ -62,9 +63,13 @@ class Job:
         environment = {**os.environ, **{name: str(value) for name, value in {**cache, **flags, **places}.items()}}
         warnings = ("-W", "error", "-W", "ignore:Error reading persistent compilation cache entry")
         with self._file(index, "out").open("w") as out, self._file(index, "err").open("w") as err:
+            # Errors go through a pipe: where the files of a process are limited, what it says is not.
+            listener = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=err)
             command = [sys.executable, *warnings, "train.py", *arguments]
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=listener.stdin)
+            listener.stdin.close()
         self.processes.append(process)
+        self._listeners.append(listener)
 
     def _file(self, index: int, suffix: str) -> Path:
         return self._directory / f"{index}.{suffix}"
@@ -75,7 +80,7 @@ class Job:
     def __exit__(self, *_) -> None:
         for process in self.processes:
             process.kill()
-        for process in self.processes:
+        for process in [*self.processes, *self._listeners]:
             process.wait()
 
     def wait_for(self, path: Path) -> None:
@@ -97,10 +102,12 @@ class Job:
                 process.wait(max(0.01, limit - time.monotonic()))
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"a process did not end: {self.said()}") from None
+        for listener in self._listeners:
+            listener.wait()
         return self.said()
 
     def said(self) -> list[Ended]:
-        read = lambda index, suffix: self._file(index, suffix).read_text()[-5000:]
+        read = lambda index, suffix: self._file(index, suffix).read_text()
         return [Ended(p.returncode, read(i, "out"), read(i, "err")) for i, p in enumerate(self.processes)]
 
     def finish(self) -> list[Ended]:

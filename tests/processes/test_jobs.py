@@ -154,11 +154,11 @@ def test_one_that_cannot_write_ends_all_and_the_last_checkpoint_stays(stopped, u
     last = state_of(stopped[0])[0]
     values = job_values(inputs, tmp_path / "run", checkpoint={"every": 1})
     with Job(values, 2, tmp_path / "job") as job:
-        # More than it logs, less than its part of a state.
+        # Less than its part of a state.
         resource.prlimit(job.processes[1].pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
         ended = job.ended(within=120)
     assert [process.status for process in ended] == [2, 2], ended
-    # The failed one has what the threads of the layers below print as well, at times before it on its line.
+    # The failed one has what the threads of the layers below print as well, dozens of tracebacks at times.
     said = [re.findall(r"error: .*", process.err) for process in ended]
     assert all(len(lines) == 1 and "cannot be written" in lines[0] for lines in said), ended
     assert len(ended[0].errors) == 1
