@@ -63,7 +63,7 @@ def impossible(step: Compiled, chip: str, devices: int, *, strong: bool) -> str 
     if devices < together:
         return f"the mesh needs {together}"
     if strong and step.config.data.batch_size * step.mesh.shape["context"] * step.mesh.shape["tensor"] < devices:
-        return "less than a row a device"
+        return "less than a row per device"
     memory = step.memory
     held = (2 * memory.weights + memory.optimizer + memory.ema) * BASE / mesh_of(step, chip, devices).size
     return f"{held / 1e9:.0f} GB of weights, gradients and optimiser" if held > CHIPS[chip].memory else None

@@ -77,6 +77,6 @@ def test_more_devices_share_the_rows_and_gather_the_same_weights(step):
 def test_what_cannot_be_shared(step):
     assert impossible(step, "h200", 64, strong=True) is None
     assert impossible(step, "h200", 2, strong=False) == "the mesh needs 4"
-    assert impossible(step, "h200", 1024, strong=True) == "less than a row a device"
+    assert impossible(step, "h200", 1024, strong=True) == "less than a row per device"
     assert impossible(step, "h200", 1024, strong=False) is None
     assert impossible(step, "h200", 8, strong=False) == "224 GB of weights, gradients and optimiser"
