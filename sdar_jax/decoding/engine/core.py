@@ -151,11 +151,14 @@ class EngineCore:
             self._counters.prefill_alone_seconds += seconds
 
     def _admit(self) -> None:
-        for admission in self._scheduler.admit():
-            self._runner.admit(admission)
+        admissions = self._scheduler.admit()
+        # Counted before the device is asked for anything: an interruption there makes these admissions again.
+        for admission in admissions:
             if not admission.again:
                 self._counters.prompt_tokens += len(admission.request.prompt)
                 self._counters.prefix_tokens += admission.prefix_length
+        for admission in admissions:
+            self._runner.admit(admission)
 
     def _drain(self, view: HostView) -> None:
         for request in self._scheduler.running:
