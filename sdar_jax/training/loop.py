@@ -175,7 +175,7 @@ def _placed(batch: dict[str, np.ndarray], rows: list[int], batch_size: int, mesh
     index_of = {row: i for i, row in enumerate(rows)}
 
     def put(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             wanted = range(batch_size)[index[0]]
             return x[[index_of[row] for row in wanted]]
 

@@ -68,8 +68,8 @@ def paged_attention(
     _check_shapes(q, k_pages, v_pages, page_table, visible)
     visible = jnp.clip(visible, 0, page_table.shape[1] * k_pages.shape[2])
     inputs = (q, k_pages, v_pages, page_table, visible)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    local = partial(_local, scale=scale, implementation=implementation)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    local = partial(_local, scale=factor, implementation=implementation)
     return over_heads(local, inputs, heads_at=(2, 1, 1, None, None), out_at=2, kv_heads=k_pages.shape[1])
 
 
