@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdar_jax.arithmetic import round_up
 from sdar_jax.decoding.block_forward import BufferConfig
 from sdar_jax.decoding.buffer import Decoder
 from sdar_jax.decoding.completions import completions
@@ -47,6 +48,8 @@ _STEPS = 8
 _PREFILL_TOKENS = 512
 # Shorter chunks would save little and be more shapes to compile.
 _LEAST_CHUNK = 32
+# Stop tokens are padded to a multiple of these, so that most requests have one shape.
+_STOPS = 4
 
 
 def generate(
@@ -171,14 +174,15 @@ def start_state(
     new = [max_new_tokens] * len(ids) if isinstance(max_new_tokens, int | np.integer) else max_new_tokens
     given = [prompt != (-1 if model.config.mask_token_id is None else model.config.mask_token_id) for prompt in ids]
     origins = [paradigm.origin_of(first_mask(there)) for there in given]
-    ends = [at + -(-(len(p) + count - at) // size) * size for at, p, count in zip(origins, ids, new, strict=True)]
+    ends = [at + round_up(len(p) + count - at, size) for at, p, count in zip(origins, ids, new, strict=True)]
     page_size = page_size or default_page_size(size)
     length = _bucket(max(1, *ends), page_size if paradigm.cached else size)
     pages = -(-length // page_size)
-    suppressed = -(-max(len(config.suppress_token_ids) for config in configs) // 8) * 8
+    suppressed = round_up(max(len(config.suppress_token_ids) for config in configs), 8)
     alternatives = max(config.top_logprobs for config in configs)
     slots = paradigm.slots(window_slots)
-    shape = SequenceShape(length, len(stop_ids), pages, size, slots, suppressed, alternatives)
+    stops = round_up(max(len(stop_ids), 1), _STOPS)
+    shape = SequenceShape(length, stops, pages, size, slots, suppressed, alternatives)
     own_rules = [config.strategy_for(model.config).rule for config in configs]
     rules = tuple(dict.fromkeys(own_rules))
     sequences = [

@@ -26,7 +26,8 @@ PROMPTS = [LONG[:n] for n in (0, 3, 9, 17, 26)] + [LONG[:10] + [7, 7, 7, 7], LON
 def engine(**options) -> Engine:
     """Small pages, few of them, two rows."""
     sizes = {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "steps_per_call": 3}
-    return Engine(tiny_model(), **{**sizes, **options})
+    strategies = dict.fromkeys(config.strategy for config in CONFIGS if config.strategy)
+    return Engine(tiny_model(), **{**sizes, "strategies": tuple(strategies), **options})
 
 
 def alone(prompt, config, new, stops, seed):

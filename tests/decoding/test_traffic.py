@@ -13,7 +13,16 @@ import pytest
 from sdar_jax.decoding import Engine
 from sdar_jax.decoding.engine import model_runner
 from tests.decoding import oracle
-from tests.decoding.traffic import LONGEST_OUTPUT, LONGEST_PROMPT, Caller, Request, alone, check, random_request
+from tests.decoding.traffic import (
+    LONGEST_OUTPUT,
+    LONGEST_PROMPT,
+    STRATEGIES,
+    Caller,
+    Request,
+    alone,
+    check,
+    random_request,
+)
 from tests.jaxprs import compilations
 from tests.tiny import MASK, tiny_model
 
@@ -34,10 +43,16 @@ def model_of(shape: str, seed: int):
     return tiny_model(seed=seed, block_size=SHAPES[shape].get("block_size", 4))
 
 
+def engine_of(shape: str, model, steps_per_call: int) -> Engine:
+    strategies = () if shape == "autoregressive" else STRATEGIES
+    options = dict(max_length=LENGTH, steps_per_call=steps_per_call, strategies=strategies)
+    return Engine(model, **options, **SHAPES[shape])
+
+
 def serve(shape: str, seed: int, count: int, copies: mock.Mock) -> None:
     random = np.random.default_rng([seed, count])
     model = model_of(shape, seed)
-    served = Engine(model, max_length=LENGTH, steps_per_call=int(random.integers(1, 5)), **SHAPES[shape])
+    served = engine_of(shape, model, int(random.integers(1, 5)))
     stems = random.integers(0, MASK, (3, LONGEST_PROMPT))
     caller = Caller(served, [random_request(random, model, stems) for _ in range(count)], random)
     with mock.patch.object(model_runner, "copy_page", copies):
@@ -75,7 +90,7 @@ def check_oracle(model, request: Request, wanted) -> None:
 def test_nothing_is_compiled_after_warm_up(x64):
     """Not one program, large or small: other lengths, configs, cancels, shared prefixes, page pressure."""
     random, model = np.random.default_rng(0), model_of("two rows", 1)
-    served = Engine(model, max_length=LENGTH, steps_per_call=3, **SHAPES["two rows"])
+    served = engine_of("two rows", model, 3)
     stems = random.integers(0, MASK, (3, LONGEST_PROMPT))
     traffic = lambda count: [random_request(random, model, stems) for _ in range(count)]
     Caller(served, traffic(25), random).run()

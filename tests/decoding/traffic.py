@@ -13,6 +13,8 @@ from tests.tiny import MASK
 # One length for all, so that few programs are compiled.
 LONGEST_PROMPT, LONGEST_OUTPUT = 27, 20
 
+STRATEGIES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "factor")
+
 
 class Request(NamedTuple):
     prompt: list[int]
@@ -26,7 +28,7 @@ def random_config(random: np.random.Generator, size: int) -> DecodingConfig:
     """Any strategy, score, schedule and way to sample; blocks open one after another."""
     pick = lambda *values: values[int(random.integers(len(values)))]
     return DecodingConfig(
-        strategy=pick("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "factor"),
+        strategy=pick(*STRATEGIES),
         denoising_steps=pick(None, *range(1, size + 1)),
         schedule=pick("released", "paper"),
         score=pick("probability", "margin", "neg_entropy"),

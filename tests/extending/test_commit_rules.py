@@ -8,6 +8,7 @@ from sdar_jax import DecodingConfig, Engine, generate
 from sdar_jax.decoding import CommitRule, tokens_per_step
 from sdar_jax.errors import ConfigError, DecodingError
 from tests.bad_input import refused
+from tests.jaxprs import compilations
 from tests.tiny import tiny_model
 
 SIZE = 4
@@ -78,6 +79,19 @@ def test_an_engine_takes_rules_as_they_come_and_serves_them_side_by_side():
     for i, config in enumerate(configs):
         served, alone = engine.result(ids[i]), decoded(config)[i]
         assert (served.tokens, served.steps) == (alone.tokens, alone.steps)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_strategies_that_an_engine_is_told_of_compile_nothing_anew():
+    engine = Engine(tiny_model(jnp.float32), **ENGINE, strategies=("sequential", rightmost))
+    engine.warm_up()
+    with compilations() as compiled:
+        for strategy in (rightmost, "sequential", None):
+            engine.generate(PROMPTS[:1], DecodingConfig(strategy=strategy), max_new_tokens=2, stop_token_ids=())
+    assert not compiled
+    with refused(DecodingError, "strategy 'semi_autoregressive' has no cache"):
+        Engine(tiny_model(jnp.float32), **ENGINE, strategies=("semi_autoregressive",))
 
 
 def test_rules_of_one_batch_may_differ():

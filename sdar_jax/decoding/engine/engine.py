@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from sdar_jax.decoding.block_forward import BufferConfig
+from sdar_jax.decoding.commit_rules import CommitFunction, StrategyName
 from sdar_jax.decoding.config import Completion, DecodingConfig
 from sdar_jax.decoding.decode_state import SequenceShape
 from sdar_jax.decoding.engine.core import EngineCore
@@ -61,6 +62,8 @@ class Engine:
         prefill_tokens: of a prompt, the most that a forward reads beside the decoding of others.
         steps_per_call: forwards of one call of the device, at most.
         top_logprobs: the most of these that a request may ask for: room that every position has.
+        strategies: what requests will ask for besides the model's own. One that is not listed is served as well, from
+            the first request that asks for it, and then all is compiled anew.
 
     Raises:
         ConfigError, DecodingError: sizes that cannot be served, or that there is no memory for.
@@ -81,9 +84,11 @@ class Engine:
         prefill_tokens: int = 256,
         steps_per_call: int = 8,
         top_logprobs: int = 0,
+        strategies: Sequence[StrategyName | CommitFunction] = (),
     ):
         own = own_config(model.config, block_size)
         size = own.resolve_block_size(model.config)
+        served = [own, *(DecodingConfig(block_size, strategy) for strategy in strategies)]
         _check_positive(
             batch_slots=batch_slots,
             max_queue=max_queue,
@@ -108,7 +113,7 @@ class Engine:
         config = BufferConfig(
             block_size=size,
             paradigm=paradigm,
-            rules=(own.strategy_for(model.config).rule,),
+            rules=tuple(dict.fromkeys(each.strategy_for(model.config).rule for each in served)),
             prefill_sequences=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
             many_widths=platform() == "cpu",
@@ -134,6 +139,8 @@ class Engine:
         self._block_size = size
         self._lock = FairLock()
         self._core = EngineCore(self._inputs, scheduler, runner, tokenizer, steps_per_call)
+        for each in served:
+            self._inputs.check_config(each)
 
     @property
     def max_length(self) -> int:

@@ -75,7 +75,7 @@ class InputProcessor:
         seed: int = 0,
     ) -> Request:
         """A request that is in no queue yet. Raises DecodingError for one that the engine cannot serve."""
-        self._check_config(config)
+        self.check_config(config)
         ids = to_ids(prompt, 0, self._tokenizer)
         check_prompts([ids], [config], self._model, max_new_tokens)
         check_seed(seed, 1)
@@ -119,7 +119,8 @@ class InputProcessor:
                 self._rules = (*self._rules, rule)
         return self._rules.index(rule), rule
 
-    def _check_config(self, config: DecodingConfig) -> None:
+    def check_config(self, config: DecodingConfig) -> None:
+        """Raises DecodingError for a config that reads the model in another way than this engine."""
         size, served = self._shape.block_size, self._config.paradigm
         if config.block_size not in (None, size):
             raise DecodingError(f"block_size is {config.block_size}, the engine's {size}; leave it None")
