@@ -68,16 +68,26 @@ CHIP_SHAPES = [
 CPU_SHAPE = Shape("CPU", 2048, 4, 8, 8, 64)
 
 
-def both_ways(attend: Callable, inputs: Sequence) -> Iterator[tuple[str, jax.stages.Wrapped, tuple]]:
+def both_ways(
+    attend: Callable, inputs: Sequence
+) -> Iterator[tuple[str, jax.stages.Wrapped, tuple]]:
     """(name, jitted function, arguments) of the forward, and of the forward and backward."""
     q, k, v, d_out = inputs
     yield "forward", jax.jit(attend), (q, k, v)
-    yield "forward and backward", jax.jit(lambda q, k, v, d: jax.vjp(attend, q, k, v)[1](d)), (q, k, v, d_out)
+    yield (
+        "forward and backward",
+        jax.jit(lambda q, k, v, d: jax.vjp(attend, q, k, v)[1](d)),
+        (q, k, v, d_out),
+    )
 
 
 def rivals(shape: Shape) -> Iterator[tuple[str, Callable]]:
     """Other implementations of the same function."""
-    dense = None if shape.block_size is None else shape.ranges().sees(jnp.arange(shape.positions()))[:, None]
+    dense = (
+        None
+        if shape.block_size is None
+        else shape.ranges().sees(jnp.arange(shape.positions()))[:, None]
+    )
     masked = {"is_causal": True} if dense is None else {"mask": dense}
     names = ["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"]
     for name in names:
@@ -98,7 +108,9 @@ def on_chip():
         for name, value in took.items():
             rate = flops[name] / value
             share = "" if peak is None else f", {rate / peak:.0%} of the peak"
-            print(f"{shape.name}, L = {shape.length}, {name}: {1e3 * value:.2f} ms, {rate / 1e12:.0f} TFLOP/s{share}")
+            print(
+                f"{shape.name}, L = {shape.length}, {name}: {1e3 * value:.2f} ms, {rate / 1e12:.0f} TFLOP/s{share}"
+            )
         for rival, attend in rivals(shape):
             for name, function, args in both_ways(attend, inputs):
                 print(f"  {rival}, {name}: {_ratio(function, args, took[name])}", flush=True)
@@ -125,11 +137,17 @@ def on_cpu(torch_python: str | None, pairs: int):
     heads = {"heads": shape.heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim}
     with TorchPeer(torch_python, "attention", **sizes, **heads) as peer:
         ratio = compare(lambda: function(*args), lambda: peer.run().seconds, pairs)
-    print(f"L = {shape.length}, S = {shape.block_size}, {shape.heads} heads of {shape.head_dim}, float32, ", end="")
+    print(
+        f"L = {shape.length}, S = {shape.block_size}, {shape.heads} heads of {shape.head_dim}, float32, ",
+        end="",
+    )
     print(f"forward and backward: {ratio}")
     for length in (1024, 2048, 4096, 8192):
         longer = shape._replace(length=length)
-        abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(partial(longer.inputs, jnp.float32))]
+        abstract = [
+            jax.ShapeDtypeStruct(x.shape, x.dtype)
+            for x in jax.eval_shape(partial(longer.inputs, jnp.float32))
+        ]
         attend = partial(attention, ranges=longer.ranges(), implementation="chunked")
         *_, (_, function, _) = both_ways(attend, abstract)
         memory = function.lower(*abstract).compile().memory_analysis()
@@ -142,7 +160,9 @@ def on_cpu(torch_python: str | None, pairs: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-python", help="on a CPU: a Python that has torch")
     parser.add_argument("--pairs", type=int, default=7)
     args = parser.parse_args()

@@ -41,7 +41,9 @@ def work(kernel: str, head_dim: int, length: int) -> tuple[Callable, tuple]:
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
     shapes = [(1, 2 * length, count, head_dim) for count in heads]
-    q, k, v, d_out = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    q, k, v, d_out = (
+        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
+    )
     attend = lambda q, k, v: attention(q, k, v, ranges)
     if kernel == "forward":
         return attend, (q, k, v)
@@ -58,7 +60,9 @@ def measure(row: Row, tile_sizes: TileSizes, length: int) -> float | None:
         try:
             return seconds(jax.jit(function), *args)
         except Exception as error:  # Whatever the compiler objects to, the next candidate may do.
-            print(f"  {tuple(tile_sizes)}: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            print(
+                f"  {tuple(tile_sizes)}: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            )
             return None
 
 
@@ -74,14 +78,19 @@ def tune(row: Row, length: int) -> tuple[TileSizes, str] | None:
         return None
     best = min(times, key=times.__getitem__)
     before = f", {tuple(shipped)} took {1e3 * times[shipped]:.3f}" if shipped in times else ""
-    return best, f"measured at L = {length}: {1e3 * times[best]:.3f} ms{before}; best of {len(times)}"
+    return (
+        best,
+        f"measured at L = {length}: {1e3 * times[best]:.3f} ms{before}; best of {len(times)}",
+    )
 
 
 def write(found: dict[Row, tuple[TileSizes, str]]):
     """Replaces or adds these rows in tile_sizes.toml; the others and the comment on top stay as they are."""
     text = TABLE.read_text()
     head = text[: text.index("[[tile_sizes]]")]
-    rows = {Row(*(row[name] for name in Row._fields)): row for row in tomllib.loads(text)["tile_sizes"]}
+    rows = {
+        Row(*(row[name] for name in Row._fields)): row for row in tomllib.loads(text)["tile_sizes"]
+    }
     for row, (tile_sizes, reason) in found.items():
         rows[row] = {**row._asdict(), **tile_sizes._asdict(), "reason": reason}
     TABLE.write_text(head + "\n".join(map(_as_toml, rows.values())))
@@ -89,20 +98,30 @@ def write(found: dict[Row, tuple[TileSizes, str]]):
 
 def _as_toml(row: dict) -> str:
     quoted = lambda value: f'"{value}"' if isinstance(value, str) else str(value)
-    return "[[tile_sizes]]\n" + "".join(f"{name} = {quoted(value)}\n" for name, value in row.items())
+    return "[[tile_sizes]]\n" + "".join(
+        f"{name} = {quoted(value)}\n" for name, value in row.items()
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--dry-run", action="store_true", help="measure, and leave the table alone")
     args = parser.parse_args()
     implementation = IMPLEMENTATIONS.get(jax.default_backend())
     if implementation is None:
-        sys.exit(f"autotune: backend {jax.default_backend()!r} says nothing of a GPU or TPU; run it on one")
+        sys.exit(
+            f"autotune: backend {jax.default_backend()!r} says nothing of a GPU or TPU; run it on one"
+        )
     found = {}
-    rows = [Row(implementation, kernel, size, chip_here()) for kernel in KERNELS for size in args.head_dims]
+    rows = [
+        Row(implementation, kernel, size, chip_here())
+        for kernel in KERNELS
+        for size in args.head_dims
+    ]
     for row in rows:
         print(f"{row.implementation} {row.kernel}, head_dim {row.head_dim}, on {row.chip}")
         if (best := tune(row, args.length)) is not None:

@@ -61,23 +61,31 @@ def rivals() -> Iterator[tuple[str, Callable]]:
         import tokamax  # pyright: ignore[reportMissingImports]
 
         # It takes no weights: the plain sum is the nearest it has.
-        loss = lambda hidden, head, targets, weights: tokamax.linear_softmax_cross_entropy_loss(hidden, targets, head)
+        loss = lambda hidden, head, targets, weights: tokamax.linear_softmax_cross_entropy_loss(
+            hidden, targets, head
+        )
         yield "tokamax (unweighted)", loss
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args()
     on_cpu = jax.default_backend() == "cpu"
     peak = peak_flops(jax.devices()[0].device_kind)
     if on_cpu:
-        print("On this CPU: seconds and memory. TFLOP/s and the fraction of peak need a GPU or TPU.")
+        print(
+            "On this CPU: seconds and memory. TFLOP/s and the fraction of peak need a GPU or TPU."
+        )
     for shape in CPU_SHAPES if on_cpu else CHIP_SHAPES:
         args = inputs(shape, jnp.float32 if on_cpu else jnp.bfloat16)
         took = _report(shape, "ours", ours, args, None)
         if peak is not None:
             flops = 6.0 * float(jnp.count_nonzero(args[3])) * shape.width * shape.vocab
-            print(f"  {flops / took / 1e12:.0f} TFLOP/s of the weighted tokens, {flops / took / peak:.0%} of the peak")
+            print(
+                f"  {flops / took / 1e12:.0f} TFLOP/s of the weighted tokens, {flops / took / peak:.0%} of the peak"
+            )
         for name, loss in rivals():
             _report(shape, name, loss, args, took)
 
@@ -88,7 +96,10 @@ def _report(shape: Shape, name: str, loss: Callable, args: tuple, ours_took: flo
     held = 0 if memory is None else memory.temp_size_in_bytes
     took = seconds(step, *args, calls=3)
     ratio = "" if ours_took is None else f", ours is {took / ours_took:.2f}x as fast"
-    print(f"{shape.name}, {name}: {1e3 * took:.1f} ms, {held / 1e6:.0f} MB of temporaries{ratio}", flush=True)
+    print(
+        f"{shape.name}, {name}: {1e3 * took:.1f} ms, {held / 1e6:.0f} MB of temporaries{ratio}",
+        flush=True,
+    )
     return took
 
 

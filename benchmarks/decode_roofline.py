@@ -63,23 +63,31 @@ def forward_work(model: ModelConfig, batch: int, context: int, positions: float)
     weights = matmul_weights(model)
     kept = model.num_layers * model.num_kv_heads * model.head_dim * 2 * BYTES
     attention = 4 * model.num_layers * model.num_heads * model.head_dim * (context + positions)
-    return Work(weights * BYTES + batch * context * kept, batch * positions * (2 * weights + attention))
+    return Work(
+        weights * BYTES + batch * context * kept, batch * positions * (2 * weights + attention)
+    )
 
 
 def autoregressive(model: ModelConfig, chip: Chip, batch: int, context: int) -> float:
     return forward_work(model, batch, context, 1).seconds(chip)
 
 
-def block_diffusion(model: ModelConfig, chip: Chip, batch: int, context: int, size: int, tpf: float) -> float:
+def block_diffusion(
+    model: ModelConfig, chip: Chip, batch: int, context: int, size: int, tpf: float
+) -> float:
     """t_f with commit fusion; tpf = S / gamma."""
     return forward_work(model, batch, context, size + tpf).seconds(chip)
 
 
-def needed(model: ModelConfig, chip: Chip, batch: int, context: int, size: int, speedup: float) -> float | None:
+def needed(
+    model: ModelConfig, chip: Chip, batch: int, context: int, size: int, speedup: float
+) -> float | None:
     """The tokens a forward from which blocks are `speedup` times as fast as AR; None if not even S is enough."""
     ar = autoregressive(model, chip, batch, context)
     gain = lambda tpf: tpf * ar / block_diffusion(model, chip, batch, context, size, tpf)
-    return next((float(tpf) for tpf in np.linspace(1, size, 100 * size) if gain(tpf) >= speedup), None)
+    return next(
+        (float(tpf) for tpf in np.linspace(1, size, 100 * size) if gain(tpf) >= speedup), None
+    )
 
 
 def print_tables(model: ModelConfig, chip: Chip, context: int) -> None:
@@ -90,13 +98,19 @@ def print_tables(model: ModelConfig, chip: Chip, context: int) -> None:
     print_table(milliseconds, lambda batch: f"{1e3 * ar(batch):.2f}")
 
     def rates(batch: int, size: int) -> str:
-        return ", ".join(f"{batch * t / blocks(batch, size, t):.0f}" for t in TOKENS_A_FORWARD if t <= size)
+        return ", ".join(
+            f"{batch * t / blocks(batch, size, t):.0f}" for t in TOKENS_A_FORWARD if t <= size
+        )
 
-    print(f"\ntokens/s of the batch, predicted; blocks at {', '.join(map(str, TOKENS_A_FORWARD))} tokens a forward")
+    print(
+        f"\ntokens/s of the batch, predicted; blocks at {', '.join(map(str, TOKENS_A_FORWARD))} tokens a forward"
+    )
     print_table(rates, lambda batch: f"{batch / ar(batch):.0f}")
     for speedup in (1.0, PAPER_SPEEDUP):
         print(f"\ntokens a forward for {speedup:g} times the tokens/s of AR")
-        print_table(lambda batch, size, x=speedup: _or_never(needed(model, chip, batch, context, size, x)))
+        print_table(
+            lambda batch, size, x=speedup: _or_never(needed(model, chip, batch, context, size, x))
+        )
 
 
 def print_table(cell: Callable[[int, int], str], ar: Callable[[int], str] | None = None) -> None:
@@ -116,15 +130,25 @@ def plot(model: ModelConfig, chips: Sequence[str], context: int, path: str) -> N
     """Predicted tokens/s over the batch: AR, and blocks of each size at three tokens a forward."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(chips), figsize=(5 * len(chips), 3.6), sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(chips), figsize=(5 * len(chips), 3.6), sharey=True, squeeze=False
+    )
     for axis, name in zip(axes[0], chips, strict=True):
         chip = CHIPS[name]
         rates = [batch / autoregressive(model, chip, batch, context) for batch in BATCHES]
         axis.plot(BATCHES, rates, color="black", linestyle="--", label="AR")
         for size in BLOCK_SIZES:
-            rates = [3 * batch / block_diffusion(model, chip, batch, context, size, 3) for batch in BATCHES]
+            rates = [
+                3 * batch / block_diffusion(model, chip, batch, context, size, 3)
+                for batch in BATCHES
+            ]
             axis.plot(BATCHES, rates, label=f"S = {size}")
-        axis.set(xscale="log", yscale="log", xlabel="batch", title=f"{name}, {context} tokens cached a row: predicted")
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="batch",
+            title=f"{name}, {context} tokens cached a row: predicted",
+        )
         axis.set_xticks(BATCHES, map(str, BATCHES))
     axes[0, 0].set_ylabel("tokens/s")
     axes[0, -1].legend()
@@ -149,18 +173,24 @@ def abstract_state(model: ModelConfig, batch: int, size: int, context: int) -> D
         float_type=np.dtype(np.float32),
     )
     sequences = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch, *x.shape), x.dtype), sequence)
-    return DecodeState(sequences, jax.eval_shape(lambda: empty_pages(model, batch * pages, PAGE, jnp.bfloat16)))
+    return DecodeState(
+        sequences, jax.eval_shape(lambda: empty_pages(model, batch * pages, PAGE, jnp.bfloat16))
+    )
 
 
 def compile_for(chip: str, model: ModelConfig, batch: int, size: int, context: int):
     """The engine's program for one chip: jax.stages.Compiled."""
     device = topology(f"{chip}:{1 if CHIPS[chip].platform == 'gpu' else '2x2'}").devices[0]
     one = SingleDeviceSharding(device)
-    place = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
+    place = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree
+    )
     weights: Any = jax.eval_shape(partial(Model, model, jax.random.key(0), jnp.bfloat16))
     state, steps = abstract_state(model, batch, size, context), jax.ShapeDtypeStruct((), jnp.int32)
     rules = (DecodingConfig().strategy_for(model).rule,)
-    config = BufferConfig(size, model.with_blocks(size), rules, prefill_sequences=1, prefill_tokens=256)
+    config = BufferConfig(
+        size, model.with_blocks(size), rules, prefill_sequences=1, prefill_tokens=256
+    )
     with compiling_for(device):
         program = jax.jit(partial(advance, config=config), donate_argnums=1)
         return program.lower(place(weights), place(state), place(steps)).compile()
@@ -182,7 +212,9 @@ def print_compiled(chip: str, model: ModelConfig, batch: int, size: int, context
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chip", default="h200", choices=sorted(CHIPS))
     parser.add_argument("--model", default="sdar-8b", help="a preset")
     parser.add_argument("--context", type=int, default=2048, help="tokens cached a row")

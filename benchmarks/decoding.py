@@ -103,7 +103,9 @@ def crossing(tokens_a_forward: Sequence[float], speed_up: Sequence[float]) -> fl
 
 def static(block_size: int, tokens_a_step: int) -> DecodingConfig:
     steps = block_size // tokens_a_step
-    return DecodingConfig(block_size=block_size, denoising_steps=steps, strategy="low_confidence_static")
+    return DecodingConfig(
+        block_size=block_size, denoising_steps=steps, strategy="low_confidence_static"
+    )
 
 
 def decode(model: Model, prompts: list[list[int]], config: DecodingConfig, new_tokens: int) -> Run:
@@ -114,7 +116,11 @@ def decode(model: Model, prompts: list[list[int]], config: DecodingConfig, new_t
 
 
 def decode_theirs(peer: Peer, prompt: list[int], config: DecodingConfig, new_tokens: int) -> Run:
-    sizes = {"new_tokens": new_tokens, "block_size": config.block_size, "steps": config.denoising_steps}
+    sizes = {
+        "new_tokens": new_tokens,
+        "block_size": config.block_size,
+        "steps": config.denoising_steps,
+    }
     return Run(**json.loads(peer.ask(json.dumps({"prompt": prompt, **sizes}))))
 
 
@@ -130,9 +136,15 @@ def in_turns(runs, count: int) -> list[tuple]:
     return rounds[1:]
 
 
-def against_released(model: Model, peer: Peer, prompt: list[int], new_tokens: int, pairs: int) -> None:
-    print(f"\nBeside the released loop: batch 1, prompt {len(prompt)}, {new_tokens} new tokens, {pairs} pairs")
-    print("| S | tokens a step | tokens/s, ours | theirs | faster | fewer forwards | faster forwards |")
+def against_released(
+    model: Model, peer: Peer, prompt: list[int], new_tokens: int, pairs: int
+) -> None:
+    print(
+        f"\nBeside the released loop: batch 1, prompt {len(prompt)}, {new_tokens} new tokens, {pairs} pairs"
+    )
+    print(
+        "| S | tokens a step | tokens/s, ours | theirs | faster | fewer forwards | faster forwards |"
+    )
     print("|---|---|---|---|---|---|---|")
     notes = []
     for size, step in itertools.product(BLOCK_SIZES, TOKENS_A_STEP):
@@ -140,7 +152,9 @@ def against_released(model: Model, peer: Peer, prompt: list[int], new_tokens: in
         ours = partial(decode, model, [prompt], config, new_tokens)
         measured = in_turns([ours, partial(decode_theirs, peer, prompt, config, new_tokens)], pairs)
         result = split(measured)
-        mine, other = (statistics.median(run.a_forward for run in side) for side in zip(*measured, strict=True))
+        mine, other = (
+            statistics.median(run.a_forward for run in side) for side in zip(*measured, strict=True)
+        )
         mine_n, other_n = (run.forwards for run in measured[0])
         same = all(a.tokens == b.tokens for a, b in measured)
         print(
@@ -155,15 +169,21 @@ def against_released(model: Model, peer: Peer, prompt: list[int], new_tokens: in
     print("\n" + "\n".join(notes))
 
 
-def against_ar(model: Model, prompt: list[int], batches: Sequence[int], new_tokens: int, rounds: int) -> None:
-    print(f"\nBeside AR decoding of the same network: {new_tokens} new tokens a row, {rounds} rounds in turn")
+def against_ar(
+    model: Model, prompt: list[int], batches: Sequence[int], new_tokens: int, rounds: int
+) -> None:
+    print(
+        f"\nBeside AR decoding of the same network: {new_tokens} new tokens a row, {rounds} rounds in turn"
+    )
     print("| batch | S | tokens a forward | tokens/s a row | ms a forward | speed-up over AR |")
     print("|---|---|---|---|---|---|")
     for batch in batches:
         prompts = [np.roll(prompt, i).tolist() for i in range(batch)]
         settings = [(s, n) for s in (4, 8, 16) for n in (1, 2, 4, 8, 16) if n <= s]
         configs = [DecodingConfig(strategy="autoregressive"), *(static(s, n) for s, n in settings)]
-        measured = in_turns([partial(decode, model, prompts, config, new_tokens) for config in configs], rounds)
+        measured = in_turns(
+            [partial(decode, model, prompts, config, new_tokens) for config in configs], rounds
+        )
         ar = [one[0] for one in measured]
         _print_row(batch, 1, ar, ar)
         points = {}
@@ -192,18 +212,32 @@ def streaming_floor(model: Model) -> tuple[float, float]:
     """Bytes of weights that a forward reads, and seconds to read as many in matrix-vector products alone."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - model.embedding.nbytes
     width = NETWORK.hidden_size
-    parts = list(jax.random.normal(jax.random.key(0), (weights // (width * width * 4 * 8), width, width * 8)))
+    parts = list(
+        jax.random.normal(jax.random.key(0), (weights // (width * width * 4 * 8), width, width * 8))
+    )
     multiply = jax.jit(lambda x, parts: [x @ part for part in parts])
     return weights, seconds(multiply, jnp.ones((1, width)), parts, calls=3)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--torch-python", help="a Python that has torch, transformers 4.52, einops; with --sdar-src")
-    parser.add_argument("--sdar-src", help="a checkout of the released repository; without it, AR is measured alone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--torch-python", help="a Python that has torch, transformers 4.52, einops; with --sdar-src"
+    )
+    parser.add_argument(
+        "--sdar-src", help="a checkout of the released repository; without it, AR is measured alone"
+    )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="of the AR section; none leaves it out")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="*",
+        default=[1, 4],
+        help="of the AR section; none leaves it out",
+    )
     args = parser.parse_args()
     model = Model(NETWORK, jax.random.key(0))
     prompt = np.random.default_rng(0).integers(0, NETWORK.vocab_size - 1, PROMPT_TOKENS).tolist()
@@ -216,7 +250,12 @@ def main():
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / "model"
             save_pretrained(model, path)
-            with Peer(args.torch_python, Path(__file__).with_name("sdar_peer.py"), args.sdar_src, str(path)) as peer:
+            with Peer(
+                args.torch_python,
+                Path(__file__).with_name("sdar_peer.py"),
+                args.sdar_src,
+                str(path),
+            ) as peer:
                 against_released(model, peer, prompt, args.new_tokens, args.pairs)
     if args.batches:
         against_ar(model, prompt, args.batches, args.new_tokens, args.pairs)

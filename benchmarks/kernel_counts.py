@@ -82,11 +82,17 @@ def useful_by_tile():
                 tiles = ((32, 128), (64, 64), (128, 128), (256, 256), (512, 512))
                 shares = [pairs(ranges) / tiled_pairs(ranges, *tile) for tile in tiles]
                 documents = "one" if size == length else f"of {size}"
-                print(f"| {length} | {block_size} | {documents} | " + " | ".join(f"{s:.2f}" for s in shares) + " |")
+                print(
+                    f"| {length} | {block_size} | {documents} | "
+                    + " | ".join(f"{s:.2f}" for s in shares)
+                    + " |"
+                )
 
 
 def kernels():
-    print("| heads, L | kernel | needs TFLOP | GB | tiles | useful | TFLOP done | GB loaded | floor |")
+    print(
+        "| heads, L | kernel | needs TFLOP | GB | tiles | useful | TFLOP done | GB loaded | floor |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for length in LENGTHS:
         ranges = visibility.hybrid(document(length), BLOCK_SIZE)
@@ -122,18 +128,32 @@ def _kernel_rows(chip: str, name: str, heads: Heads, length: int, ranges: Ranges
 
 def against_others():
     """Pairs a clean token: ours, a block mask over the dense layout, the dense mask itself, and AR's attention."""
-    print("| L | what the maths needs | ours, 32 x 128 | block mask, 128 x 128 | dense 2L x 2L | causal, AR |")
+    print(
+        "| L | what the maths needs | ours, 32 x 128 | block mask, 128 x 128 | dense 2L x 2L | causal, AR |"
+    )
     print("|---|---|---|---|---|---|")
     for length in LENGTHS:
         ranges = visibility.hybrid(document(length), BLOCK_SIZE)
         causal = pairs(visibility.causal(document(length)))
-        row = [pairs(ranges), tiled_pairs(ranges, 32, 128), tiled_pairs(ranges, 128, 128), 4.0 * length**2, causal]
-        print(f"| {length} | " + " | ".join(f"{x / length:.0f} ({x / causal:.2f}x)" for x in row) + " |")
+        row = [
+            pairs(ranges),
+            tiled_pairs(ranges, 32, 128),
+            tiled_pairs(ranges, 128, 128),
+            4.0 * length**2,
+            causal,
+        ]
+        print(
+            f"| {length} | "
+            + " | ".join(f"{x / length:.0f} ({x / causal:.2f}x)" for x in row)
+            + " |"
+        )
 
 
 def price():
     """FLOPs of a training step a clean token, block diffusion (half masked) against AR."""
-    print("| model | L | AR, GFLOP a token | block diffusion | ratio | of which attention, AR | block diffusion |")
+    print(
+        "| model | L | AR, GFLOP a token | block diffusion | ratio | of which attention, AR | block diffusion |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name in ("qwen3-1.7b", "qwen3-4b", "qwen3-8b"):
         config = ModelConfig.preset(name)
@@ -144,14 +164,19 @@ def price():
             )
             noisy = Ranges(hybrid.start[:, :length], hybrid.end[:, :length])
             number = lambda x: jnp.float32(x)
-            ar = TokenCounts(*(number(x) for x in (length, length, pairs(causal), pairs(causal), length)))
+            ar = TokenCounts(
+                *(number(x) for x in (length, length, pairs(causal), pairs(causal), length))
+            )
             outputs = (2 * length, length, pairs(hybrid), pairs(noisy), length / 2)
             diffusion = TokenCounts(*(number(x) for x in outputs))
             attention = [
-                12 * config.num_heads * config.head_dim * config.num_layers * float(w.pairs) for w in (ar, diffusion)
+                12 * config.num_heads * config.head_dim * config.num_layers * float(w.pairs)
+                for w in (ar, diffusion)
             ]
             per_token = [training_flops(config, w) / length / 1e9 for w in (ar, diffusion)]
-            shares = [a / length / 1e9 / total for a, total in zip(attention, per_token, strict=True)]
+            shares = [
+                a / length / 1e9 / total for a, total in zip(attention, per_token, strict=True)
+            ]
             print(
                 f"| {name} | {length} | {per_token[0]:.1f} | {per_token[1]:.1f} | {per_token[1] / per_token[0]:.2f} "
                 f"| {shares[0]:.0%} | {shares[1]:.0%} |"
@@ -159,7 +184,9 @@ def price():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args()
     for title, table in (
         ("Useful fraction of the pairs in visited tiles, hybrid layout", useful_by_tile),

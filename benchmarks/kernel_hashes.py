@@ -43,7 +43,9 @@ def attention(shape: Callable, head_dim: int) -> tuple[Callable, tuple]:
     return gradients, (q, k, k, q, shape(1, LENGTH, dtype=jnp.int32))
 
 
-def paged_attention(shape: Callable, batch: int, window: int, page: int, context: int) -> tuple[Callable, tuple]:
+def paged_attention(
+    shape: Callable, batch: int, window: int, page: int, context: int
+) -> tuple[Callable, tuple]:
     """Windows of 8B against a pool of pages."""
     import jax.numpy as jnp
 
@@ -73,9 +75,15 @@ def experts(shape: Callable) -> tuple[Callable, tuple]:
 CASES = {
     "attention": functools.partial(attention, head_dim=128),
     "attention of small heads": functools.partial(attention, head_dim=64),
-    "paged attention": functools.partial(paged_attention, batch=128, window=4, page=16, context=4096),
-    "paged attention of one long row": functools.partial(paged_attention, batch=1, window=4, page=64, context=32768),
-    "paged attention of wide windows": functools.partial(paged_attention, batch=8, window=64, page=128, context=4096),
+    "paged attention": functools.partial(
+        paged_attention, batch=128, window=4, page=16, context=4096
+    ),
+    "paged attention of one long row": functools.partial(
+        paged_attention, batch=1, window=4, page=64, context=32768
+    ),
+    "paged attention of wide windows": functools.partial(
+        paged_attention, batch=8, window=64, page=128, context=4096
+    ),
     "experts": experts,
 }
 GPU_ONLY = {"experts"}
@@ -87,11 +95,17 @@ def hashes(chip: str, case: str, timeout: float = 900) -> Iterator[tuple[str, st
         environment = compiler_environment(Path(dump)) | {"MOSAIC_GPU_DUMP_PTX": "1"}
         command = [sys.executable, "-m", "benchmarks.kernel_hashes", "--compile", chip, case]
         child = subprocess.run(
-            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout
+            command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         if child.returncode:
             raise RuntimeError(f"compiling {case} for {chip} failed:\n{child.stderr[-4000:]}")
-        codes = ptx_kernels(child.stdout + child.stderr) if chip == "h200" else tpu_kernels(Path(dump))
+        codes = (
+            ptx_kernels(child.stdout + child.stderr) if chip == "h200" else tpu_kernels(Path(dump))
+        )
     for name, code in sorted(codes):
         yield name, hashlib.sha256(code.encode()).hexdigest()[:16]
 
@@ -137,8 +151,12 @@ def compile_case(chip: str, case: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES), metavar="CHIP")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--chips", nargs="+", choices=TOPOLOGIES, default=list(TOPOLOGIES), metavar="CHIP"
+    )
     parser.add_argument("--compile", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.compile:

@@ -79,7 +79,11 @@ def network() -> Model:
 def traffic(random: np.random.Generator, count: int) -> list[Request]:
     between = lambda low, high: int(random.integers(low, high + 1))
     return [
-        Request(random.integers(0, 8000, between(*PROMPT)).tolist(), between(*NEW), bool(random.random() < 1 / 8))
+        Request(
+            random.integers(0, 8000, between(*PROMPT)).tolist(),
+            between(*NEW),
+            bool(random.random() < 1 / 8),
+        )
         for _ in range(count)
     ]
 
@@ -102,7 +106,11 @@ class Clients:
     def _submit(self) -> None:
         while len(self.ids) < len(self.requests) and len(self.ids) - len(self.found) < CONCURRENT:
             request = self.requests[len(self.ids)]
-            self.ids.append(self.engine.submit(request.prompt, CONFIG, max_new_tokens=request.new, stop_token_ids=()))
+            self.ids.append(
+                self.engine.submit(
+                    request.prompt, CONFIG, max_new_tokens=request.new, stop_token_ids=()
+                )
+            )
 
     def _read(self, request_id: int) -> None:
         for _ in self.engine.stream(request_id):
@@ -114,13 +122,17 @@ class Clients:
 
     def _cancel_one(self) -> None:
         pairs = zip(self.ids, self.requests, strict=False)
-        unwanted = [request_id for request_id, r in pairs if r.cancelled and request_id not in self.found]
+        unwanted = [
+            request_id for request_id, r in pairs if r.cancelled and request_id not in self.found
+        ]
         if unwanted:
             request_id = unwanted[int(self.random.integers(len(unwanted)))]
             self.found[request_id] = self.engine.cancel(request_id)
 
 
-def serve(engine: Engine, requests: list[Request], random: np.random.Generator, compiled: Compilations) -> Served:
+def serve(
+    engine: Engine, requests: list[Request], random: np.random.Generator, compiled: Compilations
+) -> Served:
     before, counted = engine.stats(), compiled.count
     start = time.perf_counter()
     completions = Clients(engine, requests, random).run()
@@ -142,11 +154,17 @@ def check(requests: list[Request], completions: list[Completion]) -> None:
     """Every request is accounted for: whole, or cancelled with what it had."""
     for request, completion in zip(requests, completions, strict=True):
         whole = completion.finish_reason == "length" and len(completion.tokens) == request.new
-        part = request.cancelled and completion.finish_reason == "cancelled" and len(completion.tokens) <= request.new
+        part = (
+            request.cancelled
+            and completion.finish_reason == "cancelled"
+            and len(completion.tokens) <= request.new
+        )
         assert whole or part, (request, completion)
 
 
-def static(model: Model, requests: int, prompt: int, new: int, random: np.random.Generator) -> float:
+def static(
+    model: Model, requests: int, prompt: int, new: int, random: np.random.Generator
+) -> float:
     """Seconds of as many requests, eight at a time, all of these lengths."""
     start = time.perf_counter()
     for _ in range(requests // ROWS):
@@ -156,17 +174,27 @@ def static(model: Model, requests: int, prompt: int, new: int, random: np.random
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=256, help="in all, 64 at a time")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps-per-call", type=int, default=16, help="forwards per call of the engine, at most")
+    parser.add_argument(
+        "--steps-per-call", type=int, default=16, help="forwards per call of the engine, at most"
+    )
     parser.add_argument("--pages", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model, compiled = unstack_layers(network()), Compilations()
     random = np.random.default_rng(args.seed)
-    sizes = dict(batch_slots=ROWS, pages=args.pages, page_size=PAGE_SIZE, max_length=PROMPT[1] + NEW[1])
-    engine = Engine(model, steps_per_call=args.steps_per_call, **sizes)
+    engine = Engine(
+        model,
+        batch_slots=ROWS,
+        max_length=PROMPT[1] + NEW[1],
+        pages=args.pages,
+        page_size=PAGE_SIZE,
+        steps_per_call=args.steps_per_call,
+    )
     serve(engine, traffic(random, CONCURRENT), random, compiled)
     prompt, new = sum(PROMPT) // 2, sum(NEW) // 2
     static(model, ROWS, prompt, new, random)

@@ -62,19 +62,35 @@ def impossible(step: Compiled, chip: str, devices: int, *, strong: bool) -> str 
     together = math.prod(size for axis, size in step.mesh.shape.items() if axis != "fsdp")
     if devices < together:
         return f"the mesh needs {together}"
-    if strong and step.config.data.batch_size * step.mesh.shape["context"] * step.mesh.shape["tensor"] < devices:
+    if (
+        strong
+        and step.config.data.batch_size * step.mesh.shape["context"] * step.mesh.shape["tensor"]
+        < devices
+    ):
         return "less than a row per device"
     memory = step.memory
-    held = (2 * memory.weights + memory.optimizer + memory.ema) * BASE / mesh_of(step, chip, devices).size
-    return f"{held / 1e9:.0f} GB of weights, gradients and optimiser" if held > CHIPS[chip].memory else None
+    held = (
+        (2 * memory.weights + memory.optimizer + memory.ema)
+        * BASE
+        / mesh_of(step, chip, devices).size
+    )
+    return (
+        f"{held / 1e9:.0f} GB of weights, gradients and optimiser"
+        if held > CHIPS[chip].memory
+        else None
+    )
 
 
-def collective_seconds(step: Compiled, roof: Roofline, chip: str, devices: int) -> tuple[float, float]:
+def collective_seconds(
+    step: Compiled, roof: Roofline, chip: str, devices: int
+) -> tuple[float, float]:
     """Of the compiled step's micro-batches on so many devices: for weights and gradients, and for tokens."""
     mesh, figures = mesh_of(step, chip, devices), CHIPS[chip]
     payload = {Traffic(link.kind, along(link.axes, mesh)): link.payload for link in roof.links}
     found = links(payload, mesh, figures)
-    tokens = sum(link.seconds for link in found if not {"data", "fsdp"} & set(link.axes.split(" x ")))
+    tokens = sum(
+        link.seconds for link in found if not {"data", "fsdp"} & set(link.axes.split(" x "))
+    )
     slices = devices // mesh.size
     held = step.memory.weights / 4 * BASE / mesh.size
     between = micro_batches(step) * 2 * (slices - 1) / slices * 2 * held / figures.between
@@ -82,7 +98,9 @@ def collective_seconds(step: Compiled, roof: Roofline, chip: str, devices: int) 
 
 
 def micro_batches(step: Compiled) -> int:
-    return step.config.data.batch_size // (step.config.micro_batch_size or step.config.data.batch_size)
+    return step.config.data.batch_size // (
+        step.config.micro_batch_size or step.config.data.batch_size
+    )
 
 
 def point(step: Compiled, roof: Roofline, chip: str, devices: int, *, strong: bool) -> Roofline:
@@ -99,11 +117,16 @@ def point(step: Compiled, roof: Roofline, chip: str, devices: int, *, strong: bo
 
 
 def print_table(step: dict[str, Compiled], roof: dict[str, Roofline], sizes: list[int]) -> None:
-    print("\n| chip | devices | weak: compute, memory, collectives | MFU | strong: the same batch | MFU |")
+    print(
+        "\n| chip | devices | weak: compute, memory, collectives | MFU | strong: the same batch | MFU |"
+    )
     print("|---|---|---|---|---|---|")
     for chip, source in _counted(roof):
         for devices in sizes:
-            told = [_told(step[source], roof[source], chip, devices, strong=strong) for strong in (False, True)]
+            told = [
+                _told(step[source], roof[source], chip, devices, strong=strong)
+                for strong in (False, True)
+            ]
             print(f"| {chip} | {devices} | {' | '.join(told)} |")
 
 
@@ -113,7 +136,9 @@ def _told(step: Compiled, roof: Roofline, chip: str, devices: int, *, strong: bo
     if why is not None:
         return f"{why} | "
     found = point(step, roof, chip, devices, strong=strong)
-    times = ", ".join(f"{seconds:.3g}" for seconds in (found.compute, found.memory, found.collectives))
+    times = ", ".join(
+        f"{seconds:.3g}" for seconds in (found.compute, found.memory, found.collectives)
+    )
     return f"{times} s | {found.mfu(found.serial, CHIPS[chip].bf16_flops):.0%} to {_mfu(found, chip):.0%}"
 
 
@@ -142,22 +167,30 @@ def _limit(step: Compiled, roof: Roofline, chip: str) -> str:
             found = point(step, roof, chip, devices, strong=True)
             best = max(best, _mfu(found, chip))
             if _mfu(found, chip) < best / 2:
-                return (
-                    f"to {last} devices{told}; at {devices} the MFU, bound by {found.bound}, is below half of the best"
-                )
-            last, told = devices, f", collectives {found.collectives / found.compute:.0%} of compute"
+                bound = f"bound by {found.bound}"
+                return f"to {last} devices{told}; at {devices} the MFU, {bound}, is below half of the best"
+            last, told = (
+                devices,
+                f", collectives {found.collectives / found.compute:.0%} of compute",
+            )
     return f"beyond {last} devices" if last else "at no size"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="*", default=RECIPES)
     parser.add_argument("--sizes", default="8,64,512,4096")
     options = parser.parse_args()
     plan.use_compilers()
     for recipe in options.recipes:
         steps = {chip: compile_step(read_config(recipe), name) for chip, name in COUNTED.items()}
-        roofs = {chip: roofline(step, step.counts) for chip, step in steps.items() if step.counts is not None}
+        roofs = {
+            chip: roofline(step, step.counts)
+            for chip, step in steps.items()
+            if step.counts is not None
+        }
         print(f"\n**{recipe}**, {step_told(steps['v5p'])}")
         print_table(steps, roofs, [int(size) for size in options.sizes.split(",")])
         print("\nStrong scaling holds\n")
@@ -166,7 +199,9 @@ def main():
 
 def step_told(step: Compiled) -> str:
     config, mesh = step.config, step.mesh.shape
-    rows = (config.micro_batch_size or config.data.batch_size) / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
+    rows = (config.micro_batch_size or config.data.batch_size) / (
+        mesh["data"] * mesh["fsdp"] * mesh["expert"]
+    )
     named = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
     over = f" over {mesh['context']}" if mesh["context"] > 1 else ""
     return f"{config.data.batch_size} rows of {config.data.sequence_length}, {rows:g} at once a device{over}; {named}"

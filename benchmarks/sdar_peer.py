@@ -62,7 +62,9 @@ def released(source: Path):
     stand_in("flash_attn.ops.triton.layer_norm", rms_norm_fn=rms_norm_fn)
     stand_in("flash_attn.bert_padding", index_first_axis=None, pad_input=None, unpad_input=None)
     stand_in("sdar_model")
-    stand_in("sdar_model.fused_linear_diffusion_cross_entropy", FusedLinearDiffusionCrossEntropyLoss=None)
+    stand_in(
+        "sdar_model.fused_linear_diffusion_cross_entropy", FusedLinearDiffusionCrossEntropyLoss=None
+    )
     torch.compile = lambda *_, **__: lambda function: function
     sys.modules["sdar_model"].__path__ = [str(source / MODEL_CODE)]
     sys.path.insert(0, str(source))
@@ -74,9 +76,15 @@ def load(source: Path, directory: Path):
     """The released generate module, a model and its mask token id."""
     generate, modeling, configuration = released(source)
     # Released config.json files have one field of their own, read in each forward.
-    config = configuration.SDARConfig(**json.loads((directory / "config.json").read_text()), fuse_cross_entropy=True)
+    config = configuration.SDARConfig(
+        **json.loads((directory / "config.json").read_text()), fuse_cross_entropy=True
+    )
     model = modeling.SDARForCausalLM(config)
-    state = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    state = {
+        name: tensor
+        for file in directory.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
     model.load_state_dict(state, strict=True)
     mask = config.mask_token_id
 
@@ -118,7 +126,10 @@ def main():
         seconds = time.perf_counter() - start
         tokens = out[0, prompt.shape[1] :][: request["new_tokens"]].tolist()
         prefill = prompt.shape[1] >= request["block_size"]
-        print(json.dumps({"seconds": seconds, "tokens": tokens, "forwards": forwards - prefill}), flush=True)
+        print(
+            json.dumps({"seconds": seconds, "tokens": tokens, "forwards": forwards - prefill}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

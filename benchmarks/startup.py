@@ -110,10 +110,20 @@ def measure(directory: Path, small: Path, count: int) -> list[Loaded]:
     return [Loaded(part, peak) for part, peak in zip(parts, peaks.added(), strict=True)]
 
 
-def _start(directory: Path, small: Path, address: str, count: int, index: int) -> subprocess.Popen[str]:
-    places = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+def _start(
+    directory: Path, small: Path, address: str, count: int, index: int
+) -> subprocess.Popen[str]:
+    places = {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    command = [sys.executable, "-c", f"from benchmarks.startup import load; load({str(directory)!r}, {str(small)!r})"]
+    command = [
+        sys.executable,
+        "-c",
+        f"from benchmarks.startup import load; load({str(directory)!r}, {str(small)!r})",
+    ]
     environment = {**os.environ, **flags, **places}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -150,7 +160,9 @@ class _Peaks(threading.Thread):
 
     def run(self) -> None:
         while not self._done.is_set():
-            self._most = [max(most, anonymous(pid)) for most, pid in zip(self._most, self._pids, strict=True)]
+            self._most = [
+                max(most, anonymous(pid)) for most, pid in zip(self._most, self._pids, strict=True)
+            ]
             time.sleep(0.001)
 
     def __enter__(self) -> "_Peaks":
@@ -167,7 +179,9 @@ class _Peaks(threading.Thread):
 
 def anonymous(pid: int) -> int:
     """Bytes of memory of a process that no file backs."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    lines = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
     return 1024 * int(lines["RssAnon"].split()[0])
 
 
@@ -176,7 +190,9 @@ def limit(loaded: Loaded, largest: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=2048)

@@ -44,12 +44,18 @@ class Peer:
 
     def __init__(self, python: str, program: Path, *arguments: str):
         command = [python, str(program), *arguments]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+        }
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         assert process.stdin is not None and process.stdout is not None
         self.process, self.requests, self.answers = process, process.stdin, process.stdout
         if self._line() != "ready":
-            raise RuntimeError(f"{command[:3]} did not start; --torch-python takes a Python that has torch")
+            raise RuntimeError(
+                f"{command[:3]} did not start; --torch-python takes a Python that has torch"
+            )
 
     def ask(self, request: str = "") -> str:
         """Its answer, one line, to a line."""

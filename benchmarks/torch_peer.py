@@ -21,7 +21,11 @@ def hybrid_mask(length: int, block_size: int) -> torch.Tensor:
     position = torch.arange(2 * length)
     noisy, block = position < length, position % length // block_size
     q_noisy, k_noisy, q, k = noisy[:, None], noisy[None], block[:, None], block[None]
-    return (q_noisy & k_noisy & (q == k)) | (q_noisy & ~k_noisy & (q > k)) | (~q_noisy & ~k_noisy & (q >= k))
+    return (
+        (q_noisy & k_noisy & (q == k))
+        | (q_noisy & ~k_noisy & (q > k))
+        | (~q_noisy & ~k_noisy & (q >= k))
+    )
 
 
 def attention(length: int, block_size: int, heads: int, kv_heads: int, head_dim: int, batch: int):
@@ -32,7 +36,9 @@ def attention(length: int, block_size: int, heads: int, kv_heads: int, head_dim:
 
     def run():
         q.grad = k.grad = v.grad = None
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads).backward(d_out)
+        F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads
+        ).backward(d_out)
 
     return run
 
@@ -45,7 +51,9 @@ class Layer(nn.Module):
         self.qkv = linear(hidden, (heads + 2 * kv_heads) * head_dim)
         self.output = linear(heads * head_dim, hidden)
         self.gate_up, self.down = linear(hidden, 2 * ffn), linear(ffn, hidden)
-        self.norms = nn.ModuleList(nn.RMSNorm(n, eps=1e-6) for n in (hidden, hidden, head_dim, head_dim))
+        self.norms = nn.ModuleList(
+            nn.RMSNorm(n, eps=1e-6) for n in (hidden, hidden, head_dim, head_dim)
+        )
 
     def forward(self, x, cos, sin, mask):
         batch, length, _ = x.shape
@@ -53,7 +61,9 @@ class Layer(nn.Module):
         parts = self.qkv(self.norms[0](x)).split(sizes, dim=-1)
         q, k, v = (p.view(batch, length, -1, self.head_dim).transpose(1, 2) for p in parts)
         q, k = rotate(self.norms[2](q), cos, sin), rotate(self.norms[3](k), cos, sin)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
+        )
         x = x + self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
         gate, up = self.gate_up(self.norms[1](x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -73,7 +83,9 @@ class Network(nn.Module):
         self.head = nn.Linear(hidden, vocab_size, bias=False)
 
 
-def training_step(length: int, block_size: int, batch: int, vocab_size: int, mask_token_id: int, **network):
+def training_step(
+    length: int, block_size: int, batch: int, vocab_size: int, mask_token_id: int, **network
+):
     """Forward over [noisy | clean], head and cross-entropy at masked positions alone, backward, clipping, AdamW."""
     torch.manual_seed(0)
     model = Network(vocab_size, **network)
@@ -96,7 +108,9 @@ def training_step(length: int, block_size: int, batch: int, vocab_size: int, mas
             x = layer(x, cos, sin, mask)
         logits = model.head(model.norm(x[:, :length][masked]))
         weights = (1 / p).expand(batch, length)[masked]
-        loss = (F.cross_entropy(logits, tokens[masked], reduction="none") * weights).sum() / tokens.numel()
+        loss = (
+            F.cross_entropy(logits, tokens[masked], reduction="none") * weights
+        ).sum() / tokens.numel()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,7 +121,9 @@ def training_step(length: int, block_size: int, batch: int, vocab_size: int, mas
 
 def main():
     torch.set_num_threads(2)
-    run = {"attention": attention, "training_step": training_step}[sys.argv[1]](**json.loads(sys.argv[2]))
+    run = {"attention": attention, "training_step": training_step}[sys.argv[1]](
+        **json.loads(sys.argv[2])
+    )
     print("ready", flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -81,13 +81,20 @@ def compiler_environment(dump: Path) -> dict[str, str]:
     }
 
 
-def kernels(chip: str, family: Family = "ours", head_dim: int = 128, timeout: float = 900) -> list[Kernel]:
+def kernels(
+    chip: str, family: Family = "ours", head_dim: int = 128, timeout: float = 900
+) -> list[Kernel]:
     """Compiles forward and backward for `chip` in a child process and reads the schedules of their kernels."""
     with tempfile.TemporaryDirectory() as dump:
         environment = compiler_environment(Path(dump))
         command = [sys.executable, __file__, "--compile", chip, family, str(head_dim)]
         child = subprocess.run(
-            command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=timeout, cwd=ROOT
+            command,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
         )
         if child.returncode:
             raise RuntimeError(f"compiling {family} for {chip} failed:\n{child.stderr[-4000:]}")
@@ -142,14 +149,24 @@ def _ours(q, k, v, d_out, segment_ids):
 
 def _splash(q, k, v, d_out, segment_ids):
     import jax
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
 
     mask = splash_attention_mask.MultiHeadMask([_hybrid_mask(splash_attention_mask)] * HEADS)
     tile = SPLASH_TILE
     sizes = splash_attention_kernel.BlockSizes(
-        block_q=tile, block_kv=tile, block_q_dq=tile, block_kv_dq=tile, block_q_dkv=tile, block_kv_dkv=tile
+        block_q=tile,
+        block_kv=tile,
+        block_q_dq=tile,
+        block_kv_dq=tile,
+        block_q_dkv=tile,
+        block_kv_dkv=tile,
     )
-    kernel = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    kernel = splash_attention_kernel.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1
+    )
     out, pullback = jax.vjp(lambda *parts: kernel(*(x[0].swapaxes(0, 1) for x in parts)), q, k, v)
     return out, pullback(d_out[0].swapaxes(0, 1))
 

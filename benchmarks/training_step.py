@@ -21,7 +21,15 @@ from sdar_jax.training.optimizer import adamw, learning_rate
 from sdar_jax.training.step import initial_state, make_step, model_weights
 
 # For PyTorch; `our_step` gives the same to a ModelConfig.
-NETWORK = {"vocab_size": 32000, "hidden": 768, "layers": 12, "ffn": 2048, "heads": 12, "kv_heads": 12, "head_dim": 64}
+NETWORK = {
+    "vocab_size": 32000,
+    "hidden": 768,
+    "layers": 12,
+    "ffn": 2048,
+    "heads": 12,
+    "kv_heads": 12,
+    "head_dim": 64,
+}
 BLOCK_SIZE = 4
 MASK = NETWORK["vocab_size"] - 1
 
@@ -64,14 +72,22 @@ def our_step(length: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-python", required=True, help="a Python that has torch")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
     for length in args.lengths:
         step, weights = our_step(length)
-        work = {"length": length, "block_size": BLOCK_SIZE, "batch": 1, "mask_token_id": MASK, **NETWORK}
+        work = {
+            "length": length,
+            "block_size": BLOCK_SIZE,
+            "batch": 1,
+            "mask_token_id": MASK,
+            **NETWORK,
+        }
         with TorchPeer(args.torch_python, "training_step", **work) as peer:
             ratio = compare(step, lambda peer=peer: peer.run().seconds, args.pairs)
         print(f"L = {length}, {weights / 1e6:.0f}M weights: {ratio}", flush=True)

@@ -53,24 +53,35 @@ def stage(name: str, out: Path, quick: bool) -> TrainConfig:
     def moved(path: str | None) -> str | None:
         return None if path is None else str(out / Path(path).relative_to(HOME))
 
-    sources = tuple(dataclasses.replace(source, path=moved(source.path)) for source in config.data.sources)
+    sources = tuple(
+        dataclasses.replace(source, path=moved(source.path)) for source in config.data.sources
+    )
     model = dataclasses.replace(
-        config.model, init_from=moved(config.model.init_from), tokenizer=moved(config.model.tokenizer)
+        config.model,
+        init_from=moved(config.model.init_from),
+        tokenizer=moved(config.model.tokenizer),
     )
     changes = {"run_dir": moved(config.run_dir), "model": model}
     if quick:
         changes |= {"steps": 12, "optimizer": dataclasses.replace(config.optimizer, warmup=2)}
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources), **changes)
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, sources=sources), **changes
+    )
 
 
 def run_stages(out: Path, quick: bool) -> dict[str, int]:
     """Trains every stage that is not finished; returns the clean tokens that each one read."""
     tokens = {}
     for number, name in enumerate(STAGES, 1):
-        print(f"\n[{number}/{len(STAGES)}] {name}: python train.py configs/demo/{name}.yaml", flush=True)
+        print(
+            f"\n[{number}/{len(STAGES)}] {name}: python train.py configs/demo/{name}.yaml",
+            flush=True,
+        )
         outcome = run(stage(name, out, quick))
         if not outcome.finished:
-            raise TrainingError(f"stage {name} was interrupted at step {outcome.step}; run the demo again to go on")
+            raise TrainingError(
+                f"stage {name} was interrupted at step {outcome.step}; run the demo again to go on"
+            )
         tokens[name] = tokens_read(out / name)
     return tokens
 
@@ -99,7 +110,9 @@ def main(config: DemoConfig) -> None:
     for name in CONVERTED:
         print(forming(models[name], tokenizer, problems[:2]))
     shares = ", ".join(f"{name} {share(tokens, name):.2f}" for name in ("ar", "block4", "block8"))
-    print(f"Tokens read: {tokens[PRETRAIN]:,} in pretraining; the later stages as a share of that: {shares}\n")
+    print(
+        f"Tokens read: {tokens[PRETRAIN]:,} in pretraining; the later stages as a share of that: {shares}\n"
+    )
     print(table(results))
     print("\nHeld-out answers, nats per token: " + "; ".join(bounds))
     plot(results, out / "accuracy.png")

@@ -53,12 +53,17 @@ def ways(model: Model) -> list[tuple[str, DecodingConfig]]:
     return [("static", DecodingConfig(strategy="low_confidence_static")), *dynamic]
 
 
-def evaluate(models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[Result]:
+def evaluate(
+    models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> list[Result]:
     """Each model in each of its ways, on all problems."""
     runs = [(name, *way) for name, model in models.items() for way in ways(model)]
     batches = -(-len(problems) // BATCH)
     with tqdm(total=len(runs) * batches, desc="decoding", unit="batch", disable=None) as bar:
-        return [_run(name, models[name], way, config, tokenizer, problems, bar) for name, way, config in runs]
+        return [
+            _run(name, models[name], way, config, tokenizer, problems, bar)
+            for name, way, config in runs
+        ]
 
 
 def _run(name, model, way: str, config: DecodingConfig, tokenizer, problems, bar: tqdm) -> Result:
@@ -67,16 +72,22 @@ def _run(name, model, way: str, config: DecodingConfig, tokenizer, problems, bar
     for first in range(0, len(problems), BATCH):
         prompts = [problem["prompt"] for problem in problems[first : first + BATCH]]
         started = time.perf_counter()
-        completions = generate(model, prompts, config, max_new_tokens=MAX_NEW_TOKENS, tokenizer=tokenizer)
+        completions = generate(
+            model, prompts, config, max_new_tokens=MAX_NEW_TOKENS, tokenizer=tokenizer
+        )
         if first and len(prompts) == BATCH:
             seconds += time.perf_counter() - started
             timed_tokens += sum(len(c.tokens) for c in completions)
         done += completions
         bar.update()
-    return _result(name, model, way, config, problems, done, timed_tokens / seconds if seconds else 0.0)
+    return _result(
+        name, model, way, config, problems, done, timed_tokens / seconds if seconds else 0.0
+    )
 
 
-def _result(name, model, way: str, config: DecodingConfig, problems, done: list[Completion], rate: float) -> Result:
+def _result(
+    name, model, way: str, config: DecodingConfig, problems, done: list[Completion], rate: float
+) -> Result:
     right = np.array(score(problems, [c.text or "" for c in done])) == 1.0
     denoising = sum(c.denoising_forwards for c in done)
     return Result(
@@ -93,7 +104,9 @@ def _result(name, model, way: str, config: DecodingConfig, problems, done: list[
     )
 
 
-def likelihoods(models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> list[str]:
+def likelihoods(
+    models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> list[str]:
     """Nats per answer token (its end included): exact for AR, the bound with its standard error for the others."""
     tokens, segment_ids, answers = _rows(tokenizer, problems)
     lines = []
@@ -103,15 +116,21 @@ def likelihoods(models: dict[str, Model], tokenizer: PreTrainedTokenizerBase, pr
             lines.append(f"{name} exact NLL {exact:.4f}")
         else:
             size = model.config.paradigm.block_size
-            mean, error = nelbo(model, tokens, block_size=size, segment_ids=segment_ids, loss_mask=answers)
+            mean, error = nelbo(
+                model, tokens, block_size=size, segment_ids=segment_ids, loss_mask=answers
+            )
             lines.append(f"{name} NELBO {mean:.4f} ± {error:.4f}")
     return lines
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One problem a row: ids, segments and which tokens belong to the answer."""
     prompts = [tokenizer.encode(problem["prompt"]) for problem in problems]
-    responses = [[*tokenizer.encode(problem["response"]), tokenizer.eos_token_id] for problem in problems]
+    responses = [
+        [*tokenizer.encode(problem["response"]), tokenizer.eos_token_id] for problem in problems
+    ]
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     tokens = np.zeros((len(problems), length), np.int32)
     segment_ids, answers = np.zeros_like(tokens), np.zeros(tokens.shape, bool)

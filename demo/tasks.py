@@ -63,7 +63,9 @@ def _create_dataset(name: str, options: tuple[tuple[str, int], ...], seed: int) 
     try:
         import reasoning_gym
     except ImportError as error:
-        raise DataError("the demo's tasks need reasoning-gym: run pip install 'sdar-jax[demo]'") from error
+        raise DataError(
+            "the demo's tasks need reasoning-gym: run pip install 'sdar-jax[demo]'"
+        ) from error
     return reasoning_gym.create_dataset(name, seed=seed, **dict(options))
 
 
@@ -86,7 +88,9 @@ def _spaced(answer: str, item: Item) -> str:
 
 def _gridded(answer: str, item: Item) -> str:
     digits, width = _only("0123456789", answer), len(item["metadata"]["solution"][0])
-    return "\n".join(" ".join(digits[start : start + width]) for start in range(0, len(digits), width))
+    return "\n".join(
+        " ".join(digits[start : start + width]) for start in range(0, len(digits), width)
+    )
 
 
 def _matrix(item: Item) -> str:
@@ -143,7 +147,9 @@ _REGISTERED = (
 TASKS: Mapping[str, Task] = {task.name: task for task in _REGISTERED}
 
 
-def build(tasks: Sequence[str], n_train: int, n_test: int, seed: int, out_dir: Path | str) -> tuple[Path, Path]:
+def build(
+    tasks: Sequence[str], n_train: int, n_test: int, seed: int, out_dir: Path | str
+) -> tuple[Path, Path]:
     """Writes `n_train` training and `n_test` held-out problems, shared evenly among the tasks, in a shuffled order.
 
     Returns the paths of train.jsonl, with records of "prompt", "response" and "task", and of test.jsonl, where "entry"
@@ -157,7 +163,9 @@ def build(tasks: Sequence[str], n_train: int, n_test: int, seed: int, out_dir: P
         for k, task in enumerate(chosen):
             held_out, trained = (_share(n, k, len(chosen)) for n in (n_test, n_train))
             items = _distinct_items(task, seed, held_out + trained, progress)
-            test += [_record(task, item) | {"entry": item} for item in itertools.islice(items, held_out)]
+            test += [
+                _record(task, item) | {"entry": item} for item in itertools.islice(items, held_out)
+            ]
             train += [_record(task, item) for item in items]
     paths = Path(out_dir) / "train.jsonl", Path(out_dir) / "test.jsonl"
     for path, records in zip(paths, (train, test), strict=True):
@@ -172,9 +180,12 @@ def score(records: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> list[
     Raises DataError unless there is one answer a record, ConfigError for a record of an unknown task.
     """
     if len(records) != len(answers):
-        raise DataError(f"{len(answers)} answers to {len(records)} records: give one answer a record")
+        raise DataError(
+            f"{len(answers)} answers to {len(records)} records: give one answer a record"
+        )
     return [
-        _find(record["task"]).score(answer, record["entry"]) for record, answer in zip(records, answers, strict=True)
+        _find(record["task"]).score(answer, record["entry"])
+        for record, answer in zip(records, answers, strict=True)
     ]
 
 

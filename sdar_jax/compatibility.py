@@ -10,7 +10,11 @@ from jax._src.clusters import ClusterEnv
 
 def cluster_name(known: Container[str]) -> str | None:
     """Returns JAX's name of the cluster that started this process, if it is one of `known`."""
-    found = (kind.name for kind in ClusterEnv._cluster_types if kind.name in known and kind.is_env_present())
+    found = (
+        kind.name
+        for kind in ClusterEnv._cluster_types
+        if kind.name in known and kind.is_env_present()
+    )
     return next(found, None)
 
 
@@ -23,5 +27,12 @@ def cluster_place(
     Raises anything where its environment is garbled.
     """
     detect = ClusterEnv.auto_detect_unset_distributed_params
-    found_address, count, index, found_devices = detect(address, None, None, devices, name, int(timeout))
-    return str(found_address), int(count or 1), int(index or 0), list(found_devices) if found_devices else None
+    found_address, count, index, found_devices = detect(
+        address, None, None, devices, name, int(timeout)
+    )
+    return (
+        str(found_address),
+        int(count or 1),
+        int(index or 0),
+        list(found_devices) if found_devices else None,
+    )

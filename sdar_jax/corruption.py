@@ -56,9 +56,13 @@ class CorruptionConfig:
         check_choices(self, "corruption ")
         low, high = self.range
         if not (is_number(low) and is_number(high) and 0 <= low <= high <= 1 and high > 0):
-            raise ConfigError(f"corruption range [{low}, {high}] is not one; give 0 <= t_min <= t_max <= 1, t_max > 0")
+            raise ConfigError(
+                f"corruption range [{low}, {high}] is not one; give 0 <= t_min <= t_max <= 1, t_max > 0"
+            )
         if self.mask == "bernoulli" and self.weighting == "bound" and low == 0:
-            raise ConfigError("corruption t_min is 0, so a weight 1 / t has no bound; use 0.001 or mask='exact'")
+            raise ConfigError(
+                "corruption t_min is 0, so a weight 1 / t has no bound; use 0.001 or mask='exact'"
+            )
         if len(self.beta) != 2 or not all(is_number(x) and x > 0 for x in self.beta):
             raise ConfigError(f"corruption beta is {self.beta}; give two positive numbers")
 
@@ -141,7 +145,9 @@ def corrupt(
     return Corrupted(masked, jnp.where(masked, weights, 0))
 
 
-def _units(segment_ids: Array, loss_mask: Array, level: str, block_size: int | None, origin: Array | None) -> _Units:
+def _units(
+    segment_ids: Array, loss_mask: Array, level: str, block_size: int | None, origin: Array | None
+) -> _Units:
     rows, length = segment_ids.shape
     index = jnp.broadcast_to(jnp.arange(length), (rows, length))
     start = _unit_start(segment_ids, index, level, block_size, origin)
@@ -157,7 +163,9 @@ def _units(segment_ids: Array, loss_mask: Array, level: str, block_size: int | N
     return _Units(start, counts, stratum=numbered(first & (counts > 0)))
 
 
-def _unit_start(segment_ids: Array, index: Array, level: str, block_size: int | None, origin: Array | None) -> Array:
+def _unit_start(
+    segment_ids: Array, index: Array, level: str, block_size: int | None, origin: Array | None
+) -> Array:
     if level == "row":
         return jnp.zeros_like(index)
     bounds = segments(segment_ids)
@@ -197,7 +205,9 @@ def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Ar
         fraction = (offset + units.stratum.astype(jnp.uint32) * jnp.uint32(_GOLDEN)) >> 8
         uniform = fraction.astype(jnp.float32) / 2**24
     else:
-        uniform = jnp.take_along_axis(jax.random.uniform(key, units.start.shape), units.start, axis=1)
+        uniform = jnp.take_along_axis(
+            jax.random.uniform(key, units.start.shape), units.start, axis=1
+        )
     if config.distribution == "beta":
         uniform = _beta_quantile(uniform, *config.beta)
     low, high = config.range
@@ -213,7 +223,9 @@ def _beta_quantile(probability: Array, a: float, b: float) -> Array:
         below = jax.scipy.special.betainc(a, b, middle) < probability
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    low, high = jax.lax.fori_loop(0, 24, halve, (jnp.zeros_like(probability), jnp.ones_like(probability)))
+    low, high = jax.lax.fori_loop(
+        0, 24, halve, (jnp.zeros_like(probability), jnp.ones_like(probability))
+    )
     return (low + high) / 2
 
 

@@ -58,7 +58,9 @@ def launch(
     )(*operands)
 
 
-def roles(consume, produce, consumers: int = CONSUMERS, registers: tuple[int, int] = REGISTERS) -> None:
+def roles(
+    consume, produce, consumers: int = CONSUMERS, registers: tuple[int, int] = REGISTERS
+) -> None:
     """Runs `consume(warpgroup)` on the consumers, `produce()` on the producer; `registers` of each thread of either."""
     warpgroup = lax.axis_index("warpgroup")
 

@@ -50,7 +50,9 @@ class LossSharding(NamedTuple):
     width: str | None = None
 
 
-def loss_sharding(tokens: tuple[int, ...], head: tuple[int, ...], vocab_axis: int) -> LossSharding | None:
+def loss_sharding(
+    tokens: tuple[int, ...], head: tuple[int, ...], vocab_axis: int
+) -> LossSharding | None:
     """Finds how the mesh in force splits a loss over tokens [B, L] and a head of these shapes; None without a mesh."""
     mesh = current_mesh()
     if mesh is None:
@@ -107,7 +109,9 @@ def chunk_size(vocabulary: int) -> int:
     return max(_LOGITS_HELD.get(platform(), _LOGITS_HELD_ELSEWHERE) // vocabulary, 128)
 
 
-def _checked_parts(hidden: Array, head: Array, vocab_axis: int, sharding: LossSharding | None) -> tuple[int, int]:
+def _checked_parts(
+    hidden: Array, head: Array, vocab_axis: int, sharding: LossSharding | None
+) -> tuple[int, int]:
     """Counts the parts that tokens and vocabulary are split into, and checks that they are equal."""
     if sharding is None:
         return 1, 1
@@ -127,7 +131,9 @@ def _checked_parts(hidden: Array, head: Array, vocab_axis: int, sharding: LossSh
 
 def _check_equal_parts(what: str, size: int, parts: int) -> None:
     if size % parts:
-        raise ConfigError(f"{size} {what} do not divide over {parts} devices; pad them or use fewer devices")
+        raise ConfigError(
+            f"{size} {what} do not divide over {parts} devices; pad them or use fewer devices"
+        )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -136,7 +142,9 @@ def _loss(hidden, head, targets, weights, vocab_axis, chunk, sharding):
 
 
 def _loss_fwd(hidden, head, targets, weights, vocab_axis, chunk, sharding):
-    out, gradients = _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, gradients=True)
+    out, gradients = _run(
+        hidden, head, targets, weights, vocab_axis, chunk, sharding, gradients=True
+    )
     # Residuals are arrays, so empty ones carry the dtypes.
     like = jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype)
     return out, (gradients, like)
@@ -159,20 +167,26 @@ def _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, *, gradien
     if sharding is None:
         return compute(hidden, head, targets, weights)
     mesh, tokens, vocab, length, width = sharding
-    by_token = PartitionSpec(tokens or None, length or None) if length else PartitionSpec(tokens or None)
+    by_token = (
+        PartitionSpec(tokens or None, length or None) if length else PartitionSpec(tokens or None)
+    )
     by_vocab = PartitionSpec(*((vocab, width) if vocab_axis == 0 else (width, vocab)))
     token_axes = (*tokens, *length)
     other_token_axes = tuple(axis for axis in token_axes if axis != width)
 
     def compute_part(hidden, head, targets, weights):
         if width is not None:
-            head = jax.lax.all_gather(head.astype(hidden.dtype), width, axis=1 - vocab_axis, tiled=True)
+            head = jax.lax.all_gather(
+                head.astype(hidden.dtype), width, axis=1 - vocab_axis, tiled=True
+            )
         (total, nll, correct), grads = compute(hidden, head, targets, weights, vocab=vocab)
         # The rest of the vocabulary adds to a token's gradient, the other tokens to that of the head.
         if grads:
             d_hidden, d_head = grads
             if width is not None:
-                d_head = jax.lax.psum_scatter(d_head, width, scatter_dimension=1 - vocab_axis, tiled=True)
+                d_head = jax.lax.psum_scatter(
+                    d_head, width, scatter_dimension=1 - vocab_axis, tiled=True
+                )
             grads = _psum(d_hidden, vocab), _psum(d_head, other_token_axes)
         return (_psum(total, token_axes), nll, correct), grads
 
@@ -180,7 +194,10 @@ def _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, *, gradien
         compute_part,
         mesh=mesh,
         in_specs=(by_token, by_vocab, by_token, by_token),
-        out_specs=((PartitionSpec(), by_token, by_token), (by_token, by_vocab) if gradients else ()),
+        out_specs=(
+            (PartitionSpec(), by_token, by_token),
+            (by_token, by_vocab) if gradients else (),
+        ),
         check_vma=False,
     )
     return on_mesh(hidden, head, targets, weights)
@@ -229,7 +246,9 @@ def _over_chunks(hidden, head, targets, weights, vocab=None, *, vocab_axis, chun
         correct = correct.at[at].set(loss_mask & score.correct, mode="drop")
         if gradients:
             d_logits = (weight[:, None] * score.d_logits).astype(hidden.dtype)
-            d_hidden = d_hidden.at[at].set(_dot("nv,vd->nd", d_logits, head, vocab_axis, accumulate), mode="drop")
+            d_hidden = d_hidden.at[at].set(
+                _dot("nv,vd->nd", d_logits, head, vocab_axis, accumulate), mode="drop"
+            )
             pair = (d_logits, h) if vocab_axis == 0 else (h, d_logits)
             d_head += jnp.einsum("na,nb->ab", *pair, preferred_element_type=accumulate)
         return total, nll, correct, d_hidden, d_head
@@ -266,7 +285,9 @@ def _chunk_scores(h, head, target, vocab_axis, accumulate, vocab) -> _ChunkScore
     here = (target >= 0) & (target < size)
     at_target = jnp.take_along_axis(logits, jnp.clip(target, 0, size - 1)[:, None], axis=-1)[:, 0]
     at_target = _psum(jnp.where(here, at_target, 0), vocab)
-    return _ChunkScores(logsumexp - at_target, at_target >= largest, jnp.exp(logits - logsumexp[:, None]) - one_hot)
+    return _ChunkScores(
+        logsumexp - at_target, at_target >= largest, jnp.exp(logits - logsumexp[:, None]) - one_hot
+    )
 
 
 def _dot(spec, x, head, vocab_axis, accumulate):

@@ -104,7 +104,9 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         if self.normalizer not in ("response", "masked", "weights"):
-            raise ConfigError(f"normalizer {self.normalizer!r} is unknown; use 'response', 'masked' or 'weights'")
+            raise ConfigError(
+                f"normalizer {self.normalizer!r} is unknown; use 'response', 'masked' or 'weights'"
+            )
         for name in ("router_balance", "router_z"):
             value = getattr(self, name)
             if value is not None and (not is_number(value) or value < 0):
@@ -114,10 +116,14 @@ class ObjectiveConfig:
 def check_objective(model: ModelConfig) -> None:
     """Raises ConfigError when a model lacks what its objective needs."""
     if model.paradigm.masks and model.mask_token_id is None:
-        raise ConfigError(f"objective {model.objective!r} needs mask_token_id and the model has none; set it")
+        raise ConfigError(
+            f"objective {model.objective!r} needs mask_token_id and the model has none; set it"
+        )
 
 
-def make_inputs(batch: Batch, key: jax.Array, config: ObjectiveConfig, model: ModelConfig) -> LossInputs:
+def make_inputs(
+    batch: Batch, key: jax.Array, config: ObjectiveConfig, model: ModelConfig
+) -> LossInputs:
     """Turns a batch into inputs as the model's own paradigm has them (Eq. 3, 5 or 7); `key` draws the corruption.
 
     Called on the global batch of a step, before it is split into micro-batches.
@@ -145,13 +151,17 @@ def make_inputs(batch: Batch, key: jax.Array, config: ObjectiveConfig, model: Mo
     noisy_tokens = _take(noisy_tokens, batch.noisy_index)
     weights = _take(corrupted.weights, batch.noisy_index)
     inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin)
-    return inputs._replace(normalizer=_normalizer(inputs.weights, paradigm, batch, config.normalizer))
+    return inputs._replace(
+        normalizer=_normalizer(inputs.weights, paradigm, batch, config.normalizer)
+    )
 
 
 def check_copies(paradigm: Paradigm, indexed: bool) -> None:
     """Raises ConfigError where only some positions are to have noisy copies and the model's others need theirs."""
     if indexed and not paradigm.two_copies:
-        raise ConfigError("noisy_length is set and the model reads no noisy copy beside a clean one; leave it out")
+        raise ConfigError(
+            "noisy_length is set and the model reads no noisy copy beside a clean one; leave it out"
+        )
     if indexed and paradigm.shifted:
         raise ConfigError(
             "noisy_length is set and the model is shifted: a block's first token is predicted by the noisy copy of the "
@@ -271,7 +281,11 @@ def training_loss(
     balance = balance_loss(routing)
     z = z_loss(routing)
     normalizer = inputs.normalizer.sum()
-    coefficient = model.config.router_aux_loss_coef if config.router_balance is None else config.router_balance
+    coefficient = (
+        model.config.router_aux_loss_coef
+        if config.router_balance is None
+        else config.router_balance
+    )
     router = RouterMetrics(
         balance=(normalizer * balance).astype(jnp.float32),
         z=(normalizer * z).astype(jnp.float32),
@@ -282,20 +296,28 @@ def training_loss(
 
 
 def weighted_loss(
-    model: Model, inputs: LossInputs, *, remat: Remat = "none", compute_dtype: DTypeLike | None = None
+    model: Model,
+    inputs: LossInputs,
+    *,
+    remat: Remat = "none",
+    compute_dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, ""], LossMetrics]:
     """Computes sum_i w_i CE_i, a float32 scalar, and its metrics. Divide by the sum of `inputs.normalizer`."""
     total, scores = score_tokens(model, inputs, remat=remat, compute_dtype=compute_dtype)
     return total, _metrics(scores, inputs)
 
 
-def score_tokens(model: Model, inputs: LossInputs, **options) -> tuple[Float[Array, ""], TokenScores]:
+def score_tokens(
+    model: Model, inputs: LossInputs, **options
+) -> tuple[Float[Array, ""], TokenScores]:
     """Computes `weighted_loss` with the score of each of the [B, N] outputs instead of their sums."""
     total, scores, _ = _scored(model, inputs, **options)
     return total, scores
 
 
-def _scored(model: Model, inputs: LossInputs, **options) -> tuple[Array, TokenScores, RouterSums | None]:
+def _scored(
+    model: Model, inputs: LossInputs, **options
+) -> tuple[Array, TokenScores, RouterSums | None]:
     hidden, routing = model.hidden_and_routing(
         inputs.tokens,
         inputs.positions,
@@ -352,13 +374,17 @@ def block_diffusion_loss(
     tokens = jnp.asarray(tokens, jnp.int32)
     noisy_tokens = jnp.asarray(noisy_tokens, jnp.int32)
     weights = jnp.asarray(weights)
-    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    segment_ids = (
+        jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    )
     loss_mask = jnp.ones_like(tokens, bool) if loss_mask is None else jnp.asarray(loss_mask, bool)
     if noisy_index is not None:
         noisy_index = jnp.asarray(noisy_index, jnp.int32)
     _check_fit("tokens", tokens, segment_ids=segment_ids, loss_mask=loss_mask)
     if noisy_index is None and noisy_tokens.shape != tokens.shape:
-        raise ConfigError(f"noisy_tokens {noisy_tokens.shape} differs from tokens {tokens.shape}; give noisy_index")
+        raise ConfigError(
+            f"noisy_tokens {noisy_tokens.shape} differs from tokens {tokens.shape}; give noisy_index"
+        )
     _check_fit("noisy_tokens", noisy_tokens, weights=weights, noisy_index=noisy_index)
     paradigm = model.config.with_blocks(block_size)
     batch = Batch(tokens, segment_ids, loss_mask, noisy_index)
@@ -371,7 +397,9 @@ def block_diffusion_loss(
 def _check_fit(name: str, array: Array, **others: Array | None) -> None:
     for other, value in others.items():
         if value is not None and value.shape != array.shape:
-            raise ConfigError(f"{other} is of shape {value.shape}, {name} of {array.shape}; give both one shape")
+            raise ConfigError(
+                f"{other} is of shape {value.shape}, {name} of {array.shape}; give both one shape"
+            )
 
 
 def _take(x: Array, noisy_index: Array | None) -> Array:

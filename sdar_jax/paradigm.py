@@ -52,14 +52,18 @@ class Paradigm:
         if self.block_size is not None:
             check_block_size(self.block_size)
         if self.causal_clean and self.block_size is None:
-            raise ConfigError("causal_clean is True and there are no blocks; leave it out, or set block_size")
+            raise ConfigError(
+                "causal_clean is True and there are no blocks; leave it out, or set block_size"
+            )
         if self.bidirectional_prompt and (self.origin != "response" or self.block_size is None):
             raise ConfigError(
                 "bidirectional_prompt is True and blocks do not start at the response; set block_origin='response' "
                 "and block_size, or leave it out"
             )
         if self.bidirectional_prompt and self.causal_clean:
-            raise ConfigError("bidirectional_prompt and causal_clean contradict each other; leave out one")
+            raise ConfigError(
+                "bidirectional_prompt and causal_clean contradict each other; leave out one"
+            )
 
     @property
     def cached(self) -> bool:
@@ -122,7 +126,9 @@ def paradigm_of(
             )
         return NEXT_TOKEN
     if has_blocks(objective) and block_size is None:
-        raise ConfigError("objective 'block_diffusion' needs block_size and the model has none; set it")
+        raise ConfigError(
+            "objective 'block_diffusion' needs block_size and the model has none; set it"
+        )
     return Paradigm(
         block_size=block_size if has_blocks(objective) else None,
         shifted=shifted,

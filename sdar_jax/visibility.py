@@ -78,7 +78,11 @@ def segments(segment_ids: SegmentIds) -> Segments:
 
 
 def block_bounds(
-    bounds: Segments, block_size: int | None, origin: Positions | None = None, *, bidirectional_prompt: bool = False
+    bounds: Segments,
+    block_size: int | None,
+    origin: Positions | None = None,
+    *,
+    bidirectional_prompt: bool = False,
 ) -> tuple[Positions, Positions]:
     """Finds the first position of each position's block and one past its last, cut at the document's end.
 
@@ -114,7 +118,9 @@ def response_start(segment_ids: SegmentIds, response: Bool[Array, "B L"]) -> Pos
     bounds = segments(segment_ids)
     index = bounds.start + bounds.positions
     length = segment_ids.shape[1]
-    following = jax.lax.cummin(jnp.where(response & (segment_ids > 0), index, length), axis=1, reverse=True)
+    following = jax.lax.cummin(
+        jnp.where(response & (segment_ids > 0), index, length), axis=1, reverse=True
+    )
     first = jnp.take_along_axis(following, bounds.start, axis=1)
     return jnp.where(first < bounds.end, first, bounds.start)
 
@@ -173,7 +179,9 @@ def hybrid(
         origin, bidirectional_prompt: where blocks start, as for `block_bounds`.
     """
     bounds = segments(segment_ids)
-    block_start, block_end = block_bounds(bounds, block_size, origin, bidirectional_prompt=bidirectional_prompt)
+    block_start, block_end = block_bounds(
+        bounds, block_size, origin, bidirectional_prompt=bidirectional_prompt
+    )
     clean_end = block_bounds(bounds, 1)[1] if causal_clean else block_end
     if noisy_index is None:
         noisy_length = segment_ids.shape[1]

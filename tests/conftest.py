@@ -10,7 +10,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Nearly all of a run is XLA compiling tiny programs once each: optimising their machine code costs more than it gives.
 # XLA_DEFAULTS=1 leaves XLA as users have it; CI runs the tests marked `xla_defaults` so as well.
 if not os.environ.get("XLA_DEFAULTS"):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    os.environ["XLA_FLAGS"] = (
+        f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+    )
 
 import jax
 import pytest
@@ -22,7 +24,9 @@ from jaxtyping import install_import_hook
 install_import_hook("sdar_jax", "beartype.beartype")
 
 # Most of a run is XLA compiling the same tiny programs; read from disk, a rerun takes about a quarter of that time.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "xla-tests"))
+jax.config.update(
+    "jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "xla-tests")
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

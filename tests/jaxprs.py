@@ -27,7 +27,11 @@ def _is_jaxpr(value) -> bool:
 
 def largest_array(function: Callable, *args) -> int:
     """Elements of the largest intermediate of a traced function."""
-    shapes = [getattr(out.aval, "shape", ()) for equation in equations(function, *args) for out in equation.outvars]
+    shapes = [
+        getattr(out.aval, "shape", ())
+        for equation in equations(function, *args)
+        for out in equation.outvars
+    ]
     return max(math.prod(shape) for shape in shapes)
 
 
@@ -35,7 +39,9 @@ def largest_array(function: Callable, *args) -> int:
 def compilations() -> Iterator[list[str]]:
     """Grows by one with each program that is compiled, large or small."""
     found: list[str] = []
-    hear = lambda event, *_, **__: found.append(event) if event.endswith("backend_compile_duration") else None
+    hear = lambda event, *_, **__: (
+        found.append(event) if event.endswith("backend_compile_duration") else None
+    )
     jax.monitoring.register_event_duration_secs_listener(hear)
     try:
         yield found

@@ -8,7 +8,15 @@ from sdar_jax.model.config import RopeConfig
 from tests.bad_input import refused
 
 nan, infinite = float("nan"), float("inf")
-GOOD = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4)
+GOOD = dict(
+    vocab_size=9,
+    hidden_size=8,
+    intermediate_size=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+)
 MODELS = [
     ({"num_layers": True}, "num_layers is True", "positive integer"),
     ({"hidden_size": 8.0}, "hidden_size is 8.0", "positive integer"),

@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from sdar_jax.devices.chips import CHIPS, check_backend, compiling_for, device, peak_flops, platform, topology
+from sdar_jax.devices.chips import (
+    CHIPS,
+    check_backend,
+    compiling_for,
+    device,
+    peak_flops,
+    platform,
+    topology,
+)
 from sdar_jax.errors import ConfigError
 from tests.bad_input import refused
 
@@ -65,6 +73,8 @@ def test_a_backend_that_is_not_here_is_one_line(asked, fix, error, monkeypatch):
     check_backend()
     fake = SimpleNamespace(devices=fail, config=SimpleNamespace(jax_platforms=asked))
     monkeypatch.setattr("sdar_jax.devices.chips.jax", fake)
-    with pytest.raises(ConfigError, match=rf"JAX_PLATFORMS is '{asked}' and JAX cannot .*; {fix}") as raised:
+    with pytest.raises(
+        ConfigError, match=rf"JAX_PLATFORMS is '{asked}' and JAX cannot .*; {fix}"
+    ) as raised:
         check_backend()
     assert "\n" not in str(raised.value)

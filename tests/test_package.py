@@ -16,7 +16,9 @@ PACKAGE = Path(sdar_jax.__file__).parent
 
 @pytest.mark.parametrize("name", sdar_jax.__all__)
 def test_every_public_name_can_be_used(name):
-    assert getattr(sdar_jax, name) is getattr(importlib.import_module(f"sdar_jax.{sdar_jax._HOMES[name]}"), name)
+    assert getattr(sdar_jax, name) is getattr(
+        importlib.import_module(f"sdar_jax.{sdar_jax._HOMES[name]}"), name
+    )
     # A module of this name would take the name's place once something imports it.
     assert not (PACKAGE / f"{name}.py").exists() and not (PACKAGE / name).is_dir()
 
@@ -49,9 +51,14 @@ def test_version():
 
 
 def test_every_recipe_is_in_the_package():
-    recipes = sorted(path.relative_to(PACKAGE / "recipes") for path in (PACKAGE / "recipes").glob("*/*.yaml"))
+    recipes = sorted(
+        path.relative_to(PACKAGE / "recipes") for path in (PACKAGE / "recipes").glob("*/*.yaml")
+    )
     configs = PACKAGE.parent / "configs"
-    assert recipes == sorted(path.relative_to(configs) for path in configs.rglob("*.yaml")) and len(recipes) > 30
+    assert (
+        recipes == sorted(path.relative_to(configs) for path in configs.rglob("*.yaml"))
+        and len(recipes) > 30
+    )
 
 
 def test_private_parts_of_jax_are_used_in_one_module_alone():

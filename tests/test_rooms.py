@@ -20,4 +20,6 @@ def test_an_import_that_runs_up_is_found(tmp_path):
 
 
 def test_a_comparison_with_a_name_is_found():
-    assert house.name_comparisons(ast.parse('if config.objective == "masked_diffusion":\n    pass\n')) == [1]
+    assert house.name_comparisons(
+        ast.parse('if config.objective == "masked_diffusion":\n    pass\n')
+    ) == [1]

@@ -37,7 +37,11 @@ def model_dir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     tokenizer = directory / "tokenizer"
     make_byte_tokenizer().save_pretrained(tokenizer)
-    fields = {"vocab_size": TOKENIZER_SIZE + 4, "mask_token_id": TOKENIZER_SIZE, "max_position_embeddings": 300}
+    fields = {
+        "vocab_size": TOKENIZER_SIZE + 4,
+        "mask_token_id": TOKENIZER_SIZE,
+        "max_position_embeddings": 300,
+    }
     model = tiny_model(jnp.float32, **fields, stop_token_ids=(END,))
     save_pretrained(model, directory / "model", tokenizer_from=tokenizer)
     return directory / "model"
@@ -67,19 +71,30 @@ def run(monkeypatch, *arguments, stdin: str = "") -> Result:
 def environment() -> dict[str, str]:
     """Of a process of its own, which finds what this one has compiled."""
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    cache |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    cache |= {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     return os.environ | cache
 
 
 @pytest.fixture
 def cli(monkeypatch, model_dir):
-    return lambda *arguments, **options: run(monkeypatch, "--model", model_dir, *arguments, **options)
+    return lambda *arguments, **options: run(
+        monkeypatch, "--model", model_dir, *arguments, **options
+    )
 
 
 def expected(model_dir, prompts, max_new_tokens=6, seed=0, **fields):
     """What the library gives for the same, with the tokenizer."""
-    model, config, tokenizer = load_pretrained(model_dir), DecodingConfig(**fields), make_byte_tokenizer()
-    return generate(model, prompts, config, max_new_tokens=max_new_tokens, seed=seed, tokenizer=tokenizer)
+    model, config, tokenizer = (
+        load_pretrained(model_dir),
+        DecodingConfig(**fields),
+        make_byte_tokenizer(),
+    )
+    return generate(
+        model, prompts, config, max_new_tokens=max_new_tokens, seed=seed, tokenizer=tokenizer
+    )
 
 
 def test_prompt_ids_to_json(cli, model_dir):
@@ -89,19 +104,49 @@ def test_prompt_ids_to_json(cli, model_dir):
     (record,) = result.records
     assert record["tokens"] == wanted.tokens and record["finish_reason"] == wanted.finish_reason
     assert record["logprobs"] == pytest.approx(wanted.logprobs, rel=1e-5)
-    assert "text" not in record and set(record) == {*wanted._fields, "tokens_per_forward"} - {"text"}
+    assert "text" not in record and set(record) == {*wanted._fields, "tokens_per_forward"} - {
+        "text"
+    }
 
 
 def test_prompt_ids_in_words(cli, model_dir):
     result = cli("--prompt-ids", "5,9,12", "--max-new-tokens", 6)
     assert result.out == ",".join(map(str, expected(model_dir, [[5, 9, 12]])[0].tokens)) + "\n"
-    for part in ("compiled in", "prefill: 0 tokens", "at batch 1", "TGS", "TPF", "denoising", "commit forwards"):
+    for part in (
+        "compiled in",
+        "prefill: 0 tokens",
+        "at batch 1",
+        "TGS",
+        "TPF",
+        "denoising",
+        "commit forwards",
+    ):
         assert part in result.err
 
 
 def test_prompt_and_decoding_options(cli, model_dir):
-    options = ("--confidence-threshold", 0.2, "--denoising-steps", 2, "--temperature", 1.0, "--top-k", 50)
-    result = cli("--prompt", "one two", "--max-new-tokens", 6, "--seed", 3, "--stop-token-ids", "", "--json", *options)
+    options = (
+        "--confidence-threshold",
+        0.2,
+        "--denoising-steps",
+        2,
+        "--temperature",
+        1.0,
+        "--top-k",
+        50,
+    )
+    result = cli(
+        "--prompt",
+        "one two",
+        "--max-new-tokens",
+        6,
+        "--seed",
+        3,
+        "--stop-token-ids",
+        "",
+        "--json",
+        *options,
+    )
     fields = dict(confidence_threshold=0.2, denoising_steps=2, temperature=1.0, top_k=50)
     (wanted,) = expected(model_dir, ["one two"], seed=3, **fields)
     assert result.records[0]["tokens"] == wanted.tokens and result.records[0]["text"] == wanted.text
@@ -122,13 +167,30 @@ def test_options_of_decoding_are_flags(cli, model_dir):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_block_size_and_mask_may_come_from_the_command_line(cli, model_dir):
-    result = cli("--prompt-ids", "5,9", "--block-size", 8, "--mask-token-id", 262, "--max-new-tokens", 6, "--json")
+    result = cli(
+        "--prompt-ids",
+        "5,9",
+        "--block-size",
+        8,
+        "--mask-token-id",
+        262,
+        "--max-new-tokens",
+        6,
+        "--json",
+    )
     assert result.code == 0 and len(result.records[0]["tokens"]) <= 6
 
 
 def test_watching_prints_a_line_a_forward(cli, model_dir):
     """Of which the last has no mask, and together commit all there is; then the text."""
-    options = ("--max-new-tokens", 13, "--stop-token-ids", "", "--strategy", "low_confidence_static")
+    options = (
+        "--max-new-tokens",
+        13,
+        "--stop-token-ids",
+        "",
+        "--strategy",
+        "low_confidence_static",
+    )
     result = cli("--prompt", "one two", "--watch", *options)
     whole = json.loads(cli("--prompt", "one two", "--json", *options).out)
     lines = [line.split("\t") for line in result.out.splitlines()[: whole["denoising_forwards"]]]
@@ -181,40 +243,75 @@ def test_ctrl_c_ends_a_turn_and_not_the_chat(cli, interrupt_at):
     assert result.code == 0 and "1 cancelled" in result.err and "1 length" in result.err
 
 
-@pytest.mark.parametrize("options", [("--prompt", "one two"), ("--input", "in.jsonl", "--output", "out.jsonl")])
-def test_what_has_no_cache_is_decoded_without_an_engine(cli, model_dir, tmp_path, monkeypatch, options):
+@pytest.mark.parametrize(
+    "options", [("--prompt", "one two"), ("--input", "in.jsonl", "--output", "out.jsonl")]
+)
+def test_what_has_no_cache_is_decoded_without_an_engine(
+    cli, model_dir, tmp_path, monkeypatch, options
+):
     monkeypatch.chdir(tmp_path)
     texts = ["one two", "a", "b"]
-    write_lines(tmp_path / "in.jsonl", [{"prompt": texts[0]}, {"prompt": "a", "max_new_tokens": 3}, {"prompt": "b"}])
+    write_lines(
+        tmp_path / "in.jsonl",
+        [{"prompt": texts[0]}, {"prompt": "a", "max_new_tokens": 3}, {"prompt": "b"}],
+    )
     result = cli(*options, "--strategy", "semi_autoregressive", "--max-new-tokens", 6)
     assert result.code == 0 and "compilation included" in result.err and "prefill" not in result.err
     if "--input" in options:
         counts = (6, 3, 6)
         for i, answer in enumerate(read_lines(tmp_path / "out.jsonl")):
-            (wanted,) = expected(model_dir, texts[i : i + 1], counts[i], i, strategy="semi_autoregressive")
+            (wanted,) = expected(
+                model_dir, texts[i : i + 1], counts[i], i, strategy="semi_autoregressive"
+            )
             assert answer["tokens"] == wanted.tokens
     else:
-        assert result.out == expected(model_dir, texts[:1], strategy="semi_autoregressive")[0].text + "\n"
+        assert (
+            result.out
+            == expected(model_dir, texts[:1], strategy="semi_autoregressive")[0].text + "\n"
+        )
 
 
 def test_autoregressive_models(monkeypatch, tmp_path):
     model = tiny_model(jnp.float32, objective="autoregressive", block_size=None, mask_token_id=None)
     save_pretrained(model, tmp_path / "ar")
-    options = ("--model", tmp_path / "ar", "--prompt-ids", "5,9,12", "--max-new-tokens", 6, "--json")
+    options = (
+        "--model",
+        tmp_path / "ar",
+        "--prompt-ids",
+        "5,9,12",
+        "--max-new-tokens",
+        6,
+        "--json",
+    )
     result = run(monkeypatch, *options, "--strategy", "autoregressive")
-    (wanted,) = generate(model, [[5, 9, 12]], DecodingConfig(strategy="autoregressive"), max_new_tokens=6)
+    (wanted,) = generate(
+        model, [[5, 9, 12]], DecodingConfig(strategy="autoregressive"), max_new_tokens=6
+    )
     assert result.records[0]["tokens"] == wanted.tokens and "prefill: 2 tokens" in result.err
     assert run(monkeypatch, *options).records == result.records
-    assert_one_line(run(monkeypatch, *options, "--strategy", "sequential"), "block_size", "strategy='autoregressive'")
+    assert_one_line(
+        run(monkeypatch, *options, "--strategy", "sequential"),
+        "block_size",
+        "strategy='autoregressive'",
+    )
 
 
 CONVERSATION = {"messages": [{"role": "user", "content": "1+1"}]}
-INPUT = [{"prompt": "a\u2028b", "id": 7}, {"prompt_ids": [9, 8, 7]}, CONVERSATION, {"prompt": "c"}, {"prompt": "dd"}]
+INPUT = [
+    {"prompt": "a\u2028b", "id": 7},
+    {"prompt_ids": [9, 8, 7]},
+    CONVERSATION,
+    {"prompt": "c"},
+    {"prompt": "dd"},
+]
 INPUT[3] |= {"max_new_tokens": 2, "seed": 5}
 
 
 def write_lines(path: Path, records) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -236,7 +333,9 @@ def test_a_file_is_answered_line_by_line(cli, model_dir, tmp_path):
     for i, (record, answer) in enumerate(zip(INPUT, answers, strict=True)):
         config = DecodingConfig(temperature=1.0)
         new, seed = record.get("max_new_tokens", 5), record.get("seed", 11 + i)
-        (alone,) = generate(model, [ids[i]], config, max_new_tokens=new, seed=seed, stop_token_ids=())
+        (alone,) = generate(
+            model, [ids[i]], config, max_new_tokens=new, seed=seed, stop_token_ids=()
+        )
         assert {key: answer[key] for key in record} == record
         assert answer["tokens"] == alone.tokens
 
@@ -250,7 +349,9 @@ def test_an_interrupted_file_goes_on_where_it_stopped(cli, tmp_path):
     for kept in (b"", b"".join(lines[:3]) + lines[3][:30], b"".join(lines[:2]), b"".join(lines)):
         cut.write_bytes(kept)
         assert cli("--input", source, "--output", cut, *options).code == 0
-        assert [line["tokens"] for line in read_lines(cut)] == [line["tokens"] for line in read_lines(whole)]
+        assert [line["tokens"] for line in read_lines(cut)] == [
+            line["tokens"] for line in read_lines(whole)
+        ]
     before = whole.read_bytes()
     cli("--input", source, "--output", whole, *options)
     assert whole.read_bytes() == before
@@ -260,8 +361,14 @@ def test_an_interrupted_file_goes_on_where_it_stopped(cli, tmp_path):
 @pytest.mark.ci
 def test_ctrl_c_in_a_file_keeps_what_is_written(cli, tmp_path, monkeypatch):
     """Long and short ones, so that later lines are done before earlier ones; at most 4 batches are under way."""
-    records = [{"prompt_ids": [i + 1], "max_new_tokens": 40 if i % 4 == 0 else 2} for i in range(14)]
-    source, whole, cut = write_lines(tmp_path / "in.jsonl", records), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    records = [
+        {"prompt_ids": [i + 1], "max_new_tokens": 40 if i % 4 == 0 else 2} for i in range(14)
+    ]
+    source, whole, cut = (
+        write_lines(tmp_path / "in.jsonl", records),
+        tmp_path / "whole.jsonl",
+        tmp_path / "cut.jsonl",
+    )
     options = ("--temperature", 1.0, "--batch-size", 2, "--stop-token-ids", "")
     cli("--input", source, "--output", whole, *options)
     calls, result = itertools.count(1), Engine.result
@@ -281,16 +388,39 @@ def test_ctrl_c_in_a_file_keeps_what_is_written(cli, tmp_path, monkeypatch):
     assert whole.read_bytes().startswith(cut.read_bytes()) and cut.read_bytes().count(b"\n") == 3
     assert max(most) == 8
     assert cli("--input", source, "--output", cut, *options).code == 0
-    assert [line["tokens"] for line in read_lines(cut)] == [line["tokens"] for line in read_lines(whole)]
+    assert [line["tokens"] for line in read_lines(cut)] == [
+        line["tokens"] for line in read_lines(whole)
+    ]
 
 
 @pytest.mark.slow
 def test_a_killed_process_goes_on(model_dir, tmp_path, environment):
     """SIGKILL in the middle of a file: what is written is whole lines, or one cut short, and the rest follows."""
     records = [{"prompt_ids": [i % 200 + 1], "max_new_tokens": 150 - i % 100} for i in range(200)]
-    source, whole, cut = write_lines(tmp_path / "in.jsonl", records), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    command = [sys.executable, SCRIPT, "--model", str(model_dir), "--input", str(source), "--batch-size", "2"]
-    command += ["--temperature", "1.0", "--stop-token-ids", "", "--strategy", "sequential", "--output"]
+    source, whole, cut = (
+        write_lines(tmp_path / "in.jsonl", records),
+        tmp_path / "whole.jsonl",
+        tmp_path / "cut.jsonl",
+    )
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--model",
+        str(model_dir),
+        "--input",
+        str(source),
+        "--batch-size",
+        "2",
+    ]
+    command += [
+        "--temperature",
+        "1.0",
+        "--stop-token-ids",
+        "",
+        "--strategy",
+        "sequential",
+        "--output",
+    ]
     process = subprocess.Popen([*command, str(cut)], stderr=subprocess.DEVNULL, env=environment)
     while not (cut.exists() and cut.read_bytes().count(b"\n") >= 5):
         assert process.poll() is None
@@ -300,17 +430,37 @@ def test_a_killed_process_goes_on(model_dir, tmp_path, environment):
     kept = cut.read_bytes().count(b"\n")
     assert 5 <= kept < 200
     for target in (cut, whole):
-        done = subprocess.run([*command, str(target)], stderr=subprocess.DEVNULL, env=environment, timeout=500)
+        done = subprocess.run(
+            [*command, str(target)], stderr=subprocess.DEVNULL, env=environment, timeout=500
+        )
         assert done.returncode == 0
-    assert [line["tokens"] for line in read_lines(cut)] == [line["tokens"] for line in read_lines(whole)]
+    assert [line["tokens"] for line in read_lines(cut)] == [
+        line["tokens"] for line in read_lines(whole)
+    ]
 
 
 def test_ids_need_no_tokenizer(monkeypatch, model_dir, tmp_path):
     bare = tmp_path / "bare"
     save_pretrained(load_pretrained(model_dir), bare)
-    source, target = write_lines(tmp_path / "in.jsonl", [{"prompt_ids": [5, 9]}]), tmp_path / "out.jsonl"
+    source, target = (
+        write_lines(tmp_path / "in.jsonl", [{"prompt_ids": [5, 9]}]),
+        tmp_path / "out.jsonl",
+    )
     assert run(monkeypatch, "--model", bare, "--prompt-ids", "5", "--max-new-tokens", 2).code == 0
-    assert run(monkeypatch, "--model", bare, "--input", source, "--output", target, "--max-new-tokens", 2).code == 0
+    assert (
+        run(
+            monkeypatch,
+            "--model",
+            bare,
+            "--input",
+            source,
+            "--output",
+            target,
+            "--max-new-tokens",
+            2,
+        ).code
+        == 0
+    )
     assert "text" not in read_lines(target)[0]
     result = run(monkeypatch, "--model", bare, "--prompt", "a")
     assert result.code == 2 and "no tokenizer" in result.err
@@ -346,14 +496,21 @@ def test_a_chat_that_outgrows_its_engine_goes_on(model_dir, monkeypatch, capsys)
 
 def test_a_turn_reads_nothing_that_an_earlier_one_did(cli):
     """But for blocks of four that the earlier turn's end or this one's beginning cuts."""
-    result = cli("--chat", "--json", "--max-new-tokens", 40, "--stop-token-ids", "", stdin="hi\nand?\n")
+    result = cli(
+        "--chat", "--json", "--max-new-tokens", 40, "--stop-token-ids", "", stdin="hi\nand?\n"
+    )
     first, _second = (record["text"] for record in result.records)
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     encode = make_byte_tokenizer().encode
     before = [*encode(turn.format("hi")), *result.records[0]["tokens"]]
     now = encode(turn.format("hi") + first + "<|im_end|>\n" + turn.format("and?"))
-    same = next((i for i, (one, other) in enumerate(zip(before, now, strict=False)) if one != other), len(before))
-    read, shared = [int(number) for number in re.findall(r"prefill: (\d+) tokens.*; (\d+) more", result.err)[1]]
+    same = next(
+        (i for i, (one, other) in enumerate(zip(before, now, strict=False)) if one != other),
+        len(before),
+    )
+    read, shared = [
+        int(number) for number in re.findall(r"prefill: (\d+) tokens.*; (\d+) more", result.err)[1]
+    ]
     assert shared >= len(encode(turn.format("hi"))) // 4 * 4 >= 16
     # The last block of an answer ends in no page.
     assert shared == min(same, len(before) - 1) // 4 * 4 and read + shared == len(now) // 4 * 4
@@ -365,8 +522,12 @@ def test_chat_that_is_no_text(cli):
 
 def test_chat_forgets_a_turn_without_an_answer(cli):
     """Its first token is a stop: nothing is said, and the same question again is answered as if it were the first."""
-    first = cli("--chat", "--json", "--max-new-tokens", 5, "--stop-token-ids", "", stdin="hi\n").records[0]["tokens"][0]
-    result = cli("--chat", "--json", "--max-new-tokens", 5, "--stop-token-ids", first, stdin="hi\nhi\n")
+    first = cli(
+        "--chat", "--json", "--max-new-tokens", 5, "--stop-token-ids", "", stdin="hi\n"
+    ).records[0]["tokens"][0]
+    result = cli(
+        "--chat", "--json", "--max-new-tokens", 5, "--stop-token-ids", first, stdin="hi\nhi\n"
+    )
     assert result.code == 0 and [record["tokens"] for record in result.records] == [[], []]
 
 
@@ -381,9 +542,12 @@ def test_a_chat_that_fills_its_context_leaves_out_its_oldest_turns(cli, model_di
     assert result.code == 0 and len(result.records) == 4
     said = [line for line in result.err.splitlines() if "left out" in line]
     assert (
-        said[0] == "the context of 300 tokens is full: the oldest turns are left out, 1 of 1 so far" and len(said) == 3
+        said[0] == "the context of 300 tokens is full: the oldest turns are left out, 1 of 1 so far"
+        and len(said) == 3
     )
-    ids = make_byte_tokenizer().encode("<|im_start|>system\nbe brief<|im_end|>\n" + TURN.format(questions[-1]))
+    ids = make_byte_tokenizer().encode(
+        "<|im_start|>system\nbe brief<|im_end|>\n" + TURN.format(questions[-1])
+    )
     config = DecodingConfig()
     alone = Engine(load_pretrained(model_dir), batch_slots=1, pages=5, page_size=64)
     (wanted,) = alone.generate([ids], config, max_new_tokens=90, stop_token_ids=())
@@ -396,14 +560,19 @@ def test_a_message_that_does_not_fit_is_not_answered(cli):
     result = cli(*options, stdin=f"hi\n{'a' * 300}\nand?\n")
     assert result.code == 0 and "this message is not answered: it has 3" in result.err
     first, refused, last = result.records
-    assert set(refused) == {"error"} and "--max-new-tokens is 9 and the context 300; shorten it" in refused["error"]
+    assert (
+        set(refused) == {"error"}
+        and "--max-new-tokens is 9 and the context 300; shorten it" in refused["error"]
+    )
     plain = cli(*options, stdin="hi\nand?\n").records
     assert [record["tokens"] for record in (first, last)] == [record["tokens"] for record in plain]
 
 
 def test_a_chat_may_open_with_a_system_message(cli, model_dir):
     result = cli("--chat", "--system", "be brief", "--json", "--max-new-tokens", 5, stdin="hi\n")
-    ids = make_byte_tokenizer().encode("<|im_start|>system\nbe brief<|im_end|>\n" + TURN.format("hi"))
+    ids = make_byte_tokenizer().encode(
+        "<|im_start|>system\nbe brief<|im_end|>\n" + TURN.format("hi")
+    )
     assert result.records[0]["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
 
 
@@ -413,7 +582,9 @@ def test_stop_strings(cli, tmp_path, strategy):
     options = ("--max-new-tokens", 40, "--stop-token-ids", "", "--strategy", strategy)
     whole = cli("--prompt", "one two", "--json", *options).records[0]["text"]
     stop = next(
-        whole[i : i + 2] for i in range(8, 30) if whole[i : i + 2].isprintable() and " " not in whole[i : i + 2]
+        whole[i : i + 2]
+        for i in range(8, 30)
+        if whole[i : i + 2].isprintable() and " " not in whole[i : i + 2]
     )
     cut = whole.partition(stop)[0]
     flags = ("--stop-strings=never said", f"--stop-strings={stop}")
@@ -422,7 +593,10 @@ def test_stop_strings(cli, tmp_path, strategy):
     assert cli("--prompt", "one two", *options, *flags).out == cut + "\n"
     ids = ",".join(map(str, make_byte_tokenizer().encode("one two")))
     assert cli("--prompt-ids", ids, "--json", *options, *flags).records == [record]
-    source, target = write_lines(tmp_path / "in.jsonl", [{"prompt": "one two"}]), tmp_path / "out.jsonl"
+    source, target = (
+        write_lines(tmp_path / "in.jsonl", [{"prompt": "one two"}]),
+        tmp_path / "out.jsonl",
+    )
     assert cli("--input", source, "--output", target, *options, *flags).code == 0
     assert read_lines(target)[0]["text"] == cut
 
@@ -438,7 +612,9 @@ THINKING = (
 def thinking_dir(model_dir, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("thinking")
     make_byte_tokenizer(chat_template=THINKING).save_pretrained(directory / "tokenizer")
-    save_pretrained(load_pretrained(model_dir), directory / "model", tokenizer_from=directory / "tokenizer")
+    save_pretrained(
+        load_pretrained(model_dir), directory / "model", tokenizer_from=directory / "tokenizer"
+    )
     return directory / "model"
 
 
@@ -448,7 +624,8 @@ def test_variables_of_the_chat_template(monkeypatch, thinking_dir, tmp_path):
     prompts = {flag: "user: hi\nassistant: " + "<think></think>" * flag for flag in (False, True)}
     encode = make_byte_tokenizer().encode
     texts = {
-        flag: expected(thinking_dir, [encode(prompt)], max_new_tokens=5)[0].text for flag, prompt in prompts.items()
+        flag: expected(thinking_dir, [encode(prompt)], max_new_tokens=5)[0].text
+        for flag, prompt in prompts.items()
     }
     assert texts[True] != texts[False]
     for options, flag in ((off, True), (off[2:], False)):
@@ -457,15 +634,30 @@ def test_variables_of_the_chat_template(monkeypatch, thinking_dir, tmp_path):
     asked = {"messages": [{"role": "user", "content": "hi"}]}
     own = {**asked, "chat_template_kwargs": {"enable_thinking": True}}
     source, target = write_lines(tmp_path / "in.jsonl", [asked, own]), tmp_path / "out.jsonl"
-    assert run(monkeypatch, "--model", thinking_dir, "--input", source, "--output", target, *off).code == 0
+    assert (
+        run(monkeypatch, "--model", thinking_dir, "--input", source, "--output", target, *off).code
+        == 0
+    )
     assert [line["text"] for line in read_lines(target)] == [texts[True], texts[False]]
 
 
 def test_help_is_for_people(cli):
     result = cli("--help")
     assert result.code == 0
-    asked = ("--prompt-ids", "--strategy", "low_confidence_dynamic", "--confidence-threshold", "seed + i")
-    for words in (*asked, "--stop-strings", "--system", "--chat-template-kwargs", "enable_thinking"):
+    asked = (
+        "--prompt-ids",
+        "--strategy",
+        "low_confidence_dynamic",
+        "--confidence-threshold",
+        "seed + i",
+    )
+    for words in (
+        *asked,
+        "--stop-strings",
+        "--system",
+        "--chat-template-kwargs",
+        "enable_thinking",
+    ):
         assert words in result.out
 
 
@@ -477,7 +669,11 @@ BAD_FLAGS = [
     (["--prompt-ids", "5", "--stop-token-ids", "a"], "'a'", "5,9,12"),
     (["--prompt-ids", "5", "--stop-token-ids", "999"], "[999]", "0 to 263"),
     (["--prompt-ids", "5", "--max-new-tokens", "-1"], "max_new_tokens is -1", ">= 0"),
-    (["--prompt-ids", "5", "--max-new-tokens", "300"], "max_new_tokens is 300", "max_position_embeddings 300"),
+    (
+        ["--prompt-ids", "5", "--max-new-tokens", "300"],
+        "max_new_tokens is 300",
+        "max_position_embeddings 300",
+    ),
     (["--prompt-ids", "5", "--batch-size", "0"], "--batch-size is 0", "positive integer"),
     (["--prompt-ids", "5", "--denoising-steps", "5"], "denoising_steps 5", "block_size 4"),
     (["--prompt-ids", "5", "--top-p", "2"], "top_p is 2.0", "(0, 1]"),
@@ -488,22 +684,46 @@ BAD_FLAGS = [
     (["--prompt-ids", "5", "--seed", "99999999999"], "seed is 99999999999", "31 bits"),
     (["--prompt", "a\udcff"], "lone surrogate at character 1", "valid Unicode"),
     (["--input", "in.jsonl"], "--input needs --output", "name the file"),
-    (["--input", "missing.jsonl", "--output", "out.jsonl"], "missing.jsonl: cannot be read", "JSONL"),
+    (
+        ["--input", "missing.jsonl", "--output", "out.jsonl"],
+        "missing.jsonl: cannot be read",
+        "JSONL",
+    ),
     (["--prompt-ids", "5", "--watch", "--json"], "--watch shows one answer", "leave out --json"),
-    (["--input", "in.jsonl", "--output", "out.jsonl", "--watch"], "--watch shows one answer", "--input"),
-    (["--prompt", "a", "--watch", "--strategy", "semi_autoregressive"], "--watch follows the engine", "leave it out"),
+    (
+        ["--input", "in.jsonl", "--output", "out.jsonl", "--watch"],
+        "--watch shows one answer",
+        "--input",
+    ),
+    (
+        ["--prompt", "a", "--watch", "--strategy", "semi_autoregressive"],
+        "--watch follows the engine",
+        "leave it out",
+    ),
     (["--prompt-ids", "5", "--stop-token-ids", "1,2,3,4,5,6,7,8,9"], "9 stop tokens", "at most 8"),
     (["--prompt-ids", "5", "--model", "nowhere"], "nowhere: no such directory", "hub id"),
     (["--prompt", "a", "--stop-strings="], "--stop-strings has an empty text", "leave it out"),
     (["--prompt", "a", "--system", "b"], "--system opens a --chat", "the text"),
-    (["--prompt", "a", "--chat-template-kwargs", "{}"], "--chat-template-kwargs is for --chat and --input", "leave it"),
+    (
+        ["--prompt", "a", "--chat-template-kwargs", "{}"],
+        "--chat-template-kwargs is for --chat and --input",
+        "leave it",
+    ),
     (
         ["--chat", "--chat-template-kwargs", "{'a': 1}"],
         "\"{'a': 1}\" is not a JSON object",
         '{"enable_thinking": false}',
     ),
-    (["--chat", "--chat-template-kwargs", "[1]"], "'[1]' is not a JSON object", '{"enable_thinking": false}'),
-    (["--chat", "--max-new-tokens", "300"], "--max-new-tokens is 300 and the context 300", "give less"),
+    (
+        ["--chat", "--chat-template-kwargs", "[1]"],
+        "'[1]' is not a JSON object",
+        '{"enable_thinking": false}',
+    ),
+    (
+        ["--chat", "--max-new-tokens", "300"],
+        "--max-new-tokens is 300 and the context 300",
+        "give less",
+    ),
 ]
 
 
@@ -527,7 +747,18 @@ MENDED_FLAGS = [
     ["--prompt-ids", "263"],
     ["--prompt-ids", "5", "--stop-token-ids", "263"],
     ["--prompt-ids", "5", "--stop-token-ids", "1,2,3,4,5,6,7,8"],
-    ["--prompt-ids", "5", "--denoising-steps", "4", "--top-p", "1", "--temperature", "0", "--mask-token-id", "263"],
+    [
+        "--prompt-ids",
+        "5",
+        "--denoising-steps",
+        "4",
+        "--top-p",
+        "1",
+        "--temperature",
+        "0",
+        "--mask-token-id",
+        "263",
+    ],
     ["--prompt-ids", "5", "--dtype", "float32", "--seed", "2147483646"],
     ["--prompt", "a", "--strategy", "semi_autoregressive"],
     ["--chat", "--system", "b", "--chat-template-kwargs", "{}"],
@@ -546,11 +777,23 @@ BAD_FILES = [
     (b'{"prompt": "a"}\n\n{"text": "a"}\n', "in.jsonl:3: no prompt", '"messages"'),
     (b"[1]\n", "in.jsonl:1: a JSON list, not an object", "one object per line"),
     (b'{"text": "a"}\n', "in.jsonl:1: no prompt", '"messages"'),
-    (b'{"prompt": "\\ud800"}\n', "in.jsonl:1: a lone surrogate at character 12 (U+D800", "valid Unicode"),
+    (
+        b'{"prompt": "\\ud800"}\n',
+        "in.jsonl:1: a lone surrogate at character 12 (U+D800",
+        "valid Unicode",
+    ),
     (b"\xff\n", "in.jsonl:1: invalid UTF-8 at byte 0", "save the file as UTF-8"),
-    (b'{"prompt": "a", "n": ' + b"7" * 5000 + b"}\n", "in.jsonl:1: a number that cannot be read", "as a string"),
+    (
+        b'{"prompt": "a", "n": ' + b"7" * 5000 + b"}\n",
+        "in.jsonl:1: a number that cannot be read",
+        "as a string",
+    ),
     (b"\x1f\x8b\x08\0\n", "in.jsonl: compressed with gzip", "decompress it first: gzip -dc"),
-    (b'{"prompt_ids": [5]}\n{"prompt_ids": [999]}\n', "in.jsonl:2: the prompt holds", "token id 999"),
+    (
+        b'{"prompt_ids": [5]}\n{"prompt_ids": [999]}\n',
+        "in.jsonl:2: the prompt holds",
+        "token id 999",
+    ),
     (
         b'{"prompt_ids": [5]}\n{"prompt_ids": [' + b"5, " * 298 + b"5]}\n",
         "in.jsonl:2: the prompt has 299 tokens",
@@ -560,26 +803,41 @@ BAD_FILES = [
     (b'{"prompt": "a", "seed": 1.5}\n', 'in.jsonl:1: "seed" is 1.5', "integer"),
     (b'{"prompt": "a", "max_new_tokens": -1}\n', "in.jsonl:1: max_new_tokens is -1", ">= 0"),
     (b'{"messages": []}\n', 'in.jsonl:1: "messages" is missing, empty', "give"),
-    (b'{"messages": [{"role": "user"}]}\n', "in.jsonl:1: messages[0] has content of type NoneType", "give a string"),
+    (
+        b'{"messages": [{"role": "user"}]}\n',
+        "in.jsonl:1: messages[0] has content of type NoneType",
+        "give a string",
+    ),
 ]
 
 
 @pytest.mark.parametrize("content, value, fix", BAD_FILES, ids=lambda part: str(part)[:40])
 def test_bad_input_files(cli, content, value, fix, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(content)
-    result = cli("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2)
+    result = cli(
+        "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max-new-tokens", 2
+    )
     assert_one_line(result, value, fix)
     assert not (tmp_path / "out.jsonl").exists() or not (tmp_path / "out.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
     "content, line",
-    [(b"notes that matter", 1), (b'{"prompt": "a"}\n', 1), (b'{"tokens": [1]}\n{"to', 1), (b"[1]\n", 1)],
+    [
+        (b"notes that matter", 1),
+        (b'{"prompt": "a"}\n', 1),
+        (b'{"tokens": [1]}\n{"to', 1),
+        (b"[1]\n", 1),
+    ],
 )
 def test_a_file_that_is_not_the_output_is_left_alone(cli, content, line, tmp_path):
     source, target = write_lines(tmp_path / "in.jsonl", INPUT), tmp_path / "notes"
     target.write_bytes(content)
-    assert_one_line(cli("--input", source, "--output", target), f"notes:{line}: not an answer", "another --output")
+    assert_one_line(
+        cli("--input", source, "--output", target),
+        f"notes:{line}: not an answer",
+        "another --output",
+    )
     assert target.read_bytes() == content
 
 
@@ -609,9 +867,21 @@ def test_answers_of_other_settings_are_not_added_to(answers, cli, tmp_path):
     before = target.read_bytes()
     for more, told in {
         ("--temperature", 0.7): "temperature was 0.5 and is 0.7; give what it was",
-        ("--temperature", 0, "--top-k", 5): "temperature was 0.5 and is the default, top_k was the default and is 5;",
-        ("--seed", 3, "--stop-strings=x"): "seed was the default and is 3, stop_strings was the default and is ['x'];",
-        ("--max-new-tokens", 3): "max_new_tokens was 2 and is 3; give what it was, or choose another --output",
+        (
+            "--temperature",
+            0,
+            "--top-k",
+            5,
+        ): "temperature was 0.5 and is the default, top_k was the default and is 5;",
+        (
+            "--seed",
+            3,
+            "--stop-strings=x",
+        ): "seed was the default and is 3, stop_strings was the default and is ['x'];",
+        (
+            "--max-new-tokens",
+            3,
+        ): "max_new_tokens was 2 and is 3; give what it was, or choose another --output",
     }.items():
         assert_one_line(again(*more), f"{target}: holds answers made otherwise: ", told)
         assert target.read_bytes() == before
@@ -632,12 +902,15 @@ def test_answers_of_another_model_are_not_added_to(answers, model_dir, tmp_path)
     trained.final_norm = nnx.Param(trained.final_norm * 1.001)
     save_pretrained(trained, moved)
     assert_one_line(
-        again("--model", moved), f"holds answers of the model {moved}, which has changed since", "another --output"
+        again("--model", moved),
+        f"holds answers of the model {moved}, which has changed since",
+        "another --output",
     )
     assert target.read_bytes() == before
     assert again("--model", moved, "--output", tmp_path / "other.jsonl").code == 0
     assert_one_line(
-        again("--output", tmp_path / "other.jsonl"), f"of the model {moved}, and the model is now {model_dir};"
+        again("--output", tmp_path / "other.jsonl"),
+        f"of the model {moved}, and the model is now {model_dir};",
     )
 
 
@@ -646,9 +919,14 @@ def test_answers_that_nothing_is_known_of_are_kept_with_a_word(answers):
     settings = target.with_name("out.jsonl.settings.json")
     settings.unlink()
     result = again("--temperature", 0.7)
-    assert result.code == 0 and f"{target}: nothing says what made its 2 answers; they are kept" in result.err
+    assert (
+        result.code == 0
+        and f"{target}: nothing says what made its 2 answers; they are kept" in result.err
+    )
     settings.write_text("{")
-    assert_one_line(again(), "out.jsonl.settings.json: cannot be read", "remove it, or choose another --output")
+    assert_one_line(
+        again(), "out.jsonl.settings.json: cannot be read", "remove it, or choose another --output"
+    )
     settings.unlink()
     assert again().code == 0 and len(read_lines(target)) == 3
 
@@ -663,14 +941,23 @@ def test_a_new_output_owes_nothing_to_old_settings(answers):
 def test_variables_that_the_template_does_not_read(monkeypatch, thinking_dir):
     options = ("--model", thinking_dir, "--chat", "--max-new-tokens", 2, "--chat-template-kwargs")
     assert_one_line(
-        run(monkeypatch, *options, '{"enable_thinkin": false}', stdin="hi\n"), "'enable_thinkin'", "remove it"
+        run(monkeypatch, *options, '{"enable_thinkin": false}', stdin="hi\n"),
+        "'enable_thinkin'",
+        "remove it",
     )
     assert run(monkeypatch, *options, "{}", stdin="hi\n").code == 0
 
 
 def test_variables_that_no_record_uses(cli, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}])
-    options = ("--input", source, "--output", tmp_path / "out.jsonl", "--chat-template-kwargs", '{"a": 1}')
+    options = (
+        "--input",
+        source,
+        "--output",
+        tmp_path / "out.jsonl",
+        "--chat-template-kwargs",
+        '{"a": 1}',
+    )
     assert_one_line(cli(*options), "in.jsonl has no messages", "leave it out")
     assert cli(*options[:4], "--max-new-tokens", 2).code == 0
 
@@ -678,7 +965,9 @@ def test_variables_that_no_record_uses(cli, tmp_path):
 def test_outputs_that_cannot_be_written(cli, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", INPUT)
     for target in (tmp_path / "no" / "out.jsonl", tmp_path):
-        assert_one_line(cli("--input", source, "--output", target), "cannot be written", "another --output")
+        assert_one_line(
+            cli("--input", source, "--output", target), "cannot be written", "another --output"
+        )
 
 
 def test_no_chat_template(monkeypatch, model_dir, tmp_path):
@@ -686,14 +975,27 @@ def test_no_chat_template(monkeypatch, model_dir, tmp_path):
     make_byte_tokenizer(chat_template=None).save_pretrained(tokenizer)
     save_pretrained(load_pretrained(model_dir), bare, tokenizer_from=tokenizer)
     options = ("--model", bare, "--chat", "--max-new-tokens", 2)
-    assert_one_line(run(monkeypatch, *options, stdin="hi\n"), f"{bare}: the tokenizer has no chat template", "set")
+    assert_one_line(
+        run(monkeypatch, *options, stdin="hi\n"),
+        f"{bare}: the tokenizer has no chat template",
+        "set",
+    )
     (bare / "chat_template.jinja").write_text(CHATML)
     assert run(monkeypatch, *options, stdin="hi\n").code == 0
 
 
 def test_as_a_process(model_dir, environment):
     """One good run and one bad one from a shell: what is asked on stdout, what went wrong on stderr, and the code."""
-    command = [sys.executable, SCRIPT, "--model", str(model_dir), "--json", "--max-new-tokens", "3", "--prompt-ids"]
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--model",
+        str(model_dir),
+        "--json",
+        "--max-new-tokens",
+        "3",
+        "--prompt-ids",
+    ]
     options = {"capture_output": True, "text": True, "timeout": 300, "env": environment}
     run_with = lambda ids: subprocess.run([*command, ids], **options)
     good, bad = run_with("5,9"), run_with("x")

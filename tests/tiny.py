@@ -19,8 +19,20 @@ MASK = VOCAB - 1
 @cache
 def tiny_model(dtype: DTypeLike = jnp.float64, *, seed: int = 1, **changes) -> Model:
     """Two layers, grouped queries. Wide weights make sharp and varied distributions, so that thresholds are crossed."""
-    fields = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4}
-    fields |= {"num_kv_heads": 2, "head_dim": 8, "initializer_range": 0.5, "block_size": 4, "mask_token_id": MASK}
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    fields |= {
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.5,
+        "block_size": 4,
+        "mask_token_id": MASK,
+    }
     fields |= {"objective": "block_diffusion"}
     # Cached: a first call from inside a trace must not keep its tracers.
     with jax.ensure_compile_time_eval():
@@ -49,7 +61,12 @@ def padded(stops: Sequence[int] = ()) -> tuple[int, ...]:
 @cache
 def tiny_moe(dtype: DTypeLike = jnp.float64, **changes) -> Model:
     """As `tiny_model`, with two of five experts for a token."""
-    experts = {"architecture": "qwen3_moe", "num_experts": 5, "num_experts_per_token": 2, "moe_intermediate_size": 12}
+    experts = {
+        "architecture": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_token": 2,
+        "moe_intermediate_size": 12,
+    }
     return tiny_model.__wrapped__(dtype, **(experts | changes))
 
 
@@ -61,7 +78,9 @@ def segment_rows(draw, rows: int, length: int) -> np.ndarray:
         at, previous = 0, None
         while at < length:
             run = draw(st.integers(1, length - at))
-            previous = draw(st.integers(0, 5).filter(lambda number, previous=previous: number != previous))
+            previous = draw(
+                st.integers(0, 5).filter(lambda number, previous=previous: number != previous)
+            )
             row[at : at + run] = previous
             at += run
     return packed

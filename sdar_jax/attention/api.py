@@ -90,13 +90,21 @@ def attention(
         ConfigError: head counts that do not divide; an implementation that is unknown, or cannot take these inputs.
     """
     if q.shape[2] % k.shape[2]:
-        raise ConfigError(f"{q.shape[2]} query heads do not divide over {k.shape[2]} key-value heads; use a multiple")
+        raise ConfigError(
+            f"{q.shape[2]} query heads do not divide over {k.shape[2]} key-value heads; use a multiple"
+        )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     return over_mesh(partial(_local, scale=factor, implementation=implementation), q, k, v, ranges)
 
 
 def _local(
-    q: Array, k: Array, v: Array, ranges: Ranges, *, scale: float, implementation: Implementation | None
+    q: Array,
+    k: Array,
+    v: Array,
+    ranges: Ranges,
+    *,
+    scale: float,
+    implementation: Implementation | None,
 ) -> Array:
     """Computes one device's part, by an implementation chosen for the shapes that it has."""
     choice = choose(q, k, v, implementation)

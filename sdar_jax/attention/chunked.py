@@ -23,7 +23,12 @@ def unsupported(q: Array, k: Array, v: Array) -> None:
 
 
 def forward(
-    q: Float[Array, "B Q H D"], k: Float[Array, "B K G D"], v: Float[Array, "B K G D"], ranges: Ranges, *, scale: float
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B K G D"],
+    v: Float[Array, "B K G D"],
+    ranges: Ranges,
+    *,
+    scale: float,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
     """Computes what `reference.forward` does."""
     tiled = _Tiled.of(q, k, ranges)

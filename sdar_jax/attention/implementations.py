@@ -46,7 +46,9 @@ class Implementations(NamedTuple):
         if choice is None:
             return None
         if choice.implementation not in self.names:
-            raise ConfigError(f"{self.op} implementation {choice.implementation!r} is unknown; use one of {self.names}")
+            raise ConfigError(
+                f"{self.op} implementation {choice.implementation!r} is unknown; use one of {self.names}"
+            )
         reason = self._module(choice.implementation).unsupported(*inputs)
         if reason is not None:
             raise ConfigError(f"{self.op} implementation {choice.implementation!r}: {reason}")

@@ -86,12 +86,18 @@ def over_heads[Out](
     return on_mesh(*operands)
 
 
-def _exchanged(attend: Attend, context: tuple[str, ...], q: Array, k: Array, v: Array, ranges: Ranges) -> Array:
-    to_heads = partial(jax.lax.all_to_all, axis_name=context, split_axis=2, concat_axis=1, tiled=True)
+def _exchanged(
+    attend: Attend, context: tuple[str, ...], q: Array, k: Array, v: Array, ranges: Ranges
+) -> Array:
+    to_heads = partial(
+        jax.lax.all_to_all, axis_name=context, split_axis=2, concat_axis=1, tiled=True
+    )
     out = attend(to_heads(q), to_heads(k), to_heads(v), ranges)
     return jax.lax.all_to_all(out, context, split_axis=1, concat_axis=2, tiled=True)
 
 
-def _gathered(attend: Attend, context: tuple[str, ...], q: Array, k: Array, v: Array, ranges: Ranges) -> Array:
+def _gathered(
+    attend: Attend, context: tuple[str, ...], q: Array, k: Array, v: Array, ranges: Ranges
+) -> Array:
     all_positions = partial(jax.lax.all_gather, axis_name=context, axis=1, tiled=True)
     return attend(q, all_positions(k), all_positions(v), ranges)

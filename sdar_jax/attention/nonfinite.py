@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def poisoned(k: Float[Array, "*N D"], v: Float[Array, "*N D"]) -> tuple[Float[Array, "*N D"], Float[Array, "*N D"]]:
+def poisoned(
+    k: Float[Array, "*N D"], v: Float[Array, "*N D"]
+) -> tuple[Float[Array, "*N D"], Float[Array, "*N D"]]:
     """Replaces keys by NaN and values by zero where either is not finite.
 
     A query that sees such a key gives NaN; any other gives, bit for bit, what it gives among good keys.

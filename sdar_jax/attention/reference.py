@@ -12,7 +12,12 @@ def unsupported(q: Array, k: Array, v: Array) -> None:
 
 
 def forward(
-    q: Float[Array, "B Q H D"], k: Float[Array, "B K G D"], v: Float[Array, "B K G D"], ranges: Ranges, *, scale: float
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B K G D"],
+    v: Float[Array, "B K G D"],
+    ranges: Ranges,
+    *,
+    scale: float,
 ) -> tuple[Float[Array, "B Q H D"], Float[Array, "B Q H"]]:
     """Computes the softmax over the keys that each query sees; a query that sees none gives zero. O(Q K) memory.
 
@@ -35,7 +40,9 @@ def forward(
     total = exp.sum(axis=-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    out = jnp.einsum("bhgqk,bkhd->bqhgd", (exp / total).astype(v.dtype), v, preferred_element_type=accumulate)
+    out = jnp.einsum(
+        "bhgqk,bkhd->bqhgd", (exp / total).astype(v.dtype), v, preferred_element_type=accumulate
+    )
     logsumexp = jnp.where(empty, jnp.inf, largest + jnp.log(total))[..., 0]
     logsumexp = logsumexp.transpose(0, 3, 1, 2).reshape(batch, queries, heads)
     return out.reshape(*q.shape[:3], v.shape[-1]).astype(q.dtype), logsumexp

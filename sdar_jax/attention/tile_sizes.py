@@ -54,7 +54,9 @@ def tile_sizes_for(implementation: str, kernel: str, head_dim: int) -> TileSizes
         row = Row(implementation, kernel, head_dim, chip)
         if row in table:
             return table[row]
-    raise ConfigError(f"{TABLE.name} has no {implementation} {kernel} row for head_dim {head_dim}; add one")
+    raise ConfigError(
+        f"{TABLE.name} has no {implementation} {kernel} row for head_dim {head_dim}; add one"
+    )
 
 
 def chip_here() -> str:
@@ -64,7 +66,11 @@ def chip_here() -> str:
 
 def head_dims(implementation: str, kernel: str) -> list[int]:
     """Lists the head sizes that the table has for a kernel, ascending."""
-    rows = [row for row in _table(TABLE) if row.implementation == implementation and row.kernel == kernel]
+    rows = [
+        row
+        for row in _table(TABLE)
+        if row.implementation == implementation and row.kernel == kernel
+    ]
     return sorted({row.head_dim for row in rows})
 
 

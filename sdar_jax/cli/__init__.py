@@ -9,9 +9,18 @@ import sdar_jax
 
 _COMMANDS = {
     "train": ("sdar_jax.cli.train", "train a model as a recipe or a YAML file says"),
-    "sample": ("sdar_jax.cli.sample", "decode with a model: one prompt, a chat, or a file of prompts"),
-    "plan": ("sdar_jax.cli.plan", "what a run needs of devices that are not here: memory, time, cost"),
-    "doctor": ("sdar_jax.cli.doctor", "what is here: versions, devices, what computes each operation, what is missing"),
+    "sample": (
+        "sdar_jax.cli.sample",
+        "decode with a model: one prompt, a chat, or a file of prompts",
+    ),
+    "plan": (
+        "sdar_jax.cli.plan",
+        "what a run needs of devices that are not here: memory, time, cost",
+    ),
+    "doctor": (
+        "sdar_jax.cli.doctor",
+        "what is here: versions, devices, what computes each operation, what is missing",
+    ),
 }
 
 

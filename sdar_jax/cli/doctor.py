@@ -17,8 +17,25 @@ from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
-_PACKAGES = ("sdar-jax", "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy")
-_PACKAGES += ("ml_dtypes", "transformers", "tokenizers", "safetensors", "huggingface-hub", "qwix", "optax")
+_PACKAGES = (
+    "sdar-jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "flax",
+    "numpy",
+)
+_PACKAGES += (
+    "ml_dtypes",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface-hub",
+    "qwix",
+    "optax",
+)
 _PACKAGES += ("orbax-checkpoint", "grain", "pyarrow", "tyro")
 # What lets JAX use an accelerator: one of these.
 _PLUGINS = {"gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin"), "tpu": ("libtpu",)}
@@ -70,12 +87,15 @@ def report(root: Path = Path("/")) -> Report:
     accelerators = {"gpu": _gpu(root), "tpu": _tpu(root)}
     devices, failure = _devices()
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in _PACKAGES},
         "host": {"system": platform.platform(), "cpus": os.cpu_count(), "memory": _host_memory()},
         "devices": devices,
         "operations": [] if failure else [operation._asdict() for operation in _operations()],
         "compilation_cache": None if failure else _compilation_cache(),
-        "disk": [{"path": str(path), "free": shutil.disk_usage(path).free} for path in _written_to()],
+        "disk": [
+            {"path": str(path), "free": shutil.disk_usage(path).free} for path in _written_to()
+        ],
         "accelerators": {name: accelerator._asdict() for name, accelerator in accelerators.items()},
         "compilers": None if failure else _compilers(),
         "problems": [problem._asdict() for problem in _problems(accelerators, devices, failure)],
@@ -96,7 +116,9 @@ def _host_memory() -> int:
 def _gpu(root: Path) -> Accelerator:
     """By the driver, of which containers too see the version."""
     file = root / "proc/driver/nvidia/version"
-    driver = re.search(r"Kernel Module.*?\s(\d+)\.[\d.]+", file.read_text()) if file.exists() else None
+    driver = (
+        re.search(r"Kernel Module.*?\s(\d+)\.[\d.]+", file.read_text()) if file.exists() else None
+    )
     extra = "cuda13" if driver and int(driver[1]) >= _CUDA_13_DRIVER else "cuda12"
     return _accelerator("gpu", driver and f"NVIDIA driver {driver[1]}", extra)
 
@@ -105,7 +127,9 @@ def _tpu(root: Path) -> Accelerator:
     """By the device files of its chips, and the vendor on the bus: other devices have files of this name too."""
     files = [*root.glob("dev/accel[0-9]*"), *root.glob("dev/vfio/[0-9]*")]
     vendors = {file.read_text().strip() for file in root.glob("sys/bus/pci/devices/*/vendor")}
-    return _accelerator("tpu", f"{len(files)} chips" if files and _GOOGLE in vendors else None, "tpu")
+    return _accelerator(
+        "tpu", f"{len(files)} chips" if files and _GOOGLE in vendors else None, "tpu"
+    )
 
 
 def _accelerator(name: str, attached: str | None, extra: str) -> Accelerator:
@@ -148,8 +172,12 @@ def _operations() -> Iterator[Operation]:
     yield _operation("attention", attention.choose, attention.no_kernel, q, k, k)
     window, pages = like(8, 4, 32, 128), like(64, 8, 64, 128)
     table, visible = like(8, 8, dtype=jnp.int32), like(8, 4, dtype=jnp.int32)
-    yield _operation("paged attention", paged.choose, paged.no_kernel, window, pages, pages, table, visible)
-    yield _operation("experts", grouped.choose, grouped.no_kernel, like(32768, 2048), like(128, 2048, 768))
+    yield _operation(
+        "paged attention", paged.choose, paged.no_kernel, window, pages, pages, table, visible
+    )
+    yield _operation(
+        "experts", grouped.choose, grouped.no_kernel, like(32768, 2048), like(128, 2048, 768)
+    )
 
 
 def _operation(name: str, choose: Callable, no_kernel: Callable, *inputs: Any) -> Operation:
@@ -166,7 +194,9 @@ def _compilation_cache() -> Report:
     import jax
 
     directory = jax.config.jax_compilation_cache_dir
-    files = [file for file in Path(directory or "").rglob("*") if file.is_file()] if directory else []
+    files = (
+        [file for file in Path(directory or "").rglob("*") if file.is_file()] if directory else []
+    )
     return {"directory": directory, "size": sum(file.stat().st_size for file in files)}
 
 
@@ -189,22 +219,43 @@ def _compilers() -> Report:
     }
     pins = _pins("tpu") | _pins("cuda12")
     plugin = pins.get("jax-cuda12-plugin", "")
-    wanted = [f"libtpu{pins.get('libtpu', '')}", f"jax-cuda12-plugin{plugin}", f"jax-cuda12-pjrt{plugin}"]
-    install = ["pip", "install", "--no-deps", "--target", str(COMPILERS), *wanted, "nvidia-cuda-runtime-cu12"]
+    wanted = [
+        f"libtpu{pins.get('libtpu', '')}",
+        f"jax-cuda12-plugin{plugin}",
+        f"jax-cuda12-pjrt{plugin}",
+    ]
+    install = [
+        "pip",
+        "install",
+        "--no-deps",
+        "--target",
+        str(COMPILERS),
+        *wanted,
+        "nvidia-cuda-runtime-cu12",
+    ]
     return {**here, "install": shlex.join(install)}
 
 
 def _pins(extra: str) -> dict[str, str]:
     """The versions that this jax asks for in one of its extras."""
     found = (Requirement(text) for text in importlib.metadata.requires("jax") or [])
-    return {each.name: str(each.specifier) for each in found if each.marker and each.marker.evaluate({"extra": extra})}
+    return {
+        each.name: str(each.specifier)
+        for each in found
+        if each.marker and each.marker.evaluate({"extra": extra})
+    }
 
 
-def _problems(accelerators: dict[str, Accelerator], devices: list[Report], failure: str | None) -> Iterator[Problem]:
+def _problems(
+    accelerators: dict[str, Accelerator], devices: list[Report], failure: str | None
+) -> Iterator[Problem]:
     yield from _requirements()
     chosen = os.environ.get("JAX_PLATFORMS")
     if failure is not None:
-        yield Problem(f"JAX does not start: {failure}", "unset JAX_PLATFORMS" if chosen else "install what it names")
+        yield Problem(
+            f"JAX does not start: {failure}",
+            "unset JAX_PLATFORMS" if chosen else "install what it names",
+        )
     for name, accelerator in accelerators.items():
         yield from _mismatches(accelerator)
         if accelerator.attached and not any(device["platform"] == name for device in devices):
@@ -226,7 +277,10 @@ def _requirements() -> Iterator[Problem]:
             continue
         if version is None or not needed.specifier.contains(version, prereleases=True):
             has = "is not installed" if version is None else f"is {version}"
-            yield Problem(f"{needed.name} {has}, and {needed} is needed", shlex.join(["pip", "install", str(needed)]))
+            yield Problem(
+                f"{needed.name} {has}, and {needed} is needed",
+                shlex.join(["pip", "install", str(needed)]),
+            )
 
 
 def _mismatches(accelerator: Accelerator) -> Iterator[Problem]:
@@ -237,7 +291,9 @@ def _mismatches(accelerator: Accelerator) -> Iterator[Problem]:
         yield Problem(f"{' and '.join(plugins)} are both installed", fix)
     for package in plugins:
         if (version := _version(package)) != _version("jaxlib"):
-            yield Problem(f"{package} is {version}, and jaxlib {_version('jaxlib')}", accelerator.install)
+            yield Problem(
+                f"{package} is {version}, and jaxlib {_version('jaxlib')}", accelerator.install
+            )
 
 
 def _lines(found: Report) -> Iterator[str]:
@@ -247,14 +303,18 @@ def _lines(found: Report) -> Iterator[str]:
     host = found["host"]
     yield f"\nhost\n  {host['system']}, {host['cpus']} CPUs, {_gigabytes(host['memory'])}"
     yield "\ndevices"
-    for (kind, memory), count in Counter((device["kind"], device["memory"]) for device in found["devices"]).items():
+    for (kind, memory), count in Counter(
+        (device["kind"], device["memory"]) for device in found["devices"]
+    ).items():
         yield f"  {count} x {kind}" + (f", {_gigabytes(memory)} each for JAX" if memory else "")
     for name, accelerator in found["accelerators"].items():
         if not accelerator["attached"] and not accelerator["installed"]:
             yield f"  no {name.upper()} is attached; where there is one: {accelerator['install']}"
     yield "\noperations"
     for each in found["operations"]:
-        yield f"  {each['operation']:16} {each['implementation']:12} {each['inputs']}" + _reason(each["no_kernel"])
+        yield f"  {each['operation']:16} {each['implementation']:12} {each['inputs']}" + _reason(
+            each["no_kernel"]
+        )
     yield "\ncaches and disk"
     cache: Report = found["compilation_cache"] or {"directory": None}
     told = (
@@ -277,7 +337,9 @@ def _lines(found: Report) -> Iterator[str]:
 
 
 def _wrapped(words: Iterable[str]) -> list[str]:
-    return textwrap.wrap(", ".join(words), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return textwrap.wrap(
+        ", ".join(words), 100, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
+    )
 
 
 def _reason(no_kernel: str | None) -> str:

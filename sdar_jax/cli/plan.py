@@ -66,7 +66,9 @@ def named_topology(config: str | Path) -> str:
     """
     found = re.search(r"^# plan: (\S+)", config_text(config), re.MULTILINE)
     if found is None:
-        raise ConfigError(f"{config} names no topology in a line '# plan: v5p:4x4x4'; give --topology")
+        raise ConfigError(
+            f"{config} names no topology in a line '# plan: v5p:4x4x4'; give --topology"
+        )
     return found[1]
 
 
@@ -98,10 +100,18 @@ def _parser(program: str = _PROGRAM) -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="a YAML file or a recipe, as for train.py")
     parser.add_argument("--topology", help="a chip and a shape: v5p:4x4x4, h200:8, h200:4x8")
-    parser.add_argument("--tokens", type=float, help="of the whole run; by default steps * batch * length")
-    parser.add_argument("--json", action="store_true", help="values instead of a table: bytes, FLOPs, seconds")
-    parser.add_argument("--attempts", type=int, default=6, help="changes to try where it does not fit")
-    parser.add_argument("--compilers", type=Path, default=COMPILERS, help="where they are installed (%(default)s)")
+    parser.add_argument(
+        "--tokens", type=float, help="of the whole run; by default steps * batch * length"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="values instead of a table: bytes, FLOPs, seconds"
+    )
+    parser.add_argument(
+        "--attempts", type=int, default=6, help="changes to try where it does not fit"
+    )
+    parser.add_argument(
+        "--compilers", type=Path, default=COMPILERS, help="where they are installed (%(default)s)"
+    )
     return parser
 
 

@@ -122,7 +122,9 @@ class Sampler:
         stops = None if config.stop_token_ids is None else parse_ids(config.stop_token_ids)
         self.variables = parse_variables(config.chat_template_kwargs)
         self.directory = model_directory(config.model)
-        self.tokenizer: Any = load_tokenizer(self.directory) if texts or config.stop_strings else None
+        self.tokenizer: Any = (
+            load_tokenizer(self.directory) if texts or config.stop_strings else None
+        )
         if self.variables and self.tokenizer is not None and self.tokenizer.chat_template:
             ChatRenderer(self.tokenizer).check_variables(self.variables)
         self.model: Model = load_pretrained(
@@ -133,7 +135,9 @@ class Sampler:
         )
         config.decoding.resolve_block_size(self.model.config)
         if config.watch and self.canvas:
-            raise DecodingError("--watch follows the engine, and this model reads its whole canvas; leave it out")
+            raise DecodingError(
+                "--watch follows the engine, and this model reads its whole canvas; leave it out"
+            )
         self.stop_token_ids = None if stops is None else checked_stops(stops, self.model.config)
         self.engine: Engine | None = None
 
@@ -147,11 +151,17 @@ class Sampler:
         if not self.tokenizer.chat_template:
             fix = "set one in a file chat_template.jinja there, or give a --prompt"
             raise DecodingError(f"{self.directory}: the tokenizer has no chat template; {fix}")
-        return Encoder(self.tokenizer)(ChatRenderer(self.tokenizer).prompt(conversation, self.variables))
+        return Encoder(self.tokenizer)(
+            ChatRenderer(self.tokenizer).prompt(conversation, self.variables)
+        )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """As text, or as comma-separated ids where there is no tokenizer."""
-        return ",".join(map(str, tokens)) if self.tokenizer is None else self.tokenizer.decode(list(tokens))
+        return (
+            ",".join(map(str, tokens))
+            if self.tokenizer is None
+            else self.tokenizer.decode(list(tokens))
+        )
 
     def request(self, prompt: Prompt, seed: int, max_new_tokens: int | None = None) -> Request:
         """Raises DecodingError for one that cannot be served."""
@@ -191,7 +201,9 @@ class Sampler:
             seed=request.seed,
         )
 
-    def answer(self, request: Request, show: Callable[[Event], None] = lambda event: None) -> Completion:
+    def answer(
+        self, request: Request, show: Callable[[Event], None] = lambda event: None
+    ) -> Completion:
         """Shows each event. Ctrl-C ends the request with what it has."""
         if self.engine is None:
             return next(self._generate([request]))
@@ -218,9 +230,13 @@ class Sampler:
 
     def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Batches of neighbours that `generate` takes together: of one length, with seeds that follow each other."""
-        together = itertools.groupby(enumerate(requests), lambda each: (each[1].max_new_tokens, each[1].seed - each[0]))
+        together = itertools.groupby(
+            enumerate(requests), lambda each: (each[1].max_new_tokens, each[1].seed - each[0])
+        )
         for (new, _), group in together:
-            for batch in itertools.batched((request for _, request in group), self.config.batch_size):
+            for batch in itertools.batched(
+                (request for _, request in group), self.config.batch_size
+            ):
                 yield from generate(
                     self.model,
                     [request.ids for request in batch],
@@ -263,7 +279,9 @@ def show_answer(sampler: Sampler, request: Request) -> Completion:
             view = (watching if sampler.config.watch else BlockText)(sampler.decode, sys.stdout)
             completion = sampler.answer(request, view.show)
             # The tokens hold a stop string that the text ends before.
-            view.end(sampler.decode(completion.tokens) if completion.text is None else completion.text)
+            view.end(
+                sampler.decode(completion.tokens) if completion.text is None else completion.text
+            )
         done.append(completion)
     return completion
 
@@ -293,7 +311,9 @@ def chat(config: SampleConfig) -> None:
             _say_unanswered(sampler, len(sampler.render({"messages": [*opening, messages.pop()]})))
             continue
         if start > first:
-            left_out = f"the context of {_context(sampler)} tokens is full: the oldest turns are left out"
+            left_out = (
+                f"the context of {_context(sampler)} tokens is full: the oldest turns are left out"
+            )
             print(f"{left_out}, {start // 2} of {len(messages) // 2} so far", file=sys.stderr)
             first = start
         request = sampler.request(ids, config.seed + len(messages))
@@ -302,7 +322,9 @@ def chat(config: SampleConfig) -> None:
             sampler.prepare(1, max(CHAT_LENGTH, 2 * request.length))
         answer = show_answer(sampler, request).text
         # A turn that says nothing belongs in no conversation, and neither does its question.
-        messages = [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]
+        messages = (
+            [*messages, {"role": "assistant", "content": answer}] if answer else messages[:-1]
+        )
 
 
 def _fitted(
@@ -344,12 +366,18 @@ def sample_file(config: SampleConfig) -> None:
     for line, record in numbered_records(config.input):
         lines.append(line)
         records.append(record)
-    if config.chat_template_kwargs is not None and not any("messages" in record for record in records):
-        raise DecodingError(f"--chat-template-kwargs is given, and {config.input} has no messages; leave it out")
+    if config.chat_template_kwargs is not None and not any(
+        "messages" in record for record in records
+    ):
+        raise DecodingError(
+            f"--chat-template-kwargs is given, and {config.input} has no messages; leave it out"
+        )
     first = answered(config.output, records)
     made_by = (config.model, fingerprint(model_directory(config.model)), _settings(config))
     check_settings(config.output, first, *made_by)
-    sampler = Sampler(config, texts=not all(isinstance(record.get("prompt_ids"), list) for record in records))
+    sampler = Sampler(
+        config, texts=not all(isinstance(record.get("prompt_ids"), list) for record in records)
+    )
     places = [f"{config.input}:{line}" for line in lines]
     requests = [_as_request(record, places[i], i, sampler) for i, record in enumerate(records)]
     records, requests = records[first:], requests[first:]
@@ -376,7 +404,10 @@ def _settings(config: SampleConfig) -> dict[str, Any]:
         "mask_token_id",
         "chat_template_kwargs",
     )
-    values = lambda of: {**{name: getattr(of, name) for name in fields}, **dataclasses.asdict(of.decoding)}
+    values = lambda of: {
+        **{name: getattr(of, name) for name in fields},
+        **dataclasses.asdict(of.decoding),
+    }
     default = values(SampleConfig(model=""))
     changed = {name: value for name, value in values(config).items() if value != default[name]}
     return json.loads(json.dumps(changed))
@@ -387,7 +418,9 @@ def _as_request(record: dict[str, Any], place: str, index: int, sampler: Sampler
         own = {name: record[name] for name in ("seed", "max_new_tokens") if name in record}
         if wrong := [f'"{name}" is {value!r}' for name, value in own.items() if not is_int(value)]:
             raise DataError(f"{wrong[0]}; give an integer")
-        return sampler.request(_as_prompt(record, sampler), **{"seed": sampler.config.seed + index, **own})
+        return sampler.request(
+            _as_prompt(record, sampler), **{"seed": sampler.config.seed + index, **own}
+        )
     except (DataError, DecodingError) as error:
         raise DataError(f"{place}: {str(error).replace('prompt 0 ', 'the prompt ')}") from None
 
@@ -432,19 +465,27 @@ def run(config: SampleConfig) -> int:
     }
     given = [name for name, used in ways.items() if used]
     if len(given) != 1:
-        raise DecodingError(f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(ways)}")
+        raise DecodingError(
+            f"{' and '.join(given) or 'no prompt'} given; give one of {', '.join(ways)}"
+        )
     if config.system is not None and not config.chat:
-        raise DecodingError("--system opens a --chat; put the system message into the records or the text")
+        raise DecodingError(
+            "--system opens a --chat; put the system message into the records or the text"
+        )
     if config.chat_template_kwargs is not None and not (config.chat or config.input):
         raise DecodingError(
             "--chat-template-kwargs is for --chat and --input, as a prompt has no template; leave it out"
         )
     if not all(config.stop_strings):
-        raise DecodingError("--stop-strings has an empty text, which would end every answer; leave it out")
+        raise DecodingError(
+            "--stop-strings has an empty text, which would end every answer; leave it out"
+        )
     if config.batch_size < 1:
         raise DecodingError(f"--batch-size is {config.batch_size}; give a positive integer")
     if config.watch and (config.json or config.input is not None):
-        raise DecodingError("--watch shows one answer at a time, as text; leave out --json and --input")
+        raise DecodingError(
+            "--watch shows one answer at a time, as text; leave out --json and --input"
+        )
     check_backend()
     if config.prompt is not None or config.prompt_ids is not None:
         return sample_once(config)

@@ -58,7 +58,9 @@ class ChatRenderer:
         ConfigError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, warn: Callable[[str], None] = _warn_once):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, warn: Callable[[str], None] = _warn_once
+    ):
         if not tokenizer.chat_template:
             raise ConfigError(
                 "the tokenizer has no chat template, which format='chat' needs: set tokenizer.chat_template"
@@ -75,7 +77,9 @@ class ChatRenderer:
             raise ConfigError(f"chat_template_kwargs: {wrong}")
         for name in chat_template_kwargs:
             if not mentions(self._source, name):
-                raise ConfigError(f"the chat template does not read {name!r} of chat_template_kwargs; remove it there")
+                raise ConfigError(
+                    f"the chat template does not read {name!r} of chat_template_kwargs; remove it there"
+                )
 
     def pieces(
         self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None
@@ -101,16 +105,22 @@ class ChatRenderer:
             self._warn(unread)
         return self._pieces(conversation, turns_without_loss(record))
 
-    def prompt(self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None) -> str:
+    def prompt(
+        self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None = None
+    ) -> str:
         """Renders a conversation up to where the assistant is to answer. Raises DataError as `pieces` does."""
         text, _ = self._render(self._read(record, chat_template_kwargs), prompt=True)
         return text
 
-    def _read(self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None) -> Conversation:
+    def _read(
+        self, record: dict[str, Any], chat_template_kwargs: dict[str, Any] | None
+    ) -> Conversation:
         conversation = read_conversation(record, chat_template_kwargs or {})
         for name in conversation.variables:
             if not mentions(self._source, name):
-                self._warn(f"the chat template does not read {name!r}, which chat_template_kwargs of records have")
+                self._warn(
+                    f"the chat template does not read {name!r}, which chat_template_kwargs of records have"
+                )
         return self._as_the_template_reads(conversation)
 
     def _as_the_template_reads(self, conversation: Conversation) -> Conversation:
@@ -151,21 +161,34 @@ class ChatRenderer:
         """Returns whether the arguments of calls are written, and not as Python would print an object."""
         known = _characters(form)
         word = next(word for n in itertools.count() if (word := f"argument_{n}") not in known)
-        messages = [_with_calls(message, lambda function: _with_argument(function, word)) for message in form.messages]
+        messages = [
+            _with_calls(message, lambda function: _with_argument(function, word))
+            for message in form.messages
+        ]
         text = self._render(form._replace(messages=messages))[0]
         return word in text and f"'{word}': '{word}'" not in text
 
-    def _pieces(self, conversation: Conversation, unlearned: frozenset[int]) -> list[tuple[str, bool]]:
+    def _pieces(
+        self, conversation: Conversation, unlearned: frozenset[int]
+    ) -> list[tuple[str, bool]]:
         messages = conversation.messages
         last = len(messages) - 1
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in unlearned]
+        turns = [
+            i
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant" and i not in unlearned
+        ]
         text, spans = self._spans(conversation, turns, unlearned)
         if spans and last in turns and self._is_of_last_turn(conversation, text, spans[-1]):
             spans[-1] = (spans[-1][0], len(text))
         for i, part in self._left_out(conversation, turns):
             if part == THINKING and i != last and _says_more(messages[i]):
                 self._warn(_THINKING_LEFT_OUT)
-            elif part == THINKING and i == last and (opened := self._opened(conversation, text, spans)):
+            elif (
+                part == THINKING
+                and i == last
+                and (opened := self._opened(conversation, text, spans))
+            ):
                 text, spans[-1] = opened
             else:
                 raise DataError(
@@ -174,7 +197,9 @@ class ChatRenderer:
                 )
         return _cut(text, spans)
 
-    def _spans(self, conversation: Conversation, turns: list[int], unlearned: frozenset[int]) -> tuple[str, list[Span]]:
+    def _spans(
+        self, conversation: Conversation, turns: list[int], unlearned: frozenset[int]
+    ) -> tuple[str, list[Span]]:
         text, spans = self._render(conversation)
         if not self._marks_generation(conversation):
             mark = next(self._free_characters(conversation))
@@ -185,7 +210,9 @@ class ChatRenderer:
             return text, spans
         if not unlearned:
             return text, spans
-        all_turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        all_turns = [
+            i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"
+        ]
         if len(spans) != len(all_turns):
             raise DataError(
                 f"the chat template marks {len(spans)} generations for {len(all_turns)} assistant turns, so it is not"
@@ -233,11 +260,22 @@ class ChatRenderer:
             return len(prompt)
         # With the same messages before it, a turn may begin otherwise than a prompt that opens <think>.
         history = self._render(before)[0]
-        bare = {key: value for key, value in conversation.messages[i].items() if key not in REASONING}
-        header, found, _ = self._render(_replaced(conversation, i, {**bare, "content": mark}))[0].partition(mark)
-        if found and text.startswith(header) and header.startswith(history) and prompt.startswith(history):
+        bare = {
+            key: value for key, value in conversation.messages[i].items() if key not in REASONING
+        }
+        header, found, _ = self._render(_replaced(conversation, i, {**bare, "content": mark}))[
+            0
+        ].partition(mark)
+        if (
+            found
+            and text.startswith(header)
+            and header.startswith(history)
+            and prompt.startswith(history)
+        ):
             if not _thinks(conversation.messages[i]):
-                self._warn(_BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :]))
+                self._warn(
+                    _BEGUN_OTHERWISE.format(prompt[len(os.path.commonprefix([prompt, header])) :])
+                )
             return len(header)
         raise DataError(
             f"the chat template renders what precedes messages[{i}] otherwise in the whole than in its prompt,"
@@ -276,7 +314,9 @@ class ChatRenderer:
         text = self._render(conversation._replace(messages=messages))[0]
         return [(i, part) for mark, i, part in parts if mark not in text]
 
-    def _opened(self, conversation: Conversation, text: str, spans: list[Span]) -> tuple[str, Span] | None:
+    def _opened(
+        self, conversation: Conversation, text: str, spans: list[Span]
+    ) -> tuple[str, Span] | None:
         """Puts the thinking of the last turn back behind a prompt that opens it, where the content has it in that form.
 
         Returns the new text, and the turn in it.
@@ -285,13 +325,19 @@ class ChatRenderer:
         end = END_OF_THINKING.search(content)
         if end is None or self._marks_generation(conversation):
             return None
-        prompt = self._render(conversation._replace(messages=conversation.messages[:-1]), prompt=True)[0]
+        prompt = self._render(
+            conversation._replace(messages=conversation.messages[:-1]), prompt=True
+        )[0]
         start = spans[-1][0]
         opening = prompt[start:]
         thought = content[: end.end()].lstrip()
         answer = content[end.end() :]
         rest = text[start:].lstrip()
-        if prompt[:start] != text[:start] or not opening.strip() or not thought.startswith(opening.strip()):
+        if (
+            prompt[:start] != text[:start]
+            or not opening.strip()
+            or not thought.startswith(opening.strip())
+        ):
             return None
         if not rest.startswith(answer.strip()):
             return None
@@ -306,7 +352,9 @@ class ChatRenderer:
         for character in map(chr, itertools.chain(*PRIVATE_USE)):
             if character not in used:
                 yield character
-        raise DataError("it holds every private-use character, and none is left to find the turns with; remove a few")
+        raise DataError(
+            "it holds every private-use character, and none is left to find the turns with; remove a few"
+        )
 
 
 _THINKING_LEFT_OUT = (
@@ -354,7 +402,9 @@ def _with_text_arguments(function: dict[str, Any]) -> dict[str, Any]:
 def _with_argument(function: dict[str, Any], word: str) -> dict[str, Any]:
     arguments = function["arguments"]
     if isinstance(arguments, str):
-        return _with_text_arguments({**function, "arguments": {**json.loads(arguments), word: word}})
+        return _with_text_arguments(
+            {**function, "arguments": {**json.loads(arguments), word: word}}
+        )
     return {**function, "arguments": {**arguments, word: word}}
 
 
@@ -368,7 +418,9 @@ def _replaced(conversation: Conversation, i: int, message: Message) -> Conversat
 
 
 def _thinks(message: Message) -> bool:
-    return any(message.get(name) for name in REASONING) or bool(END_OF_THINKING.search(message["content"] or ""))
+    return any(message.get(name) for name in REASONING) or bool(
+        END_OF_THINKING.search(message["content"] or "")
+    )
 
 
 def _says_more(message: Message) -> bool:
@@ -376,7 +428,9 @@ def _says_more(message: Message) -> bool:
     return bool(_calls(message) or END_OF_THINKING.split(message["content"] or "")[-1].strip())
 
 
-def _with_parts_marked(message: Message, marks: Iterator[str]) -> tuple[Message, list[tuple[str, str]]]:
+def _with_parts_marked(
+    message: Message, marks: Iterator[str]
+) -> tuple[Message, list[tuple[str, str]]]:
     """Puts a mark in each part of a message; gives it and (mark, the part's name) for each."""
     message = dict(message)
     marked = []
@@ -386,7 +440,9 @@ def _with_parts_marked(message: Message, marks: Iterator[str]) -> tuple[Message,
         marked.append((character, part))
         return character
 
-    thoughts = [name for name in REASONING if isinstance(message.get(name), str) and message[name].strip()]
+    thoughts = [
+        name for name in REASONING if isinstance(message.get(name), str) and message[name].strip()
+    ]
     if thoughts:
         sign = mark(THINKING)
         message.update({name: message[name] + sign for name in thoughts})
@@ -400,8 +456,13 @@ def _with_parts_marked(message: Message, marks: Iterator[str]) -> tuple[Message,
     if content:
         message["content"] = thought + answer
     if isinstance(function := message.get("function_call"), dict):
-        message["function_call"] = {**function, "name": str(function.get("name")) + mark('"function_call"')}
-    return _with_calls(message, lambda each: {**each, "name": each["name"] + mark("tool call")}), marked
+        message["function_call"] = {
+            **function,
+            "name": str(function.get("name")) + mark('"function_call"'),
+        }
+    return _with_calls(
+        message, lambda each: {**each, "name": each["name"] + mark("tool call")}
+    ), marked
 
 
 def _marked_messages(message: Message, mark: str) -> list[Message]:
@@ -410,9 +471,15 @@ def _marked_messages(message: Message, mark: str) -> list[Message]:
     content = message["content"] or ""
     stripped = content.rstrip()
     space = content[len(stripped) :]
-    marked = [{**message, "content": content + mark}, {**message, "content": stripped + mark + space}]
+    marked = [
+        {**message, "content": content + mark},
+        {**message, "content": stripped + mark + space},
+    ]
     if calls := _calls(message):
-        last = _with_calls({**message, "tool_calls": calls[-1:]}, lambda each: {**each, "name": each["name"] + mark})
+        last = _with_calls(
+            {**message, "tool_calls": calls[-1:]},
+            lambda each: {**each, "name": each["name"] + mark},
+        )
         marked.append({**message, "tool_calls": [*calls[:-1], *last["tool_calls"]]})
     return marked
 
@@ -429,4 +496,6 @@ def _cut(text: str, spans: list[Span]) -> list[tuple[str, bool]]:
 
 def _template_error(error: Exception) -> DataError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return DataError(f"the chat template refuses the conversation ({reason}); fix the record or the template")
+    return DataError(
+        f"the chat template refuses the conversation ({reason}); fix the record or the template"
+    )

@@ -34,18 +34,26 @@ class SourceConfig:
     def __post_init__(self):
         _check_choice("format", self.format, ("text", "jsonl", "parquet", "chat"))
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ConfigError(f"weight={self.weight} of source {self.path!r}: give a finite number above 0")
+            raise ConfigError(
+                f"weight={self.weight} of source {self.path!r}: give a finite number above 0"
+            )
         if self.separator is not None and (self.format != "text" or not self.separator):
             raise ConfigError(
                 f"separator={self.separator!r} with format={self.format!r}: only text takes one, not empty"
             )
-        if self.format in ("text", "chat") and (self.field != "text" or self.prompt_field is not None):
-            raise ConfigError(f"field and prompt_field with format={self.format!r}: only jsonl and parquet have them")
+        if self.format in ("text", "chat") and (
+            self.field != "text" or self.prompt_field is not None
+        ):
+            raise ConfigError(
+                f"field and prompt_field with format={self.format!r}: only jsonl and parquet have them"
+            )
         self._check_chat_template_kwargs()
 
     def _check_chat_template_kwargs(self):
         if self.chat_template_kwargs and self.format != "chat":
-            raise ConfigError(f"chat_template_kwargs with format={self.format!r}: only chat has them; leave them out")
+            raise ConfigError(
+                f"chat_template_kwargs with format={self.format!r}: only chat has them; leave them out"
+            )
         if wrong := wrong_variable(self.chat_template_kwargs):
             raise ConfigError(f"chat_template_kwargs of source {self.path!r}: {wrong}")
         for name, value in self.chat_template_kwargs.items():
@@ -105,20 +113,30 @@ class DataConfig:
         _check_choice("on_error", self.on_error, ("fatal", "skip"))
         self._check_noisy_length()
         if self.batch_size % self.shards:
-            raise ConfigError(f"shards={self.shards} does not divide batch_size={self.batch_size}: use a divisor of it")
+            raise ConfigError(
+                f"shards={self.shards} does not divide batch_size={self.batch_size}: use a divisor of it"
+            )
         if self.shards > 1 and self.epochs is not None:
-            raise ConfigError(f"shards={self.shards} with epochs={self.epochs}: streams end apart; leave epochs out")
+            raise ConfigError(
+                f"shards={self.shards} with epochs={self.epochs}: streams end apart; leave epochs out"
+            )
 
     def _check_noisy_length(self):
         if self.noisy_length is None or self.noisy_length == self.sequence_length:
             return
         shown = f"noisy_length={self.noisy_length}"
         if self.noisy_length > self.sequence_length:
-            raise ConfigError(f"{shown} is above sequence_length={self.sequence_length}: lower it, or leave it out")
+            raise ConfigError(
+                f"{shown} is above sequence_length={self.sequence_length}: lower it, or leave it out"
+            )
         if self.packing == "split":
-            raise ConfigError(f"{shown} with packing='split', which fills rows by length alone: use packing='fit'")
+            raise ConfigError(
+                f"{shown} with packing='split', which fills rows by length alone: use packing='fit'"
+            )
         if self.segments == "row" and not self.pad_to_block:
-            raise ConfigError(f"{shown} with segments='row': set pad_to_block, so that no block spans two documents")
+            raise ConfigError(
+                f"{shown} with segments='row': set pad_to_block, so that no block spans two documents"
+            )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]):

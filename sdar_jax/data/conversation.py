@@ -14,19 +14,69 @@ NO_LOSS = ("weight", "train", "training", "loss")
 
 # Fields that nothing here reads and whose loss changes nothing. Any other is named in the log.
 _HARMLESS = {
-    *("id", "uuid", "idx", "index", "prompt_id", "conversation_id", "conv_id", "hash", "name", "tool_call_id"),
-    *("source", "dataset", "origin", "split", "subset", "category", "domain", "task", "topic", "tags", "model"),
-    *("language", "lang", "license", "url", "title", "metadata", "meta", "timestamp", "created", "created_at", "score"),
+    *(
+        "id",
+        "uuid",
+        "idx",
+        "index",
+        "prompt_id",
+        "conversation_id",
+        "conv_id",
+        "hash",
+        "name",
+        "tool_call_id",
+    ),
+    *(
+        "source",
+        "dataset",
+        "origin",
+        "split",
+        "subset",
+        "category",
+        "domain",
+        "task",
+        "topic",
+        "tags",
+        "model",
+    ),
+    *(
+        "language",
+        "lang",
+        "license",
+        "url",
+        "title",
+        "metadata",
+        "meta",
+        "timestamp",
+        "created",
+        "created_at",
+        "score",
+    ),
     *("parallel_tool_calls", "turns", "num_turns"),
 }
 _READ = {"messages", "tools", "chat_template_kwargs", "enable_thinking"}
 _MESSAGE_FIELDS = {"role", "content", "tool_calls", "function_call", *REASONING, *NO_LOSS}
-_ABOUT_LOSS = re.compile(r"(^|_)(loss|losses|mask|masks|masked|train|trained|training|trainable|weights?|learn)(_|$)")
+_ABOUT_LOSS = re.compile(
+    r"(^|_)(loss|losses|mask|masks|masked|train|trained|training|trainable|weights?|learn)(_|$)"
+)
 _RECORD_LOSS = re.compile(r"((sample_|loss_)?(weights?|masks?))|train(ing)?")
 # Arguments of apply_chat_template and of its renderer, which are no variables of a template.
 _RESERVED = {
-    *("messages", "conversation", "conversations", "tools", "chat_template", "add_generation_prompt", "tokenize"),
-    *("continue_final_message", "return_assistant_tokens_mask", "sanitize_control_tokens", "return_dict"),
+    *(
+        "messages",
+        "conversation",
+        "conversations",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "tokenize",
+    ),
+    *(
+        "continue_final_message",
+        "return_assistant_tokens_mask",
+        "sanitize_control_tokens",
+        "return_dict",
+    ),
     *("return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs"),
 }
 _SHAREGPT = '"from" is the role (human: user, gpt: assistant) and "value" the content'
@@ -60,7 +110,9 @@ def read_conversation(record: dict[str, Any], chat_template_kwargs: dict[str, An
         raise DataError(_no_messages(record))
     checked = [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if checked[0]["role"] == "assistant":
-        raise DataError("messages[0] is an assistant turn; a conversation starts with a system or user message")
+        raise DataError(
+            "messages[0] is an assistant turn; a conversation starts with a system or user message"
+        )
     variables = {**chat_template_kwargs, **_read_variables(record)}
     return Conversation(checked, _read_tools(record.get("tools")), variables)
 
@@ -99,9 +151,13 @@ def unread_fields(record: dict[str, Any], template: str) -> list[str]:
     phrases = []
     for name in (name for name, value in record.items() if value is not None and name not in _READ):
         if name == "functions":
-            raise DataError('"functions" is an older name of "tools", which is read; give it as "tools"')
+            raise DataError(
+                '"functions" is an older name of "tools", which is read; give it as "tools"'
+            )
         if name == "system" and isinstance(record[name], str):
-            raise DataError('"system" is given besides "messages"; give it as first message, with role system')
+            raise DataError(
+                '"system" is given besides "messages"; give it as first message, with role system'
+            )
         if _RECORD_LOSS.fullmatch(name) and record[name] != 1:
             raise DataError(
                 f'the record has "{name}": {str(record[name])[:40]!r}, which is not understood; remove "{name}", and'
@@ -109,7 +165,12 @@ def unread_fields(record: dict[str, Any], template: str) -> list[str]:
             )
         if name not in _HARMLESS:
             phrases.append(f'"{name}", which records have besides "messages", is not read')
-    message_fields = {name for message in record["messages"] for name, value in message.items() if value is not None}
+    message_fields = {
+        name
+        for message in record["messages"]
+        for name, value in message.items()
+        if value is not None
+    }
     for name in sorted(message_fields):
         if name not in _MESSAGE_FIELDS | _HARMLESS and not mentions(template, name):
             phrases.append(f'"{name}", which messages have, is not read by the chat template')
@@ -142,7 +203,9 @@ def _no_messages(record: dict[str, Any]) -> str:
         )
     if "chosen" in record:
         return f'{missing}; "chosen" belongs to a pair of answers: write prompt and chosen as "messages"'
-    if "prompt" in record and (answer := next((name for name in ("completion", "response") if name in record), None)):
+    if "prompt" in record and (
+        answer := next((name for name in ("completion", "response") if name in record), None)
+    ):
         if isinstance(record["prompt"], str):
             return f"{missing}; for texts use format jsonl with prompt_field: prompt and field: {answer}"
         return f'{missing}; join "prompt" and "{answer}" in one list, as "messages"'
@@ -154,7 +217,9 @@ def _no_messages(record: dict[str, Any]) -> str:
 def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
     if isinstance(tools, str):  # As data sets with columns of one type hold them.
         tools = _from_json(tools)
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    ):
         raise DataError('"tools" is not a list of objects; give JSON schemas, or leave it out')
     return tools or None
 
@@ -163,7 +228,9 @@ def _read_variables(record: dict[str, Any]) -> dict[str, Any]:
     own = record.get("chat_template_kwargs")
     own = {} if own is None else own
     if not isinstance(own, dict):
-        raise DataError(f'"chat_template_kwargs" is of type {type(own).__name__}; give an object, or leave it out')
+        raise DataError(
+            f'"chat_template_kwargs" is of type {type(own).__name__}; give an object, or leave it out'
+        )
     if wrong := wrong_variable(own):
         raise DataError(f'"chat_template_kwargs": {wrong}')
     variables = {"enable_thinking": record.get("enable_thinking"), **own}
@@ -176,8 +243,12 @@ def _check_message(message: Any, name: str) -> Message:
         raise DataError(f'{name} is in ShareGPT\'s form; write "role" and "content"; {_SHAREGPT}')
     if role not in ROLES:
         raise DataError(f"{name} has role {role!r}; use one of {', '.join(ROLES)}")
-    checked = {key: value for key, value in message.items() if value is not None and key not in NO_LOSS}
-    checked["content"] = _check_content(message.get("content"), name, may_be_null=role == "assistant")
+    checked = {
+        key: value for key, value in message.items() if value is not None and key not in NO_LOSS
+    }
+    checked["content"] = _check_content(
+        message.get("content"), name, may_be_null=role == "assistant"
+    )
     if checked.get("tool_calls") in ([], ()):
         del checked["tool_calls"]
     reasoning = next((checked[key] for key in REASONING if key in checked), None)
@@ -185,8 +256,13 @@ def _check_message(message: Any, name: str) -> Message:
         checked = {"thinking": reasoning, **checked, "reasoning_content": reasoning}
     if role != "assistant":
         return checked
-    if not (checked["content"] or any(checked.get(key) for key in ("tool_calls", "function_call", *REASONING))):
-        raise DataError(f"{name} is an assistant turn that says nothing; give it content or tool_calls")
+    if not (
+        checked["content"]
+        or any(checked.get(key) for key in ("tool_calls", "function_call", *REASONING))
+    ):
+        raise DataError(
+            f"{name} is an assistant turn that says nothing; give it content or tool_calls"
+        )
     if "tool_calls" in checked:
         checked["tool_calls"] = _check_calls(checked["tool_calls"], name)
     return checked
@@ -209,7 +285,9 @@ def _check_content(content: Any, name: str, *, may_be_null: bool) -> str | None:
 
 def _check_calls(calls: Any, name: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
-        raise DataError(f'{name} has "tool_calls" of type {type(calls).__name__}; give a list of objects')
+        raise DataError(
+            f'{name} has "tool_calls" of type {type(calls).__name__}; give a list of objects'
+        )
     return [_check_call(call, f"{name}.tool_calls[{n}]") for n, call in enumerate(calls)]
 
 
@@ -217,15 +295,25 @@ def _check_call(call: Any, name: str) -> dict[str, Any]:
     """Checks a call, and makes its arguments, which may be JSON text (OpenAI's form), an object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f'{name} names no function; give {{"function": {{"name": ..., "arguments": {{...}}}}}}')
+        raise DataError(
+            f'{name} names no function; give {{"function": {{"name": ..., "arguments": {{...}}}}}}'
+        )
     given = function.get("arguments")
     arguments = _from_json(given) if isinstance(given, str) and given.strip() else given or {}
     if not isinstance(arguments, dict):
-        raise DataError(f"{name} has arguments {str(given)[:40]!r}; give a JSON object, or one as a string")
-    function = {**{key: value for key, value in function.items() if value is not None}, "arguments": arguments}
+        raise DataError(
+            f"{name} has arguments {str(given)[:40]!r}; give a JSON object, or one as a string"
+        )
+    function = {
+        **{key: value for key, value in function.items() if value is not None},
+        "arguments": arguments,
+    }
     if "function" not in call:
         return function
-    return {**{key: value for key, value in call.items() if value is not None}, "function": function}
+    return {
+        **{key: value for key, value in call.items() if value is not None},
+        "function": function,
+    }
 
 
 def _from_json(text: str) -> Any:

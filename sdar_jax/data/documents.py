@@ -83,7 +83,9 @@ class DocumentMaker:
             tokens, loss_mask = self._tokenise(pieces)
             return self._finish(record_id, tokens, loss_mask)
         except DataError as error:
-            return Rejection(f"{source.where(k)}: {error}", malformed=not isinstance(error, _TooLong))
+            return Rejection(
+                f"{source.where(k)}: {error}", malformed=not isinstance(error, _TooLong)
+            )
 
     def where(self, record_id: int) -> str:
         """Returns a record's "file:line"."""
@@ -108,7 +110,11 @@ class DocumentMaker:
         if config.format == "text":
             return [leading, (_check_text(record, "the text"), True)]
         response = _text_field(record, config.field)
-        prompt = "" if config.prompt_field is None else _text_field(record, config.prompt_field, may_be_empty=True)
+        prompt = (
+            ""
+            if config.prompt_field is None
+            else _text_field(record, config.prompt_field, may_be_empty=True)
+        )
         return [leading, (prompt, False), (response, True)]
 
     def _tokenise(self, pieces: list[tuple[str | list[int], bool]]) -> tuple[list[int], list[bool]]:
@@ -137,7 +143,9 @@ class DocumentMaker:
         if length == len(ids):
             return Document(record_id, ids, mask, len(noisy))
         if self._config.too_long == "drop" or not mask[:length].any():
-            raise _TooLong(f"{len(ids)} tokens, {len(noisy)} of them in blocks with loss, do not fit in a row")
+            raise _TooLong(
+                f"{len(ids)} tokens, {len(noisy)} of them in blocks with loss, do not fit in a row"
+            )
         kept = self._noisy_positions(mask[:length])
         return Document(record_id, ids[:length], mask[:length], len(kept), cut=True)
 
@@ -176,7 +184,9 @@ def noisy_positions(
 
 def _text_field(record: dict[str, Any], name: str, *, may_be_empty: bool = False) -> str:
     if name not in record:
-        raise DataError(f"no field {name!r} among {', '.join(map(repr, record))}; add it, or set field to another")
+        raise DataError(
+            f"no field {name!r} among {', '.join(map(repr, record))}; add it, or set field to another"
+        )
     return _check_text(record[name], f"field {name!r}", may_be_empty=may_be_empty)
 
 

@@ -160,13 +160,20 @@ def make_batch(
             loss_mask[b, target] = piece.document.loss_mask[source]
             record_ids[b, target] = piece.document.record_id
             segment_ids[b, target] = number if config.segments == "document" else 1
-    batch = {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask, "record_ids": record_ids}
+    batch = {
+        "tokens": tokens,
+        "segment_ids": segment_ids,
+        "loss_mask": loss_mask,
+        "record_ids": record_ids,
+    }
     if config.noisy_length is not None:
         batch["noisy_index"] = _noisy_index(segment_ids, loss_mask, config.noisy_length, block_size)
     return batch
 
 
-def _noisy_index(segment_ids: np.ndarray, loss_mask: np.ndarray, noisy_length: int, block_size: int) -> np.ndarray:
+def _noisy_index(
+    segment_ids: np.ndarray, loss_mask: np.ndarray, noisy_length: int, block_size: int
+) -> np.ndarray:
     index = np.full((len(segment_ids), noisy_length), -1, np.int32)
     for row, row_segment_ids, row_loss_mask in zip(index, segment_ids, loss_mask, strict=True):
         positions = noisy_positions(row_segment_ids, row_loss_mask, block_size)

@@ -21,7 +21,15 @@ log = logging.getLogger(__name__)
 REPORTED = 5
 READ_AHEAD_PER_THREAD = 32
 # A saved position means nothing once one of these has changed.
-POSITION_FIELDS = ("shuffle", "seed", "packing", "sequence_length", "noisy_length", "pad_to_block", "too_long")
+POSITION_FIELDS = (
+    "shuffle",
+    "seed",
+    "packing",
+    "sequence_length",
+    "noisy_length",
+    "pad_to_block",
+    "too_long",
+)
 LARGEST_RECORD_COUNT = 2**31 - 1
 
 
@@ -69,7 +77,9 @@ def make_dataset(
         raise ConfigError("sources is empty: name at least one source to read")
     sources = [Source(source) for source in config.sources]
     _check_sources(config, sources)
-    maker = DocumentMaker(config, tokenizer, sources, block_size=block_size, eos_token_id=eos_token_id)
+    maker = DocumentMaker(
+        config, tokenizer, sources, block_size=block_size, eos_token_id=eos_token_id
+    )
     return PackedDataset(config, maker, sources, block_size, eos_token_id, rows)
 
 
@@ -177,7 +187,9 @@ class _Shard:
     ):
         self._size = config.batch_size // config.shards
         self._rows = rows
-        self.feed = DocumentFeed(config, maker, sources, shard=number, threads=threads, report=rows[0] == 0)
+        self.feed = DocumentFeed(
+            config, maker, sources, shard=number, threads=threads, report=rows[0] == 0
+        )
         if config.packing == "split":
             self._packer = SplitPacker(self.feed, config.sequence_length)
         else:
@@ -249,7 +261,9 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
             self._note(outcome)
             self._fruitless += 1
             if self._fruitless >= self._epoch_length:
-                raise DataError(f"none of {self._epoch_length} records can be used; the last: {outcome.reason}")
+                raise DataError(
+                    f"none of {self._epoch_length} records can be used; the last: {outcome.reason}"
+                )
 
     def _note(self, rejection: Rejection):
         if rejection.malformed and self._fatal:
@@ -265,7 +279,9 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
         outcome = self._outcomes[index]
         if isinstance(outcome, Document):
             return outcome
-        raise DataError(f"record {index} of the stream was usable when the position was saved: restore its file")
+        raise DataError(
+            f"record {index} of the stream was usable when the position was saved: restore its file"
+        )
 
     def get_state(self) -> dict[str, Any]:
         return {"next_index": self._index, **self.counts}
@@ -298,7 +314,9 @@ def _record_stream(config: DataConfig, lengths: list[int]) -> tuple[grain.MapDat
     return stream, epoch_length
 
 
-def _mix(parts: list[grain.MapDataset], lengths: list[int], weights: list[float]) -> tuple[grain.MapDataset, int]:
+def _mix(
+    parts: list[grain.MapDataset], lengths: list[int], weights: list[float]
+) -> tuple[grain.MapDataset, int]:
     # Whole numbers as grain itself makes of weights, so that the epoch is counted with the same ones.
     shares = [int(weight * 100 / min(weights)) for weight in weights]
     # Of the first n draws, part i has at least n * shares[i] / sum(shares) - i.
@@ -310,7 +328,9 @@ def _mix(parts: list[grain.MapDataset], lengths: list[int], weights: list[float]
 
 
 def _read_ahead(outcomes: grain.MapDataset, num_threads: int) -> grain.DatasetIterator:
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=READ_AHEAD_PER_THREAD * num_threads)
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=READ_AHEAD_PER_THREAD * num_threads
+    )
     return iter(outcomes.to_iter_dataset(options))
 
 
@@ -323,7 +343,11 @@ def _check_numbers(config: DataConfig, block_size: int, rows: Sequence[int]):
             f"sequence_length={config.sequence_length} is no multiple of block_size={block_size}, as pad_to_block"
             f" needs; use {longer}, or leave pad_to_block out"
         )
-    if not rows or list(rows) != sorted(set(rows)) or not 0 <= rows[0] <= rows[-1] < config.batch_size:
+    if (
+        not rows
+        or list(rows) != sorted(set(rows))
+        or not 0 <= rows[0] <= rows[-1] < config.batch_size
+    ):
         raise ConfigError(
             f"rows={list(rows)}: give ascending numbers from 0 to batch_size - 1, {config.batch_size - 1}"
         )

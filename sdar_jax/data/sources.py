@@ -86,7 +86,9 @@ class Source:
 
     def _locate(self, k: int) -> tuple[RecordFile, int]:
         if k >= len(self):
-            raise DataError(f"record {k} of {len(self)}; {', '.join(self.failures) or 'give a smaller number'}")
+            raise DataError(
+                f"record {k} of {len(self)}; {', '.join(self.failures) or 'give a smaller number'}"
+            )
         number = bisect.bisect_right(self._ends, k)
         start = self._ends[number - 1] if number else 0
         return self._files[number], k - start
@@ -118,10 +120,14 @@ def find_files(config: SourceConfig) -> list[Path]:
     if path.is_dir():
         return _without_copies(_of_directory(path, config.format))
     if path.exists():
-        raise DataError(f"{path}: a pipe or device, and records are read in any order; write its content to a file")
+        raise DataError(
+            f"{path}: a pipe or device, and records are read in any order; write its content to a file"
+        )
     found = _files(path)
     if not found:
-        raise DataError(f"{path}: no such file or directory, and no glob that matches one; correct the path")
+        raise DataError(
+            f"{path}: no such file or directory, and no glob that matches one; correct the path"
+        )
     return _without_copies(found)
 
 
@@ -129,7 +135,11 @@ def _of_directory(directory: Path, format: str) -> list[Path]:
     files = _files(Path(glob.escape(str(directory)), "**"))
     for suffixes in SUFFIXES[format]:
         if found := [path for path in files if path.suffix in suffixes]:
-            unread = [path for path in files if path.suffix not in suffixes and _could_be_meant(path, format)]
+            unread = [
+                path
+                for path in files
+                if path.suffix not in suffixes and _could_be_meant(path, format)
+            ]
             if unread:
                 count = f"{directory}: {len(unread)} of its files not read, the first {unread[0]}"
                 log.warning("%s; decompress them, or give them a source of their own", count)
@@ -137,7 +147,9 @@ def _of_directory(directory: Path, format: str) -> list[Path]:
     _check_meant(files, format)
     wanted = " or ".join(itertools.chain(*SUFFIXES[format]))
     others = f", but {', '.join(path.name for path in files[:3])}; give a glob for other names"
-    raise DataError(f"{directory}: no {wanted} file in this directory{others if files else '; give another'}")
+    raise DataError(
+        f"{directory}: no {wanted} file in this directory{others if files else '; give another'}"
+    )
 
 
 def _check_meant(files: list[Path], format: str) -> None:
@@ -183,7 +195,9 @@ def _directories(directory: Path, seen: set[str]) -> Iterator[Path]:
     try:
         below = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise DataError(f"{directory}: cannot be read ({error.strerror}); change its mode, or move it away") from None
+        raise DataError(
+            f"{directory}: cannot be read ({error.strerror}); change its mode, or move it away"
+        ) from None
     for path in below:
         yield from _directories(path, seen)
 
@@ -196,7 +210,9 @@ def _without_copies(files: list[Path]) -> list[Path]:
     copies = [path for path in files if path not in kept]
     if copies:
         log.warning(
-            "%d files are links to others that are read, the first %s; each is read once", len(copies), copies[0]
+            "%d files are links to others that are read, the first %s; each is read once",
+            len(copies),
+            copies[0],
         )
     return list(first.values())
 
@@ -224,14 +240,18 @@ def _opener(config: SourceConfig) -> Callable[[Path], RecordFile]:
 def check_content(path: Path, head: bytes, format: str) -> None:
     """Raises DataError, without saying where, for a file of plainly another kind than `format`; head: its beginning."""
     if format in ("text", "jsonl") and head.startswith(PARQUET):
-        raise DataError("a parquet file; a source of format parquet reads it, or of format chat if it is conversations")
+        raise DataError(
+            "a parquet file; a source of format parquet reads it, or of format chat if it is conversations"
+        )
     for magic, (name, command) in COMPRESSED.items():
         if re.match(magic, head):
             plain = path.with_name(f"plain-{path.name}")
             if path.suffix in COMPRESSED_SUFFIXES:
                 plain = path.with_suffix("")
             run = f"{command} {shlex.quote(str(path))} > {shlex.quote(str(plain))}"
-            raise DataError(f"compressed with {name}, and records are read in any order; decompress it first: {run}")
+            raise DataError(
+                f"compressed with {name}, and records are read in any order; decompress it first: {run}"
+            )
 
 
 def _head(path: Path) -> bytes:
@@ -251,10 +271,14 @@ def parse_object(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"not valid JSON ({error.msg}, column {error.colno}); write one object per line") from error
+        raise DataError(
+            f"not valid JSON ({error.msg}, column {error.colno}); write one object per line"
+        ) from error
     # Python reads no integer of more than 4,300 digits.
     except ValueError as error:
-        raise DataError(f"a number that cannot be read ({_reason(error)}); write it as a string") from error
+        raise DataError(
+            f"a number that cannot be read ({_reason(error)}); write it as a string"
+        ) from error
     except RecursionError as error:
         raise DataError("not valid JSON (nested too deeply); write one object per line") from error
     if not isinstance(record, dict):
@@ -298,7 +322,9 @@ class TextFile:
 
     def __init__(self, path: Path, separator: str | None):
         self.path = path
-        spans = [(0, path.stat().st_size)] if separator is None else _split(path, separator.encode())
+        spans = (
+            [(0, path.stat().st_size)] if separator is None else _split(path, separator.encode())
+        )
         self._spans = np.array(spans, np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
@@ -325,7 +351,10 @@ class ParquetFile:
     """
 
     def __init__(
-        self, path: Path, columns: dict[str, str] | None, cached_group: "Callable[[ParquetFile, int], pa.Table]"
+        self,
+        path: Path,
+        columns: dict[str, str] | None,
+        cached_group: "Callable[[ParquetFile, int], pa.Table]",
     ):
         self.path = path
         with pq.ParquetFile(path) as file:
@@ -333,12 +362,16 @@ class ParquetFile:
             names = file.schema_arrow.names
         for setting, column in (columns or {}).items():
             if column not in names:
-                raise DataError(f"no column {column!r} among {', '.join(names)}; set {setting} to one of them")
+                raise DataError(
+                    f"no column {column!r} among {', '.join(names)}; set {setting} to one of them"
+                )
         self._columns = names if columns is None else list(columns.values())
         self._drops_nulls = columns is None
         self._cached_group = cached_group
         groups = range(self._metadata.num_row_groups)
-        self._ends = list(itertools.accumulate(self._metadata.row_group(group).num_rows for group in groups))
+        self._ends = list(
+            itertools.accumulate(self._metadata.row_group(group).num_rows for group in groups)
+        )
 
     def __len__(self) -> int:
         return self._metadata.num_rows

@@ -114,7 +114,11 @@ def check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         # Python reads a byte that is not UTF-8 from a command line or a pipe as one of these.
-        byte = f", byte 0x{code - 0xDC00:02x} of text that is not UTF-8 or was cut" if 0xDC80 <= code <= 0xDCFF else ""
+        byte = (
+            f", byte 0x{code - 0xDC00:02x} of text that is not UTF-8 or was cut"
+            if 0xDC80 <= code <= 0xDCFF
+            else ""
+        )
         raise DataError(
             f"a lone surrogate at character {error.start} (U+{code:04X}{byte}: half of a character); write it as valid "
             "Unicode"

@@ -61,7 +61,9 @@ class BufferConfig:
 
     def at_once(self, sequences: int) -> int:
         """How many of so many sequences decode in one forward."""
-        return sequences if self.sequences_at_once is None else min(self.sequences_at_once, sequences)
+        return (
+            sequences if self.sequences_at_once is None else min(self.sequences_at_once, sequences)
+        )
 
     @property
     def prompt_window(self) -> int:
@@ -120,7 +122,11 @@ def next_chunk(batch: SequenceState, config: BufferConfig) -> Int[Array, " B"]:
         return jnp.minimum(left, config.prefill_tokens)
     end = batch.progress.cached + config.prefill_tokens
     in_response = end - batch.inputs.origin
-    end = jnp.where(in_response > 0, batch.inputs.origin + in_response // config.block_size * config.block_size, end)
+    end = jnp.where(
+        in_response > 0,
+        batch.inputs.origin + in_response // config.block_size * config.block_size,
+        end,
+    )
     return jnp.minimum(left, end - batch.progress.cached)
 
 
@@ -142,7 +148,9 @@ def paged_forward(
         groups = [_slots(batch, window, index[:slots], count, config)] if slots else []
         groups += [_prompts(batch, sizes, pieces[:prompts], config)] if prompts else []
         hidden, cache = model.hidden_paged(groups, cache, wanted=1 if slots else 0)
-        found = jnp.zeros((index.size, config.block_size, model.config.hidden_size), model.embedding.dtype)
+        found = jnp.zeros(
+            (index.size, config.block_size, model.config.hidden_size), model.embedding.dtype
+        )
         return found.at[:slots].set(_predicting(hidden[0], config)) if slots else found, cache
 
     widths, beside = _slot_widths(config.at_once(live.shape[0]), live.shape[1], config)
@@ -166,7 +174,9 @@ def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int
     most = batch * slots
     if config.many_widths:
         # Sequences out of step have a few blocks more than there are sequences: there, widths are close.
-        widths = sorted({min(width, most) for width in _parts_of(batch, (2, 4, 8, 9, 10, 11, 12))} | {most})
+        widths = sorted(
+            {min(width, most) for width in _parts_of(batch, (2, 4, 8, 9, 10, 11, 12))} | {most}
+        )
     else:
         widths = _parts_of(most, (4, 8))
     # Beside prompts, decoding is as wide as most steps need, or as wide as it can be; or all begin.
@@ -181,7 +191,9 @@ def _predicting(hidden: Float[Array, "N W D"], config: BufferConfig) -> Float[Ar
     return jnp.concatenate([hidden[:, -1:], hidden[:, : config.block_size - 1]], axis=1)
 
 
-def _slots(batch: SequenceState, window: Window, index: Array, count: Array, config: BufferConfig) -> Windows:
+def _slots(
+    batch: SequenceState, window: Window, index: Array, count: Array, config: BufferConfig
+) -> Windows:
     """The windows of some slots; those past `count` read and write nothing.
 
     A shifted model's have one token more, at the end: the one before the block, which predicts the block's first. Its
@@ -222,7 +234,9 @@ def _window_sizes(batch: SequenceState, reads: Array, config: BufferConfig) -> I
     return jnp.clip(wanted[:, None] - offset, 0, config.prompt_window)
 
 
-def _prompts(batch: SequenceState, sizes: Int[Array, "B P"], pieces: Array, config: BufferConfig) -> Windows:
+def _prompts(
+    batch: SequenceState, sizes: Int[Array, "B P"], pieces: Array, config: BufferConfig
+) -> Windows:
     """These windows of prompts, counted prompt by prompt, each position seeing what a clean one sees."""
     sequence, number = pieces // sizes.shape[1], pieces % sizes.shape[1]
     start = batch.progress.cached[sequence] + number * config.prompt_window
@@ -243,13 +257,21 @@ def _clean_end(positions: Array, origin: Array, config: BufferConfig) -> Array:
     if paradigm.origin == "sequence":
         return (positions // size + 1) * size
     in_response = origin + ((positions - origin) // size + 1) * size
-    in_prompt = origin if paradigm.bidirectional_prompt else jnp.minimum((positions // size + 1) * size, origin)
+    in_prompt = (
+        origin
+        if paradigm.bidirectional_prompt
+        else jnp.minimum((positions // size + 1) * size, origin)
+    )
     return jnp.where(positions >= origin, in_response, in_prompt)
 
 
-def canvas_forward(model: Model, batch: SequenceState, window: Window, config: BufferConfig) -> Packed:
+def canvas_forward(
+    model: Model, batch: SequenceState, window: Window, config: BufferConfig
+) -> Packed:
     """What predicts the open blocks: each sequence's canvas, prompt to last block, every position seeing all of it."""
-    index = jnp.broadcast_to(jnp.arange(batch.output.tokens.shape[1], dtype=jnp.int32), batch.output.tokens.shape)
+    index = jnp.broadcast_to(
+        jnp.arange(batch.output.tokens.shape[1], dtype=jnp.int32), batch.output.tokens.shape
+    )
     inside = (index < batch.inputs.canvas_end[:, None]).astype(jnp.int32)
     hidden = model.hidden(batch.output.tokens, index, visibility.bidirectional(inside))
     count = batch.progress.start.size
@@ -276,7 +298,9 @@ def propose_masked(
     order, count = _first(masked.reshape(-1, size)[packed.index] & used[:, None])
     order = jnp.pad(order, (0, -order.size % _PROPOSALS))
     alternatives = batch.output.top_token.shape[-1]
-    none = _no_proposal(masked.size, jnp.promote_types(packed.hidden.dtype, jnp.float32), alternatives)
+    none = _no_proposal(
+        masked.size, jnp.promote_types(packed.hidden.dtype, jnp.float32), alternatives
+    )
 
     def head(width: int, proposal: Proposal, first: int | Array = 0) -> Proposal:
         if width == 0:
@@ -300,7 +324,9 @@ def propose_masked(
             lambda: _seen(batch, logits.shape[-1])[sequence],
             mask_token_id=model.config.mask_token_id,
             banned=banned,
-            suppressed=jnp.concatenate([sampling.suppress_token_ids, jnp.where(early[:, None], stops, -1)], axis=1),
+            suppressed=jnp.concatenate(
+                [sampling.suppress_token_ids, jnp.where(early[:, None], stops, -1)], axis=1
+            ),
             alternatives=alternatives,
         )
         last = (sampling.eos_last == 1) & (found.token[:, None] == stops).any(axis=1)
@@ -351,4 +377,6 @@ def _narrowest(widths: Sequence[int], count: Int[Array, ""]) -> Int[Array, ""]:
 
 def _switch(branch: Array, cases: Sequence[tuple], function: Callable, operand):
     """function(*cases[branch], operand)."""
-    return jax.lax.switch(branch, [lambda x, case=case: function(*case, x) for case in cases], operand)
+    return jax.lax.switch(
+        branch, [lambda x, case=case: function(*case, x) for case in cases], operand
+    )

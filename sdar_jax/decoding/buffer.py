@@ -44,7 +44,9 @@ from sdar_jax.devices.sharding import PAGES, activate_mesh, constrain, mesh_of
 from sdar_jax.model import Model
 
 
-def advance(model: Model, state: DecodeState, steps: int | Int[Array, ""], config: BufferConfig) -> DecodeState:
+def advance(
+    model: Model, state: DecodeState, steps: int | Int[Array, ""], config: BufferConfig
+) -> DecodeState:
     """Takes at most `steps` steps: until no sequence can continue or, if asked, an eighth of those at once is missing.
 
     Every result is the same however steps are cut into calls. A sequence is out of pages when its next block, or chunk
@@ -63,7 +65,11 @@ def advance(model: Model, state: DecodeState, steps: int | Int[Array, ""], confi
     def continues(carry: tuple[Array, DecodeState]) -> Array:
         step, state = carry
         some_left = (step < steps) & _can_continue(state.batch).any()
-        return some_left & (missing(state.batch) - before < enough) if config.stops_early else some_left
+        return (
+            some_left & (missing(state.batch) - before < enough)
+            if config.stops_early
+            else some_left
+        )
 
     def one_step(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         step, state = carry
@@ -133,7 +139,9 @@ def _reads_all(batch: SequenceState, config: BufferConfig) -> Bool[Array, " B"]:
     return prompt_left(batch, config) <= config.prefill_tokens
 
 
-def _who_runs(batch: SequenceState, config: BufferConfig) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
+def _who_runs(
+    batch: SequenceState, config: BufferConfig
+) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
     """Sequences that decode in this step, and those whose prompts it reads: as admitted, as many as windows serve."""
     can = _can_continue(batch)
     prompts = can & (prompt_left(batch, config) > 0)
@@ -156,10 +164,14 @@ def _earlier(admitted: Int[Array, " B"]) -> Bool[Array, "B B"]:
     return (admitted < admitted[:, None]) | same
 
 
-def _count_prompts(batch: SequenceState, reads: Bool[Array, " B"], config: BufferConfig) -> SequenceState:
+def _count_prompts(
+    batch: SequenceState, reads: Bool[Array, " B"], config: BufferConfig
+) -> SequenceState:
     read = jnp.where(reads, next_chunk(batch, config), 0)
     progress = batch.progress
-    return batch.with_progress(cached=progress.cached + read, prefill_forwards=progress.prefill_forwards + reads)
+    return batch.with_progress(
+        cached=progress.cached + read, prefill_forwards=progress.prefill_forwards + reads
+    )
 
 
 def _activated(batch: SequenceState, window: Window) -> Bool[Array, "B K"]:
@@ -226,7 +238,9 @@ def _count(batch: SequenceState, live: Array, masked: Array) -> SequenceState:
     )
 
 
-def _retire_blocks(batch: SequenceState, before: Window, live: Array, config: BufferConfig) -> SequenceState:
+def _retire_blocks(
+    batch: SequenceState, before: Window, live: Array, config: BufferConfig
+) -> SequenceState:
     """Complete blocks at the front leave the window once their final keys are written, or none have to be."""
     size, slots = config.block_size, live.shape[1]
     seen = before if config.rewrites else window_of(batch, size)
@@ -249,7 +263,9 @@ def _finish(batch: SequenceState, block_size: int) -> SequenceState:
     in_sequence = lambda x: x.reshape(x.shape[0], -1)
     no_gap = jnp.cumprod(in_sequence(window.committed), axis=1, dtype=jnp.int32)
     stops = in_sequence(window.stops) & (no_gap == 1)
-    first_stop = jnp.min(jnp.where(stops, in_sequence(window.positions), jnp.iinfo(jnp.int32).max), axis=1)
+    first_stop = jnp.min(
+        jnp.where(stops, in_sequence(window.positions), jnp.iinfo(jnp.int32).max), axis=1
+    )
     stopped = stops.any(axis=1) & ~progress.done
     frontier = progress.start + no_gap.sum(axis=1, dtype=jnp.int32)
     return batch.with_progress(
@@ -268,7 +284,9 @@ class Decoder:
         self._program = _program(structure, config)
         self._mesh = mesh_of(model)
 
-    def __call__(self, state: DecodeState, steps: int | Int[Array, ""]) -> tuple[DecodeState, StepOutput]:
+    def __call__(
+        self, state: DecodeState, steps: int | Int[Array, ""]
+    ) -> tuple[DecodeState, StepOutput]:
         """At most `steps` steps, and what the host wants to know after them; `state` is donated."""
         if self._mesh is not None:
             # As the state comes back, or the next call would be compiled anew.
@@ -283,7 +301,9 @@ class Decoder:
 def _program(
     structure: Any, config: BufferConfig
 ) -> Callable[[list[Array], DecodeState, int | Array], tuple[DecodeState, StepOutput]]:
-    def run(weights: list[Array], state: DecodeState, steps: int | Array) -> tuple[DecodeState, StepOutput]:
+    def run(
+        weights: list[Array], state: DecodeState, steps: int | Array
+    ) -> tuple[DecodeState, StepOutput]:
         state = advance(jax.tree.unflatten(structure, weights), state, steps, config)
         return state, step_output(state.batch)
 

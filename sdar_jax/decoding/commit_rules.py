@@ -41,7 +41,9 @@ StrategyName = Literal[
     "autoregressive",
     "semi_autoregressive",
 ]
-CommitFunction = Callable[[Proposal, Bool[Array, "N S"], Int[Array, " N"], SamplingParams], Bool[Array, "N S"]]
+CommitFunction = Callable[
+    [Proposal, Bool[Array, "N S"], Int[Array, " N"], SamplingParams], Bool[Array, "N S"]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,11 @@ class CommitRule:
     reads_entropy: bool = True
 
     def __call__(
-        self, proposal: Proposal, masked: Bool[Array, "N S"], step: Int[Array, " N"], parameters: SamplingParams
+        self,
+        proposal: Proposal,
+        masked: Bool[Array, "N S"],
+        step: Int[Array, " N"],
+        parameters: SamplingParams,
     ) -> Bool[Array, "N S"]:
         """As its function."""
         return self.function(proposal, masked, step, parameters)
@@ -84,7 +90,9 @@ def tokens_per_step(step: Int[Array, " N"], parameters: SamplingParams) -> Int[A
     return jnp.take_along_axis(parameters.schedule, jnp.minimum(step, last)[:, None], axis=1)
 
 
-def sequential(proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams) -> Bool[Array, "N S"]:
+def sequential(
+    proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams
+) -> Bool[Array, "N S"]:
     """The leftmost n_k."""
     return jnp.cumsum(masked, axis=-1) <= tokens_per_step(step, parameters)
 
@@ -106,7 +114,9 @@ def low_confidence_dynamic(
     return jnp.where(enough, confident, low_confidence_static(proposal, masked, step, parameters))
 
 
-def entropy_bounded(proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams) -> Bool[Array, "N S"]:
+def entropy_bounded(
+    proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams
+) -> Bool[Array, "N S"]:
     """By ascending entropy while the running sum stays within the bound (EB-Sampler, arXiv 2505.24857)."""
     entropy = jnp.where(masked, proposal.entropy, 0)
     rank = _rank(jnp.where(jnp.isneginf(proposal.score), -jnp.inf, -proposal.entropy), masked)
@@ -118,19 +128,25 @@ def entropy_bounded(proposal: Proposal, masked: Array, step: Array, parameters: 
     return (rank == 0) | jnp.where(by_sampler, before <= bound, through < bound)
 
 
-def factor(proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams) -> Bool[Array, "N S"]:
+def factor(
+    proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams
+) -> Bool[Array, "N S"]:
     """The largest n whose n-th confidence is at least 1 - factor / (n + 1), at least one (Fast-dLLM)."""
     rank = _rank(proposal.score, masked)
     passes = masked & (proposal.score >= 1 - parameters.factor[:, None] / (rank + 2))
     return rank <= jnp.max(jnp.where(passes, rank, 0), axis=-1, keepdims=True)
 
 
-def everything(proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams) -> Bool[Array, "N S"]:
+def everything(
+    proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams
+) -> Bool[Array, "N S"]:
     """All that is masked."""
     return masked
 
 
-def above_threshold(proposal: Proposal, masked: Array, parameters: SamplingParams) -> Bool[Array, "N S"]:
+def above_threshold(
+    proposal: Proposal, masked: Array, parameters: SamplingParams
+) -> Bool[Array, "N S"]:
     """Masked positions whose score is above the sequence's `confidence_threshold`."""
     return masked & (proposal.score > parameters.confidence_threshold[:, None])
 
@@ -205,7 +221,9 @@ def check_rule(rule: CommitRule, parameters: SamplingParams) -> None:
     commit: Any = jax.eval_shape(rule, proposal, flags, jnp.zeros(blocks, jnp.int32), of_blocks)
     if getattr(commit, "shape", None) != shape or commit.dtype != jnp.bool_:
         name = getattr(rule.function, "__name__", repr(rule.function))
-        raise ConfigError(f"commit rule {name} returns {commit} for {blocks} blocks; give bool {list(shape)}")
+        raise ConfigError(
+            f"commit rule {name} returns {commit} for {blocks} blocks; give bool {list(shape)}"
+        )
 
 
 def select(
@@ -228,4 +246,6 @@ def select(
     commits = [rule(proposal, masked, step, parameters) for rule in rules]
     asked = [(parameters.rule == index)[:, None] for index in range(len(rules))]
     by_rule = jnp.select(asked, commits, default=False)
-    return masked & jnp.where(activated[:, None], by_rule, above_threshold(proposal, masked, parameters))
+    return masked & jnp.where(
+        activated[:, None], by_rule, above_threshold(proposal, masked, parameters)
+    )

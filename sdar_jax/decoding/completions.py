@@ -8,14 +8,20 @@ from sdar_jax.decoding.decode_state import SequenceState, generated, sequence_at
 from sdar_jax.decoding.text import find_stop
 
 
-def completions(batch: SequenceState, tokenizer: Any, stop_strings: Sequence[str] = ()) -> list[Completion]:
+def completions(
+    batch: SequenceState, tokenizer: Any, stop_strings: Sequence[str] = ()
+) -> list[Completion]:
     """What each sequence of a batch, on the host, has generated."""
     count = len(batch.progress.start)
     return [completion(sequence_at(batch, i), tokenizer, stop_strings) for i in range(count)]
 
 
 def completion(
-    sequence: SequenceState, tokenizer: Any, stop_strings: Sequence[str] = (), *, start: int | None = None
+    sequence: SequenceState,
+    tokenizer: Any,
+    stop_strings: Sequence[str] = (),
+    *,
+    start: int | None = None,
 ) -> Completion:
     """What one sequence, on the host, has generated, up to a stop string; with `start`, what it has from there."""
     inputs, progress, output = sequence

@@ -17,7 +17,13 @@ from sdar_jax.decoding.commit_rules import (
     own_strategy,
     strategy_of,
 )
-from sdar_jax.decoding.sampling_params import ENTROPY_RULES, SCORES, EntropyRule, SamplingParams, Score
+from sdar_jax.decoding.sampling_params import (
+    ENTROPY_RULES,
+    SCORES,
+    EntropyRule,
+    SamplingParams,
+    Score,
+)
 from sdar_jax.errors import ConfigError, DecodingError, is_int, is_number
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.paradigm import Paradigm, fills_masks
@@ -103,28 +109,51 @@ class DecodingConfig:
         for field in dataclasses.fields(self):
             names = get_args(field.type)
             if names and isinstance(names[0], str) and getattr(self, field.name) not in names:
-                raise ConfigError(f"{field.name} {getattr(self, field.name)!r} is unknown; use one of {names}")
+                raise ConfigError(
+                    f"{field.name} {getattr(self, field.name)!r} is unknown; use one of {names}"
+                )
         if self.strategy not in (None, *STRATEGIES) and not callable(self.strategy):
             names = tuple(STRATEGIES)
-            raise ConfigError(f"strategy {self.strategy!r} is unknown; give None, a commit rule, or use one of {names}")
+            raise ConfigError(
+                f"strategy {self.strategy!r} is unknown; give None, a commit rule, or use one of {names}"
+            )
         if self.block_size is not None:
             check_block_size(self.block_size)
         for name in ("min_new_tokens", "top_logprobs"):
             value = getattr(self, name)
-            _require(is_int(value) and 0 <= value < 2**31, name, value, "0 (off) or a positive integer")
+            _require(
+                is_int(value) and 0 <= value < 2**31, name, value, "0 (off) or a positive integer"
+            )
         for name in ("eos_last", "prompt_logprobs"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+            _require(
+                isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False"
+            )
         ids = self.suppress_token_ids
         listed = isinstance(ids, list | tuple) and all(is_int(each) and each >= 0 for each in ids)
         _require(listed, "suppress_token_ids", ids, "a list of token ids")
         object.__setattr__(self, "suppress_token_ids", tuple(ids))
         steps = self.denoising_steps
-        _require(steps is None or is_int(steps) and steps >= 1, "denoising_steps", steps, "a positive integer")
-        _require(is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
-        _require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        _require(
+            steps is None or is_int(steps) and steps >= 1,
+            "denoising_steps",
+            steps,
+            "a positive integer",
+        )
+        _require(
+            is_int(self.top_k) and self.top_k >= 0,
+            "top_k",
+            self.top_k,
+            "0 (off) or a positive integer",
+        )
+        _require(
+            is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]"
+        )
         cool = self.temperature
         _require(
-            is_number(cool) and (cool == 0 or 1e-6 <= cool <= 1e6), "temperature", cool, "0 (greedy) or 1e-6 to 1e6"
+            is_number(cool) and (cool == 0 or 1e-6 <= cool <= 1e6),
+            "temperature",
+            cool,
+            "0 (greedy) or 1e-6 to 1e6",
         )
         for name in ("entropy_bound", "factor"):
             value = getattr(self, name)
@@ -133,7 +162,12 @@ class DecodingConfig:
             value = getattr(self, name)
             _require(is_number(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
         penalty = self.repetition_penalty
-        _require(is_number(penalty) and 1e-3 <= penalty <= 1e3, "repetition_penalty", penalty, "1 (off) or 1e-3 to 1e3")
+        _require(
+            is_number(penalty) and 1e-3 <= penalty <= 1e3,
+            "repetition_penalty",
+            penalty,
+            "1 (off) or 1e-3 to 1e3",
+        )
         tau = self.confidence_threshold
         _require(is_number(tau), "confidence_threshold", tau, "a finite number")
         if self.score != "neg_entropy":
@@ -184,7 +218,9 @@ class DecodingConfig:
                 "use strategy='autoregressive', or convert it with sdar_jax.to_diffusion"
             )
         if size is None:
-            raise DecodingError(f"{asked} needs block_size and the model has none; give DecodingConfig(block_size=...)")
+            raise DecodingError(
+                f"{asked} needs block_size and the model has none; give DecodingConfig(block_size=...)"
+            )
         if model.mask_token_id is None:
             raise DecodingError(
                 f"{asked} needs mask_token_id and the model has none; "

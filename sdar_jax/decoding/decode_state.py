@@ -192,7 +192,9 @@ def make_sequence(
         canvas_end=_int(limit if max_new_tokens == 0 else blocks_end),
         forward_budget=_int(2 * (limit - min(first_block, known) + shape.block_size)),
         stop_ids=_padded(stop_ids, shape.stops, -1),
-        sampling=sampling_params(config, shape.block_size, seed=seed, rule=rule, width=shape.suppressed),
+        sampling=sampling_params(
+            config, shape.block_size, seed=seed, rule=rule, width=shape.suppressed
+        ),
         page_table=_padded((), shape.pages, 0),
         pages_end=_int(0),
         admitted=_int(0),
@@ -306,7 +308,9 @@ def window_of(batch: SequenceState, block_size: int) -> Window:
     tokens = take(batch.output.tokens, positions, 0)
     committed = take(batch.output.committed, positions, False)
     stops = (tokens[..., None] == batch.inputs.stop_ids[:, None]).any(axis=-1) & committed
-    stops &= (positions >= batch.inputs.prompt_length[:, None]) & (positions < batch.inputs.limit[:, None])
+    stops &= (positions >= batch.inputs.prompt_length[:, None]) & (
+        positions < batch.inputs.limit[:, None]
+    )
 
     def by_slot(x: Array) -> Array:
         return x.reshape(-1, slots, block_size)

@@ -57,7 +57,9 @@ def snapshot(sequence: SequenceState, forward: int, block_size: int) -> Event:
     last = at + int(np.flatnonzero(steps <= forward)[-1]) if (steps <= forward).any() else at - 1
     end = min(block_end(last + 1), limit)
     known = (steps <= forward)[: end - at].tolist()
-    there = lambda values: [value if here else None for value, here in zip(values, known, strict=True)]
+    there = lambda values: [
+        value if here else None for value, here in zip(values, known, strict=True)
+    ]
     others = top_logprobs(sequence, slice(at, end))
     return Event(
         start=0,
@@ -76,7 +78,9 @@ class EventReader:
     not complete, and those that are part of a stop string are never given.
     """
 
-    def __init__(self, strings: Sequence[str], decode: Decode | None, block_size: int, changes: bool):
+    def __init__(
+        self, strings: Sequence[str], decode: Decode | None, block_size: int, changes: bool
+    ):
         self._reader = None if decode is None else TextReader(decode, strings)
         self._strings = strings
         self._decode = decode
@@ -114,7 +118,9 @@ class EventReader:
         while self._forward < forwards and not (self._reader and self._reader.found):
             event = snapshot(sequence, self._forward, self._block_size)
             # A character that is not complete is for who shows it: without stop strings, all is given as it stands.
-            events.append(_held_back(event, self._reader) if self._reader and self._strings else event)
+            events.append(
+                _held_back(event, self._reader) if self._reader and self._strings else event
+            )
             self._forward += 1
         return events
 
@@ -133,9 +139,15 @@ def _held_back(event: Event, reader: TextReader) -> Event:
     there = event.tokens.index(None) if None in event.tokens else len(event.tokens)
     reader.read([token for token in event.tokens[:there] if token is not None])
     length = reader.shown if reader.found else len(event.tokens)
-    hidden = {i for i, token in enumerate(event.tokens) if i >= there and token is not None and reader.may_stop(token)}
+    hidden = {
+        i
+        for i, token in enumerate(event.tokens)
+        if i >= there and token is not None and reader.may_stop(token)
+    }
     hidden |= {*range(reader.shown, there)}
-    show = lambda values: [None if i in hidden else value for i, value in enumerate(values[:length])]
+    show = lambda values: [
+        None if i in hidden else value for i, value in enumerate(values[:length])
+    ]
     return event._replace(
         tokens=show(event.tokens),
         logprobs=show(event.logprobs),

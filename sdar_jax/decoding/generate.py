@@ -92,16 +92,30 @@ def generate(
     check_prompts(ids, configs, model.config, max_new_tokens)
     check_seed(seed, len(ids))
     check_slots(window_slots)
-    stops = model.config.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model.config)
+    stops = (
+        model.config.stop_token_ids
+        if stop_token_ids is None
+        else checked_stops(stop_token_ids, model.config)
+    )
     strings = checked_stop_strings(stop_strings, tokenizer)
     for each in {*configs}:
         check_options(each, model.config, stops, tokenizer, max_new_tokens)
     if not ids:
         return []
-    options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
-    batch = decode_batch(model, ids, configs, max_new_tokens=[max_new_tokens] * len(ids), strings=strings, **options)
+    options = {
+        "stop_ids": stops,
+        "seed": seed,
+        "window_slots": window_slots,
+        "tokenizer": tokenizer,
+    }
+    batch = decode_batch(
+        model, ids, configs, max_new_tokens=[max_new_tokens] * len(ids), strings=strings, **options
+    )
     done = completions(batch, tokenizer, strings)
-    asked = [prompt_logprobs(model, p) if c.prompt_logprobs else None for p, c in zip(ids, configs, strict=True)]
+    asked = [
+        prompt_logprobs(model, p) if c.prompt_logprobs else None
+        for p, c in zip(ids, configs, strict=True)
+    ]
     return [each._replace(prompt_logprobs=own) for each, own in zip(done, asked, strict=True)]
 
 
@@ -117,13 +131,21 @@ def decode_batch(
     """Decodes checked prompts to their ends; their state, on the host. `options` are those of `start_state`."""
     state, buffer = start_state(model, ids, configs, tokenizer=tokenizer, **options)
     decoder = Decoder(unstack_layers(model), buffer)
-    batch = _decoded_to_strings(decoder, state, strings, tokenizer) if strings else decoder(state, _ENDLESS)[0].batch
+    batch = (
+        _decoded_to_strings(decoder, state, strings, tokenizer)
+        if strings
+        else decoder(state, _ENDLESS)[0].batch
+    )
     return jax.device_get(batch)
 
 
-def _decoded_to_strings(decoder: Decoder, state: DecodeState, strings: Sequence[str], tokenizer: Any) -> SequenceState:
+def _decoded_to_strings(
+    decoder: Decoder, state: DecodeState, strings: Sequence[str], tokenizer: Any
+) -> SequenceState:
     """Decodes a few forwards at a time, and ends the sequences that have come to a stop string."""
-    readers = [TextReader(tokenizer.decode, strings) for _ in range(len(state.batch.progress.start))]
+    readers = [
+        TextReader(tokenizer.decode, strings) for _ in range(len(state.batch.progress.start))
+    ]
     while True:
         state, _ = decoder(state, _STEPS)
         batch = jax.device_get(state.batch)
@@ -136,16 +158,24 @@ def _decoded_to_strings(decoder: Decoder, state: DecodeState, strings: Sequence[
             return state.batch
 
 
-def one_each(config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig) -> list[DecodingConfig]:
+def one_each(
+    config: DecodingConfig | Sequence[DecodingConfig], count: int, model: ModelConfig
+) -> list[DecodingConfig]:
     """A config a prompt, all with one block size and one way of reading; checked though there be no prompt."""
     configs = [config] * count if isinstance(config, DecodingConfig) else list(config)
     if len(configs) != count:
-        raise DecodingError(f"{len(configs)} configs are given for {count} prompts; give one, or one for each prompt")
+        raise DecodingError(
+            f"{len(configs)} configs are given for {count} prompts; give one, or one for each prompt"
+        )
     if isinstance(config, DecodingConfig):
         config.resolve_block_size(model)
-    kinds = {(each.resolve_block_size(model), each.paradigm(model)): each.strategy for each in configs}
+    kinds = {
+        (each.resolve_block_size(model), each.paradigm(model)): each.strategy for each in configs
+    }
     if len(kinds) > 1:
-        named = ", ".join(f"{strategy} in blocks of {size}" for (size, _), strategy in kinds.items())
+        named = ", ".join(
+            f"{strategy} in blocks of {size}" for (size, _), strategy in kinds.items()
+        )
         raise DecodingError(
             f"configs of one batch differ in block size or in what a forward reads ({named}); decode them apart"
         )
@@ -171,10 +201,20 @@ def start_state(
     """
     size = configs[0].resolve_block_size(model.config)
     paradigm = configs[0].paradigm(model.config)
-    new = [max_new_tokens] * len(ids) if isinstance(max_new_tokens, int | np.integer) else max_new_tokens
-    given = [prompt != (-1 if model.config.mask_token_id is None else model.config.mask_token_id) for prompt in ids]
+    new = (
+        [max_new_tokens] * len(ids)
+        if isinstance(max_new_tokens, int | np.integer)
+        else max_new_tokens
+    )
+    given = [
+        prompt != (-1 if model.config.mask_token_id is None else model.config.mask_token_id)
+        for prompt in ids
+    ]
     origins = [paradigm.origin_of(first_mask(there)) for there in given]
-    ends = [at + round_up(len(p) + count - at, size) for at, p, count in zip(origins, ids, new, strict=True)]
+    ends = [
+        at + round_up(len(p) + count - at, size)
+        for at, p, count in zip(origins, ids, new, strict=True)
+    ]
     page_size = page_size or default_page_size(size)
     length = _bucket(max(1, *ends), page_size if paradigm.cached else size)
     pages = -(-length // page_size)
@@ -203,10 +243,14 @@ def start_state(
     ]
     table = np.arange(len(ids) * pages, dtype=np.int32).reshape(-1, pages)
     batch = jax.tree.map(lambda *each: np.stack(each), *sequences)
-    batch = batch.with_inputs(page_table=table, pages_end=np.full(len(ids), pages * page_size, np.int32))
+    batch = batch.with_inputs(
+        page_table=table, pages_end=np.full(len(ids), pages * page_size, np.int32)
+    )
     pool = []
     if paradigm.cached:
-        pool = empty_pages(model.config, table.size, page_size, model.embedding.dtype, mesh_of(model))
+        pool = empty_pages(
+            model.config, table.size, page_size, model.embedding.dtype, mesh_of(model)
+        )
     prompt = int(batch.progress.start.max()) - (not paradigm.masks) if paradigm.cached else 0
     chunk = _bucket(max(prompt, _LEAST_CHUNK), size)
     if not paradigm.bidirectional_prompt:

@@ -63,16 +63,24 @@ def infill(
     if isinstance(canvases, str):
         raise DecodingError(f"canvases is one text, {canvases[:20]!r}; give a list of canvases")
     if not fills_masks(model.config.objective):
-        raise DecodingError("infill needs a diffusion model and this one is autoregressive; see sdar_jax.to_diffusion")
+        raise DecodingError(
+            "infill needs a diffusion model and this one is autoregressive; see sdar_jax.to_diffusion"
+        )
     configs = one_each(config, len(canvases), model.config)
     if not all(each.strategy_for(model.config).fills_masks for each in configs):
-        raise DecodingError("strategy 'autoregressive' fills no masks; use strategy='low_confidence_dynamic'")
+        raise DecodingError(
+            "strategy 'autoregressive' fills no masks; use strategy='low_confidence_dynamic'"
+        )
     ids = [to_ids(canvas, i, tokenizer) for i, canvas in enumerate(canvases)]
     for i, canvas in enumerate(ids):
         check_ids(canvas, i, model.config, 0)
     check_seed(seed, len(ids))
     check_slots(window_slots)
-    stops = model.config.stop_token_ids if stop_token_ids is None else checked_stops(stop_token_ids, model.config)
+    stops = (
+        model.config.stop_token_ids
+        if stop_token_ids is None
+        else checked_stops(stop_token_ids, model.config)
+    )
     for each in {*configs}:
         check_options(each, model.config, stops, tokenizer, None)
     if not ids:
@@ -88,7 +96,12 @@ def infill(
         _warn_of_what_follows(masks, paradigm, configs[0].resolve_block_size(model.config))
     behind = [_masks_at_end(masked) for masked in masks]
     heads = [canvas[: len(canvas) - count] for canvas, count in zip(ids, behind, strict=True)]
-    options = {"stop_ids": stops, "seed": seed, "window_slots": window_slots, "tokenizer": tokenizer}
+    options = {
+        "stop_ids": stops,
+        "seed": seed,
+        "window_slots": window_slots,
+        "tokenizer": tokenizer,
+    }
     batch = decode_batch(model, heads, configs, max_new_tokens=behind, **options)
     return [completion(sequence_at(batch, i), tokenizer, start=0) for i in range(len(ids))]
 

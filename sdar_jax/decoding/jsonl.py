@@ -52,10 +52,14 @@ def answered(path: Path, records: list[dict[str, Any]]) -> int:
         with path.open("ab+") as file:
             file.seek(0)
             *lines, cut = file.read().split(b"\n")
-            other = next((i for i, line in enumerate(lines) if not _answers(line, records[i : i + 1])), None)
+            other = next(
+                (i for i, line in enumerate(lines) if not _answers(line, records[i : i + 1])), None
+            )
             if other is not None or cut[:1] not in (b"", b"{"):
                 place = f"{path}:{1 + (len(lines) if other is None else other)}"
-                raise DataError(f"{place}: not an answer to that line of the input; choose another --output")
+                raise DataError(
+                    f"{place}: not an answer to that line of the input; choose another --output"
+                )
             file.truncate(sum(len(line) + 1 for line in lines))
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error}); choose another --output") from None

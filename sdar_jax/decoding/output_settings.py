@@ -12,7 +12,9 @@ def settings_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.settings.json")
 
 
-def check_settings(output: Path, answers: int, model: str, fingerprint: str, settings: dict[str, Any]) -> None:
+def check_settings(
+    output: Path, answers: int, model: str, fingerprint: str, settings: dict[str, Any]
+) -> None:
     """Raises DataError if the answers that a file holds come from another model, or from other settings.
 
     Args:
@@ -24,16 +26,27 @@ def check_settings(output: Path, answers: int, model: str, fingerprint: str, set
         return
     file = settings_file(output)
     if not file.exists():
-        print(f"{output}: nothing says what made its {answers} answers; they are kept", file=sys.stderr)
+        print(
+            f"{output}: nothing says what made its {answers} answers; they are kept",
+            file=sys.stderr,
+        )
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-        made_by, of_weights, made_with = before["model"], before["fingerprint"], dict(before["settings"])
+        made_by, of_weights, made_with = (
+            before["model"],
+            before["fingerprint"],
+            dict(before["settings"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: cannot be read ({error!r}); remove it, or choose another --output") from None
+        raise DataError(
+            f"{file}: cannot be read ({error!r}); remove it, or choose another --output"
+        ) from None
     if of_weights != fingerprint:
         now = "which has changed since" if made_by == model else f"and the model is now {model}"
-        raise DataError(f"{output}: holds answers of the model {made_by}, {now}; choose another --output")
+        raise DataError(
+            f"{output}: holds answers of the model {made_by}, {now}; choose another --output"
+        )
     names = sorted({*made_with, *settings})
     was = lambda values, name: values.get(name, "the default")
     changed = [
@@ -54,4 +67,6 @@ def write_settings(output: Path, model: str, fingerprint: str, settings: dict[st
     try:
         settings_file(output).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{settings_file(output)}: cannot be written ({error}); choose another --output") from None
+        raise DataError(
+            f"{settings_file(output)}: cannot be written ({error}); choose another --output"
+        ) from None

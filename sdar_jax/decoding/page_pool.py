@@ -41,7 +41,9 @@ class Prefix(NamedTuple):
 
     def without_partial(self) -> "Prefix":
         """The pages that are full, alone."""
-        return self._replace(partial=None, partial_length=0, length=self.length - self.partial_length)
+        return self._replace(
+            partial=None, partial_length=0, length=self.length - self.partial_length
+        )
 
 
 @dataclass
@@ -62,7 +64,9 @@ def default_page_size(block_size: int) -> int:
 def check_page_size(page_size: int, block_size: int) -> None:
     """Raises ConfigError for a page that is not made of whole blocks."""
     if page_size < 1 or page_size % block_size:
-        raise ConfigError(f"page_size is {page_size}; give a multiple of the block size {block_size}")
+        raise ConfigError(
+            f"page_size is {page_size}; give a multiple of the block size {block_size}"
+        )
 
 
 class PagePool:

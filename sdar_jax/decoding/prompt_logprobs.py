@@ -23,7 +23,9 @@ def prompt_logprobs(model: Model, prompt: np.ndarray) -> list[float | None]:
 
 
 @jax.jit
-def _next_token(model: Model, tokens: Int[Array, " T"], length: Int[Array, ""]) -> Float[Array, " T"]:
+def _next_token(
+    model: Model, tokens: Int[Array, " T"], length: Int[Array, ""]
+) -> Float[Array, " T"]:
     """Of the token behind each position."""
     inside = (jnp.arange(tokens.size) < length).astype(jnp.int32)[None]
     positions = visibility.segments(inside).positions

@@ -32,14 +32,20 @@ def to_ids(prompt: Prompt, index: int, tokenizer: Any) -> np.ndarray:
     if ids.shape == (0,):
         return np.zeros(0, np.int32)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise DecodingError(f"prompt {index} is not a list of token ids but {str(prompt)[:40]}; give integers")
+        raise DecodingError(
+            f"prompt {index} is not a list of token ids but {str(prompt)[:40]}; give integers"
+        )
     return ids
 
 
 def check_prompts(
     ids: list[np.ndarray], configs: list[DecodingConfig], model: ModelConfig, max_new_tokens: int
 ) -> None:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 0:
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, (int, np.integer))
+        or max_new_tokens < 0
+    ):
         raise DecodingError(f"max_new_tokens is {max_new_tokens!r}; give an integer >= 0")
     for i, (prompt, config) in enumerate(zip(ids, configs, strict=True)):
         check_ids(prompt, i, model, max_new_tokens)
@@ -55,15 +61,21 @@ def check_prompts(
 def check_ids(prompt: np.ndarray, index: int, model: ModelConfig, max_new_tokens: int) -> None:
     if prompt.size and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
         wrong = prompt[(prompt < 0) | (prompt >= model.vocab_size)][0]
-        raise DecodingError(f"prompt {index} holds token id {wrong}; the vocabulary is 0 to {model.vocab_size - 1}")
+        raise DecodingError(
+            f"prompt {index} holds token id {wrong}; the vocabulary is 0 to {model.vocab_size - 1}"
+        )
     if len(prompt) + max_new_tokens > model.max_position_embeddings:
         total = f"prompt {index} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}"
-        raise DecodingError(f"{total}; together at most max_position_embeddings {model.max_position_embeddings}")
+        raise DecodingError(
+            f"{total}; together at most max_position_embeddings {model.max_position_embeddings}"
+        )
 
 
 def check_seed(seed: int, prompts: int) -> None:
     if not isinstance(seed, int | np.integer) or not -(2**31) <= seed <= 2**31 - 1 - prompts:
-        raise DecodingError(f"seed is {seed!r}; give an integer of 31 bits, as prompt i uses seed + i")
+        raise DecodingError(
+            f"seed is {seed!r}; give an integer of 31 bits, as prompt i uses seed + i"
+        )
 
 
 def check_slots(window_slots: int) -> None:
@@ -84,7 +96,9 @@ def checked_stops(stop_token_ids: Sequence[int], model: ModelConfig) -> tuple[in
 def checked_stop_strings(strings: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
     listed = isinstance(strings, Iterable) and not isinstance(strings, str)
     if not listed or not all(isinstance(string, str) and string for string in strings):
-        raise DecodingError(f"stop_strings is {strings!r}; give a list of texts, none of them empty")
+        raise DecodingError(
+            f"stop_strings is {strings!r}; give a list of texts, none of them empty"
+        )
     if strings and tokenizer is None:
         raise DecodingError(f"stop_strings {strings!r} are looked for in text; give tokenizer=")
     return tuple(strings)
@@ -100,9 +114,13 @@ def check_options(
     """What of a config depends on the model and the request. Raises DecodingError."""
     size, ids = model.vocab_size, config.suppress_token_ids
     if wrong := [each for each in ids if each >= size]:
-        raise DecodingError(f"suppress_token_ids holds {wrong[0]}; the vocabulary is 0 to {size - 1}")
+        raise DecodingError(
+            f"suppress_token_ids holds {wrong[0]}; the vocabulary is 0 to {size - 1}"
+        )
     if config.top_logprobs > size:
-        raise DecodingError(f"top_logprobs is {config.top_logprobs} and the vocabulary {size}; use at most that")
+        raise DecodingError(
+            f"top_logprobs is {config.top_logprobs} and the vocabulary {size}; use at most that"
+        )
     if max_new_tokens is not None and config.min_new_tokens > max_new_tokens:
         least = f"min_new_tokens is {config.min_new_tokens} and max_new_tokens {max_new_tokens}"
         raise DecodingError(f"{least}; use at most that")
@@ -113,4 +131,6 @@ def check_options(
     masks = [] if model.mask_token_id is None else [model.mask_token_id]
     left[[*ids, *masks, *(stops if config.min_new_tokens else ())]] = False
     if not left.any():
-        raise DecodingError("suppress_token_ids and min_new_tokens leave no token to propose; suppress fewer")
+        raise DecodingError(
+            "suppress_token_ids and min_new_tokens leave no token to propose; suppress fewer"
+        )

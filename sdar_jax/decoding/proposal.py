@@ -65,7 +65,9 @@ def propose(
         lambda logits: _general(logits, parameters, positions, step, seen, suppressed, allow),
         logits,
     )
-    return Proposal(token, score, entropy, logprob, finite, _alternatives(logits, parameters, alternatives))
+    return Proposal(
+        token, score, entropy, logprob, finite, _alternatives(logits, parameters, alternatives)
+    )
 
 
 def _alternatives(logits: Array, parameters: SamplingParams, count: int) -> Alternatives | None:
@@ -84,7 +86,9 @@ def _alternatives(logits: Array, parameters: SamplingParams, count: int) -> Alte
 def _all_plain(parameters: SamplingParams) -> Array:
     """Whether every row is greedy, without penalty, and ranks by probability: what costs two passes over the logits."""
     greedy = (parameters.temperature == 0) & (parameters.repetition_penalty == 1)
-    return (greedy & (parameters.score == SCORES["probability"]) & (parameters.reads_entropy == 0)).all()
+    return (
+        greedy & (parameters.score == SCORES["probability"]) & (parameters.reads_entropy == 0)
+    ).all()
 
 
 def _plain(logits: Array, allow: Callable[[Array], Array]) -> tuple[Array, Array, Array, Array]:
@@ -96,7 +100,11 @@ def _plain(logits: Array, allow: Callable[[Array], Array]) -> tuple[Array, Array
 def _first_largest(logits: Array) -> Array:
     """As argmax, but of a row with NaN the last token: two plain reductions, as a CPU does not vectorise argmax."""
     last = logits.shape[-1] - 1
-    index = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(last + 1, dtype=jnp.int32), last)
+    index = jnp.where(
+        logits == jnp.max(logits, axis=-1, keepdims=True),
+        jnp.arange(last + 1, dtype=jnp.int32),
+        last,
+    )
     return jnp.min(index, axis=-1)
 
 
@@ -109,10 +117,14 @@ def _general(
     suppressed: Array,
     allow: Callable[[Array], Array],
 ) -> tuple[Array, Array, Array, Array]:
-    wanted = jax.lax.cond((suppressed >= 0).any(), lambda x: _without(x, suppressed), lambda x: x, logits)
+    wanted = jax.lax.cond(
+        (suppressed >= 0).any(), lambda x: _without(x, suppressed), lambda x: x, logits
+    )
     if seen is not None:
         some = (parameters.repetition_penalty != 1).any()
-        wanted = jax.lax.cond(some, lambda x: _penalised(x, parameters, seen()), lambda x: x, wanted)
+        wanted = jax.lax.cond(
+            some, lambda x: _penalised(x, parameters, seen()), lambda x: x, wanted
+        )
     greedy = parameters.temperature == 0
     # From the largest down, so that a low temperature cannot overflow the quotient.
     distribution = jax.nn.log_softmax(
@@ -120,14 +132,23 @@ def _general(
     )
     filters = ~greedy & ((parameters.top_k > 0) | (parameters.top_p < 1))
     allowed = allow(distribution)
-    filtered = jax.lax.cond(filters.any(), lambda x: _filter(x, parameters, filters), lambda x: x, allowed)
+    filtered = jax.lax.cond(
+        filters.any(), lambda x: _filter(x, parameters, filters), lambda x: x, allowed
+    )
     best = _first_largest(allow(wanted))
     draw = lambda: jnp.where(greedy, best, _sample(filtered, parameters.seed, positions, step))
     token = jax.lax.cond(greedy.all(), lambda: best, draw)
     after = (filters & (parameters.post_filter == 1))[:, None]
     confident = jnp.where(after, jax.nn.log_softmax(filtered), distribution)
-    entropy = -jnp.sum(jnp.exp(distribution) * jnp.where(jnp.isfinite(distribution), distribution, 0), axis=-1)
-    return token, _score(confident, token, entropy, parameters), entropy, _at(jax.nn.log_softmax(logits), token)
+    entropy = -jnp.sum(
+        jnp.exp(distribution) * jnp.where(jnp.isfinite(distribution), distribution, 0), axis=-1
+    )
+    return (
+        token,
+        _score(confident, token, entropy, parameters),
+        entropy,
+        _at(jax.nn.log_softmax(logits), token),
+    )
 
 
 def _without(logits: Array, tokens: Array) -> Array:
@@ -152,7 +173,9 @@ def _score(log_probs: Array, token: Array, entropy: Array, parameters: SamplingP
         return best - second
 
     by_margin = parameters.score == SCORES["margin"]
-    margins = jax.lax.cond(by_margin.any(), margin, lambda log_probs: jnp.zeros_like(log_probs[:, 0]), log_probs)
+    margins = jax.lax.cond(
+        by_margin.any(), margin, lambda log_probs: jnp.zeros_like(log_probs[:, 0]), log_probs
+    )
     score = jnp.where(by_margin, margins, jnp.exp(_at(log_probs, token)))
     return jnp.where(parameters.score == SCORES["neg_entropy"], -entropy, score)
 
@@ -165,7 +188,9 @@ def _filter(log_probs: Array, parameters: SamplingParams, rows: Bool[Array, " L"
     probs = jnp.where(in_top_k, jnp.exp(log_probs), 0)
     mass = parameters.top_p * probs.sum(axis=-1)
     # With p = 1 rounding must leave out nothing.
-    crosses = lambda above: (jnp.where(above, probs, 0).sum(axis=-1) < mass) | (parameters.top_p == 1)
+    crosses = lambda above: (
+        (jnp.where(above, probs, 0).sum(axis=-1) < mass) | (parameters.top_p == 1)
+    )
     stays = in_top_k & (bits >= _least_bits(bits, crosses)[:, None])
     return jnp.where(rows[:, None] & ~stays, -jnp.inf, log_probs)
 

@@ -19,16 +19,26 @@ def timed(engine: Engine | None, batch: int) -> Iterator[list[Completion]]:
     seconds = time.perf_counter() - started
     if engine is not None and before is not None:
         print(prefill_speed(before, engine.stats()), file=sys.stderr)
-    print(speed(done, seconds, batch) + (", compilation included" if engine is None else ""), file=sys.stderr)
+    print(
+        speed(done, seconds, batch) + (", compilation included" if engine is None else ""),
+        file=sys.stderr,
+    )
 
 
 def prefill_speed(before: Stats, now: Stats) -> str:
     """Positions read before decoding, and the speed of those that were read while no request decoded."""
-    read, shared = now.prefill_tokens - before.prefill_tokens, now.prefix_tokens - before.prefix_tokens
+    read, shared = (
+        now.prefill_tokens - before.prefill_tokens,
+        now.prefix_tokens - before.prefix_tokens,
+    )
     alone = now.prefill_alone_tokens - before.prefill_alone_tokens
     seconds = now.prefill_alone_seconds - before.prefill_alone_seconds
     rate = f" in {seconds:.3f} s, {alone / seconds:.0f} tokens/s" if alone else ""
-    message = f"{read} tokens{rate}" if alone == read else f"{read} tokens, {alone} of them with no row decoding{rate}"
+    message = (
+        f"{read} tokens{rate}"
+        if alone == read
+        else f"{read} tokens, {alone} of them with no row decoding{rate}"
+    )
     return f"prefill: {message}; {shared} more from the cache"
 
 
@@ -37,7 +47,9 @@ def speed(completions: Sequence[Completion], seconds: float, batch: int) -> str:
     tokens = sum(len(c.tokens) for c in completions)
     denoising = sum(c.denoising_forwards for c in completions)
     commits = sum(c.commit_forwards for c in completions)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(c.finish_reason for c in completions).items())
+    reasons = ", ".join(
+        f"{n} {reason}" for reason, n in Counter(c.finish_reason for c in completions).items()
+    )
     rate = f", TPF {tokens / denoising:.2f}" if denoising else ""
     forwards = f"{denoising} denoising and {commits} commit forwards"
     done = f"{tokens} tokens ({reasons}) in {seconds:.3f} s"

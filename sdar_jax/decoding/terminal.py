@@ -59,7 +59,9 @@ class ChangeLines:
 
     def show(self, event: Event) -> None:
         text = "".join(_pieces(event, self._decode))
-        odds = " ".join(MASKED if p is None else f"{math.exp(p):.2f}" for p in event.logprobs[event.finished :])
+        odds = " ".join(
+            MASKED if p is None else f"{math.exp(p):.2f}" for p in event.logprobs[event.finished :]
+        )
         self._out.write(f"{event.forward}\t{text}\t{odds}\n")
         self._out.flush()
 
@@ -79,12 +81,16 @@ class LiveText:
         self._drawn = 0
 
     def show(self, event: Event) -> None:
-        text = self._decode([token for token in event.tokens[: event.finished] if token is not None]).rstrip(PART)
+        text = self._decode(
+            [token for token in event.tokens[: event.finished] if token is not None]
+        ).rstrip(PART)
         line = text.rfind("\n") + 1
         styles = [self._style(logprob) for logprob in event.logprobs[event.finished :]]
         opened = list(zip(_pieces(event, self._decode), styles, strict=True))
         size = shutil.get_terminal_size()
-        rows = wrap([(_printable(text[line:]), ""), *opened], size.columns - 1)[1 - max(size.lines, 2) :]
+        rows = wrap([(_printable(text[line:]), ""), *opened], size.columns - 1)[
+            1 - max(size.lines, 2) :
+        ]
         self._erase()
         self._out.write(text[self._kept : line] + "\n".join(rows))
         self._out.flush()
@@ -103,7 +109,11 @@ class LiveText:
     def _style(self, logprob: float | None) -> str:
         if not self._colour:
             return ""
-        return _DIM if logprob is None else f"\x1b[38;5;{_SCALE[round(10 * math.exp(min(logprob, 0.0)))]}m"
+        return (
+            _DIM
+            if logprob is None
+            else f"\x1b[38;5;{_SCALE[round(10 * math.exp(min(logprob, 0.0)))]}m"
+        )
 
 
 def watching(decode: Decode, out: Out) -> LiveText | ChangeLines:

@@ -66,7 +66,12 @@ def whole_characters(tokens: Sequence[int], decode: Decode) -> int:
 
 def tokens_within(tokens: Sequence[int], length: int, decode: Decode) -> int:
     """How many of the tokens have all of their text in its first `length` characters."""
-    count = bisect_right(range(len(tokens) + 1), length, key=lambda n: len(decode(tokens[:n]).rstrip(PART))) - 1
+    count = (
+        bisect_right(
+            range(len(tokens) + 1), length, key=lambda n: len(decode(tokens[:n]).rstrip(PART))
+        )
+        - 1
+    )
     return whole_characters(tokens[:count], decode)
 
 
@@ -121,7 +126,9 @@ class TextReader:
         if self.found is not None:
             through = self._decode(window[: self.found.count - self._window.start])
             return tokens_within(window, through.index(self.found.string), self._decode)
-        begun = max((n for s in self._strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        begun = max(
+            (n for s in self._strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0
+        )
         return tokens_within(window, len(text) - begun, self._decode) if begun else len(window)
 
     def _moved(self, window: _Window) -> _Window:
@@ -139,7 +146,11 @@ class TextReader:
         """Whether a token may become part of a stop string, or of a character, with neighbours not yet known."""
         if token not in self._uncertain:
             text = self._decode([token])
-            overlaps = lambda s: any(text.endswith(s[:n]) or text.startswith(s[-n:]) for n in range(1, len(s)))
+            overlaps = lambda s: any(
+                text.endswith(s[:n]) or text.startswith(s[-n:]) for n in range(1, len(s))
+            )
             inside = lambda s: s in text or (text and text in s)
-            self._uncertain[token] = PART in text or any(inside(s) or overlaps(s) for s in self._strings)
+            self._uncertain[token] = PART in text or any(
+                inside(s) or overlaps(s) for s in self._strings
+            )
         return self._uncertain[token]

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
-from sdar_jax.decoding.decode_state import SequenceInputs, SequenceOutput, SequenceProgress, SequenceState
+from sdar_jax.decoding.decode_state import (
+    SequenceInputs,
+    SequenceOutput,
+    SequenceProgress,
+    SequenceState,
+)
 from sdar_jax.model import LayerPages
 
 _Index = int | Int[Array, ""]
@@ -82,7 +87,9 @@ class HostView:
     def sequence(self, inputs: SequenceInputs, slot: int) -> SequenceState:
         """The sequence in a slot of the batch, whose inputs the host has."""
         # Copies, or a finished sequence would hold all the others.
-        progress, output = jax.tree.map(lambda field: field[slot].copy(), (self.progress, self._output))
+        progress, output = jax.tree.map(
+            lambda field: field[slot].copy(), (self.progress, self._output)
+        )
         return SequenceState(inputs, progress, output)
 
 
@@ -92,7 +99,9 @@ def put_sequence(batch: SequenceState, slot: _Index, sequence: SequenceState) ->
 
 
 @partial(jax.jit, donate_argnums=0)
-def set_pages(batch: SequenceState, table: Int[Array, "B M"], ends: Int[Array, " B"]) -> SequenceState:
+def set_pages(
+    batch: SequenceState, table: Int[Array, "B M"], ends: Int[Array, " B"]
+) -> SequenceState:
     """Sets the page tables of all sequences, and what they cover: those that were out of pages may continue."""
     return batch.with_inputs(page_table=table, pages_end=ends)
 

@@ -95,7 +95,9 @@ def topology(name: str) -> TopologyDescription:
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     if match is None or match[1] not in CHIPS:
-        raise ConfigError(f"topology {name!r} is unknown; use a chip of {tuple(CHIPS)} and a shape, as in 'v5p:4x4x4'")
+        raise ConfigError(
+            f"topology {name!r} is unknown; use a chip of {tuple(CHIPS)} and a shape, as in 'v5p:4x4x4'"
+        )
     module, extra = _MODULES[CHIPS[match[1]].platform]
     if importlib.util.find_spec(module) is None:
         raise ConfigError(
@@ -105,7 +107,9 @@ def topology(name: str) -> TopologyDescription:
         return _described(name, *match.groups())
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(f"topology {name!r} is not one that its compiler takes ({reason}); use another") from None
+        raise ConfigError(
+            f"topology {name!r} is not one that its compiler takes ({reason}); use another"
+        ) from None
 
 
 def _described(name: str, chip: str, shape: str) -> TopologyDescription:
@@ -166,7 +170,9 @@ def check_backend() -> None:
         fix = "set it to cpu, or unset it"
         if known is not None:
             fix = f"install sdar-jax[{_MODULES[known][1]}] and see that the {known.upper()} is there, or unset it"
-        raise ConfigError(f"JAX_PLATFORMS is {platforms!r} and JAX cannot use that here ({reason}); {fix}") from None
+        raise ConfigError(
+            f"JAX_PLATFORMS is {platforms!r} and JAX cannot use that here ({reason}); {fix}"
+        ) from None
 
 
 def not_hopper() -> str | None:

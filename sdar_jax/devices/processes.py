@@ -171,12 +171,16 @@ def _plain_place(given: dict[str, str]) -> _Place | None:
         )
     host, _, port = given[_ADDRESS].rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"{_ADDRESS} is {given[_ADDRESS]!r}; give host:port of process 0, such as 10.0.0.1:8476")
+        raise ConfigError(
+            f"{_ADDRESS} is {given[_ADDRESS]!r}; give host:port of process 0, such as 10.0.0.1:8476"
+        )
     count, index = given[_COUNT], given[_INDEX]
     if not count.isdigit() or int(count) < 1:
         raise ConfigError(f"{_COUNT} is {count!r}; give the number of processes")
     if not index.isdigit() or int(index) >= int(count):
-        raise ConfigError(f"{_INDEX} is {index!r}; give a number from 0 to {int(count) - 1}, {_COUNT} - 1")
+        raise ConfigError(
+            f"{_INDEX} is {index!r}; give a number from 0 to {int(count) - 1}, {_COUNT} - 1"
+        )
     return _Place(given[_ADDRESS], int(count), int(index))
 
 
@@ -190,7 +194,10 @@ def _listen(place: _Place, deadline: float) -> dict[int, socket.socket]:
     family = socket.AF_INET6 if wide else socket.AF_INET
     try:
         server = socket.create_server(
-            ("", place.endpoint[1]), family=family, dualstack_ipv6=wide, backlog=max(128, place.count)
+            ("", place.endpoint[1]),
+            family=family,
+            dualstack_ipv6=wide,
+            backlog=max(128, place.count),
         )
     except OSError as error:
         raise ConfigError(
@@ -212,13 +219,17 @@ def _listen(place: _Place, deadline: float) -> dict[int, socket.socket]:
     return found
 
 
-def _admit(server: socket.socket, place: _Place, found: dict[int, socket.socket], deadline: float) -> str | None:
+def _admit(
+    server: socket.socket, place: _Place, found: dict[int, socket.socket], deadline: float
+) -> str | None:
     """Accepts the next process; or says why there is no job."""
     try:
         server.settimeout(max(0.01, deadline - time.monotonic()))
         connection, _ = server.accept()
     except TimeoutError:
-        missing = ", ".join([str(index) for index in range(1, place.count) if index not in found][:5])
+        missing = ", ".join(
+            [str(index) for index in range(1, place.count) if index not in found][:5]
+        )
         return (
             f"{_COUNT} is {place.count} and processes {missing} did not come to {place.address} in time; start all of "
             "them, with the same values"
@@ -239,9 +250,8 @@ def _admit(server: socket.socket, place: _Place, found: dict[int, socket.socket]
 
 def _contradiction(place: _Place, found: Container[int], index: int, count: int) -> str | None:
     if count != place.count:
-        return (
-            f"process {index} was told of {count} processes and process 0 of {place.count}; give all the same {_COUNT}"
-        )
+        counts = f"process {index} was told of {count} processes and process 0 of {place.count}"
+        return f"{counts}; give all the same {_COUNT}"
     if index in found or index == 0:
         return f"two processes are number {index}; give each a {_INDEX} of its own"
     return None

@@ -73,22 +73,33 @@ class MeshConfig:
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         for name, size in sizes.items():
             if not is_int(size) or (size < 1 and size != -1):
-                raise ConfigError(f"{name} is {size!r}; give a positive integer, or -1 for all devices that are left")
+                raise ConfigError(
+                    f"{name} is {size!r}; give a positive integer, or -1 for all devices that are left"
+                )
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1:
-            raise ConfigError(f"{' and '.join(free)} are -1; only one axis can take all devices that are left")
+            raise ConfigError(
+                f"{' and '.join(free)} are -1; only one axis can take all devices that are left"
+            )
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Computes the size of each axis over so many devices. Raises ConfigError unless their product is that
         number."""
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         given = math.prod(size for size in sizes.values() if size > 0)
-        shown = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "a mesh of 1"
+        shown = (
+            " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+            or "a mesh of 1"
+        )
         free = next((name for name, size in sizes.items() if size == -1), None)
         if free is None and given != devices:
-            raise ConfigError(f"{shown} is {given} devices and there are {devices}; give sizes whose product is that")
+            raise ConfigError(
+                f"{shown} is {given} devices and there are {devices}; give sizes whose product is that"
+            )
         if devices % given:
-            raise ConfigError(f"{shown} does not divide {devices} devices; use {_listed(_divisors(devices))} in all")
+            raise ConfigError(
+                f"{shown} does not divide {devices} devices; use {_listed(_divisors(devices))} in all"
+            )
         return sizes if free is None else {**sizes, free: devices // given}
 
 
@@ -113,7 +124,10 @@ def check_divides(what: str, size: int, total: int, reason: str) -> None:
 
 
 def spec(
-    mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int], rules: Rules = RULES
+    mesh: Mesh | AbstractMesh,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+    rules: Rules = RULES,
 ) -> PartitionSpec:
     """Places an array of these logical axes and this shape on the mesh.
 
@@ -215,4 +229,6 @@ def _divisors(number: int) -> list[int]:
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])
+    return (
+        ", ".join(map(str, numbers[:-1])) + (" or " if len(numbers) > 1 else "") + str(numbers[-1])
+    )

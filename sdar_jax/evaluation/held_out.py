@@ -17,7 +17,9 @@ from sdar_jax.objectives import Batch, predicted
 Rows = dict[str, np.ndarray]
 
 
-def held_out_likelihood(config: EvalConfig, data: Iterator[Rows]) -> Callable[[Model, int], dict[str, float]]:
+def held_out_likelihood(
+    config: EvalConfig, data: Iterator[Rows]
+) -> Callable[[Model, int], dict[str, float]]:
     """Makes an evaluator: held-out likelihood in nats per token over the first `config.rows` rows, batch by batch.
 
     The evaluator returns {"nll": ...} of a model that predicts each next token, else {"nelbo": ..., "nelbo_se": ...}.
@@ -30,7 +32,9 @@ def held_out_likelihood(config: EvalConfig, data: Iterator[Rows]) -> Callable[[M
     """
     batches = list(itertools.islice(data, math.ceil(config.rows / config.data.batch_size)))
     if not any(batch["loss_mask"].any() for batch in batches):
-        raise DataError("eval.data has no token that counts in its first rows; give other data, or more eval.rows")
+        raise DataError(
+            "eval.data has no token that counts in its first rows; give other data, or more eval.rows"
+        )
 
     def evaluate(model: Model, step: int) -> dict[str, float]:
         scores = np.array(list(_scores(model, batches, config)))
@@ -44,7 +48,9 @@ def held_out_likelihood(config: EvalConfig, data: Iterator[Rows]) -> Callable[[M
     return evaluate
 
 
-def _scores(model: Model, batches: list[Rows], config: EvalConfig) -> Iterator[tuple[float, float, float]]:
+def _scores(
+    model: Model, batches: list[Rows], config: EvalConfig
+) -> Iterator[tuple[float, float, float]]:
     """Yields (tokens counted, nats per token, standard error) of each batch that has tokens to count."""
     paradigm = model.config.paradigm
     for i, batch in enumerate(batches):
@@ -56,7 +62,14 @@ def _scores(model: Model, batches: list[Rows], config: EvalConfig) -> Iterator[t
             continue
         if paradigm.masks:
             seed = config.seed + i
-            bound = nelbo(model, tokens, block_size=paradigm.block_size, samples=config.samples, seed=seed, **masks)
+            bound = nelbo(
+                model,
+                tokens,
+                block_size=paradigm.block_size,
+                samples=config.samples,
+                seed=seed,
+                **masks,
+            )
             yield counted, *bound
         else:
             yield counted, autoregressive_nll(model, tokens, **masks), 0.0

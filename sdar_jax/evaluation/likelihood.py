@@ -12,7 +12,14 @@ from sdar_jax.devices.sharding import activate_mesh, mesh_of
 from sdar_jax.errors import ConfigError, DataError, is_int
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, diffusion_inputs, next_token_inputs, origin_of, predicted, score_tokens
+from sdar_jax.objectives import (
+    Batch,
+    diffusion_inputs,
+    next_token_inputs,
+    origin_of,
+    predicted,
+    score_tokens,
+)
 
 Tokens = Int[Array | np.ndarray, "B L"]
 Mask = Bool[Array | np.ndarray, "B L"]
@@ -56,12 +63,16 @@ def nelbo(
     if model.config.mask_token_id is None:
         raise ConfigError("nelbo needs mask_token_id and the model has none; set it")
     if not is_int(samples) or samples < 2:
-        raise ConfigError(f"samples is {samples!r}; give at least 2, so that there is a standard error")
+        raise ConfigError(
+            f"samples is {samples!r}; give at least 2, so that there is a standard error"
+        )
     batch = _batch(model.config, tokens, segment_ids, loss_mask)
     count = _count(predicted(model.config.with_blocks(block_size), batch))
     key = jax.random.key(seed)
     with activate_mesh(mesh_of(model)):
-        sums = [_bound(model, batch, jax.random.fold_in(key, i), block_size) for i in range(samples)]
+        sums = [
+            _bound(model, batch, jax.random.fold_in(key, i), block_size) for i in range(samples)
+        ]
     estimates = np.array(sums, np.float64) / count
     # From the first: estimates that are all equal then have an error of zero, where their mean would leave a rounding.
     apart = estimates - estimates[0]
@@ -69,7 +80,11 @@ def nelbo(
 
 
 def autoregressive_nll(
-    model: Model, tokens: Tokens, *, segment_ids: Tokens | None = None, loss_mask: Mask | None = None
+    model: Model,
+    tokens: Tokens,
+    *,
+    segment_ids: Tokens | None = None,
+    loss_mask: Mask | None = None,
 ) -> float:
     """Computes the exact next-token NLL (Eq. 3) in nats per token, without the first of a document, which nothing
     predicts.
@@ -82,23 +97,33 @@ def autoregressive_nll(
     return float(total) / _count(count)
 
 
-def _batch(config: ModelConfig, tokens: Tokens, segment_ids: Tokens | None, loss_mask: Mask | None) -> Batch:
+def _batch(
+    config: ModelConfig, tokens: Tokens, segment_ids: Tokens | None, loss_mask: Mask | None
+) -> Batch:
     tokens = jnp.asarray(tokens, jnp.int32)
-    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    segment_ids = (
+        jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    )
     mask = jnp.ones_like(tokens, bool) if loss_mask is None else jnp.asarray(loss_mask, bool)
     if tokens.ndim != 2 or not tokens.shape == segment_ids.shape == mask.shape:
-        shapes = f"tokens {tokens.shape}, segment_ids {segment_ids.shape} and loss_mask {mask.shape}"
+        shapes = (
+            f"tokens {tokens.shape}, segment_ids {segment_ids.shape} and loss_mask {mask.shape}"
+        )
         raise DataError(f"{shapes} do not fit; give [rows, length] for each")
     wrong = (tokens < 0) | (tokens >= config.vocab_size)
     if wrong.any():
-        raise DataError(f"tokens hold id {tokens[wrong][0]}; the vocabulary is 0 to {config.vocab_size - 1}")
+        raise DataError(
+            f"tokens hold id {tokens[wrong][0]}; the vocabulary is 0 to {config.vocab_size - 1}"
+        )
     return Batch(tokens, segment_ids, mask & (segment_ids > 0))
 
 
 def _count(counted: Array) -> float:
     total = float(counted.sum())
     if total == 0:
-        raise ConfigError("no token is counted: loss_mask and segment_ids leave none; give at least one")
+        raise ConfigError(
+            "no token is counted: loss_mask and segment_ids leave none; give at least one"
+        )
     return total
 
 
@@ -106,9 +131,13 @@ def _count(counted: Array) -> float:
 def _bound(model: Model, batch: Batch, key: jax.Array, block_size: int | None) -> Array:
     paradigm = model.config.with_blocks(block_size)
     origin = origin_of(paradigm, batch)
-    corrupted = corrupt(batch.segment_ids, batch.loss_mask, key, _BOUND, block_size=block_size, origin=origin)
+    corrupted = corrupt(
+        batch.segment_ids, batch.loss_mask, key, _BOUND, block_size=block_size, origin=origin
+    )
     noisy = jnp.where(corrupted.masked, jnp.int32(_mask_id(model.config)), batch.tokens)
-    total, _ = score_tokens(model, diffusion_inputs(paradigm, batch, noisy, corrupted.weights, origin))
+    total, _ = score_tokens(
+        model, diffusion_inputs(paradigm, batch, noisy, corrupted.weights, origin)
+    )
     return total
 
 

@@ -29,12 +29,18 @@ def exchange(
     return jax.lax.platform_dependent(rows, me, *plan, cpu=choose, default=send)
 
 
-def _ragged(rows: Array, me: Array, starts: Array, arrive_at: Array, counts: Array, *, axis, capacity: int) -> Array:
+def _ragged(
+    rows: Array, me: Array, starts: Array, arrive_at: Array, counts: Array, *, axis, capacity: int
+) -> Array:
     empty = jnp.zeros((capacity, rows.shape[-1]), rows.dtype)
-    return jax.lax.ragged_all_to_all(rows, empty, starts[me], counts[me], arrive_at[me], counts[:, me], axis_name=axis)
+    return jax.lax.ragged_all_to_all(
+        rows, empty, starts[me], counts[me], arrive_at[me], counts[:, me], axis_name=axis
+    )
 
 
-def _gathered(rows: Array, me: Array, starts: Array, arrive_at: Array, counts: Array, *, axis, capacity: int) -> Array:
+def _gathered(
+    rows: Array, me: Array, starts: Array, arrive_at: Array, counts: Array, *, axis, capacity: int
+) -> Array:
     everyone = jax.lax.all_gather(rows, axis)
     at = jnp.arange(capacity)
     sender = jnp.searchsorted(arrive_at[:, me] + counts[:, me], at, side="right")

@@ -18,7 +18,10 @@ _FEWEST_ROWS, _MOST_ROWS = 8, 128
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_dot(
-    x: Float[Array, "M K"], weights: Float[Array, "G K N"], sizes: Int[Array, " G"], partly_filled: bool = False
+    x: Float[Array, "M K"],
+    weights: Float[Array, "G K N"],
+    sizes: Int[Array, " G"],
+    partly_filled: bool = False,
 ) -> Float[Array, "M N"]:
     """Multiplies the rows of x, sorted by group, with the weights of their group.
 
@@ -96,7 +99,9 @@ def _filled_dot(x: Array, weights: Array, sizes: Array) -> Array:
     return jnp.where(filled, jax.lax.ragged_dot(jnp.where(filled, x, 0), weights, sizes), 0)
 
 
-def _ragged_dot_gradients(dot, x: Array, weights: Array, sizes: Array, d_out: Array) -> tuple[Array, Array]:
+def _ragged_dot_gradients(
+    dot, x: Array, weights: Array, sizes: Array, d_out: Array
+) -> tuple[Array, Array]:
     _, pull_back = jax.vjp(lambda x, weights: dot(x, weights, sizes), x, weights)
     return pull_back(d_out)
 
@@ -111,7 +116,11 @@ class _Visit(NamedTuple):
 
 
 def _tiled_dot(
-    x: Float[Array, "M K"], weights: Float[Array, "G K N"], sizes: Int[Array, " G"], *, skipping: bool
+    x: Float[Array, "M K"],
+    weights: Float[Array, "G K N"],
+    sizes: Int[Array, " G"],
+    *,
+    skipping: bool,
 ) -> Float[Array, "M N"]:
     size = _tile_size(len(x), len(sizes))
     tiles = _pad_to_tiles(x, size)
@@ -136,7 +145,9 @@ def _tiled_dot_gradients(
 
     def visit(total: Array, at: _Visit) -> Array:
         own = jnp.where(_inside(at, size), _slice(tiles, at.tile, size), 0)
-        part = jnp.einsum("mk,mn->kn", own, _slice(d_tiles, at.tile, size), preferred_element_type=wide)
+        part = jnp.einsum(
+            "mk,mn->kn", own, _slice(d_tiles, at.tile, size), preferred_element_type=wide
+        )
         return total.at[at.group].add(part)
 
     total = jnp.zeros(weights.shape, wide)
@@ -145,7 +156,9 @@ def _tiled_dot_gradients(
     return d_x, d_weights.astype(weights.dtype)
 
 
-def _scan(visit: Callable[[Array, _Visit], Array], carry: Array, visits: _Visit, skipping: bool) -> Array:
+def _scan(
+    visit: Callable[[Array, _Visit], Array], carry: Array, visits: _Visit, skipping: bool
+) -> Array:
     """Does all visits, or with `skipping` those with rows: a branch for each, which pays where most may have none."""
 
     def step(carry: Array, at: _Visit) -> tuple[Array, None]:

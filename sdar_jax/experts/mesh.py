@@ -55,7 +55,13 @@ def expert_mlp(
 
 
 def _on_device(
-    owners: tuple[str, ...], width: tuple[str, ...], split: bool, x: Array, experts: Array, gates: Array, *weights
+    owners: tuple[str, ...],
+    width: tuple[str, ...],
+    split: bool,
+    x: Array,
+    experts: Array,
+    gates: Array,
+    *weights,
 ) -> Array:
     """Computes a device's rows x [b, t, D], with its experts and its part of their width."""
     parts = [part.reshape(-1, part.shape[-1]) for part in (x, experts, gates)]
@@ -73,13 +79,17 @@ def _on_device(
     return out.reshape(x.shape)
 
 
-def _own_share(owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, down: Array) -> Array:
+def _own_share(
+    owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, down: Array
+) -> Array:
     """Computes what this device's experts add to these tokens."""
     first = jax.lax.axis_index(owners) * len(gate_up)
     return mlp(x, experts - first, gates, gate_up, down, partly=True)
 
 
-def _sent(owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, down: Array) -> Array:
+def _sent(
+    owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, down: Array
+) -> Array:
     """Sends pairs to the owners of their experts, computes them there, and sends them back."""
     devices = jax.lax.axis_size(owners)
     held = len(gate_up)
@@ -99,7 +109,9 @@ def _sent(owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_
     expert = jnp.where(jnp.arange(len(arrived)) < own.sum(), expert, held)
     by_expert = jnp.argsort(expert, stable=True)
     back = jnp.argsort(by_expert)
-    computed = rows_mlp(permute(arrived, by_expert, back), own.sum(axis=0), gate_up, down, partly=True)
+    computed = rows_mlp(
+        permute(arrived, by_expert, back), own.sum(axis=0), gate_up, down, partly=True
+    )
     returned = exchange(permute(computed, back, by_expert), sent.T, owners, capacity=len(rows))
     by_pair = permute(returned, inverse, order).reshape(*experts.shape, -1)
     return jnp.einsum("nkd,nk->nd", by_pair, gates)

@@ -52,7 +52,9 @@ def rows_mlp(
 
 
 @jax.custom_vjp
-def permute(x: Float[Array, "M D"], order: Int[Array, " M"], inverse: Int[Array, " M"]) -> Float[Array, "M D"]:
+def permute(
+    x: Float[Array, "M D"], order: Int[Array, " M"], inverse: Int[Array, " M"]
+) -> Float[Array, "M D"]:
     """Returns x[order]. Its derivative gathers as well, where that of indexing would scatter."""
     return x[order]
 
@@ -69,7 +71,9 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 
 
 @jax.custom_vjp
-def _dispatch(x: Float[Array, "N D"], order: Int[Array, " R"], inverse: Int[Array, " R"]) -> Float[Array, "R D"]:
+def _dispatch(
+    x: Float[Array, "N D"], order: Int[Array, " R"], inverse: Int[Array, " R"]
+) -> Float[Array, "R D"]:
     """Makes a row for each pair, in `order`. Its derivative gathers, too."""
     pairs_per_token = len(order) // len(x)
     return x[order // pairs_per_token]

@@ -17,7 +17,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from sdar_jax.arithmetic import round_up
-from sdar_jax.gpu_kernels import CONSUMERS, TILE, WARPGROUP_ROWS, filled, launch, roles, wait_until_free
+from sdar_jax.gpu_kernels import (
+    CONSUMERS,
+    TILE,
+    WARPGROUP_ROWS,
+    filled,
+    launch,
+    roles,
+    wait_until_free,
+)
 
 ROWS = CONSUMERS * WARPGROUP_ROWS
 COLUMNS = 128
@@ -47,7 +55,10 @@ def product(
     first = jnp.arange(rows // ROWS, dtype=jnp.int32) * ROWS
     groups = partial(jnp.searchsorted, ends, side="right")
     # Of each tile the groups of its first row and of its last one; of a tile after the last group, none.
-    span = groups(first).astype(jnp.int32), groups(jnp.minimum(first + ROWS, ends[-1]) - 1).astype(jnp.int32)
+    span = (
+        groups(first).astype(jnp.int32),
+        groups(jnp.minimum(first + ROWS, ends[-1]) - 1).astype(jnp.int32),
+    )
     own = plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS, COLUMNS), x.dtype)
     weight_tile = (COLUMNS, DEPTH) if transposed else (DEPTH, COLUMNS)
     out = launch(
@@ -63,7 +74,11 @@ def product(
 
 
 def weight_gradient(
-    x: Float[Array, "M K"], d_out: Float[Array, "M N"], sizes: Int[Array, " G"], *, interpret: bool = False
+    x: Float[Array, "M K"],
+    d_out: Float[Array, "M N"],
+    sizes: Int[Array, " G"],
+    *,
+    interpret: bool = False,
 ) -> Float[Array, "G K N"]:
     """Computes for each group's weights the sum of x_m^T d_m over its rows; zero for a group of none."""
     missing = ((0, -len(x) % DEPTH), (0, 0))
@@ -93,7 +108,12 @@ class _Slots(NamedTuple):
     def scratch(cls, left: tuple[int, int], right: tuple[int, int], dtype) -> "_Slots":
         ready = plgpu.Barrier(num_barriers=STAGES, num_arrivals=CONSUMERS + 1)
         free = plgpu.Barrier(num_barriers=STAGES, num_arrivals=CONSUMERS)
-        return cls(plgpu.SMEM((STAGES, CONSUMERS, *left), dtype), plgpu.SMEM((STAGES, *right), dtype), ready, free)
+        return cls(
+            plgpu.SMEM((STAGES, CONSUMERS, *left), dtype),
+            plgpu.SMEM((STAGES, *right), dtype),
+            ready,
+            free,
+        )
 
     def fill(self, steps: Array, sources: Callable[[Array], tuple[list, Any]]) -> None:
         """Runs the producer: loads at each step the left operands of the consumers, and the right one."""
@@ -107,7 +127,9 @@ class _Slots(NamedTuple):
                 plgpu.copy_gmem_to_smem(source, self.left.at[slot, consumer], self.ready.at[slot])
             plgpu.copy_gmem_to_smem(right, self.right.at[slot], self.ready.at[slot])
 
-    def sum(self, first: Array, steps: Array | int, multiply: Callable[[Any, Array, Array], None]) -> Array:
+    def sum(
+        self, first: Array, steps: Array | int, multiply: Callable[[Any, Array, Array], None]
+    ) -> Array:
         """Computes the consumer's float32 sum over `steps` from `first` on, of what `multiply(sum, step, slot)` adds to
         it.
 
@@ -137,7 +159,9 @@ class _Slots(NamedTuple):
         return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, COLUMNS)))
 
 
-def _product(x, weights, ends, first_group, last_group, out, own, slots: _Slots, *, transposed: bool):
+def _product(
+    x, weights, ends, first_group, last_group, out, own, slots: _Slots, *, transposed: bool
+):
     row, column = lax.axis_index("row"), lax.axis_index("column")
     first, last = first_group[row], last_group[row]
     depth = x.shape[1] // DEPTH
@@ -146,7 +170,9 @@ def _product(x, weights, ends, first_group, last_group, out, own, slots: _Slots,
     def sources(step):
         group, along = first + lax.div(step, depth), pl.ds(lax.rem(step, depth) * DEPTH, DEPTH)
         left = [x.at[_rows_of(row, consumer), along] for consumer in range(CONSUMERS)]
-        return left, weights.at[group, columns, along] if transposed else weights.at[group, along, columns]
+        return left, weights.at[group, columns, along] if transposed else weights.at[
+            group, along, columns
+        ]
 
     def consume(warpgroup):
         at = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS, COLUMNS), 0, layout=TILE)
@@ -177,12 +203,16 @@ def _weight_gradient(x, d_out, starts, ends, out, own, slots: _Slots):
 
     def sources(step):
         along = pl.ds((first + step) * DEPTH, DEPTH)
-        return [x.at[along, _rows_of(row, consumer)] for consumer in range(CONSUMERS)], d_out.at[along, columns]
+        return [x.at[along, _rows_of(row, consumer)] for consumer in range(CONSUMERS)], d_out.at[
+            along, columns
+        ]
 
     def consume(warpgroup):
         def multiply(total, step, slot):
             left, at = slots.left.at[slot, warpgroup], (first + step) * DEPTH
-            pl.when((at < start) | (at + DEPTH > end))(lambda: _clear_others(left, start - at, end - at))
+            pl.when((at < start) | (at + DEPTH > end))(
+                lambda: _clear_others(left, start - at, end - at)
+            )
             plgpu.wgmma(total, left.T, slots.right.at[slot])
 
         found = slots.sum(jnp.int32(0), steps, multiply)

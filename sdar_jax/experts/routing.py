@@ -40,7 +40,9 @@ class RouterSums(NamedTuple):
     tokens: Float[Array, "*layers"]
 
 
-def route(x: Float[Array, "N D"], router: Float[Array, "D E"], *, top_k: int, renormalise: bool) -> Routing:
+def route(
+    x: Float[Array, "N D"], router: Float[Array, "D E"], *, top_k: int, renormalise: bool
+) -> Routing:
     """Takes the `top_k` highest of a float32 softmax over all experts, scaled to a sum of one if `renormalise`."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.einsum("nd,de->ne", x, router.astype(x.dtype), preferred_element_type=wide)

@@ -41,7 +41,9 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 def carried_files(directory: Path) -> list[str]:
     """Lists the names of files to carry along, relative to a directory that holds a model or a tokenizer."""
-    found = {file for pattern in CARRIED_FILES for file in directory.glob(pattern) if file.is_file()}
+    found = {
+        file for pattern in CARRIED_FILES for file in directory.glob(pattern) if file.is_file()
+    }
     return sorted(file.relative_to(directory).as_posix() for file in found)
 
 
@@ -59,7 +61,9 @@ def check_replaceable(path: Path) -> None:
     names = [file.relative_to(path).as_posix() for file in files if file != templates]
     foreign = sorted(name for name in names if name not in ours and not is_weights_file(name))
     if foreign:
-        raise CheckpointError(f"{path}: holds {listed(foreign)}, which a save would delete; choose a new directory")
+        raise CheckpointError(
+            f"{path}: holds {listed(foreign)}, which a save would delete; choose a new directory"
+        )
 
 
 def fingerprint(directory: Path) -> str:

@@ -24,7 +24,13 @@ from jax.typing import DTypeLike
 
 from sdar_jax.devices import processes
 from sdar_jax.errors import CheckpointError, ConfigError, is_int
-from sdar_jax.hf.model_files import CARRIED_FILES, GENERATION_FILE, carried_files, check_replaceable, replacing
+from sdar_jax.hf.model_files import (
+    CARRIED_FILES,
+    GENERATION_FILE,
+    carried_files,
+    check_replaceable,
+    replacing,
+)
 from sdar_jax.hf.tensor_files import (
     INDEX_FILE,
     SUPPORTED_DTYPES,
@@ -50,8 +56,16 @@ _PARTS = {
     "final_norm": {"model.norm.weight": _ALL},
     "head": {_HEAD: _ALL},
     "attention_norm": {"input_layernorm.weight": _ALL},
-    "qkv": {"self_attn.q_proj.weight": _QUERIES, "self_attn.k_proj.weight": _KEY, "self_attn.v_proj.weight": _VALUE},
-    "qkv_bias": {"self_attn.q_proj.bias": _QUERIES, "self_attn.k_proj.bias": _KEY, "self_attn.v_proj.bias": _VALUE},
+    "qkv": {
+        "self_attn.q_proj.weight": _QUERIES,
+        "self_attn.k_proj.weight": _KEY,
+        "self_attn.v_proj.weight": _VALUE,
+    },
+    "qkv_bias": {
+        "self_attn.q_proj.bias": _QUERIES,
+        "self_attn.k_proj.bias": _KEY,
+        "self_attn.v_proj.bias": _VALUE,
+    },
     "q_norm": {"self_attn.q_norm.weight": _ALL},
     "k_norm": {"self_attn.k_norm.weight": _ALL},
     "output": {"self_attn.o_proj.weight": _ALL},
@@ -63,7 +77,10 @@ _PARTS = {
     "down_bias": {"mlp.down_proj.bias": _ALL},
     "router": {"mlp.gate.weight": _ALL},
     # One tensor for each expert: its number goes where the braces are, and indexes the first axis of ours.
-    "experts_gate_up": {"mlp.experts.{}.gate_proj.weight": _GATE, "mlp.experts.{}.up_proj.weight": _UP},
+    "experts_gate_up": {
+        "mlp.experts.{}.gate_proj.weight": _GATE,
+        "mlp.experts.{}.up_proj.weight": _UP,
+    },
     "experts_down": {"mlp.experts.{}.down_proj.weight": _ALL},
 }
 # The layout that transformers 5 computes in: all experts in one tensor, which it saves on request.
@@ -110,7 +127,9 @@ def load_pretrained(
     float_dtype = _resolved("auto" if int8 else dtype, mesh)
     with TensorReader(directory) as tensors:
         if config.tie_embeddings and _has_own_head(tensors):
-            wrong = f"tie_word_embeddings is true, and {_HEAD} is there and differs from the embedding"
+            wrong = (
+                f"tie_word_embeddings is true, and {_HEAD} is there and differs from the embedding"
+            )
             log.warning("%s: %s; both are kept: set it to false in config.json", directory, wrong)
             config = replace(config, tie_embeddings=False)
         skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), float_dtype))
@@ -121,7 +140,9 @@ def load_pretrained(
         weights = _weights(skeleton)
         _check(tensors, weights)
         load = _load_int8 if int8 else _load
-        arrays = [load(tensors, weight, place) for weight, place in zip(weights, places, strict=True)]
+        arrays = [
+            load(tensors, weight, place) for weight, place in zip(weights, places, strict=True)
+        ]
     return jax.tree.unflatten(structure, arrays)
 
 
@@ -156,7 +177,9 @@ def save_pretrained(
         ConfigError: a dtype that safetensors and transformers do not share, or int8 weights.
     """
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model)):
-        raise ConfigError("the weights are int8, which model directories do not hold; save the float model")
+        raise ConfigError(
+            "the weights are int8, which model directories do not hold; save the float model"
+        )
     path = Path(path).resolve()
     cast = None if dtype is None else _supported(dtype)
     tensors = _to_write(model, cast)
@@ -171,12 +194,18 @@ def save_pretrained(
 
 
 def _write_directory(
-    path: Path, config: ModelConfig, tensors: list[Tensor], tokenizer_from: str | Path | None, max_shard_bytes: int
+    path: Path,
+    config: ModelConfig,
+    tensors: list[Tensor],
+    tokenizer_from: str | Path | None,
+    max_shard_bytes: int,
 ) -> None:
     source = path if tokenizer_from is None else Path(tokenizer_from)
     carried = carried_files(source)
     if tokenizer_from is not None and not carried:
-        raise CheckpointError(f"{source}: holds no tokenizer files; give the directory that has tokenizer.json")
+        raise CheckpointError(
+            f"{source}: holds no tokenizer files; give the directory that has tokenizer.json"
+        )
     check_replaceable(path)
     try:
         with replacing(path) as building:
@@ -299,9 +328,13 @@ def model_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{path}: is a file; give the directory that holds it and its config.json")
+        raise CheckpointError(
+            f"{path}: is a file; give the directory that holds it and its config.json"
+        )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
-        raise CheckpointError(f"{path}: no such directory; give a Hugging Face model directory, or a hub id (org/name)")
+        raise CheckpointError(
+            f"{path}: no such directory; give a Hugging Face model directory, or a hub id (org/name)"
+        )
     try:
         patterns = ["config.json", *CARRIED_FILES]
         patterns += ["*.safetensors", INDEX_FILE] if weights else []
@@ -320,12 +353,18 @@ def _read_config(directory: Path, given: dict[str, int | None]) -> ModelConfig:
     file = directory / GENERATION_FILE
     generation = _read_json(file)
     if unread := unread_fields(generation, GENERATION_HARMLESS):
-        log.warning("%s: not applied: %s; say what decoding needs of them in DecodingConfig", file, ", ".join(unread))
+        log.warning(
+            "%s: not applied: %s; say what decoding needs of them in DecodingConfig",
+            file,
+            ", ".join(unread),
+        )
     stop = generation.get("eos_token_id")
     if stop is not None:
         stops = stop if isinstance(stop, list) else [stop]
         if not all(map(is_int, stops)):
-            raise CheckpointError(f"{file}: eos_token_id is {stop!r}; give a token id, or a list of them")
+            raise CheckpointError(
+                f"{file}: eos_token_id is {stop!r}; give a token id, or a list of them"
+            )
         changes["stop_token_ids"] = tuple(stops)
     return replace(config, **changes)
 
@@ -376,9 +415,13 @@ def _supported(dtype: DTypeLike) -> np.dtype:
     except TypeError:
         raise ConfigError(f"dtype {dtype!r} is unknown; use one of {supported}") from None
     if resolved not in SUPPORTED_DTYPES:
-        raise ConfigError(f"dtype {resolved.name!r} is not supported for weights; use one of {supported}")
+        raise ConfigError(
+            f"dtype {resolved.name!r} is not supported for weights; use one of {supported}"
+        )
     if resolved == np.float64 and not jax.config.jax_enable_x64:
-        raise ConfigError("dtype 'float64' needs 64-bit mode; set JAX_ENABLE_X64=1, or use 'float32'")
+        raise ConfigError(
+            "dtype 'float64' needs 64-bit mode; set JAX_ENABLE_X64=1, or use 'float32'"
+        )
     return resolved
 
 
@@ -386,7 +429,9 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
     """Checks the tensors' names, shapes and types against what the config implies; one error names all that is
     wrong."""
     found = set(tensors.names())
-    wanted = {part.name: weight.their_shape(part) for weight in weights for part in weight.parts(found)}
+    wanted = {
+        part.name: weight.their_shape(part) for weight in weights for part in weight.parts(found)
+    }
     # A tied model may carry its head as well.
     ignored = {name for name in found if _DERIVED.search(name)} | {_HEAD}
     shapes = []
@@ -406,7 +451,11 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
     wrong = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
     if wrong:
         # A file of a tied model without the flag lacks this one tensor.
-        tied = "" if problems["missing"] != [_HEAD] else ", or set tie_word_embeddings to true if it has no such head"
+        tied = (
+            ""
+            if problems["missing"] != [_HEAD]
+            else ", or set tie_word_embeddings to true if it has no such head"
+        )
         raise CheckpointError(
             f"{tensors.directory}: tensors do not fit config.json; {'; '.join(wrong)}; use the config.json and "
             f"weights of one model, in {', '.join(SUPPORTED_DTYPES.values())}{tied}"
@@ -458,7 +507,9 @@ def _read(tensors: TensorReader, weight: _Weight, regions: list[_Region]) -> lis
     return buffers
 
 
-def _target(part: _Part, buffer: np.ndarray, region: _Region) -> tuple[np.ndarray, tuple[slice, ...]]:
+def _target(
+    part: _Part, buffer: np.ndarray, region: _Region
+) -> tuple[np.ndarray, tuple[slice, ...]]:
     """Finds the view of a region's buffer that holds a part, and which slice of the part it is."""
     if part.expert is not None:
         buffer = buffer[part.expert - region[0].start]
@@ -475,7 +526,9 @@ def _to_write(model: Model, cast: np.dtype | None) -> list[Tensor]:
     for weight in _weights(model):
         dtype = cast or _supported(weight.array.dtype)
         for part in weight.parts():
-            tensors.append(Tensor(part.name, weight.their_shape(part), dtype, _reader(weight, part)))
+            tensors.append(
+                Tensor(part.name, weight.their_shape(part), dtype, _reader(weight, part))
+            )
     return tensors
 
 

@@ -90,7 +90,9 @@ class TensorReader:
                 "safetensors weights"
             )
         shard_of = _read_index(index)
-        shards = {shard: self._open(self.directory / shard) for shard in sorted(set(shard_of.values()))}
+        shards = {
+            shard: self._open(self.directory / shard) for shard in sorted(set(shard_of.values()))
+        }
         self._name_ignored(set(shards), f"the shards of {INDEX_FILE}")
         held = {shard: set(file.keys()) for shard, file in shards.items()}
         absent = [name for name, shard in shard_of.items() if name not in held[shard]]
@@ -100,7 +102,11 @@ class TensorReader:
                 "shards again"
             )
         if unnamed := sorted(set().union(*held.values()) - set(shard_of)):
-            log.warning("%s: does not name %s, which its shards hold; they are not read", index, listed(unnamed))
+            log.warning(
+                "%s: does not name %s, which its shards hold; they are not read",
+                index,
+                listed(unnamed),
+            )
         return {name: shards[shard] for name, shard in shard_of.items()}
 
     def _others(self, read: Set[str]) -> list[str]:
@@ -110,7 +116,9 @@ class TensorReader:
 
     def _name_ignored(self, read: Set[str], source: str) -> None:
         if others := self._others(read):
-            log.warning("%s: weights are read from %s; ignored: %s", self.directory, source, listed(others))
+            log.warning(
+                "%s: weights are read from %s; ignored: %s", self.directory, source, listed(others)
+            )
 
     def _open(self, path: Path) -> Any:
         try:
@@ -118,7 +126,9 @@ class TensorReader:
         except FileNotFoundError:
             raise CheckpointError(f"{path}: this shard is missing; download it again") from None
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({error}); download it again"
+            ) from None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -128,7 +138,9 @@ def _read_index(path: Path) -> dict[str, str]:
             return shard_of
     except (ValueError, KeyError, TypeError):
         pass
-    raise CheckpointError(f"{path}: not a JSON object with a weight_map of file names; download it again")
+    raise CheckpointError(
+        f"{path}: not a JSON object with a weight_map of file names; download it again"
+    )
 
 
 def is_weights_file(name: str) -> bool:
@@ -140,7 +152,9 @@ def is_weights_file(name: str) -> bool:
 def check_range(name: str, wide: np.ndarray, cast: np.ndarray) -> None:
     """Raises CheckpointError where float16, which ends at 65504, has made values infinite."""
     if cast.dtype == np.float16 and np.isinf(cast).sum() > np.isinf(wide).sum():
-        raise CheckpointError(f"{name} holds values past 65504, where float16 ends; use bfloat16 or float32")
+        raise CheckpointError(
+            f"{name} holds values past 65504, where float16 ends; use bfloat16 or float32"
+        )
 
 
 def listed(names: list[str], limit: int = 5) -> str:
@@ -172,7 +186,10 @@ def write_tensors(directory: Path, tensors: list[Tensor], max_shard_bytes: int) 
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_file(directory / file, shard)
         shard_of |= {tensor.name: file for tensor in shard}
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": shard_of}
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+        "weight_map": shard_of,
+    }
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -67,7 +67,10 @@ def check_mesh(
     size = getattr(model, width)
     # What each axis has to divide, and why.
     totals = {
-        "tensor": (math.gcd(heads, size), f"the model has {heads} key-value heads and {width} {size}"),
+        "tensor": (
+            math.gcd(heads, size),
+            f"the model has {heads} key-value heads and {width} {size}",
+        ),
         "fsdp": (model.hidden_size, f"the model has hidden_size {model.hidden_size}"),
         "expert": (experts or 1, f"the model has {experts} experts"),
     }
@@ -80,7 +83,9 @@ def check_mesh(
         batch_axes = carriers_of("batch", RULES)
         row_parts = math.prod(axis_size(mesh, axis) for axis in batch_axes)
         names = " * ".join(f"mesh.{axis}" for axis in batch_axes)
-        check_divides(f"{names} is", row_parts, batch_size, f"{batch_size} rows are computed at once")
+        check_divides(
+            f"{names} is", row_parts, batch_size, f"{batch_size} rows are computed at once"
+        )
 
 
 def check_rules(mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> None:
@@ -90,10 +95,14 @@ def check_rules(mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> None:
         if axis not in MESH_AXES:
             raise ConfigError(f"mesh axis {axis!r} is unknown; use axes out of {MESH_AXES}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ConfigError(f"mesh axes are {mesh.axis_types}; make the mesh with axis_types of AxisType.Auto")
+        raise ConfigError(
+            f"mesh axes are {mesh.axis_types}; make the mesh with axis_types of AxisType.Auto"
+        )
     unknown = set(rules) - set(RULES)
     if unknown:
-        raise ConfigError(f"logical axes {sorted(unknown)} are unknown; rules may map {sorted(RULES)}")
+        raise ConfigError(
+            f"logical axes {sorted(unknown)} are unknown; rules may map {sorted(RULES)}"
+        )
     for kind, table in (("weight", WEIGHTS), ("activation", ACTIVATIONS)):
         for name, axes in table.items():
             used = [carrier for axis in axes for carrier in carriers_of(axis, rules)]
@@ -164,7 +173,9 @@ def not_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name != "sharding_constraint"
 
 
-def _weight_spec(path: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules) -> PartitionSpec:
+def _weight_spec(
+    path: tuple, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules
+) -> PartitionSpec:
     return spec(mesh, _weight_axes(path, len(shape)), shape, rules)
 
 
@@ -173,7 +184,9 @@ def _weight_axes(path: tuple, rank: int) -> tuple[str | None, ...]:
     names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
     field = next((name for name in reversed(names) if name in WEIGHTS), None)
     if field is None and rank > 1:
-        raise ConfigError(f"{'.'.join(names)} is not a known weight; add its logical axes to model.axes.WEIGHTS")
+        raise ConfigError(
+            f"{'.'.join(names)} is not a known weight; add its logical axes to model.axes.WEIGHTS"
+        )
     if field is None:
         return ()
     axes = WEIGHTS[field]

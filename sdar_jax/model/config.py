@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sdar_jax.errors import CheckpointError, ConfigError, check_choices, is_int, is_number
-from sdar_jax.model.hf_fields import HARMLESS, ROPE_HARMLESS, SUPPORTED_AT, is_harmless, unread_fields
+from sdar_jax.model.hf_fields import (
+    HARMLESS,
+    ROPE_HARMLESS,
+    SUPPORTED_AT,
+    is_harmless,
+    unread_fields,
+)
 from sdar_jax.paradigm import BlockOrigin, Objective, Paradigm, fills_masks, has_blocks, paradigm_of
 from sdar_jax.visibility import check_block_size
 
@@ -28,7 +34,13 @@ _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor"),
+    "yarn": (
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "original_max_position_embeddings",
+        "attention_factor",
+    ),
 }
 _ROPE_REQUIRED = {
     "linear": ("factor",),
@@ -55,17 +67,32 @@ class RopeConfig:
 
     def __post_init__(self):
         if self.rope_type not in _ROPE_FIELDS:
-            raise ConfigError(f"rope_type {self.rope_type!r} is not supported; use one of {list(_ROPE_FIELDS)}")
+            raise ConfigError(
+                f"rope_type {self.rope_type!r} is not supported; use one of {list(_ROPE_FIELDS)}"
+            )
         if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
-            raise ConfigError("rope_type 'llama3' needs original_max_position_embeddings; add it to rope_scaling")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            raise ConfigError(
+                "rope_type 'llama3' needs original_max_position_embeddings; add it to rope_scaling"
+            )
+        for name in (
+            "theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+        ):
             if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ConfigError(f"rope {name} is {getattr(self, name)!r}; give a positive number")
         if self.attention_factor is not None and not is_number(self.attention_factor):
-            raise ConfigError(f"rope attention_factor is {self.attention_factor!r}; give a number, or leave it out")
+            raise ConfigError(
+                f"rope attention_factor is {self.attention_factor!r}; give a number, or leave it out"
+            )
         original = self.original_max_position_embeddings
         if original is not None and not (is_int(original) and original > 0):
-            raise ConfigError(f"rope original_max_position_embeddings is {original!r}; give a positive integer")
+            raise ConfigError(
+                f"rope original_max_position_embeddings is {original!r}; give a positive integer"
+            )
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             factors = f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
             raise ConfigError(f"rope {factors}; give a lower one")
@@ -81,15 +108,30 @@ class RopeConfig:
         scaling = added or written
         rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
         if added and written.get("rope_type", "default") not in ("default", rope_type):
-            _warn_once("config.json: rope_scaling is read and rope_parameters, which says otherwise, is ignored")
-        thetas = (scaling.get("rope_theta"), config.get("rope_theta"), written.get("rope_theta"), 10_000.0)
+            _warn_once(
+                "config.json: rope_scaling is read and rope_parameters, which says otherwise, is ignored"
+            )
+        thetas = (
+            scaling.get("rope_theta"),
+            config.get("rope_theta"),
+            written.get("rope_theta"),
+            10_000.0,
+        )
         theta = next(theta for theta in thetas if theta is not None)
         if rope_type not in _ROPE_FIELDS:
-            raise ConfigError(f"rope_type {rope_type!r} is not supported; use one of {list(_ROPE_FIELDS)}")
-        given = {name: scaling[name] for name in _ROPE_FIELDS[rope_type] if scaling.get(name) is not None}
+            raise ConfigError(
+                f"rope_type {rope_type!r} is not supported; use one of {list(_ROPE_FIELDS)}"
+            )
+        given = {
+            name: scaling[name] for name in _ROPE_FIELDS[rope_type] if scaling.get(name) is not None
+        }
         if rope_type == "yarn":
             scaling, given = _with_mscale(scaling, given)
-        unread = {name for name in set(scaling) - set(given) if not is_harmless(name, scaling[name], _ROPE_UNUSED)}
+        unread = {
+            name
+            for name in set(scaling) - set(given)
+            if not is_harmless(name, scaling[name], _ROPE_UNUSED)
+        }
         if unread:
             raise ConfigError(
                 f"rope_scaling of type {rope_type!r} has unsupported fields {sorted(unread)}; remove them, or give the "
@@ -97,7 +139,9 @@ class RopeConfig:
             )
         lacking = [name for name in _ROPE_REQUIRED.get(rope_type, ()) if name not in given]
         if lacking:
-            raise ConfigError(f"rope_scaling of type {rope_type!r} lacks {', '.join(lacking)}; add what the model had")
+            raise ConfigError(
+                f"rope_scaling of type {rope_type!r} lacks {', '.join(lacking)}; add what the model had"
+            )
         return cls(theta=theta, rope_type=rope_type, **given)
 
     def to_hf(self) -> dict[str, Any]:
@@ -112,12 +156,16 @@ class RopeConfig:
 def _rope_table(config: dict[str, Any], name: str) -> dict[str, Any]:
     table = config.get(name) or {}
     if not isinstance(table, dict):
-        raise ConfigError(f"{name} is {table!r}; give an object such as {{'rope_type': 'yarn', 'factor': 4.0}}")
+        raise ConfigError(
+            f"{name} is {table!r}; give an object such as {{'rope_type': 'yarn', 'factor': 4.0}}"
+        )
     # transformers 5 may write a table for each kind of attention; other kinds are refused by layer_types.
     return table.get("full_attention", table)
 
 
-def _with_mscale(scaling: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _with_mscale(
+    scaling: dict[str, Any], given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Derives YaRN's attention factor from DeepSeek's two scales, where both are there, and takes these out."""
     names = ("mscale", "mscale_all_dim")
     scales = [scaling.get(name, 0) for name in names]
@@ -189,7 +237,9 @@ class ModelConfig:
             if not is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give a positive integer")
         if self.num_heads % self.num_kv_heads:
-            heads = f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            heads = (
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
             raise ConfigError(f"{heads}; change either")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
@@ -199,9 +249,13 @@ class ModelConfig:
             check_block_size(self.block_size)
         mask = self.mask_token_id
         if mask is not None and not (is_int(mask) and 0 <= mask < self.vocab_size):
-            raise ConfigError(f"mask_token_id is {mask!r}; give an id of the vocabulary, 0 to {self.vocab_size - 1}")
+            raise ConfigError(
+                f"mask_token_id is {mask!r}; give an id of the vocabulary, 0 to {self.vocab_size - 1}"
+            )
         if not isinstance(self.stop_token_ids, tuple) or not all(map(is_int, self.stop_token_ids)):
-            raise ConfigError(f"stop_token_ids is {self.stop_token_ids!r}; give a tuple of token ids")
+            raise ConfigError(
+                f"stop_token_ids is {self.stop_token_ids!r}; give a tuple of token ids"
+            )
         check_choices(self)
         for name in ("shifted", "causal_clean", "bidirectional_prompt"):
             if not isinstance(getattr(self, name), bool):
@@ -235,17 +289,23 @@ class ModelConfig:
         sizes = {name: getattr(self, name) for name in names}
         sparse = self.architecture == "qwen3_moe"
         if not sparse and any(size != 0 for size in sizes.values()):
-            raise ConfigError(f"architecture {self.architecture!r} has no experts; leave out {', '.join(sizes)}")
+            raise ConfigError(
+                f"architecture {self.architecture!r} has no experts; leave out {', '.join(sizes)}"
+            )
         for name, size in sizes.items():
             if sparse and (not is_int(size) or size < 1):
-                raise ConfigError(f"{name} is {size!r}; architecture 'qwen3_moe' needs a positive integer")
+                raise ConfigError(
+                    f"{name} is {size!r}; architecture 'qwen3_moe' needs a positive integer"
+                )
         if self.num_experts_per_token > self.num_experts:
             chosen = f"num_experts_per_token {self.num_experts_per_token} is more than num_experts {self.num_experts}"
             raise ConfigError(f"{chosen}; give at most that many")
         if sparse and self.mlp_bias:
             raise ConfigError("mlp_bias is True; experts have none, leave it out")
         if not is_number(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
-            raise ConfigError(f"router_aux_loss_coef is {self.router_aux_loss_coef!r}; give a number >= 0")
+            raise ConfigError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef!r}; give a number >= 0"
+            )
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
@@ -279,7 +339,9 @@ class ModelConfig:
                 f"{file}: unknown fields are ignored: {', '.join(unread)}; if they change what the model computes, its "
                 "results here are wrong"
             )
-        purpose = {name: config.get(name, default) for name, default in {**_PURPOSE, **defaults}.items()}
+        purpose = {
+            name: config.get(name, default) for name, default in {**_PURPOSE, **defaults}.items()
+        }
         return cls(**_shape(config, architecture), **purpose)
 
     def to_hf(self) -> dict[str, Any]:
@@ -362,10 +424,28 @@ _HF_EXPERTS = {
     "norm_topk_prob": "norm_topk_prob",
     "router_aux_loss_coef": "router_aux_loss_coef",
 }
-_HF_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_HF_READ = {*_HF_NAMES.values(), *_PURPOSE, "model_type", "base_model_type", "attention_bias", "mlp_bias"}
+_HF_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_HF_READ = {
+    *_HF_NAMES.values(),
+    *_PURPOSE,
+    "model_type",
+    "base_model_type",
+    "attention_bias",
+    "mlp_bias",
+}
 _HF_READ |= {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", "use_sliding_window"}
-_HF_READ_OF_EXPERTS = {*_HF_EXPERTS.values(), "num_local_experts", "decoder_sparse_step", "mlp_only_layers"}
+_HF_READ_OF_EXPERTS = {
+    *_HF_EXPERTS.values(),
+    "num_local_experts",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -373,7 +453,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; give a Hugging Face model directory") from None
+        raise CheckpointError(
+            f"{file}: no such file; give a Hugging Face model directory"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: not JSON ({error}); restore the file") from None
     if not isinstance(config, dict):
@@ -390,9 +472,13 @@ def _refuse_unsupported(config: dict[str, Any], architecture: Any) -> None:
     if config.get("use_sliding_window"):
         raise ConfigError("use_sliding_window is true; only full attention is supported")
     if other := set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise ConfigError(f"layer_types holds {', '.join(sorted(other))}; only full_attention is supported")
+        raise ConfigError(
+            f"layer_types holds {', '.join(sorted(other))}; only full_attention is supported"
+        )
     if config.get("mlp_bias") and architecture != "llama":
-        raise ConfigError(f"mlp_bias is true; model_type {config['model_type']!r} has none, set it to false")
+        raise ConfigError(
+            f"mlp_bias is true; model_type {config['model_type']!r} has none, set it to false"
+        )
     missing = [name for name in _HF_REQUIRED if name not in config]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
@@ -408,7 +494,9 @@ def _unread(config: dict[str, Any], architecture: Any) -> list[str]:
         read |= _HF_READ_OF_EXPERTS
     if "use_sliding_window" in config or config.get("sliding_window") is None:
         read |= {"sliding_window", "max_window_layers"}
-    return unread_fields({name: value for name, value in config.items() if name not in read}, HARMLESS)
+    return unread_fields(
+        {name: value for name, value in config.items() if name not in read}, HARMLESS
+    )
 
 
 def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
@@ -429,7 +517,8 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "num_layers": config["num_hidden_layers"],
         "num_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
+        "head_dim": config.get("head_dim")
+        or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
         **(_experts(config) if architecture == "qwen3_moe" else {}),
         "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope": rope,
@@ -438,7 +527,9 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "output_bias": architecture != "qwen2" and bias,
         "mlp_bias": architecture == "llama" and config.get("mlp_bias", False),
         "tie_embeddings": config.get("tie_word_embeddings", False),
-        "max_position_embeddings": _context_length(config.get("max_position_embeddings", 32768), rope),
+        "max_position_embeddings": _context_length(
+            config.get("max_position_embeddings", 32768), rope
+        ),
         "initializer_range": config.get("initializer_range", 0.02),
         "architecture": architecture,
         "bos_token_id": config.get("bos_token_id"),
@@ -465,11 +556,19 @@ def _experts(config: dict[str, Any]) -> dict[str, Any]:
     step = config.get("decoder_sparse_step", 1)
     dense = config.get("mlp_only_layers") or []
     if step != 1:
-        raise ConfigError(f"decoder_sparse_step is {step!r}; only 1 is supported, experts in every layer")
+        raise ConfigError(
+            f"decoder_sparse_step is {step!r}; only 1 is supported, experts in every layer"
+        )
     if dense:
-        raise ConfigError(f"mlp_only_layers is {dense!r}; only an empty list is supported, experts in every layer")
+        raise ConfigError(
+            f"mlp_only_layers is {dense!r}; only an empty list is supported, experts in every layer"
+        )
     # Transformers 5 writes num_local_experts.
-    found = {"num_experts": config.get("num_local_experts"), "norm_topk_prob": False, "router_aux_loss_coef": 0.001}
+    found = {
+        "num_experts": config.get("num_local_experts"),
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.001,
+    }
     found |= {theirs: config[theirs] for theirs in _HF_EXPERTS.values() if theirs in config}
     missing = [theirs for theirs in _HF_EXPERTS.values() if found.get(theirs) is None]
     if missing:
@@ -477,9 +576,13 @@ def _experts(config: dict[str, Any]) -> dict[str, Any]:
     return {ours: found[theirs] for ours, theirs in _HF_EXPERTS.items()}
 
 
-def _qwen3(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool) -> ModelConfig:
+def _qwen3(
+    hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, tied: bool
+) -> ModelConfig:
     special = {"bos_token_id": 151643, "eos_token_id": 151643, "stop_token_ids": (151645, 151643)}
-    return ModelConfig(151936, hidden, ffn, layers, heads, kv_heads, 128, tie_embeddings=tied, **special)
+    return ModelConfig(
+        151936, hidden, ffn, layers, heads, kv_heads, 128, tie_embeddings=tied, **special
+    )
 
 
 def _sdar(base: ModelConfig) -> ModelConfig:
@@ -500,4 +603,6 @@ PRESETS = {
         moe_intermediate_size=768,
     ),
 }
-PRESETS |= {f"sdar-{size}": _sdar(PRESETS[f"qwen3-{size}"]) for size in ("1.7b", "4b", "8b", "30b-a3b")}
+PRESETS |= {
+    f"sdar-{size}": _sdar(PRESETS[f"qwen3-{size}"]) for size in ("1.7b", "4b", "8b", "30b-a3b")
+}

@@ -62,7 +62,9 @@ def to_diffusion(
         bidirectional_prompt=bidirectional_prompt,
     )
     if fills_masks(model.config.objective):
-        return _with(model, replace(config, mask_token_id=_own_mask(config.mask_token_id, mask_token_id)))
+        return _with(
+            model, replace(config, mask_token_id=_own_mask(config.mask_token_id, mask_token_id))
+        )
     mask = _mask_row(config, mask_token_id, tokenizer_size)
     initial = _initial(mask_init, model.embedding[:tokenizer_size], config, mask, key)
     embedding = model.embedding[...]
@@ -86,17 +88,23 @@ def with_purpose(config: ModelConfig, objective: str, **values: Any) -> ModelCon
         ConfigError: no diffusion, block diffusion without a block size, or values that contradict each other.
     """
     if not fills_masks(objective):
-        raise ConfigError(f"objective {objective!r} is no diffusion; use 'block_diffusion' or 'masked_diffusion'")
+        raise ConfigError(
+            f"objective {objective!r} is no diffusion; use 'block_diffusion' or 'masked_diffusion'"
+        )
     given = {name: value for name, value in values.items() if value is not None}
     new = replace(config, objective=objective, **given)
     if has_blocks(objective) and new.block_size is None:
-        raise ConfigError("block_size is None and the model has none; block diffusion needs one, such as 4")
+        raise ConfigError(
+            "block_size is None and the model has none; block diffusion needs one, such as 4"
+        )
     return new
 
 
 def _own_mask(own: int | None, given: int | None) -> int:
     if own is None and given is None:
-        raise ConfigError("mask_token_id is None and this diffusion model has none; give the one it was trained with")
+        raise ConfigError(
+            "mask_token_id is None and this diffusion model has none; give the one it was trained with"
+        )
     if own is not None and given not in (None, own):
         raise ConfigError(f"mask_token_id {given} is not the model's own, {own}; leave it out")
     return next(value for value in (own, given) if value is not None)
@@ -112,9 +120,13 @@ def _mask_row(config: ModelConfig, mask_token_id: int | None, tokenizer_size: in
     known = (mask_token_id, config.mask_token_id, tokenizer_size)
     mask = next((value for value in known if value is not None), None)
     if mask is None:
-        raise ConfigError("neither mask_token_id nor tokenizer_size is given; the mask needs a row of its own")
+        raise ConfigError(
+            "neither mask_token_id nor tokenizer_size is given; the mask needs a row of its own"
+        )
     if not 0 <= mask <= size:
-        raise ConfigError(f"mask_token_id is {mask}; give a spare id below {size}, or {size} to append a row")
+        raise ConfigError(
+            f"mask_token_id is {mask}; give a spare id below {size}, or {size} to append a row"
+        )
     return mask
 
 
@@ -138,7 +150,9 @@ def _initial(
 
 
 def _mean(rows: Array, axis: int) -> Array:
-    return jnp.mean(rows, axis=axis, dtype=jnp.promote_types(rows.dtype, jnp.float32)).astype(rows.dtype)
+    return jnp.mean(rows, axis=axis, dtype=jnp.promote_types(rows.dtype, jnp.float32)).astype(
+        rows.dtype
+    )
 
 
 def _with(model: Model, config: ModelConfig, **weights: nnx.Param) -> Model:

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int
 from sdar_jax.devices.sharding import current_mesh, mesh_axes, num_shards
 
 
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+def embed(
+    table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: DTypeLike
+) -> Float[Array, "B T D"]:
     """Looks up rows of `table`, in `dtype`; NaN for what is no id of it.
 
     On a mesh each device looks up, in its part of the table, the tokens of all devices that it shares rows with along

@@ -61,26 +61,46 @@ SUPPORTED_AT: Harmless = {
 # Of config.json: they do not change what a model computes.
 HARMLESS: Harmless = {
     # Where it comes from.
-    **_any_value("_name_or_path _commit_hash architectures auto_map finetuning_task tokenizer_class"),
+    **_any_value(
+        "_name_or_path _commit_hash architectures auto_map finetuning_task tokenizer_class"
+    ),
     **_any_value("transformers_version unsloth_fixed unsloth_version"),
     # How other software holds, runs or trains it.
-    **_any_value("_attn_implementation _attn_implementation_autoset attn_implementation experts_implementation"),
-    **_any_value("chunk_size_feed_forward debug dtype torch_dtype ep_size fuse_cross_entropy gradient_checkpointing"),
-    **_any_value("keys_to_ignore_at_inference micro_forward output_attentions output_hidden_states"),
-    **_any_value("output_router_logits pretraining_tp return_dict skip_checkpoint tf_legacy_loss torchscript"),
+    **_any_value(
+        "_attn_implementation _attn_implementation_autoset attn_implementation experts_implementation"
+    ),
+    **_any_value(
+        "chunk_size_feed_forward debug dtype torch_dtype ep_size fuse_cross_entropy gradient_checkpointing"
+    ),
+    **_any_value(
+        "keys_to_ignore_at_inference micro_forward output_attentions output_hidden_states"
+    ),
+    **_any_value(
+        "output_router_logits pretraining_tp return_dict skip_checkpoint tf_legacy_loss torchscript"
+    ),
     **_any_value("use_bfloat16 use_cache use_deepep use_liger_kernel"),
     "attention_dropout": (0,),
     "hidden_dropout": (0,),
     "embd_pdrop": (0,),
     "resid_pdrop": (0,),
     # Heads of other tasks, and encoders.
-    **_any_value("cross_attention_hidden_size decoder_start_token_id id2label is_decoder label2id pad_token_id prefix"),
+    **_any_value(
+        "cross_attention_hidden_size decoder_start_token_id id2label is_decoder label2id pad_token_id prefix"
+    ),
     **_any_value("problem_type pruned_heads sep_token_id task_specific_params tie_encoder_decoder"),
     # Defaults of decoding, which old files hold; DecodingConfig decides.
-    **_any_value("bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping length_penalty"),
-    **_any_value("encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id"),
-    **_any_value("forced_eos_token_id max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups"),
-    **_any_value("num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty"),
+    **_any_value(
+        "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping length_penalty"
+    ),
+    **_any_value(
+        "encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id"
+    ),
+    **_any_value(
+        "forced_eos_token_id max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups"
+    ),
+    **_any_value(
+        "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty"
+    ),
     **_any_value("return_dict_in_generate suppress_tokens temperature top_k top_p typical_p"),
 }
 
@@ -97,10 +117,18 @@ ROPE_HARMLESS: Harmless = {
 
 # Of generation_config.json: how to sample and how long is for DecodingConfig and the caller to say.
 GENERATION_HARMLESS: Harmless = {
-    **_any_value("_from_model_config bos_token_id decoder_start_token_id eos_token_id pad_token_id"),
-    **_any_value("do_sample max_length max_new_tokens min_p temperature top_k top_p transformers_version"),
-    **_any_value("cache_config cache_implementation compile_config disable_compile low_memory max_time use_cache"),
-    **_any_value("output_attentions output_hidden_states output_logits output_scores return_dict_in_generate"),
+    **_any_value(
+        "_from_model_config bos_token_id decoder_start_token_id eos_token_id pad_token_id"
+    ),
+    **_any_value(
+        "do_sample max_length max_new_tokens min_p temperature top_k top_p transformers_version"
+    ),
+    **_any_value(
+        "cache_config cache_implementation compile_config disable_compile low_memory max_time use_cache"
+    ),
+    **_any_value(
+        "output_attentions output_hidden_states output_logits output_scores return_dict_in_generate"
+    ),
     "diversity_penalty": (0,),
     "early_stopping": (False,),
     "encoder_no_repeat_ngram_size": (0,),

@@ -17,14 +17,20 @@ def rotate(x: Float[Array, "B T H K"], cos: Array, sin: Array) -> Float[Array, "
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def rope_tables(config: ModelConfig, positions: Int[Array, "B T"], dtype: DTypeLike) -> tuple[Array, Array]:
+def rope_tables(
+    config: ModelConfig, positions: Int[Array, "B T"], dtype: DTypeLike
+) -> tuple[Array, Array]:
     """Computes cos and sin [B, T, K / 2], float32 or wider, with the attention factor of YaRN folded in."""
-    frequencies, factor = rope_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
+    frequencies, factor = rope_frequencies(
+        config.rope, config.head_dim, config.max_position_embeddings
+    )
     angles = positions[..., None].astype(jnp.promote_types(dtype, jnp.float32)) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[np.ndarray, float]:
+def rope_frequencies(
+    rope: RopeConfig, head_dim: int, max_positions: int
+) -> tuple[np.ndarray, float]:
     """Computes inverse frequencies [K / 2] and the factor on cos and sin, as transformers' modeling_rope_utils has
     them."""
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
@@ -33,7 +39,9 @@ def rope_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tup
     if rope.rope_type == "llama3":
         return _llama3_frequencies(rope, frequencies).astype(np.float32), 1.0
     if rope.rope_type == "yarn":
-        return _yarn_frequencies(rope, frequencies, max_positions).astype(np.float32), _yarn_factor(rope)
+        return _yarn_frequencies(rope, frequencies, max_positions).astype(np.float32), _yarn_factor(
+            rope
+        )
     return frequencies.astype(np.float32), 1.0
 
 

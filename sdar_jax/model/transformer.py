@@ -116,7 +116,9 @@ class Layer(nnx.Module):
         self.experts_gate_up = matrix(sparse, keys[2], c.num_experts, c.hidden_size, 2, width)
         self.experts_down = matrix(sparse, keys[3], c.num_experts, width, c.hidden_size)
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None):
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None
+    ):
         """Maps [B, T, D] to ([B, outputs, D], the layer's pages, the routing of the B * outputs tokens or None).
 
         Only the first `outputs` positions are computed, or as many as `attend` gives.
@@ -128,12 +130,16 @@ class Layer(nnx.Module):
             if not mixed.size:
                 return x[:, :0], pages, None
             mixed = mixed.reshape(*mixed.shape[:2], *self.output.shape[:3])
-            x = x[:, : mixed.shape[1]] + _bias(dot("btghk,ghkd->btd", mixed, self.output), self.output_bias)
+            x = x[:, : mixed.shape[1]] + _bias(
+                dot("btghk,ghkd->btd", mixed, self.output), self.output_bias
+            )
         with jax.named_scope("mlp"):
             mixed, routing = self.mlp(rms_norm(x, self.mlp_norm, self.eps))
             return x + mixed, pages, routing
 
-    def project(self, x: Array, rope: tuple[Array, Array], outputs: int) -> tuple[Array, Array, Array]:
+    def project(
+        self, x: Array, rope: tuple[Array, Array], outputs: int
+    ) -> tuple[Array, Array, Array]:
         """Projects [B, T, D] to rotated queries [B, outputs, G R, K] and keys [B, T, G, K], and values [B, T, G, K]."""
         q_norm, k_norm = None, None
         if self.q_norm is not None and self.k_norm is not None:
@@ -182,8 +188,12 @@ class Layer(nnx.Module):
     def moe(self, x: Array) -> tuple[Array, Routing]:
         """Computes the experts' feed-forward of [B, T, D], and the routing of its B * T tokens."""
         held = (self.router, self.experts_gate_up, self.experts_down)
-        router, gate_up, down = (weight[...].astype(x.dtype) for weight in held if weight is not None)
-        routing = route(x.reshape(-1, x.shape[-1]), router, top_k=self.top_k, renormalise=self.renormalise)
+        router, gate_up, down = (
+            weight[...].astype(x.dtype) for weight in held if weight is not None
+        )
+        routing = route(
+            x.reshape(-1, x.shape[-1]), router, top_k=self.top_k, renormalise=self.renormalise
+        )
         return expert_mlp(x, routing.experts, routing.gates, gate_up, down), routing
 
 
@@ -206,7 +216,14 @@ class Model(nnx.Module):
         stacked: layers as `stack_layers` gives them; quicker to compile than one by one.
     """
 
-    def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike = jnp.float32, *, stacked: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        key: jax.Array,
+        dtype: DTypeLike = jnp.float32,
+        *,
+        stacked: bool = False,
+    ):
         normal = partial(_normal, scale=config.initializer_range, dtype=dtype)
         keys = jax.random.split(key, config.num_layers + 2)
         self.config = config
@@ -221,7 +238,11 @@ class Model(nnx.Module):
         else:
             self.layers = nnx.List([layer(key) for key in keys[2:]])
         self.final_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
-        self.head = None if config.tie_embeddings else normal(keys[1], config.hidden_size, config.vocab_size)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else normal(keys[1], config.hidden_size, config.vocab_size)
+        )
 
     def hidden(
         self,
@@ -267,7 +288,9 @@ class Model(nnx.Module):
         sums = []
         if isinstance(self.layers, Stack):
             if self.layers.body is not None:
-                x, body_sums = jax.lax.scan(lambda x, layer: inner(layer, x, rope, ranges), x, self.layers.body)
+                x, body_sums = jax.lax.scan(
+                    lambda x, layer: inner(layer, x, rope, ranges), x, self.layers.body
+                )
                 sums.append(body_sums)
             x, last_sums = last(self.layers.last, x, rope, ranges)
             sums.append(jax.tree.map(lambda leaf: leaf[None], last_sums))
@@ -302,7 +325,9 @@ class Model(nnx.Module):
             ConfigError: the layers are stacked.
         """
         if isinstance(self.layers, Stack):
-            raise ConfigError("the layers are stacked for training; decode with unstack_layers(model)")
+            raise ConfigError(
+                "the layers are stacked for training; decode with unstack_layers(model)"
+            )
         positions = [_positions(w) for w in windows]
         x = self.embed(_concatenated([w.tokens for w in windows]))
         rope = rope_tables(self.config, _concatenated(positions), x.dtype)
@@ -314,7 +339,9 @@ class Model(nnx.Module):
         hidden = rms_norm(x, self.final_norm, self.config.rms_norm_eps)
         return _split(hidden, windows[:wanted]), updated
 
-    def embed(self, tokens: Int[Array, "B T"], compute_dtype: DTypeLike | None = None) -> Float[Array, "B T D"]:
+    def embed(
+        self, tokens: Int[Array, "B T"], compute_dtype: DTypeLike | None = None
+    ) -> Float[Array, "B T D"]:
         """Looks up token embeddings, in the dtype that the rest of the forward computes in."""
         return embed(self.embedding[...], tokens, compute_dtype or self.embedding.dtype)
 
@@ -343,7 +370,9 @@ def empty_pages(
 
 # One program for all layers: dispatching a fill for each takes a small model's forward.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _zero_pages(layers: int, shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None) -> list[LayerPages]:
+def _zero_pages(
+    layers: int, shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None
+) -> list[LayerPages]:
     zeros = partial(jnp.zeros, shape, dtype, device=place)
     return [LayerPages(zeros(), zeros()) for _ in range(layers)]
 
@@ -417,7 +446,9 @@ def logits(
         float32 [B, L, V] (float64 for float64 weights).
     """
     tokens = jnp.asarray(tokens, jnp.int32)
-    segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    segment_ids = (
+        jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
+    )
     positions = visibility.segments(segment_ids).positions
     ranges = visibility.block_causal(segment_ids, block_size)
     return model.unembed(model.hidden(tokens, positions, ranges))
@@ -436,7 +467,9 @@ def _layer_forward(
     return x, router_sums(routing, sees_anything.reshape(-1))
 
 
-def _attend_paged(windows: Sequence[Windows], reading: Sequence[Windows], pages: LayerPages, q, k, v):
+def _attend_paged(
+    windows: Sequence[Windows], reading: Sequence[Windows], pages: LayerPages, q, k, v
+):
     """Writes the keys and values of all windows, and attends from the first of them, `reading`."""
     for w, new_k, new_v in zip(windows, _split(k, windows), _split(v, windows), strict=True):
         pages = LayerPages(*write_pages(*pages, new_k, new_v, w.page_table, w.start, w.count))
@@ -464,7 +497,9 @@ def _split(x: Array, windows: Sequence[Windows]) -> list[Array]:
     """Inverts `_concatenated`; where `windows` are only the first of the row, the rest of it is left out."""
     ends = np.cumsum([w.tokens.size for w in windows]).tolist()
     parts = [x[:, end - w.tokens.size : end] for w, end in zip(windows, ends, strict=True)]
-    return [part.reshape(*w.tokens.shape, *x.shape[2:]) for part, w in zip(parts, windows, strict=True)]
+    return [
+        part.reshape(*w.tokens.shape, *x.shape[2:]) for part, w in zip(parts, windows, strict=True)
+    ]
 
 
 def _rematerialised(function: Callable, remat: Remat) -> Callable:

@@ -148,7 +148,10 @@ def _memory(stats: Any, held: Memory) -> Memory:
 
 def _refused(error: Exception, held: Memory) -> Memory:
     """Reads from the compiler's error what the step would need: in all, or of temporaries where these are too many."""
-    message = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)", str(error))
+    message = re.search(
+        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+)([KMGT])\)",
+        str(error),
+    )
     if message is None:
         raise error
     size = message[1] or message[3]

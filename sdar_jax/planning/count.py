@@ -29,7 +29,17 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 # These move no bytes, or their bodies' instructions do.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "iota",
+}
 _FREE |= {
     "after-all",
     "partition-id",
@@ -94,9 +104,13 @@ def count(program: Program, rounds: Rounds = lambda loop: None, *, routed: float
         total = Counts()
         for instruction in computation.values():
             _count_called(total, instruction, fused)
-            total.flops += _flops(instruction, computation) + routed * _grouped_flops(instruction, computation)
+            total.flops += _flops(instruction, computation) + routed * _grouped_flops(
+                instruction, computation
+            )
             if not fused:
-                total.hbm += _hbm(instruction, computation, program) * (routed if _is_grouped(instruction) else 1.0)
+                total.hbm += _hbm(instruction, computation, program) * (
+                    routed if _is_grouped(instruction) else 1.0
+                )
             _count_calls(total, instruction, computation, name)
         return total
 
@@ -107,7 +121,9 @@ def count(program: Program, rounds: Rounds = lambda loop: None, *, routed: float
             if times is None and of(instruction.called("body") or "", fused).flops:
                 total.unknown[instruction.scope] += 1
             for part in ("condition", "body"):
-                total.add(of(instruction.called(part) or "", fused), 1.0 if times is None else times)
+                total.add(
+                    of(instruction.called(part) or "", fused), 1.0 if times is None else times
+                )
         elif instruction.opcode == "conditional":
             branches = [of(branch, fused) for branch in instruction.branches()]
             taken = routed if "mlp" in re.split(r"\W+", instruction.scope) else 1.0
@@ -136,7 +152,9 @@ def group_list(groups: str, devices: int) -> np.ndarray:
         shape, _, source = groups.partition("<=")
         dims, _, permutation = source.partition("T")
         order = np.arange(math.prod(_integers(dims))).reshape(_integers(dims))
-        return order.transpose(_integers(permutation) or range(order.ndim)).reshape(_integers(shape))
+        return order.transpose(_integers(permutation) or range(order.ndim)).reshape(
+            _integers(shape)
+        )
     listed = [_integers(group) for group in re.findall(r"\{([\d,]+)\}", groups)]
     return np.array(listed) if listed else np.arange(devices)[None]
 
@@ -145,20 +163,28 @@ def _integers(text: str) -> list[int]:
     return [int(x) for x in re.findall(r"\d+", text)]
 
 
-def _count_calls(total: Counts, instruction: Instruction, computation: Computation, name: str) -> None:
+def _count_calls(
+    total: Counts, instruction: Instruction, computation: Computation, name: str
+) -> None:
     opcode = instruction.opcode.removesuffix("-start")
     if opcode in COLLECTIVES:
         # A TPU's reduce-scatter is a fusion of this name, around an all-reduce of which each keeps its part.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else opcode
         groups = _groups(instruction)
-        operands = [computation[operand].bytes for operand in instruction.operands if operand in computation]
+        operands = [
+            computation[operand].bytes for operand in instruction.operands if operand in computation
+        ]
         given = operands[0] if kind == "ragged-all-to-all" else sum(operands)
         if kind == "all-gather":
             given *= group_list(groups, 1).shape[1]
         total.payload[Traffic(kind, groups)] += given
     elif opcode == "custom-call":
         target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
-        if target and target[1].startswith(("tpu_custom_call", "mosaic_gpu")) and "range_" in instruction.scope:
+        if (
+            target
+            and target[1].startswith(("tpu_custom_call", "mosaic_gpu"))
+            and "range_" in instruction.scope
+        ):
             total.kernels[instruction.scope or instruction.name] += 1
 
 
@@ -166,14 +192,18 @@ def _groups(instruction: Instruction) -> str:
     if instruction.opcode.startswith("collective-permute"):
         pairs = re.search(r"source_target_pairs=(\{\{.*?\}\})", instruction.attributes)
         return pairs[1] if pairs else ""
-    found = re.search(r"replica_groups=(mesh\[[^\]]*\] \{[^}]*\}|\{\{.*?\}\}|\S+)", instruction.attributes)
+    found = re.search(
+        r"replica_groups=(mesh\[[^\]]*\] \{[^}]*\}|\{\{.*?\}\}|\S+)", instruction.attributes
+    )
     return found[1].rstrip(",") if found else ""
 
 
 def _flops(instruction: Instruction, computation: Computation) -> float:
     if instruction.opcode in ("dot", "ragged-dot"):
         left = computation[instruction.operands[0]].arrays[0]
-        contracted = math.prod(left.dims[axis] for axis in instruction.numbers("lhs_contracting_dims"))
+        contracted = math.prod(
+            left.dims[axis] for axis in instruction.numbers("lhs_contracting_dims")
+        )
         return 2.0 * math.prod(instruction.arrays[0].dims) * contracted
     if instruction.opcode == "convolution":
         left, right = (computation[name].arrays[0].dims for name in instruction.operands[:2])
@@ -191,7 +221,9 @@ def _grouped_flops(instruction: Instruction, computation: Computation) -> float:
     if not _is_grouped(instruction):
         return 0.0
     operands = (computation[name].arrays[0] for name in instruction.operands)
-    rows = next((array for array in operands if len(array.dims) == 2 and array.dtype in _FLOATS), None)
+    rows = next(
+        (array for array in operands if len(array.dims) == 2 and array.dtype in _FLOATS), None
+    )
     if rows is None:
         return 0.0
     out = instruction.arrays[0].dims
@@ -203,7 +235,9 @@ def _is_grouped(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and _GROUPED.search(instruction.scope) is not None
 
 
-def _convolution_flops(instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
+def _convolution_flops(
+    instruction: Instruction, left: tuple[int, ...], right: tuple[int, ...]
+) -> float:
     """Counts without padding. A TPU's matmuls are convolutions, whose batches are windows of mostly padding."""
     labels = instruction.attribute("dim_labels") or ""
     of_left, of_right, of_out = re.split(r"_|->", labels)
@@ -233,7 +267,13 @@ class _Window(NamedTuple):
             found = re.search(rf"\b{name}=([\d_x\-]+)", inside)
             return int(found[1].split("x")[axis].partition("_")[0]) if found else default
 
-        return cls(size, value("stride", 1), value("pad", 0), value("rhs_dilate", 1), value("lhs_dilate", 1))
+        return cls(
+            size,
+            value("stride", 1),
+            value("pad", 0),
+            value("rhs_dilate", 1),
+            value("lhs_dilate", 1),
+        )
 
     def products(self, length: int, outputs: int) -> int:
         """Counts pairs of an output and a place in the window that meet an element of the input and no padding."""
@@ -243,8 +283,16 @@ class _Window(NamedTuple):
         positions = np.arange(outputs)
         total = 0
         for start in range(0, self.size, 1024):
-            at = places[start : start + 1024, None] * self.dilation + positions * self.stride - self.pad
-            meets = (at >= 0) & (at <= (length - 1) * self.base_dilation) & (at % self.base_dilation == 0)
+            at = (
+                places[start : start + 1024, None] * self.dilation
+                + positions * self.stride
+                - self.pad
+            )
+            meets = (
+                (at >= 0)
+                & (at <= (length - 1) * self.base_dilation)
+                & (at % self.base_dilation == 0)
+            )
             total += int(meets.sum())
         return total
 
@@ -256,7 +304,9 @@ def _hbm(instruction: Instruction, computation: Computation, program: Program) -
         return 0.0
     operands = [computation[name] for name in instruction.operands if name in computation]
     if opcode == "fusion":
-        return _fusion_hbm(instruction, operands, program.computations[instruction.called("calls") or ""])
+        return _fusion_hbm(
+            instruction, operands, program.computations[instruction.called("calls") or ""]
+        )
     if opcode in ("call-start", "call-update"):
         # A gather by a TPU's sparse cores; its result is last but for a semaphore.
         results = [array.bytes for array in instruction.arrays if array.dims]
@@ -266,7 +316,9 @@ def _hbm(instruction: Instruction, computation: Computation, program: Program) -
     if opcode in ("dynamic-update-slice", "scatter"):
         return 2 * _far(operands[-1 if opcode == "scatter" else 1])
     if opcode in ("copy-start", "slice-start"):
-        return _far(operands[0]) + sum(array.bytes for array in instruction.arrays[:1] if not array.on_chip)
+        return _far(operands[0]) + sum(
+            array.bytes for array in instruction.arrays[:1] if not array.on_chip
+        )
     return _far(instruction) + sum(map(_far, operands))
 
 

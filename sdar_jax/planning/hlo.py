@@ -4,12 +4,25 @@ import math
 import re
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "bf16": 16, "c64": 64, "c128": 128}
+_BITS = {
+    "pred": 8,
+    "token": 0,
+    "opaque": 0,
+    "s4": 4,
+    "u4": 4,
+    "s2": 2,
+    "u2": 2,
+    "bf16": 16,
+    "c64": 64,
+    "c128": 128,
+}
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?")
 _NAMES = re.compile(r"%([\w.\-]+)")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_BRANCHES = re.compile(
+    r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))"
+)
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 
 

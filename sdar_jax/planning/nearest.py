@@ -21,7 +21,9 @@ class Change(NamedTuple):
     topology: str
 
 
-def nearest(step: Compiled, *, attempts: int = 6) -> tuple[Change | None, list[tuple[Change, Compiled]]]:
+def nearest(
+    step: Compiled, *, attempts: int = 6
+) -> tuple[Change | None, list[tuple[Change, Compiled]]]:
     """Finds the first change that fits, and all that were compiled, at most `attempts`."""
     tried: list[tuple[Change, Compiled]] = []
     for change in candidates(step):
@@ -68,10 +70,16 @@ def _same_devices(step: Compiled) -> Iterator[Change]:
     config = step.config
     rows = _rows(step)
     now = config.micro_batch_size or config.data.batch_size
-    smaller = [micro for micro in (now // 2, rows) if rows <= micro < now and config.data.batch_size % micro == 0]
+    smaller = [
+        micro
+        for micro in (now // 2, rows)
+        if rows <= micro < now and config.data.batch_size % micro == 0
+    ]
     stronger = {"none": ("dots", "full"), "dots": ("full",), "full": ()}[config.remat]
     for micro in dict.fromkeys(smaller):
-        yield Change(f"--micro_batch_size {micro}", replace(config, micro_batch_size=micro), step.topology)
+        yield Change(
+            f"--micro_batch_size {micro}", replace(config, micro_batch_size=micro), step.topology
+        )
     for remat in stronger:
         yield Change(f"--remat {remat}", replace(config, remat=remat), step.topology)
     if stronger and smaller:

@@ -49,7 +49,11 @@ def links(payload: dict[Traffic, float], mesh: Mesh, chip: Chip) -> list[Link]:
         groups = group_list(traffic.groups, len(devices))
         sent = size * _ROUNDS.get(traffic.kind, 1.0) * _share(traffic.kind, groups.shape[1])
         key = traffic.kind, axes_of(groups[0], mesh)
-        found[key] = found.get(key, np.zeros(3)) + [size, sent, seconds(traffic, size, devices, chip)]
+        found[key] = found.get(key, np.zeros(3)) + [
+            size,
+            sent,
+            seconds(traffic, size, devices, chip),
+        ]
     rows = [Link(*key, *sums.tolist()) for key, sums in found.items() if sums[1] > 0]
     return sorted(rows, key=lambda link: -link.seconds)
 
@@ -64,7 +68,9 @@ def seconds(traffic: Traffic, payload: float, devices: list[Any], chip: Chip) ->
     for group in groups:
         members = [devices[i] for i in group]
         different[_signature(members)] = members
-    return max(seconds_of(traffic.kind, payload, members, devices, chip) for members in different.values())
+    return max(
+        seconds_of(traffic.kind, payload, members, devices, chip) for members in different.values()
+    )
 
 
 def _share(kind: str, size: int) -> float:
@@ -74,7 +80,11 @@ def _share(kind: str, size: int) -> float:
 def axes_of(group: np.ndarray, mesh: Mesh) -> str:
     """Names the mesh axes along which a group's members differ: "fsdp", or "fsdp x tensor"."""
     at = np.array(np.unravel_index(group, mesh.devices.shape))
-    varying = [name for name, places in zip(mesh.axis_names, at, strict=True) if len(set(places.tolist())) > 1]
+    varying = [
+        name
+        for name, places in zip(mesh.axis_names, at, strict=True)
+        if len(set(places.tolist())) > 1
+    ]
     return " x ".join(varying)
 
 
@@ -93,7 +103,9 @@ def _signature(group: list[Any]) -> tuple:
     return tuple(device.process_index - first.process_index for device in group)
 
 
-def _gpu_seconds(kind: str, payload: float, group: list[Any], devices: list[Any], chip: Chip) -> float:
+def _gpu_seconds(
+    kind: str, payload: float, group: list[Any], devices: list[Any], chip: Chip
+) -> float:
     size = len(group)
     hosts = {device.process_index for device in group}
     near = math.ceil(size / len(hosts))
@@ -106,7 +118,9 @@ def _gpu_seconds(kind: str, payload: float, group: list[Any], devices: list[Any]
     return max(within, rounds * payload * (len(hosts) - 1) / len(hosts) / (near * chip.between))
 
 
-def _tpu_seconds(kind: str, payload: float, group: list[Any], devices: list[Any], chip: Chip) -> float:
+def _tpu_seconds(
+    kind: str, payload: float, group: list[Any], devices: list[Any], chip: Chip
+) -> float:
     spans = np.array([device.coords for device in group])
     torus = np.array([device.coords for device in devices]).max(axis=0) + 1
     extents = spans.max(axis=0) - spans.min(axis=0) + 1

@@ -17,17 +17,29 @@ def values(step: Compiled, roof: Roofline | None, tokens: float) -> dict[str, An
         "devices": step.mesh.size,
         "mesh": {axis: size for axis, size in step.mesh.shape.items() if size > 1},
         "fits": step.fits,
-        "memory": {**step.memory._asdict(), "total": step.memory.total, "available": step.chip.memory},
+        "memory": {
+            **step.memory._asdict(),
+            "total": step.memory.total,
+            "available": step.chip.memory,
+        },
         "compile_seconds": step.seconds,
         "tokens_per_step": step.tokens,
         "token_budget": tokens,
     }
     if roof is None or step.counts is None:
         return result
-    result["flops"] = {"useful": roof.useful_flops, "matmuls": roof.matmul_flops, "attention": roof.attention_flops}
+    result["flops"] = {
+        "useful": roof.useful_flops,
+        "matmuls": roof.matmul_flops,
+        "attention": roof.attention_flops,
+    }
     result["hbm_bytes"] = roof.hbm_bytes
     result["collectives"] = [link._asdict() for link in roof.links]
-    result["seconds"] = {"compute": roof.compute, "memory": roof.memory, "collectives": roof.collectives}
+    result["seconds"] = {
+        "compute": roof.compute,
+        "memory": roof.memory,
+        "collectives": roof.collectives,
+    }
     result["bound"] = roof.bound
     result["overlapped"] = _pace(step, roof, roof.overlapped, tokens)
     result["serial"] = _pace(step, roof, roof.serial, tokens)
@@ -49,7 +61,10 @@ def _pace(step: Compiled, roof: Roofline, seconds: float, tokens: float) -> dict
 def table(plan: dict[str, Any]) -> str:
     """Formats `values` in lines."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items()) or "one device"
-    lines = [f"{plan['topology']}: {plan['devices']} devices, {mesh}; compiled in {plan['compile_seconds']:.0f} s", ""]
+    lines = [
+        f"{plan['topology']}: {plan['devices']} devices, {mesh}; compiled in {plan['compile_seconds']:.0f} s",
+        "",
+    ]
     lines += _memory_lines(plan["memory"], plan["fits"])
     if "seconds" in plan:
         lines += ["", *_time_lines(plan), "", *_pace_lines(plan)]
@@ -57,12 +72,23 @@ def table(plan: dict[str, Any]) -> str:
 
 
 def _memory_lines(memory: dict[str, float], fits: bool) -> list[str]:
-    names = {"ema": "moving average", "batch": "batch, padding", "temporaries": "gradients, activations, temporaries"}
-    parts = [(names.get(name, name), size) for name, size in memory.items() if name not in ("total", "available")]
+    names = {
+        "ema": "moving average",
+        "batch": "batch, padding",
+        "temporaries": "gradients, activations, temporaries",
+    }
+    parts = [
+        (names.get(name, name), size)
+        for name, size in memory.items()
+        if name not in ("total", "available")
+    ]
     lines = ["memory per device, GB"]
     lines += [f"  {name:<36}{size / _GB:8.2f}" for name, size in parts if size >= 5e6]
     verdict = "fits" if fits else "does not fit"
-    return [*lines, f"  {'total':<36}{memory['total'] / _GB:8.2f} of {memory['available'] / _GB:.0f}: {verdict}"]
+    return [
+        *lines,
+        f"  {'total':<36}{memory['total'] / _GB:8.2f} of {memory['available'] / _GB:.0f}: {verdict}",
+    ]
 
 
 def _time_lines(plan: dict[str, Any]) -> list[str]:
@@ -70,15 +96,21 @@ def _time_lines(plan: dict[str, Any]) -> list[str]:
     seconds = plan["seconds"]
     lines = ["a step, on each device"]
     work = f"{flops['matmuls'] / 1e12:.1f} TFLOP of matmuls + {flops['attention'] / 1e12:.1f} of attention"
-    lines.append(f"  {'compute':<14}{seconds['compute']:9.3f} s  {work}; {flops['useful'] / 1e12:.1f} useful")
-    lines.append(f"  {'memory':<14}{seconds['memory']:9.3f} s  {plan['hbm_bytes'] / _GB:.0f} GB (at most)")
+    lines.append(
+        f"  {'compute':<14}{seconds['compute']:9.3f} s  {work}; {flops['useful'] / 1e12:.1f} useful"
+    )
+    lines.append(
+        f"  {'memory':<14}{seconds['memory']:9.3f} s  {plan['hbm_bytes'] / _GB:.0f} GB (at most)"
+    )
     sent = sum(link["sent"] for link in plan["collectives"])
     lines.append(f"  {'collectives':<14}{seconds['collectives']:9.3f} s  {sent / _GB:.2f} GB sent")
     for link in plan["collectives"][:_SHOWN_LINKS]:
         if link["seconds"] >= 0.01 * seconds["collectives"]:
             name = f"{link['kind']} over {link['axes']}"
             lines.append(f"    {name:<38}{link['seconds']:9.3f} s  {link['sent'] / _GB:.2f} GB")
-    lines += [f"  {int(n)} x one round of a loop of unknown length: {at}" for at, n in _unknown(plan)]
+    lines += [
+        f"  {int(n)} x one round of a loop of unknown length: {at}" for at, n in _unknown(plan)
+    ]
     return lines
 
 
@@ -87,7 +119,9 @@ def _unknown(plan: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _pace_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [f"bound by {plan['bound']}; {plan['token_budget'] / 1e9:g}B tokens, {plan['tokens_per_step']} per step"]
+    lines = [
+        f"bound by {plan['bound']}; {plan['token_budget'] / 1e9:g}B tokens, {plan['tokens_per_step']} per step"
+    ]
     lines.append(f"  {'':<22}{'step':>9}{'tokens/s':>12}{'MFU':>7}{'days':>9}{'device-hours':>14}")
     for name, title in (("overlapped", "all overlaps"), ("serial", "nothing overlaps")):
         p = plan[name]

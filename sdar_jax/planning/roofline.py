@@ -81,7 +81,9 @@ def _calls_per_layer(step: Compiled, counts: Counts) -> dict[str, float]:
     runs = step.model.num_layers * (batch // (step.config.micro_batch_size or batch))
     calls = {}
     for name in KERNELS:
-        times = sum(times for scope, times in counts.kernels.items() if f"range_attention_{name}" in scope)
+        times = sum(
+            times for scope, times in counts.kernels.items() if f"range_attention_{name}" in scope
+        )
         if times:
             calls[name] = times / runs
     return calls

@@ -49,7 +49,9 @@ def expected(config: TrainConfig, model: ModelConfig) -> Expected:
     drawn_rows = min(_ROWS, batch_size)
     inputs, loss_share = _drawn_inputs(config, model, drawn_rows)
     rows = len(inputs.tokens) * batch_size // drawn_rows
-    counts = count_tokens(inputs)._replace(num_loss_tokens=jnp.float32(loss_share * inputs.targets.size))
+    counts = count_tokens(inputs)._replace(
+        num_loss_tokens=jnp.float32(loss_share * inputs.targets.size)
+    )
     counts = jax.tree.map(lambda x: x * (rows / len(inputs.tokens)), counts)
     tiled = {}
     if _implementation() is not None:
@@ -69,7 +71,9 @@ def attention_flops(model: ModelConfig, expected: Expected, calls: dict[str, flo
     flops = 0.0
     for kernel, times in calls.items():
         all_pairs, output_pairs = expected.tiled[kernel]
-        flops += width * KERNELS[kernel] * times * ((model.num_layers - 1) * all_pairs + output_pairs)
+        flops += (
+            width * KERNELS[kernel] * times * ((model.num_layers - 1) * all_pairs + output_pairs)
+        )
     return flops
 
 

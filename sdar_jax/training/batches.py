@@ -12,7 +12,12 @@ from sdar_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"tokens": np.int32, "segment_ids": np.int32, "loss_mask": np.bool_, "noisy_index": np.int32}
+_DTYPES = {
+    "tokens": np.int32,
+    "segment_ids": np.int32,
+    "loss_mask": np.bool_,
+    "noisy_index": np.int32,
+}
 
 
 class GivenBatches(Iterator[dict[str, np.ndarray]]):
@@ -52,7 +57,9 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
             # A copy: the iterator may keep changing what it gave.
             return json.loads(json.dumps(state))
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"data.get_state() gives what JSON cannot hold ({error}); give plain values") from None
+            raise ConfigError(
+                f"data.get_state() gives what JSON cannot hold ({error}); give plain values"
+            ) from None
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Resumes behind as many batches as `state` had used.
@@ -64,10 +71,15 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
         if self._has_state and state["iterator"] is not None:
             self._source.set_state(state["iterator"])
             return
-        log.warning("data keeps no state (get_state, set_state): its first %d batches are drawn again", self._used)
+        log.warning(
+            "data keeps no state (get_state, set_state): its first %d batches are drawn again",
+            self._used,
+        )
         for number in range(self._used):
             if next(self._source, None) is None:
-                raise DataError(f"data ended after {number} batches, of which the run had used {self._used}; give all")
+                raise DataError(
+                    f"data ended after {number} batches, of which the run had used {self._used}; give all"
+                )
 
     def describe(self, record_ids: Any) -> list[str]:
         """Names batches by their number, as a user's own have no files and lines."""
@@ -80,28 +92,38 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
         rows = self._config.batch_size
         noisy = self._config.noisy_length
         shape = (rows, self._config.sequence_length)
-        shapes: dict[str, tuple[int, ...]] = {"tokens": shape, "segment_ids": shape, "loss_mask": shape}
+        shapes: dict[str, tuple[int, ...]] = {
+            "tokens": shape,
+            "segment_ids": shape,
+            "loss_mask": shape,
+        }
         if noisy is not None:
             shapes["noisy_index"] = (rows, noisy)
         where = f"batch {self._used} of data"
         if absent := [name for name in shapes if name not in batch]:
             raise DataError(f"{where} lacks {', '.join(absent)}; give arrays of these names")
         if noisy is None and "noisy_index" in batch:
-            raise DataError(f"{where} has noisy_index and config.data no noisy_length; set it, or leave it out")
+            raise DataError(
+                f"{where} has noisy_index and config.data no noisy_length; set it, or leave it out"
+            )
         checked = {}
         for name, shape in shapes.items():
             checked[name] = _array(batch[name], f"{where}: {name}", shape, _DTYPES[name])
         tokens = checked["tokens"]
         wrong = (tokens < 0) | (tokens >= self._vocab_size)
         if wrong.any():
-            raise DataError(f"{where} holds token {tokens[wrong][0]}; the vocabulary is 0 to {self._vocab_size - 1}")
+            raise DataError(
+                f"{where} holds token {tokens[wrong][0]}; the vocabulary is 0 to {self._vocab_size - 1}"
+            )
         return checked | {"record_ids": np.full(1, self._used)}
 
 
 def _array(value: Any, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
     array = np.asarray(value)
     if array.shape != shape:
-        raise DataError(f"{name} is of shape {array.shape}, and the config's batches of {shape}; give both one shape")
+        raise DataError(
+            f"{name} is of shape {array.shape}, and the config's batches of {shape}; give both one shape"
+        )
     if not np.can_cast(array.dtype, dtype, "same_kind"):
         raise DataError(f"{name} is {array.dtype}; give {np.dtype(dtype)}")
     return array.astype(dtype, copy=False)

@@ -108,7 +108,10 @@ class Checkpoints:
         # The callback that a save ends with asks which one it was.
         self.wait()
         self._saving = int(state.step)
-        items = {"state": ocp.args.StandardSave(state._asdict()), "position": ocp.args.JsonSave(host_state._asdict())}
+        items = {
+            "state": ocp.args.StandardSave(state._asdict()),
+            "position": ocp.args.JsonSave(host_state._asdict()),
+        }
         with self._failures_reported():
             self._manager.save(self._saving, args=ocp.args.Composite(**items), force=True)
 
@@ -181,7 +184,9 @@ class Checkpoints:
 
     def _set_damaged_aside(self) -> None:
         steps = processes.broadcast(
-            lambda: sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+            lambda: sorted(
+                int(path.name) for path in self.directory.glob("*") if path.name.isdigit()
+            )
         )
         damaged = []
         for step in reversed(steps):
@@ -189,21 +194,27 @@ class Checkpoints:
                 break
             damaged.append(step)
         if damaged and len(damaged) == len(steps):
-            raise CheckpointError(f"{self.directory}: every checkpoint is damaged; restore one or use a new run_dir")
+            raise CheckpointError(
+                f"{self.directory}: every checkpoint is damaged; restore one or use a new run_dir"
+            )
         if processes.is_main_process():
             for step in map(str, damaged):
                 shutil.rmtree(self._damaged / step, ignore_errors=True)
                 self._damaged.mkdir(exist_ok=True)
                 (self.directory / step).rename(self._damaged / step)
                 log.warning(
-                    "checkpoint %s is damaged and now in %s; going on from the one before it", step, self._damaged
+                    "checkpoint %s is damaged and now in %s; going on from the one before it",
+                    step,
+                    self._damaged,
                 )
         processes.barrier("damaged checkpoints are set aside")
 
     def _write_digests(self) -> None:
         """Writes the digests when all else is written and the directory still has its temporary name."""
         name = f"{self._saving}."
-        (directory,) = (path for path in self.directory.iterdir() if f"{path.name}.".startswith(name))
+        (directory,) = (
+            path for path in self.directory.iterdir() if f"{path.name}.".startswith(name)
+        )
         _write_digests(directory)
 
 
@@ -257,7 +268,9 @@ def _is_part_intact(directory: Path, part: int, parts: int) -> bool:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    return (path for item in _ITEMS for path in sorted((directory / item).rglob("*")) if path.is_file())
+    return (
+        path for item in _ITEMS for path in sorted((directory / item).rglob("*")) if path.is_file()
+    )
 
 
 def _digest(path: Path) -> str:

@@ -64,11 +64,17 @@ class InitConfig:
     """The mask's first embedding, where an autoregressive model is converted."""
 
     def __post_init__(self):
-        given = [name for name in ("init_from", "preset", "shape") if getattr(self, name) is not None]
+        given = [
+            name for name in ("init_from", "preset", "shape") if getattr(self, name) is not None
+        ]
         if len(given) != 1:
-            raise ConfigError(f"{' and '.join(given) or 'none'} given; give one of init_from, preset and shape")
+            raise ConfigError(
+                f"{' and '.join(given) or 'none'} given; give one of init_from, preset and shape"
+            )
         if self.init_from is None and self.tokenizer is None:
-            raise ConfigError("tokenizer is None and there is no init_from that has one; give a tokenizer directory")
+            raise ConfigError(
+                "tokenizer is None and there is no init_from that has one; give a tokenizer directory"
+            )
         _expand_home(self, "init_from", "tokenizer")
 
     @property
@@ -106,16 +112,36 @@ class OptimizerConfig:
     def __post_init__(self):
         for name in ("learning_rate", "eps", "clip_norm"):
             value = getattr(self, name)
-            require(name, value, value is None or (math.isfinite(value) and value > 0), "a finite number above 0")
-        require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a finite number of at least 0")
+            require(
+                name,
+                value,
+                value is None or (math.isfinite(value) and value > 0),
+                "a finite number above 0",
+            )
+        require(
+            "weight_decay",
+            self.weight_decay,
+            0 <= self.weight_decay < math.inf,
+            "a finite number of at least 0",
+        )
         for name in ("beta1", "beta2"):
             require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        require("final_fraction", self.final_fraction, 0 <= self.final_fraction <= 1, "a number in [0, 1]")
+        require(
+            "final_fraction",
+            self.final_fraction,
+            0 <= self.final_fraction <= 1,
+            "a number in [0, 1]",
+        )
         for name in ("warmup", "decay"):
             value = getattr(self, name)
             good = 0 <= value < 1 or (math.isfinite(value) and value >= 1 and value == int(value))
             require(name, value, good, "a share of the steps in [0, 1) or a whole number of steps")
-        require("schedule", self.schedule, self.schedule in ("constant", "cosine", "wsd"), "constant, cosine or wsd")
+        require(
+            "schedule",
+            self.schedule,
+            self.schedule in ("constant", "cosine", "wsd"),
+            "constant, cosine or wsd",
+        )
 
 
 @dataclass(frozen=True)
@@ -183,7 +209,12 @@ class TrainConfig:
         require("seed", self.seed, 0 <= self.seed < 2**32, "a number in [0, 2**32)")
         require("run_dir", self.run_dir, bool(self.run_dir), "a directory")
         local = re.match(r"[A-Za-z][\w+.-]*://", self.run_dir) is None
-        require("run_dir", self.run_dir, local, "a directory of this machine, where a bucket may be mounted")
+        require(
+            "run_dir",
+            self.run_dir,
+            local,
+            "a directory of this machine, where a bucket may be mounted",
+        )
         _expand_home(self, "run_dir")
         ema = self.ema_decay
         peak = self.peak_flops
@@ -200,15 +231,21 @@ class TrainConfig:
     def total_steps(self) -> int:
         """`steps`. `train` puts them in the place of `epochs` as soon as they are counted."""
         if self.steps is None:
-            raise ConfigError(f"epochs is {self.epochs}, whose steps only a run counts; give steps, and epochs None")
+            raise ConfigError(
+                f"epochs is {self.epochs}, whose steps only a run counts; give steps, and epochs None"
+            )
         return self.steps
 
     def _check_length(self) -> None:
         given = [name for name in ("steps", "epochs") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ConfigError(f"{' and '.join(given) or 'neither'} given; give one of steps and epochs")
+            raise ConfigError(
+                f"{' and '.join(given) or 'neither'} given; give one of steps and epochs"
+            )
         if self.epochs is not None and self.data.epochs is not None:
-            raise ConfigError(f"epochs is {self.epochs} and data.epochs {self.data.epochs}; leave data.epochs out")
+            raise ConfigError(
+                f"epochs is {self.epochs} and data.epochs {self.data.epochs}; leave data.epochs out"
+            )
         if self.epochs is not None and self.data.shards > 1:
             raise ConfigError(
                 f"epochs is {self.epochs} and data.shards {self.data.shards}, which end apart; give steps"

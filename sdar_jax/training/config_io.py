@@ -27,10 +27,15 @@ _EXAMPLE = TrainConfig(
     run_dir="runs/example",
     steps=1000,
     model=InitConfig(init_from="path/to/model"),
-    data=DataConfig((SourceConfig("path/to/*.jsonl", "jsonl"),), sequence_length=1024, batch_size=8),
+    data=DataConfig(
+        (SourceConfig("path/to/*.jsonl", "jsonl"),), sequence_length=1024, batch_size=8
+    ),
 )
 # Sections that a config may be without, by their place, and what their options are listed with then.
-_OPTIONAL_SECTIONS = {"eval": EvalConfig(_EXAMPLE.data), "model.shape": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128)}
+_OPTIONAL_SECTIONS = {
+    "eval": EvalConfig(_EXAMPLE.data),
+    "model.shape": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128),
+}
 
 
 def read_command_line(
@@ -55,7 +60,9 @@ def read_command_line(
         return _override(change(read_config(arguments[0])), arguments[1:], program)
     if {"-h", "--help"} & set(arguments):
         return _override(_EXAMPLE, ["--help"], program)
-    raise ConfigError(f"no config file is given; write: {program} CONFIG.yaml [--field.path value ...]")
+    raise ConfigError(
+        f"no config file is given; write: {program} CONFIG.yaml [--field.path value ...]"
+    )
 
 
 def read_config(path: str | Path) -> TrainConfig:
@@ -85,7 +92,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines:
-                raise yaml.YAMLError(f"{name} is given in line {lines[name]} and again in line {line}; join the two")
+                raise yaml.YAMLError(
+                    f"{name} is given in line {lines[name]} and again in line {line}; join the two"
+                )
             lines[name] = line
         return node
 
@@ -175,7 +184,9 @@ def _number(value: Any, where: str) -> float:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    _checked(value, isinstance(value, int | float) and not isinstance(value, bool), where, "a number")
+    _checked(
+        value, isinstance(value, int | float) and not isinstance(value, bool), where, "a number"
+    )
     return float(value)
 
 
@@ -199,7 +210,9 @@ _OPTION_KINDS = tyro.constructors.ConstructorRegistry()
 
 
 @_OPTION_KINDS.primitive_rule
-def _mapping_option(field: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+def _mapping_option(
+    field: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Makes a mapping one option, in JSON; tyro would make one of each name that it already has."""
     if get_origin(field.type) is not dict:
         return None
@@ -245,7 +258,9 @@ def _with_optional_section(
     if (none := _without(section, arguments)) is not None:
         config = _replaced(config, section, None)
         arguments = none
-    options = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+    options = {
+        argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments
+    }
     given = any(option.startswith(f"{section}.") for option in options)
     listed = {"-h", "--help"} & set(arguments)
     if not (given or listed) or _section(config, section) is not None:
@@ -253,7 +268,9 @@ def _with_optional_section(
     example = _OPTIONAL_SECTIONS[section]
     missing = [name for name in _required_options(type(example), section) if name not in options]
     if given and missing:
-        raise ConfigError(f"{', '.join(missing)} missing; add what is named, as the file has no {section}")
+        raise ConfigError(
+            f"{', '.join(missing)} missing; add what is named, as the file has no {section}"
+        )
     return _replaced(config, section, example), arguments
 
 

@@ -14,7 +14,13 @@ log = logging.getLogger(__name__)
 
 # Of each larger file so many samples of so many bytes enter the digest.
 _SAMPLES, _SAMPLE_BYTES = 8, 8192
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
 
 Fingerprint = dict[str, dict[str, Any]]
 
@@ -28,8 +34,13 @@ def fingerprint(sources: Sequence[SourceConfig], tokenizer: Path) -> Fingerprint
     Raises:
         DataError: a source without files.
     """
-    found = {f"data.sources.{i}.path {source.path}": find_files(source) for i, source in enumerate(sources)}
-    found["the tokenizer"] = [file for name in _TOKENIZER_FILES if (file := tokenizer / name).is_file()]
+    found = {
+        f"data.sources.{i}.path {source.path}": find_files(source)
+        for i, source in enumerate(sources)
+    }
+    found["the tokenizer"] = [
+        file for name in _TOKENIZER_FILES if (file := tokenizer / name).is_file()
+    ]
     return {name: _of_files(files) for name, files in found.items()}
 
 

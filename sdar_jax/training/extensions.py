@@ -36,7 +36,9 @@ class TrainingObjective(NamedTuple):
     def name(self) -> str:
         """Names it in checkpoints."""
         functions = (self.make_inputs, self.loss)
-        return ", ".join(getattr(each, "__qualname__", type(each).__qualname__) for each in functions if each)
+        return ", ".join(
+            getattr(each, "__qualname__", type(each).__qualname__) for each in functions if each
+        )
 
 
 class Extensions(NamedTuple):
@@ -58,5 +60,7 @@ class Extensions(NamedTuple):
             return weights, {}
         trained = {name: weight for name, weight in weights.items() if self.trainable(name)}
         if not trained:
-            raise ConfigError(f"trainable chooses none of the weights; their names are {', '.join(weights)}")
+            raise ConfigError(
+                f"trainable chooses none of the weights; their names are {', '.join(weights)}"
+            )
         return trained, {name: weight for name, weight in weights.items() if name not in trained}

@@ -52,7 +52,9 @@ def training_flops(config: ModelConfig, counts: TokenCounts) -> float:
     """
     c = config
     kv_weights = 2 * c.hidden_size * c.num_kv_heads * c.head_dim
-    width = c.num_experts_per_token * c.moe_intermediate_size if c.num_experts else c.intermediate_size
+    width = (
+        c.num_experts_per_token * c.moe_intermediate_size if c.num_experts else c.intermediate_size
+    )
     other_weights = c.hidden_size * (2 * c.num_heads * c.head_dim + 3 * width + c.num_experts)
     inner_layers = c.num_layers - 1
     weights_of_positions = inner_layers * (kv_weights + other_weights) + kv_weights

@@ -32,9 +32,20 @@ from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.config_io import to_values
 from sdar_jax.training.extensions import Callback, Evaluator, Extensions, TrainingObjective
-from sdar_jax.training.resume import check_extensions, check_same_for_all, check_unchanged, write_config
+from sdar_jax.training.resume import (
+    check_extensions,
+    check_same_for_all,
+    check_unchanged,
+    write_config,
+)
 from sdar_jax.training.run_dir import finished_step, mark_export, model_path, occupied
-from sdar_jax.training.setup import Setup, configured_step, open_dataset, prepare, tokenizer_directory
+from sdar_jax.training.setup import (
+    Setup,
+    configured_step,
+    open_dataset,
+    prepare,
+    tokenizer_directory,
+)
 from sdar_jax.training.signals import Interrupts
 from sdar_jax.training.step import StepMetrics
 from sdar_jax.training.trackers import Line, NullTracker, Trackers
@@ -129,13 +140,21 @@ def run(config: TrainConfig, extensions: Extensions = Extensions()) -> Outcome: 
         if host_state is not None:
             check_unchanged(host_state.config, config)
         if (end := finished_step(run_dir, config, checkpoints.latest)) is not None:
-            log.info("%s is finished and its model in %s; nothing is left to do", run_dir, model_path(run_dir))
+            log.info(
+                "%s is finished and its model in %s; nothing is left to do",
+                run_dir,
+                model_path(run_dir),
+            )
             return Outcome(end, finished=True)
         return _run(config, run_dir, checkpoints, host_state, extensions)
 
 
 def _run(
-    config: TrainConfig, run_dir: Path, checkpoints: Checkpoints, host_state: HostState | None, extensions: Extensions
+    config: TrainConfig,
+    run_dir: Path,
+    checkpoints: Checkpoints,
+    host_state: HostState | None,
+    extensions: Extensions,
 ) -> Outcome:
     tokenizer_at = tokenizer_directory(config.model)
     tokenizer = load_tokenizer(tokenizer_at)
@@ -147,7 +166,9 @@ def _run(
             held_out = held_out_likelihood(config.eval, rows)
         extensions = extensions._replace(evaluators=[held_out, *extensions.evaluators])
     start = checkpoints.latest or 0
-    log.info("%s: %s step %d of %d", run_dir, "going on from" if start else "starting at", start, steps)
+    log.info(
+        "%s: %s step %d of %d", run_dir, "going on from" if start else "starting at", start, steps
+    )
     if processes.is_main_process():
         write_config(run_dir, config)
         outputs = Trackers(run_dir, step=start, steps=steps, tensorboard=config.tensorboard)
@@ -159,10 +180,14 @@ def _run(
             loop.run()
     checkpoints.wait()
     if loop.done < steps:
-        log.info("%s: stopped by a signal, saved at step %d; start it again to go on", run_dir, loop.done)
+        log.info(
+            "%s: stopped by a signal, saved at step %d; start it again to go on", run_dir, loop.done
+        )
         return Outcome(loop.done, finished=False, signal=loop.signal)
     mark_export(run_dir, config, setup.epochs, complete=False)
-    save_pretrained(loop.model(), model_path(run_dir), tokenizer_from=tokenizer_at, dtype=config.export_dtype)
+    save_pretrained(
+        loop.model(), model_path(run_dir), tokenizer_from=tokenizer_at, dtype=config.export_dtype
+    )
     mark_export(run_dir, config, setup.epochs, complete=True)
     averaged = "" if config.ema_decay is None else " (the moving average of the weights)"
     log.info("%s: finished, model%s in %s", run_dir, averaged, model_path(run_dir))
@@ -185,7 +210,9 @@ def _placed(batch: dict[str, np.ndarray], rows: list[int], batch_size: int, mesh
 
 
 @jax.jit
-def _over_all(segment_ids: Int[Array, "B L"], signals: Int[Array, " devices"]) -> tuple[Array, Array]:
+def _over_all(
+    segment_ids: Int[Array, "B L"], signals: Int[Array, " devices"]
+) -> tuple[Array, Array]:
     """Counts the tokens that are no padding, and finds the largest number of a signal."""
     return jnp.count_nonzero(segment_ids), signals.max()
 
@@ -269,7 +296,9 @@ class _Loop:
             numbers = evaluator(self.model(), self.done)
             new = {name: float(value) for name, value in numbers.items()}
             if twice := sorted(new.keys() & line.keys()):
-                raise ConfigError(f"two evaluators give {', '.join(twice)}; let each give a name of its own")
+                raise ConfigError(
+                    f"two evaluators give {', '.join(twice)}; let each give a name of its own"
+                )
             line |= new
         self._trackers.evaluation(self.done, line)
         self._call_back(self.done, {f"eval_{name}": value for name, value in line.items()})
@@ -305,7 +334,11 @@ class _Loop:
         except StopIteration:
             self._save()
             self._checkpoints.wait()
-            more = "raise data.epochs or leave it out" if self._extensions.data is None else "or give more data"
+            more = (
+                "raise data.epochs or leave it out"
+                if self._extensions.data is None
+                else "or give more data"
+            )
             raise TrainingError(
                 f"the data ended after {self.done} of {self._steps} steps, which are saved; set steps to {self.done}, "
                 f"{more}, and start it again"
@@ -384,7 +417,9 @@ class _Loop:
             except OSError as error:
                 more = f" and {rest} more ({file} cannot be written: {error.strerror})"
         last = self._checkpoints.directory / str(self._saved)
-        good = f"the last good checkpoint is {last}" if self._saved else "there is no checkpoint yet"
+        good = (
+            f"the last good checkpoint is {last}" if self._saved else "there is no checkpoint yet"
+        )
         loss = metrics.loss / max(metrics.normalizer, 1)
         return TrainingError(
             f"step {unread.step}: loss {loss}, gradient norm {metrics.grad_norm}, in a "

@@ -36,7 +36,11 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
     The rate is left to the step, so that it follows the run's count even where an update was left out.
     """
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     return optax.chain(clip, adam, optax.add_decayed_weights(config.weight_decay, is_decayed))
 

@@ -40,4 +40,8 @@ def _advice(path: Path) -> str:
     near = difflib.get_close_matches(str(path), recipe_names(), n=1)
     if near:
         return f"did you mean the recipe {near[0]}?"
-    return "give a YAML file" if path.suffix else f"give a YAML file, or a recipe such as {recipe_names()[-1]}"
+    return (
+        "give a YAML file"
+        if path.suffix
+        else f"give a YAML file, or a recipe such as {recipe_names()[-1]}"
+    )

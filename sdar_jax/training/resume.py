@@ -40,7 +40,13 @@ _FREE = (
     "export_dtype",
 )
 # These set the learning rate of each step, which `check_schedule` compares.
-_SCHEDULE = ("steps", "optimizer.schedule", "optimizer.warmup", "optimizer.decay", "optimizer.final_fraction")
+_SCHEDULE = (
+    "steps",
+    "optimizer.schedule",
+    "optimizer.warmup",
+    "optimizer.decay",
+    "optimizer.final_fraction",
+)
 
 
 def check_unchanged(saved: dict[str, Any], config: TrainConfig) -> None:
@@ -70,13 +76,17 @@ def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> Non
     before = from_values(TrainConfig, saved)
     steps = config.total_steps
     if steps < done:
-        raise ConfigError(f"steps is {steps} and {config.run_dir} at step {done}; give {done} to end it there, or more")
+        raise ConfigError(
+            f"steps is {steps} and {config.run_dir} at step {done}; give {done} to end it there, or more"
+        )
     if _same_rates(before.optimizer, before.total_steps, config.optimizer, steps, done):
         return
     differences = _differences(to_values(before), config, "was {}, is {}")
     changed = ", ".join(each for each in differences if each.startswith(_SCHEDULE))
     if steps == done:
-        log.warning("%s ends at step %d, before its schedule does: %s", config.run_dir, done, changed)
+        log.warning(
+            "%s ends at step %d, before its schedule does: %s", config.run_dir, done, changed
+        )
         return
     warmup = whole_steps(before.optimizer.warmup, before.total_steps)
     kept = replace(config.optimizer, warmup=warmup)
@@ -91,7 +101,9 @@ def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> Non
     )
 
 
-def _same_rates(one: OptimizerConfig, one_steps: int, other: OptimizerConfig, other_steps: int, done: int) -> bool:
+def _same_rates(
+    one: OptimizerConfig, one_steps: int, other: OptimizerConfig, other_steps: int, done: int
+) -> bool:
     steps = np.arange(1, done + 1)
     one_rates = np.asarray(learning_rate(one, one_steps)(steps))
     other_rates = np.asarray(learning_rate(other, other_steps)(steps))
@@ -101,14 +113,22 @@ def _same_rates(one: OptimizerConfig, one_steps: int, other: OptimizerConfig, ot
 def check_extensions(config: TrainConfig, extensions: Extensions) -> None:
     """Raises ConfigError where a run has no data, or is given it twice."""
     if extensions.data is None and not config.data.sources:
-        raise ConfigError("data.sources is empty and no data is given; name a source, or give train() data")
+        raise ConfigError(
+            "data.sources is empty and no data is given; name a source, or give train() data"
+        )
     if extensions.data is not None and config.data.sources:
-        raise ConfigError("data is given and data.sources not empty; give one of them: set data.sources to ()")
+        raise ConfigError(
+            "data is given and data.sources not empty; give one of them: set data.sources to ()"
+        )
     if extensions.data is not None and config.steps is None:
-        raise ConfigError(f"epochs is {config.epochs} and data is given, which says nothing of its length; give steps")
+        raise ConfigError(
+            f"epochs is {config.epochs} and data is given, which says nothing of its length; give steps"
+        )
 
 
-def check_same_extensions(host_state: HostState, extensions: Extensions, frozen: Collection[str]) -> None:
+def check_same_extensions(
+    host_state: HostState, extensions: Extensions, frozen: Collection[str]
+) -> None:
     """Raises ConfigError where a run resumes with another objective of the user's, or with other weights frozen."""
     was = host_state.objective
     now = extensions.objective and extensions.objective.name
@@ -128,7 +148,9 @@ def check_same_for_all(config: TrainConfig) -> None:
     """Raises ConfigError that names each field that differs from that of the job's first process."""
     first = processes.broadcast(lambda: to_values(config))
     if different := _differences(first, config, "{} in process 0, {} here"):
-        raise ConfigError(f"the config is not process 0's: {', '.join(different)}; give all processes the same file")
+        raise ConfigError(
+            f"the config is not process 0's: {', '.join(different)}; give all processes the same file"
+        )
 
 
 def _differences(values: dict[str, Any], config: TrainConfig, words: str) -> list[str]:

@@ -41,7 +41,9 @@ def _locked(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / ".lock").open("a")
     except OSError as error:
-        raise ConfigError(f"run_dir '{run_dir}' cannot be made ({error.strerror}); choose another") from None
+        raise ConfigError(
+            f"run_dir '{run_dir}' cannot be made ({error.strerror}); choose another"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,7 +87,9 @@ def write_file(path: Path, text: str) -> None:
 
 
 def _not_written(run_dir: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"run_dir '{run_dir}' cannot be written ({error.strerror}); make room, then start again")
+    return ConfigError(
+        f"run_dir '{run_dir}' cannot be written ({error.strerror}); make room, then start again"
+    )
 
 
 def model_path(run_dir: Path) -> Path:
@@ -101,7 +105,12 @@ def mark_export(run_dir: Path, config: TrainConfig, epochs: int | None, *, compl
         complete: whether the model is there.
     """
     if processes.is_main_process():
-        mark = {"step": config.steps, "epochs": epochs, "dtype": config.export_dtype, "complete": complete}
+        mark = {
+            "step": config.steps,
+            "epochs": epochs,
+            "dtype": config.export_dtype,
+            "complete": complete,
+        }
         write_file(run_dir / _EXPORT, json.dumps(mark) + "\n")
 
 
@@ -121,7 +130,11 @@ def finished_step(run_dir: Path, config: TrainConfig, latest: int | None) -> int
         raise ConfigError(
             f"{model_path(run_dir)} is there and this run has not written it; move it away, or use another run_dir"
         )
-    same_end = mark["step"] == config.steps if config.steps is not None else mark["epochs"] == config.epochs
+    same_end = (
+        mark["step"] == config.steps
+        if config.steps is not None
+        else mark["epochs"] == config.epochs
+    )
     if mark["complete"] and same_end and mark["dtype"] == config.export_dtype:
         return mark["step"]
     if latest is None:

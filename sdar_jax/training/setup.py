@@ -34,7 +34,14 @@ from sdar_jax.training.data_files import Fingerprint, fingerprint, report_change
 from sdar_jax.training.extensions import Extensions, TrainingObjective
 from sdar_jax.training.optimizer import Weights, adamw, learning_rate
 from sdar_jax.training.resume import check_same_extensions, check_schedule
-from sdar_jax.training.step import Rebuild, TrainState, compute_dtype, initial_state, make_step, model_weights
+from sdar_jax.training.step import (
+    Rebuild,
+    TrainState,
+    compute_dtype,
+    initial_state,
+    make_step,
+    model_weights,
+)
 from sdar_jax.training.stops import end_of_text, with_learned_stops
 from sdar_jax.training.trackers import Meter
 
@@ -86,7 +93,9 @@ def prepare(
     """
     epochs = config.epochs
     mesh = make_mesh(config.mesh)
-    files = processes.broadcast(lambda: fingerprint(config.data.sources, tokenizer_directory(config.model)))
+    files = processes.broadcast(
+        lambda: fingerprint(config.data.sources, tokenizer_directory(config.model))
+    )
     if host_state is None:
         shape, rebuild, state, frozen = _first_state(config, tokenizer, mesh, extensions)
         checkpoints.save_frozen(frozen)
@@ -122,7 +131,10 @@ def prepare(
 
 
 def _with_steps(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, counted: int | None = None
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+    counted: int | None = None,
 ) -> TrainConfig:
     """Puts a run's steps in the place of its `epochs`: all batches of the data are made once, and counted.
 
@@ -157,7 +169,10 @@ def _check_records(data: PackedDataset, host_state: HostState) -> None:
 def _check_context(config: TrainConfig, model: ModelConfig) -> None:
     """Refuses rows longer than the model's context where a row is one sequence, and warns where documents may be
     short."""
-    for name, data in (("data", config.data), ("eval.data", config.eval.data if config.eval else None)):
+    for name, data in (
+        ("data", config.data),
+        ("eval.data", config.eval.data if config.eval else None),
+    ):
         if data is None or data.sequence_length <= model.max_position_embeddings:
             continue
         problem = (
@@ -167,7 +182,11 @@ def _check_context(config: TrainConfig, model: ModelConfig) -> None:
         fix = f"lower it to {model.max_position_embeddings}, or raise max_position_embeddings in the model's config"
         if data.segments == "row":
             raise ConfigError(f"{problem}: {fix}")
-        log.warning("%s: longer documents are learned at positions where it cannot be decoded; %s", problem, fix)
+        log.warning(
+            "%s: longer documents are learned at positions where it cannot be decoded; %s",
+            problem,
+            fix,
+        )
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
@@ -191,7 +210,9 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
     check_copies(paradigm, config.data.noisy_length is not None)
     noisy = config.data.noisy_length or length
     lengths = (noisy + length, noisy) if paradigm.two_copies else (length,)
-    check_mesh(mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths)
+    check_mesh(
+        mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths
+    )
 
 
 def trained_paradigm(config: InitConfig, model: ModelConfig) -> Paradigm:
@@ -226,11 +247,16 @@ def abstract_state(
 
 
 def _initial_state(config: TrainConfig, weights: Weights, key: jax.Array) -> TrainState:
-    return initial_state(adamw(config.optimizer), weights, key, averaged=config.ema_decay is not None)
+    return initial_state(
+        adamw(config.optimizer), weights, key, averaged=config.ema_decay is not None
+    )
 
 
 def configured_step(
-    config: TrainConfig, model: ModelConfig, rebuild: Rebuild, objective: TrainingObjective | None = None
+    config: TrainConfig,
+    model: ModelConfig,
+    rebuild: Rebuild,
+    objective: TrainingObjective | None = None,
 ) -> jax.stages.Wrapped:
     """Makes the step of a run (`make_step`), with the config's objective or one of the user's own."""
     inputs_of = objective.make_inputs if objective else partial(_configured_inputs, config)
@@ -247,7 +273,9 @@ def configured_step(
     )
 
 
-def _configured_inputs(config: TrainConfig, batch: Batch, key: jax.Array, model: ModelConfig) -> LossInputs:
+def _configured_inputs(
+    config: TrainConfig, batch: Batch, key: jax.Array, model: ModelConfig
+) -> LossInputs:
     return make_inputs(batch, key, config.objective, model)
 
 
@@ -291,7 +319,9 @@ def _starting_shape(config: InitConfig, tokenizer: PreTrainedTokenizerBase) -> M
     return shape
 
 
-def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: jax.Array, mesh: Mesh) -> Model:
+def initial_model(
+    config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: jax.Array, mesh: Mesh
+) -> Model:
     """Makes the model before the first step, float32: loaded or random, converted where another objective is wanted.
 
     Its weights are made or read where they belong: no device, and of loaded ones no host, holds all of them.
@@ -315,7 +345,9 @@ def initial_model(config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: j
     return model
 
 
-def _check_vocabulary(config: InitConfig, shape: ModelConfig, tokenizer: PreTrainedTokenizerBase, ids: TokenIds):
+def _check_vocabulary(
+    config: InitConfig, shape: ModelConfig, tokenizer: PreTrainedTokenizerBase, ids: TokenIds
+):
     """Raises ConfigError if the tokenizer has an id that the model has no row for, before any weight is read."""
     # For a mask token just past the last row, conversion appends one.
     last = ids.size - 1 if ids.mask == shape.vocab_size else ids.largest
@@ -348,10 +380,14 @@ def _for_objective(model: Model, config: InitConfig, ids: TokenIds, key: jax.Arr
             **config.paradigm_values,
         )
     if fills_masks(model.config.objective):
-        raise ConfigError(f"model.objective is {objective!r} and the weights are {model.config.objective}; keep theirs")
+        raise ConfigError(
+            f"model.objective is {objective!r} and the weights are {model.config.objective}; keep theirs"
+        )
     for name, value in (config.paradigm_values | {"mask_token_id": config.mask_token_id}).items():
         if value is not None:
-            raise ConfigError(f"model.{name} is {value!r} and the model autoregressive; leave it out")
+            raise ConfigError(
+                f"model.{name} is {value!r} and the model autoregressive; leave it out"
+            )
     return model
 
 
@@ -359,20 +395,31 @@ def _check_mask(model: ModelConfig, mask: int, tokenizer: PreTrainedTokenizerBas
     """Raises ConfigError if the mask ends texts too, and warns if it is a token that ordinary text can hold."""
     eos = tokenizer.eos_token_id if model.eos_token_id is None else model.eos_token_id
     if mask == eos:
-        raise ConfigError(f"the mask's id {mask} is the end-of-text token's; set model.mask_token_id to a spare id")
+        raise ConfigError(
+            f"the mask's id {mask} is the end-of-text token's; set model.mask_token_id to a spare id"
+        )
     token = tokenizer.convert_ids_to_tokens(mask)
     added = tokenizer.added_tokens_decoder.get(mask)
     if token is not None and (added is None or not added.special):
-        log.warning("mask_token_id %d is the tokenizer's %r, which texts may hold; a spare id is safe", mask, token)
+        log.warning(
+            "mask_token_id %d is the tokenizer's %r, which texts may hold; a spare id is safe",
+            mask,
+            token,
+        )
 
 
 def tokenizer_directory(config: InitConfig) -> Path:
     """Finds the tokenizer on this machine; that of a hub id is fetched."""
-    return model_directory(config.tokenizer or config.init_from or "", weights=config.tokenizer is None)
+    return model_directory(
+        config.tokenizer or config.init_from or "", weights=config.tokenizer is None
+    )
 
 
 def open_dataset(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, model: ModelConfig, rows: Sequence[int] | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+    rows: Sequence[int] | None = None,
 ) -> PackedDataset:
     """Opens the data, laid out for the model; of each batch these `rows`, all if None.
 
@@ -382,7 +429,9 @@ def open_dataset(
     """
     last = token_ids(tokenizer).largest
     if last >= model.vocab_size:
-        raise ConfigError(_past_the_vocabulary(last, tokenizer, model) + "use the tokenizer it was trained with")
+        raise ConfigError(
+            _past_the_vocabulary(last, tokenizer, model) + "use the tokenizer it was trained with"
+        )
     return make_dataset(
         config,
         tokenizer,

@@ -66,7 +66,10 @@ Loss = Callable[[Model, LossInputs], tuple[Float[Array, ""], LossMetrics]]
 def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
     """Splits a model into its weights (or their shapes) by name, such as "layers.body.qkv", and what puts them back."""
     leaves, structure = jax.tree.flatten_with_path(model)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in leaves]
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        for path, _ in leaves
+    ]
 
     def rebuild(weights: Weights) -> Model:
         return jax.tree.unflatten(structure, [weights[name] for name in names])
@@ -113,14 +116,20 @@ def make_step(
         ema_decay: of the moving average; None where the state has none.
     """
 
-    def step(state: TrainState, batch: Batch, frozen: Weights = {}) -> tuple[TrainState, StepMetrics]:  # noqa: B006
+    def step(
+        state: TrainState,
+        batch: Batch,
+        frozen: Weights = {},  # noqa: B006 (never changed)
+    ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         inputs = make_inputs(batch, key)
 
         def loss_of_weights(weights: Weights, part: LossInputs) -> tuple[Array, LossMetrics]:
             return loss(rebuild({**frozen, **weights}), part)
 
-        gradients, total, scores = _accumulate(loss_of_weights, state.weights, inputs, micro_batches)
+        gradients, total, scores = _accumulate(
+            loss_of_weights, state.weights, inputs, micro_batches
+        )
         normalizer = inputs.normalizer.sum()
         divisor = jnp.where(normalizer > 0, normalizer, 1)
         gradients = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradients)
@@ -152,7 +161,9 @@ def _accumulate(loss: Callable, weights: Weights, inputs: LossInputs, parts: int
         return jax.tree.map(jnp.add, sums, (gradients, total, scores)), None
 
     # Only the shapes are needed: the sums start at zero.
-    shapes = jax.eval_shape(lambda part: compute(weights, part), jax.tree.map(lambda x: x[0], slices))
+    shapes = jax.eval_shape(
+        lambda part: compute(weights, part), jax.tree.map(lambda x: x[0], slices)
+    )
     (total, scores), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     sums, _ = jax.lax.scan(add, (constrain_weights(gradients), total, scores), slices)
     return sums
@@ -166,7 +177,9 @@ def _sliced(x: Array, parts: int) -> Array:
     return sharding.constrain(slices, None, "batch")
 
 
-def _update(state: TrainState, gradients: Weights, lr: Array, optimizer, ema_decay: float | None) -> TrainState:
+def _update(
+    state: TrainState, gradients: Weights, lr: Array, optimizer, ema_decay: float | None
+) -> TrainState:
     directions, moments = optimizer.update(gradients, state.optimizer, state.weights)
     weights = jax.tree.map(lambda w, d: w - (lr * d).astype(w.dtype), state.weights, directions)
     ema = state.ema

@@ -17,7 +17,11 @@ log = logging.getLogger(__name__)
 _ANSWER = "yes"
 _EXCHANGE = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": _ANSWER}]
 # A template may refuse any of these: a second question, or one without a system message.
-_CONVERSATIONS = (_EXCHANGE, [*_EXCHANGE, *_EXCHANGE], [{"role": "system", "content": "Be short."}, *_EXCHANGE])
+_CONVERSATIONS = (
+    _EXCHANGE,
+    [*_EXCHANGE, *_EXCHANGE],
+    [{"role": "system", "content": "Be short."}, *_EXCHANGE],
+)
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> int:
@@ -68,9 +72,15 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ends |= {end: encoder(end)[0] for end in behind if end}
     tokens = dict.fromkeys(token for token in ends.values() if _is_special(tokenizer, token))
     if len(refusals) == len(_CONVERSATIONS):
-        log.warning("where turns end is not known (%s): decode with a stop string if answers go on", refusals[0])
+        log.warning(
+            "where turns end is not known (%s): decode with a stop string if answers go on",
+            refusals[0],
+        )
     if ends and not tokens:
-        log.warning("turns end with %r, for which there is no token: decode with it as a stop string", next(iter(ends)))
+        log.warning(
+            "turns end with %r, for which there is no token: decode with it as a stop string",
+            next(iter(ends)),
+        )
     return list(tokens)
 
 

@@ -14,7 +14,21 @@ from transformers import PreTrainedTokenizerFast
 from sdar_jax.data import SourceConfig
 
 _FILES, _RECORDS = 2, 400
-_WORDS = ("the", "a", "small", "red", "old", "river", "stone", "letter", "walks", "finds", "opens", "under", "then")
+_WORDS = (
+    "the",
+    "a",
+    "small",
+    "red",
+    "old",
+    "river",
+    "stone",
+    "letter",
+    "walks",
+    "finds",
+    "opens",
+    "under",
+    "then",
+)
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -75,7 +89,11 @@ def _record(source: SourceConfig, draw: random.Random, length: int) -> Record:
         return record
     contents = [question, answer, text(4), text(4)][: draw.choice((2, 4))]
     roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]}
+    return {
+        "messages": [
+            {"role": roles[i % 2], "content": content} for i, content in enumerate(contents)
+        ]
+    }
 
 
 def _write(source: SourceConfig, path: Path, records: list[Record]) -> None:

@@ -35,7 +35,13 @@ _STEPS, _LAYERS, _WIDTH, _HEAD_DIM, _VOCABULARY = 4, 3, 64, 16, 320
 _KV_HEADS, _GROUP, _EXPERTS, _EXPERTS_PER_TOKEN = 4, 2, 8, 4
 _LENGTH, _BLOCKS, _ROWS_PER_DEVICE = 128, 8, 2
 # The largest size of a mesh axis that divides what is left of a model.
-_AXIS_LIMITS = {"fsdp": _WIDTH, "expert": _EXPERTS, "context": _BLOCKS, "tensor": _KV_HEADS, "data": math.inf}
+_AXIS_LIMITS = {
+    "fsdp": _WIDTH,
+    "expert": _EXPERTS,
+    "context": _BLOCKS,
+    "tensor": _KV_HEADS,
+    "data": math.inf,
+}
 
 
 def tiny(config: TrainConfig) -> TrainConfig:
@@ -86,7 +92,9 @@ def _shrink(config: TrainConfig) -> TrainConfig:
 def _remove(home: Path) -> None:
     """Removes what an earlier call made; nothing else."""
     if home.exists() and not (home / "inputs").is_dir():
-        raise ConfigError(f"{home} is in the way and not of an earlier --tiny; move it, or change run_dir in the file")
+        raise ConfigError(
+            f"{home} is in the way and not of an earlier --tiny; move it, or change run_dir in the file"
+        )
     shutil.rmtree(home, ignore_errors=True)
 
 
@@ -100,7 +108,9 @@ def _model(config: InitConfig, inputs: Path) -> InitConfig:
     }
     if config.init_from is None:
         return replace(config, preset=None, shape=shape, **changes)
-    save_pretrained(Model(shape, jax.random.key(0)), inputs / "start", tokenizer_from=inputs / "tokenizer")
+    save_pretrained(
+        Model(shape, jax.random.key(0)), inputs / "start", tokenizer_from=inputs / "tokenizer"
+    )
     return replace(config, init_from=str(inputs / "start"), **changes)
 
 
@@ -129,8 +139,13 @@ def _data(config: DataConfig, batch_size: int, block_size: int, home: Path) -> D
     length = min(config.sequence_length, max(_LENGTH, _BLOCKS * block_size))
     noisy = config.noisy_length
     if noisy is not None:
-        noisy = min(length, math.ceil(length * noisy / config.sequence_length / block_size) * block_size)
-    sources = [write_source(source, home / str(number), length) for number, source in enumerate(config.sources, 1)]
+        noisy = min(
+            length, math.ceil(length * noisy / config.sequence_length / block_size) * block_size
+        )
+    sources = [
+        write_source(source, home / str(number), length)
+        for number, source in enumerate(config.sources, 1)
+    ]
     return replace(
         config,
         sources=tuple(sources),

@@ -180,7 +180,9 @@ class Trackers:
 
     def train(self, step: int, line: Line) -> None:
         self._write(step, line, "train")
-        shown = [form.format(line[name]) for name, form in _SHOWN.items() if line.get(name) is not None]
+        shown = [
+            form.format(line[name]) for name, form in _SHOWN.items() if line.get(name) is not None
+        ]
         if self._bar.disable:
             print(f"step {step}/{self._bar.total}", *shown, flush=True)
         else:
@@ -188,13 +190,19 @@ class Trackers:
 
     def evaluation(self, step: int, line: Line) -> None:
         self._write(step, {f"eval_{name}": value for name, value in line.items()}, "eval")
-        tqdm.write(f"step {step}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in line.items()))
+        tqdm.write(
+            f"step {step}: held-out "
+            + ", ".join(f"{name} {value:.4f}" for name, value in line.items())
+        )
         sys.stdout.flush()
 
     def _write(self, step: int, line: Line, folder: str) -> None:
         self._lines.write(step, line)
         if self._board:
-            self._board.write(step, {f"{folder}/{name.removeprefix('eval_')}": value for name, value in line.items()})
+            self._board.write(
+                step,
+                {f"{folder}/{name.removeprefix('eval_')}": value for name, value in line.items()},
+            )
 
 
 class NullTracker(Trackers):
@@ -246,7 +254,11 @@ class _Output:
             self._warned = False
         except OSError as error:
             if not self._warned:
-                log.warning("%s cannot be written (%s); the run goes on without it", self._path, error.strerror)
+                log.warning(
+                    "%s cannot be written (%s); the run goes on without it",
+                    self._path,
+                    error.strerror,
+                )
             self._warned = True
 
     def _open(self) -> None:
@@ -286,12 +298,20 @@ class _Board(_Output):
     def _open(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)
         self._file = EventsWriter(str(self._path / "events"))
-        self._file.write_event(Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._file.write_event(
+            Event(step=self._step + 1, session_log=SessionLog(status=SessionLog.START))
+        )
         self._flushed = time.monotonic()
 
     def _append(self, step: int, line: Line) -> None:
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in line.items() if value is not None]
-        self._file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in line.items()
+            if value is not None
+        ]
+        self._file.write_event(
+            Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        )
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._file.flush()
             self._flushed = time.monotonic()
@@ -309,13 +329,23 @@ def _keep_lines(path: Path, step: int) -> None:
     """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     steps = [_step_of(line) for line in lines]
-    damaged = [line for line, found in zip(lines, steps, strict=True) if found is None and line.endswith(b"\n")]
+    damaged = [
+        line
+        for line, found in zip(lines, steps, strict=True)
+        if found is None and line.endswith(b"\n")
+    ]
     if damaged:
         aside = path.with_suffix(".damaged.jsonl")
         with aside.open("ab") as file:
             file.writelines(damaged)
-        log.warning("%s: %d damaged lines are now in %s; the run goes on", path, len(damaged), aside)
-    kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+        log.warning(
+            "%s: %d damaged lines are now in %s; the run goes on", path, len(damaged), aside
+        )
+    kept = [
+        line
+        for line, found in zip(lines, steps, strict=True)
+        if found is not None and found <= step
+    ]
     if len(kept) < len(lines):
         temporary = path.with_suffix(".tmp")
         temporary.write_bytes(b"".join(kept))

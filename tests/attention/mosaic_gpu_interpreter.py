@@ -27,7 +27,11 @@ from jax._src import core as jax_core
 from jax._src.pallas.mosaic.interpret import utils as interpret_utils
 from jax._src.pallas.mosaic_gpu import core as gpu_core
 from jax._src.pallas.mosaic_gpu import primitives as gpu_primitives
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call, jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret import (
+    gpu_callbacks,
+    interpret_pallas_call,
+    jaxpr_interpret,
+)
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.state import discharge
 from jax._src.state import types as state_types
@@ -44,7 +48,8 @@ _stock_interpret = Interpreter.interpret
 # Called before each equation with the interpreter, the jaxpr, the equation, the token and the environment; returns the
 # token, and whether the equation has been seen to. For seeding bugs.
 Hook = Callable[
-    [Interpreter, jax_core.Jaxpr, jax_core.JaxprEqn, jax.Array, interpret_utils.JaxprEnv], tuple[jax.Array, bool]
+    [Interpreter, jax_core.Jaxpr, jax_core.JaxprEqn, jax.Array, interpret_utils.JaxprEnv],
+    tuple[jax.Array, bool],
 ]
 
 
@@ -80,7 +85,9 @@ class _Agents:
     def check_done(self, thread, accumulator) -> None:
         with self.lock:
             if any(pending == accumulator for pending, _ in self.pending[thread]):
-                raise RuntimeError(f"the accumulator {accumulator} is read before the product into it is awaited")
+                raise RuntimeError(
+                    f"the accumulator {accumulator} is read before the product into it is awaited"
+                )
 
 
 _agents = _Agents()
@@ -92,7 +99,19 @@ def _host(function):
 
 
 @_host
-def _wgmma(token, thread, accumulator, a, a_transforms, b, b_transforms, *, mesh_location, a_is_ref, source_info):
+def _wgmma(
+    token,
+    thread,
+    accumulator,
+    a,
+    a_transforms,
+    b,
+    b_transforms,
+    *,
+    mesh_location,
+    a_is_ref,
+    source_info,
+):
     shared, races = gpu_callbacks._get_shared_memory(), gpu_callbacks.get_races()
     info = memory.GPULoggingInfo(mesh_location, thread, source_info)
     key = memory.HostAllocationKey.from_array(accumulator)
@@ -103,7 +122,9 @@ def _wgmma(token, thread, accumulator, a, a_transforms, b, b_transforms, *, mesh
         transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
         access = shared.access(source, transforms)
         value, _, _ = shared.get_buffer_content(source, access, thread, logging_info=info)
-        races.check_read(thread, clock.async_smem_clock.copy(), source, access, source_info=source_info)
+        races.check_read(
+            thread, clock.async_smem_clock.copy(), source, access, source_info=source_info
+        )
         return value
 
     left = read(a, a_transforms) if a_is_ref else np.asarray(a)
@@ -136,7 +157,9 @@ def _read_accumulator(token, thread, accumulator, *, mesh_location, outstanding,
 
 
 def _call(function, token, *arguments, outputs=(), **settings):
-    shapes = (gpu_callbacks.TOKEN_SHAPE_DTYPE, *outputs) if outputs else gpu_callbacks.TOKEN_SHAPE_DTYPE
+    shapes = (
+        (gpu_callbacks.TOKEN_SHAPE_DTYPE, *outputs) if outputs else gpu_callbacks.TOKEN_SHAPE_DTYPE
+    )
     result = callback.io_callback(partial(function, **settings), shapes, token, *arguments)
     return result if outputs else (result,)
 
@@ -163,7 +186,9 @@ def _interpret_wgmma_wait(self: Interpreter, eqn, token, invals):
 
 
 def _interpret_accumulator_read(self: Interpreter, eqn, token, invals):
-    token, value = _deref(self, token, invals[0], eqn.outvars[0].aval, eqn.params["wait_n"], eqn.source_info)
+    token, value = _deref(
+        self, token, invals[0], eqn.outvars[0].aval, eqn.params["wait_n"], eqn.source_info
+    )
     return token, [value]
 
 
@@ -205,7 +230,9 @@ def _allocate(self: Interpreter, token, value, source_info):
         memory_space_id=memory.get_memory_space_idx(gpu_core.MemorySpace.REGS),
         initial_ref_count=1,
     )
-    return gpu_callbacks.call_allocate_buffer(token, self.mesh_location, self.thread, request, value, source_info)
+    return gpu_callbacks.call_allocate_buffer(
+        token, self.mesh_location, self.thread, request, value, source_info
+    )
 
 
 _HANDLERS = {
@@ -220,10 +247,18 @@ def _alone(eqn: jax_core.JaxprEqn, debug_info: jax_core.DebugInfo) -> tuple[jax_
     """A jaxpr of one equation, and the variables it takes."""
     taken = list(dict.fromkeys(v for v in eqn.invars if not isinstance(v, jax_core.Literal)))
     made = [v for v in eqn.outvars if not isinstance(v, jax_core.DropVar)]
-    return jax_core.Jaxpr((), taken, made, [eqn], eqn.effects, debug_info=debug_info.with_unknown_names()), taken
+    return jax_core.Jaxpr(
+        (), taken, made, [eqn], eqn.effects, debug_info=debug_info.with_unknown_names()
+    ), taken
 
 
-def step(self: Interpreter, jaxpr: jax_core.Jaxpr, eqn: jax_core.JaxprEqn, token, env: interpret_utils.JaxprEnv):
+def step(
+    self: Interpreter,
+    jaxpr: jax_core.Jaxpr,
+    eqn: jax_core.JaxprEqn,
+    token,
+    env: interpret_utils.JaxprEnv,
+):
     """Interprets one equation of `jaxpr`: writes what it makes, returns the token."""
     if eqn.primitive in _HANDLERS:
         token, out = _HANDLERS[eqn.primitive](self, eqn, token, env.read_many(eqn.invars))
@@ -255,8 +290,14 @@ def extended_interpreter(hook: Hook | None = None) -> Iterator[None]:
     global _agents
     if _TOO_OLD:
         pytest.skip(_REASON)
-    assert jax.__version__ == WRITTEN_FOR, f"written for jax {WRITTEN_FOR}; this is {jax.__version__}"
-    assert {f.name for f in dataclasses.fields(Interpreter)} >= {"thread", "mesh_location", "warp_mesh"}
+    assert jax.__version__ == WRITTEN_FOR, (
+        f"written for jax {WRITTEN_FOR}; this is {jax.__version__}"
+    )
+    assert {f.name for f in dataclasses.fields(Interpreter)} >= {
+        "thread",
+        "mesh_location",
+        "warp_mesh",
+    }
     _agents = _Agents()
 
     def interpret(self, jaxpr, token, *args):

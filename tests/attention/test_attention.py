@@ -51,7 +51,9 @@ def random_ranges(draw, shape: Shape) -> Ranges:
     """Two disjoint ranges a row in either order, one or both of them empty at times."""
     cuts = st.lists(st.integers(0, shape.keys), min_size=4, max_size=4).map(sorted)
     rows = shape.batch * shape.queries
-    ranges = np.array(draw(st.lists(cuts, min_size=rows, max_size=rows)), np.int32).reshape(rows, 2, 2)
+    ranges = np.array(draw(st.lists(cuts, min_size=rows, max_size=rows)), np.int32).reshape(
+        rows, 2, 2
+    )
     flip = np.array(draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
     ranges = np.where(flip[:, None, None], ranges[:, ::-1], ranges)
     ranges = ranges.reshape(shape.batch, shape.queries, 2, 2)
@@ -88,7 +90,9 @@ def naive(q, k, v, d_out, mask: np.ndarray, scale: float):
 @partial(jax.jit, static_argnames=("implementation", "tile", "scale"))
 def forward_and_gradients(q, k, v, d_out, ranges, implementation, tile=128, scale=None):
     with mock.patch.object(chunked, "_TILE", tile):
-        call = lambda q, k, v: attention(q, k, v, ranges, implementation=implementation, scale=scale)
+        call = lambda q, k, v: attention(
+            q, k, v, ranges, implementation=implementation, scale=scale
+        )
         out, pullback = jax.vjp(call, q, k, v)
         return out, *pullback(d_out)
 
@@ -151,14 +155,18 @@ def test_rows_that_see_nothing_give_zero_and_take_no_gradient(implementation):
     shape = Shape(1, 6, 9, 2, 1, 4)
     q, k, v, d_out = random_inputs(shape, 5, np.float32)
     nothing = jnp.zeros((1, 6, 2), jnp.int32)
-    ranges = Ranges(nothing.at[:, :, 0].set(4), nothing.at[:, :, 0].set(jnp.array([4, 9, 4, 4, 8, 4])))
+    ranges = Ranges(
+        nothing.at[:, :, 0].set(4), nothing.at[:, :, 0].set(jnp.array([4, 9, 4, 4, 8, 4]))
+    )
     # Large enough for 1 / tiny or exp to overflow, were an empty row ever divided by its sum.
     got = forward_and_gradients(q * 1e3, k, v, d_out * 1e6, ranges, implementation, 4)
     out, dq = (np.asarray(x)[0] for x in got[:2])
     empty = [0, 2, 3, 5]
     assert not out[empty].any() and not dq[empty].any()
     assert out[[1, 4]].all() and all(np.isfinite(x).all() for x in got)
-    alone = forward_and_gradients(q * 1e3, k, v, 0 * d_out + 1e6 * d_out * (out != 0), ranges, implementation, 4)
+    alone = forward_and_gradients(
+        q * 1e3, k, v, 0 * d_out + 1e6 * d_out * (out != 0), ranges, implementation, 4
+    )
     for ours, theirs in zip(got, alone, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -182,7 +190,10 @@ def kinds_by_definition(ranges: Ranges, query_tile: int, key_tile: int, keys: in
     """[B, query tiles, key tiles]; FULL only where one range covers the tile for every query."""
     tiles = -(-keys // key_tile)
     mask = visible(ranges, tiles * key_tile).reshape(2, -1, query_tile, tiles, key_tile)
-    alone = [visible(Ranges(*(x.at[..., 1 - i].set(0) for x in ranges)), tiles * key_tile) for i in (0, 1)]
+    alone = [
+        visible(Ranges(*(x.at[..., 1 - i].set(0) for x in ranges)), tiles * key_tile)
+        for i in (0, 1)
+    ]
     covered = [x.reshape(mask.shape).all(axis=4) for x in alone]
     full = (covered[0] | covered[1]).all(axis=2)
     return np.where(full, FULL, np.where(mask.any(axis=(2, 4)), PARTIAL, EMPTY))
@@ -206,7 +217,10 @@ def test_tile_lists(data, tiles, compared):
     np.testing.assert_array_equal(np.stack(flat[:3], axis=-1)[: len(visited)], visited)
     np.testing.assert_array_equal(flat.full[: len(visited)], wanted[tuple(visited.T)] == FULL)
 
-    for listed, by_tile in ((visit_lists(kinds), wanted), (visit_lists(kinds.swapaxes(1, 2)), wanted.swapaxes(1, 2))):
+    for listed, by_tile in (
+        (visit_lists(kinds), wanted),
+        (visit_lists(kinds.swapaxes(1, 2)), wanted.swapaxes(1, 2)),
+    ):
         for index in np.ndindex(by_tile.shape[:2]):
             others = np.flatnonzero(by_tile[index])
             assert listed.count[index] == len(others)
@@ -235,12 +249,17 @@ def abstract_inputs(length: int) -> list[jax.ShapeDtypeStruct]:
 def test_chunked_holds_no_array_of_queries_by_keys():
     """Not even of queries by key tiles: the largest is the queries themselves, and with them the tile pairs."""
     length = 8192
-    assert largest_array(jax.grad(hybrid_loss, (0, 1, 2)), *abstract_inputs(length)) <= 2 * length * 4 * 32
+    assert (
+        largest_array(jax.grad(hybrid_loss, (0, 1, 2)), *abstract_inputs(length))
+        <= 2 * length * 4 * 32
+    )
 
 
 def test_memory_of_chunked_grows_linearly():
     def held(length: int) -> int:
-        compiled = jax.jit(jax.grad(hybrid_loss, (0, 1, 2))).lower(*abstract_inputs(length)).compile()
+        compiled = (
+            jax.jit(jax.grad(hybrid_loss, (0, 1, 2))).lower(*abstract_inputs(length)).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert held(8192) < 2.1 * held(4096)
@@ -249,7 +268,9 @@ def test_memory_of_chunked_grows_linearly():
 def chosen(queries: int, keys: int, heads: int = 2, **options) -> str:
     like = lambda *shape: jnp.zeros(shape, jnp.float32)
     kv = like(1, keys, 2, 8)
-    return api.choose(like(1, queries, heads, 8), kv, kv, options.get("implementation")).implementation
+    return api.choose(
+        like(1, queries, heads, 8), kv, kv, options.get("implementation")
+    ).implementation
 
 
 def test_few_queries_and_few_scores_are_dense_and_the_rest_is_chunked():
@@ -263,7 +284,10 @@ def test_kernels_are_chosen_where_they_can(backend, kernel):
     q, kv = like(1, 1024, 4, 128), like(1, 1024, 2, 128)
     odd, odd_kv = like(1, 1024, 4, 80), like(1, 1024, 2, 80)
     chip = SimpleNamespace(compute_capability="9.0", device_kind="some chip")
-    with mock.patch.object(jax, "default_backend", lambda: backend), mock.patch.object(jax, "devices", lambda: [chip]):
+    with (
+        mock.patch.object(jax, "default_backend", lambda: backend),
+        mock.patch.object(jax, "devices", lambda: [chip]),
+    ):
         assert api.choose(q, kv, kv, None).implementation == kernel
         assert api.choose(odd, odd_kv, odd_kv, None).implementation == "chunked"
         with refused(ConfigError, kernel, "80"):
@@ -274,7 +298,10 @@ def test_kernels_are_chosen_where_they_can(backend, kernel):
 def test_gpus_without_kernels_get_chunked(capability):
     q = jnp.zeros((1, 1024, 4, 128), jnp.bfloat16)
     chip = SimpleNamespace(compute_capability=capability, device_kind="some chip")
-    with mock.patch.object(jax, "default_backend", lambda: "gpu"), mock.patch.object(jax, "devices", lambda: [chip]):
+    with (
+        mock.patch.object(jax, "default_backend", lambda: "gpu"),
+        mock.patch.object(jax, "devices", lambda: [chip]),
+    ):
         assert api.choose(q, q, q, None).implementation == "chunked"
         with refused(ConfigError, "mosaic_gpu", capability, "'chunked'"):
             api.choose(q, q, q, "mosaic_gpu")

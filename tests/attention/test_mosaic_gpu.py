@@ -33,7 +33,9 @@ def segments(*lengths: int) -> jax.Array:
 def scattered(queries: int, keys: int, seed: int) -> Ranges:
     """Two disjoint ranges a row in either order, many of them empty, long or at an edge."""
     random = np.random.default_rng(seed)
-    cuts = np.sort(random.integers(-keys // 2, keys + keys // 2, (1, queries, 4)).clip(0, keys), axis=-1)
+    cuts = np.sort(
+        random.integers(-keys // 2, keys + keys // 2, (1, queries, 4)).clip(0, keys), axis=-1
+    )
     pairs = cuts.reshape(1, queries, 2, 2)
     pairs = np.where(random.random((1, queries, 1, 1)) < 0.5, pairs[:, :, ::-1], pairs)
     pairs[random.random((1, queries)) < 0.2] = 3
@@ -59,7 +61,9 @@ def self_case(ranges: Ranges, heads: int, kv_heads: int, dim: int) -> Case:
 
 
 CASES = {
-    "hybrid of packed documents and padding": self_case(visibility.hybrid(segments(70, 30, -9, 31), 4), 2, 1, 64),
+    "hybrid of packed documents and padding": self_case(
+        visibility.hybrid(segments(70, 30, -9, 31), 4), 2, 1, 64
+    ),
     "causal": self_case(visibility.causal(segments(200)), 1, 1, 128),
     "bidirectional": self_case(visibility.bidirectional(segments(130, 70)), 4, 1, 64),
     "scattered, more keys": Case(scattered(45, 301, 0), 301, 8, 1, 64),
@@ -86,7 +90,9 @@ def run(case: Case, inputs: list[jax.Array], scale: float | None = None) -> list
     """Output and gradients for q, k and v, through the one door."""
 
     def gradients(q, k, v, d_out):
-        out, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, case.ranges, scale=scale), q, k, v)
+        out, pullback = jax.vjp(
+            lambda q, k, v: attention(q, k, v, case.ranges, scale=scale), q, k, v
+        )
         return out, *pullback(d_out)
 
     with extended_interpreter(), api.override("mosaic_gpu", interpret=True):
@@ -98,7 +104,11 @@ def check(case: Case, got: list[np.ndarray], inputs: list[jax.Array]) -> None:
 
     For q and k also that of the output inside the gradient of a score, which weighs more as it is part of a difference.
     """
-    exact = naive(*(np.asarray(x, np.float64) for x in inputs), visible(case.ranges, case.keys), case.dim**-0.5)
+    exact = naive(
+        *(np.asarray(x, np.float64) for x in inputs),
+        visible(case.ranges, case.keys),
+        case.dim**-0.5,
+    )
     for ours, theirs, roundings in zip(got, exact, (2, 5, 5, 2), strict=True):
         assert ours.dtype == inputs[0].dtype
         error = np.linalg.norm(ours.astype(np.float64) - theirs) / np.linalg.norm(theirs)
@@ -110,7 +120,9 @@ def check(case: Case, got: list[np.ndarray], inputs: list[jax.Array]) -> None:
 QUICK_CASES = ["hybrid of packed documents and padding", "three heads left over"]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK_CASES else SLOW_IN_CI) for n in CASES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK_CASES else SLOW_IN_CI) for n in CASES]
+)
 def test_equals_naive_attention(name):
     case, inputs = CASES[name], inputs_of(CASES[name])
     check(case, run(case, inputs), inputs)
@@ -169,7 +181,9 @@ def test_logsumexp():
         call = partial(mosaic_gpu.forward, scale=0.2, interpret=True, tile_sizes=TileSizes(128, 64))
         _, logsumexp = jax.jit(call)(q, k, v, case.ranges)
     scores = np.einsum("qhd,kd->qhk", *(np.asarray(x, np.float64)[0] for x in (q, k[:, :, 0])))
-    exp = np.where(visible(case.ranges, case.keys)[0][:, None], np.exp(0.2 * scores), 0).sum(axis=-1)
+    exp = np.where(visible(case.ranges, case.keys)[0][:, None], np.exp(0.2 * scores), 0).sum(
+        axis=-1
+    )
     with np.errstate(divide="ignore"):
         wanted = np.where(exp == 0, np.inf, np.log(exp))
     assert np.isinf(wanted).any()
@@ -206,7 +220,9 @@ def test_huge_scores_do_not_overflow():
         inputs = [q, k.at[:, part].multiply(256), v, d_out]
         got = run(case, inputs)
         assert all(np.isfinite(x).all() for x in got)
-        exact = naive(*(np.asarray(x, np.float64) for x in inputs), visible(case.ranges, case.keys), 0.125)[0]
+        exact = naive(
+            *(np.asarray(x, np.float64) for x in inputs), visible(case.ranges, case.keys), 0.125
+        )[0]
         assert np.linalg.norm(got[0].astype(np.float64) - exact) / np.linalg.norm(exact) < 2 * 2**-9
 
 

@@ -36,7 +36,9 @@ SQUARE = Shape(1, 600, 600, 4, 2, 64)
 
 @partial(jax.jit, static_argnames=("tile_sizes", "scale"))
 def forward_and_gradients(q, k, v, d_out, ranges, tile_sizes=TILE_SIZES, scale=0.125):
-    out, logsumexp = mosaic_tpu.forward(q, k, v, ranges, scale=scale, interpret=True, tile_sizes=tile_sizes)
+    out, logsumexp = mosaic_tpu.forward(
+        q, k, v, ranges, scale=scale, interpret=True, tile_sizes=tile_sizes
+    )
     back = partial(mosaic_tpu.backward, scale=scale, interpret=True, tile_sizes=tile_sizes)
     return out, *back(q, k, v, ranges, out, logsumexp, d_out), logsumexp
 
@@ -78,11 +80,15 @@ def test_equals_naive_attention(shape, seed):
     check(random_inputs(shape, seed, np.float32), ranges_from(np.random.default_rng(seed), shape))
 
 
-@pytest.mark.parametrize("kind", ["causal", "bidirectional", "hybrid", "packed causal", "packed hybrid"])
+@pytest.mark.parametrize(
+    "kind", ["causal", "bidirectional", "hybrid", "packed causal", "packed hybrid"]
+)
 def test_paradigms(kind):
     """Hidden, partial and full tiles; documents and padding where packed."""
     length = SQUARE.queries // (2 if "hybrid" in kind else 1)
-    lengths = np.array([length]) if "packed" not in kind else length * np.array([45, 30, 5, 20]) // 100
+    lengths = (
+        np.array([length]) if "packed" not in kind else length * np.array([45, 30, 5, 20]) // 100
+    )
     documents = np.repeat(np.array([1, 2, 0, 3])[: len(lengths)], lengths)[None].astype(np.int32)
     make = {"causal": visibility.causal, "bidirectional": visibility.bidirectional}
     make["hybrid"] = partial(visibility.hybrid, block_size=4)
@@ -95,7 +101,9 @@ def test_bfloat16_is_as_good_as_bfloat16():
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in (4 * q, *rest)]
     ranges = visibility.hybrid(jnp.asarray(np.repeat([1, 2], [200, 100])[None].astype(np.int32)), 4)
     *got, _ = forward_and_gradients(*inputs, ranges)
-    wanted = naive(*(np.asarray(x, np.float64) for x in inputs), visible(ranges, SQUARE.keys), 0.125)
+    wanted = naive(
+        *(np.asarray(x, np.float64) for x in inputs), visible(ranges, SQUARE.keys), 0.125
+    )
     for ours, theirs, roundings in zip(got, wanted, (2, 5, 5, 2), strict=True):
         assert ours.dtype == jnp.bfloat16
         error = np.linalg.norm(np.asarray(ours, np.float64) - theirs) / np.linalg.norm(theirs)
@@ -113,7 +121,12 @@ def test_tiles_that_see_nothing_give_zero():
     check((q, k, v, d_out), ranges)
     out, dq, dk, dv, logsumexp = forward_and_gradients(q * 1e3, k, v, d_out * 1e6, ranges)
     hidden = ~np.asarray(seeing)
-    assert not out[:, hidden].any() and not dq[:, hidden].any() and not dk[:, 256:].any() and not dv[:, 256:].any()
+    assert (
+        not out[:, hidden].any()
+        and not dq[:, hidden].any()
+        and not dk[:, 256:].any()
+        and not dv[:, 256:].any()
+    )
     assert np.isposinf(logsumexp[:, hidden]).all() and np.isfinite(logsumexp[:, ~hidden]).all()
     assert all(np.isfinite(x).all() for x in (out, dq, dk, dv))
 
@@ -139,9 +152,13 @@ def test_ranges_past_the_keys_see_no_padding():
     shape = SHAPES[0]
     inputs = random_inputs(shape, 6, np.float32)
     ranges = ranges_from(np.random.default_rng(6), shape)
-    beyond = Ranges(ranges.start, jnp.where(ranges.end == shape.keys, shape.keys + 1000, ranges.end))
+    beyond = Ranges(
+        ranges.start, jnp.where(ranges.end == shape.keys, shape.keys + 1000, ranges.end)
+    )
     assert (beyond.end != ranges.end).any()
-    for ours, theirs in zip(*(forward_and_gradients(*inputs, x) for x in (ranges, beyond)), strict=True):
+    for ours, theirs in zip(
+        *(forward_and_gradients(*inputs, x) for x in (ranges, beyond)), strict=True
+    ):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -154,8 +171,12 @@ def test_same_bits_twice_and_in_several_calls(monkeypatch):
     monkeypatch.setattr(visit_list, "MAX_VISITS", 8)
     layout = Layout.of(*(jnp.asarray(x) for x in inputs[:2]), TILE_SIZES)
     clipped = layout.clip(ranges)
-    assert [len(visit_list.visit_lists(clipped, layout, by_key=by_key)) for by_key in (False, True)] == [2, 2]
-    in_calls = jax.jit(partial(forward_and_gradients.__wrapped__, tile_sizes=TILE_SIZES))(*inputs, ranges)
+    assert [
+        len(visit_list.visit_lists(clipped, layout, by_key=by_key)) for by_key in (False, True)
+    ] == [2, 2]
+    in_calls = jax.jit(partial(forward_and_gradients.__wrapped__, tile_sizes=TILE_SIZES))(
+        *inputs, ranges
+    )
     for ours, again, cut in zip(first, second, in_calls, strict=True):
         np.testing.assert_array_equal(ours, again)
         np.testing.assert_array_equal(ours, cut)
@@ -180,7 +201,9 @@ def test_visit_lists(by_key, seed):
     q, k, *_ = (jnp.asarray(x, jnp.float32) for x in random_inputs(shape, 0))
     layout = Layout.of(q, k, TILE_SIZES)
     (visits,) = listed(ranges, layout, by_key)
-    mask = np.zeros((2, layout.query_tiles * layout.query_tile, layout.key_tiles * layout.key_tile), bool)
+    mask = np.zeros(
+        (2, layout.query_tiles * layout.query_tile, layout.key_tiles * layout.key_tile), bool
+    )
     mask[:, : shape.queries, : shape.keys] = visible(ranges, shape.keys)
     mask = mask.reshape(2, layout.query_tiles, layout.query_tile, layout.key_tiles, -1, LANES)
     mask = mask.swapaxes(2, 3)
@@ -190,7 +213,15 @@ def test_visit_lists(by_key, seed):
     wanted = []
     for batch, outer in np.ndindex(2, outer_tiles):
         row = [
-            (outer + batch * outer_tiles, inner + batch * inner_tiles, 0, 0, tile.all(), touched[0], touched[-1] + 1)
+            (
+                outer + batch * outer_tiles,
+                inner + batch * inner_tiles,
+                0,
+                0,
+                tile.all(),
+                touched[0],
+                touched[-1] + 1,
+            )
             for inner, tile in enumerate(mask[batch, outer])
             if (touched := np.flatnonzero(tile.any(axis=(0, 2)))).size
         ]
@@ -218,7 +249,10 @@ def test_list_of_a_long_row_stays_under_a_megabyte(kernel, heads):
 
 @pytest.mark.parametrize(
     ("dim", "dtypes", "told"),
-    [(96, ("float32",) * 3, ("96", "64", "128")), (64, ("float32", "bfloat16", "float32"), ("bfloat16", "all three"))],
+    [
+        (96, ("float32",) * 3, ("96", "64", "128")),
+        (64, ("float32", "bfloat16", "float32"), ("bfloat16", "all three")),
+    ],
 )
 def test_what_is_not_supported_says_why(dim, dtypes, told):
     q, k, v = (jnp.zeros((1, 8, 2, dim), dtype) for dtype in dtypes)

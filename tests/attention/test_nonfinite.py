@@ -40,7 +40,9 @@ def test_only_queries_that_see_a_bad_key_are_bad(implementation, data, seed):
     sees = np.einsum("bqk,bkg->bqg", visible(ranges, shape.keys), bad) > 0
     spoiled = np.repeat(sees, shape.heads // shape.kv_heads, axis=2)
     got = np.asarray(attend(q, k, v, ranges, implementation))
-    wanted = np.asarray(attend(q, *(np.where(bad[..., None], 0, x) for x in (k, v)), ranges, implementation))
+    wanted = np.asarray(
+        attend(q, *(np.where(bad[..., None], 0, x) for x in (k, v)), ranges, implementation)
+    )
     assert np.isnan(got[spoiled]).all()
     np.testing.assert_array_equal(got[~spoiled], wanted[~spoiled])
 
@@ -71,7 +73,9 @@ def test_kernels_keep_a_bad_document_apart(implementation):
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in random_inputs(shape, 0))
     damaged = (x.at[0, 100].set(jnp.nan) for x in (q, k, v))
     with in_interpreter(implementation):
-        got, wanted = (np.asarray(attention(*x, halves(shape)), np.float32) for x in (damaged, (q, k, v)))
+        got, wanted = (
+            np.asarray(attention(*x, halves(shape)), np.float32) for x in (damaged, (q, k, v))
+        )
     assert np.isnan(got[:, 64:]).all()
     np.testing.assert_array_equal(got[:, :64], wanted[:, :64])
 
@@ -83,13 +87,18 @@ def test_a_window_of_two_blocks_of_which_the_second_is_bad(implementation, bad, 
     """As a prompt is read: the first block's queries do not see the second block, and must not feel it."""
     dim, page, window = 64, 16, 8
     random = np.random.default_rng(1)
-    q, k, v = (jnp.asarray(random.normal(size=(1, window, heads, dim)), jnp.bfloat16) for heads in (4, 2, 2))
+    q, k, v = (
+        jnp.asarray(random.normal(size=(1, window, heads, dim)), jnp.bfloat16)
+        for heads in (4, 2, 2)
+    )
     table = jnp.array([[2, 0]], jnp.int32)
     sees = jnp.array([[14] * 4 + [18] * 4], jnp.int32)
     earlier = [jnp.asarray(random.normal(size=(3, 2, page, dim)), jnp.bfloat16) for _ in range(2)]
 
     def attend(k, v):
-        pages = write_pages(*earlier, k, v, table, jnp.array([10], jnp.int32), jnp.array([window], jnp.int32))
+        pages = write_pages(
+            *earlier, k, v, table, jnp.array([10], jnp.int32), jnp.array([window], jnp.int32)
+        )
         if implementation.startswith("mosaic"):
             return paged_attention(q, *pages, table, sees)
         return paged_attention(q, *pages, table, sees, implementation=implementation)
@@ -107,7 +116,9 @@ def test_pages_hold_finite_values_and_the_key_tells():
     k = jnp.ones((1, 3, 2, 4))
     v = k.at[0, 1, 1, 2].set(jnp.inf)
     pages = jnp.zeros((2, 2, 4, 4))
-    k_pages, v_pages = write_pages(pages, pages, k, v, jnp.array([[1]]), jnp.array([1]), jnp.array([3]))
+    k_pages, v_pages = write_pages(
+        pages, pages, k, v, jnp.array([[1]]), jnp.array([1]), jnp.array([3])
+    )
     assert np.isfinite(v_pages).all() and not np.asarray(v_pages[1, 1, 2]).any()
     assert np.isnan(k_pages[1, 1, 2]).all()
     assert np.isnan(k_pages).sum() == 4

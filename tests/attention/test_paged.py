@@ -44,7 +44,9 @@ class Case(NamedTuple):
 
     def row(self, n: int) -> "Case":
         return self._replace(
-            q=self.q[n : n + 1], page_table=self.page_table[n : n + 1], visible=self.visible[n : n + 1]
+            q=self.q[n : n + 1],
+            page_table=self.page_table[n : n + 1],
+            visible=self.visible[n : n + 1],
         )
 
     def cast(self, dtype) -> "Case":
@@ -59,7 +61,9 @@ SHAPES = [
 ]
 
 
-def random_case(shape: Shape, seed: int, lengths: list[int] | None = None, block: int | None = None) -> Case:
+def random_case(
+    shape: Shape, seed: int, lengths: list[int] | None = None, block: int | None = None
+) -> Case:
     """Rows of random lengths (or these), block-causal windows at their ends, or any `visible` where `block` is None.
 
     Pages are shuffled and the first of them is every row's; unused entries are garbage, and what nobody sees is NaN.
@@ -82,7 +86,9 @@ def random_case(shape: Shape, seed: int, lengths: list[int] | None = None, block
                 fresh = random.normal(size=(kv_heads, seen, dim))
                 known = pool_of[own[row, slot], :, :seen]
                 np.copyto(known, fresh, where=np.isnan(known))
-    visible = np.stack([_visible(random, length, window, block) for length in lengths]).astype(np.int32)
+    visible = np.stack([_visible(random, length, window, block) for length in lengths]).astype(
+        np.int32
+    )
     return Case(random.normal(size=(rows, window, heads, dim)), *pages, page_table, visible)
 
 
@@ -105,7 +111,10 @@ def naive(case: Case, scale: float) -> np.ndarray:
         if visible[n, w] == 0:
             continue
         ids = page_table[n, : -(-visible[n, w] // page)]
-        k, v = (x[ids].transpose(1, 0, 2, 3).reshape(x.shape[1], -1, x.shape[3]) for x in (k_pages, v_pages))
+        k, v = (
+            x[ids].transpose(1, 0, 2, 3).reshape(x.shape[1], -1, x.shape[3])
+            for x in (k_pages, v_pages)
+        )
         for h in range(q.shape[2]):
             scores = k[h // groups, : visible[n, w]] @ q[n, w, h] * scale
             exp = np.exp(scores - scores.max())
@@ -124,7 +133,13 @@ def attend(case: Case, implementation, keys=256, one_by_one=True, scale=None):
 
 @pytest.mark.parametrize(
     ("implementation", "keys", "one_by_one"),
-    [("reference", 1, True), ("xla", 5, True), ("xla", 8, False), ("xla", 256, True), ("xla", 256, False)],
+    [
+        ("reference", 1, True),
+        ("xla", 5, True),
+        ("xla", 8, False),
+        ("xla", 256, True),
+        ("xla", 256, False),
+    ],
 )
 @given(
     shape=st.sampled_from(SHAPES),
@@ -159,7 +174,9 @@ def test_visible_outside_the_table_counts_as_its_edge(implementation):
     case = random_case(shape, 2, lengths=[12, 12], block=4)
     beyond = case._replace(visible=np.array([[12, 13, 10**9], [12, -1, -(10**9)]], np.int32))
     edge = case._replace(visible=np.array([[12, 12, 12], [12, 0, 0]], np.int32))
-    got, wanted = (np.asarray(attend(x.cast(jnp.float32), implementation, 4)) for x in (beyond, edge))
+    got, wanted = (
+        np.asarray(attend(x.cast(jnp.float32), implementation, 4)) for x in (beyond, edge)
+    )
     np.testing.assert_array_equal(got, wanted)
 
 
@@ -170,7 +187,9 @@ def test_huge_scores_do_not_overflow(implementation, largest_first, x64):
     case = random_case(Shape(1, 4, 1, 1, 4, 2, 6), 8, lengths=[12], block=4)
     huge = case.page_table[0, :3] if largest_first else case.page_table[0, 3:]
     case.k_pages[huge] *= 1e5
-    np.testing.assert_allclose(attend(case, implementation, 4, scale=2.0), naive(case, 2.0), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        attend(case, implementation, 4, scale=2.0), naive(case, 2.0), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
@@ -193,7 +212,9 @@ def relocated(case: Case, seed: int) -> Case:
     for new, old in zip(pages, case[1:3], strict=True):
         new[moved] = old
     known = (case.page_table >= 0) & (case.page_table < pool)
-    table = np.where(known, moved[np.where(known, case.page_table, 0)], case.page_table).astype(np.int32)
+    table = np.where(known, moved[np.where(known, case.page_table, 0)], case.page_table).astype(
+        np.int32
+    )
     return Case(case.q, *pages, table, case.visible)
 
 
@@ -201,7 +222,9 @@ def assert_rows_are_independent(case: Case, call) -> None:
     """Bit for bit: alone, among others, in another order, and with other page ids."""
     together = np.asarray(call(case))
     order = np.roll(np.arange(len(case.q)), 1)
-    reordered = case._replace(q=case.q[order], page_table=case.page_table[order], visible=case.visible[order])
+    reordered = case._replace(
+        q=case.q[order], page_table=case.page_table[order], visible=case.visible[order]
+    )
     np.testing.assert_array_equal(np.asarray(call(reordered)), together[order])
     np.testing.assert_array_equal(np.asarray(call(relocated(case, 0))), together)
     for n in range(len(case.q)):
@@ -212,11 +235,15 @@ def assert_rows_are_independent(case: Case, call) -> None:
 @pytest.mark.parametrize(("keys", "one_by_one"), [(16, True), (256, False)])
 def test_a_row_does_not_depend_on_its_neighbours(window, keys, one_by_one):
     case = random_case(Shape(3, window, 4, 2, 16, 8, 8), 11, lengths=[64, 33, 7], block=4)
-    assert_rows_are_independent(case, lambda case: attend(case.cast(jnp.float32), "xla", keys, one_by_one))
+    assert_rows_are_independent(
+        case, lambda case: attend(case.cast(jnp.float32), "xla", keys, one_by_one)
+    )
 
 
 @pytest.mark.parametrize(
-    ("pages", "window", "at_once"), [(4, 4, True), (5, 4, False), (4, 2**12, False)], ids=["", "longer", "wider"]
+    ("pages", "window", "at_once"),
+    [(4, 4, True), (5, 4, False), (4, 2**12, False)],
+    ids=["", "longer", "wider"],
 )
 def test_a_cpu_takes_rows_at_once_where_each_is_one_short_step(pages, window, at_once):
     rows = []
@@ -224,13 +251,17 @@ def test_a_cpu_takes_rows_at_once_where_each_is_one_short_step(pages, window, at
     real = xla._attend
     case = random_case(Shape(3, window, 4, 2, 8, 64, pages), 0)
     with mock.patch.object(xla, "_attend", attended):
-        jax.eval_shape(lambda case: paged_attention(*case, implementation="xla"), case.cast(jnp.float32))
+        jax.eval_shape(
+            lambda case: paged_attention(*case, implementation="xla"), case.cast(jnp.float32)
+        )
     assert rows == [3 if at_once else 1]
 
 
 def interpreted(case: Case, implementation: str, scale: float | None = None) -> np.ndarray:
     """What a kernel gives in its interpreter, which looks for races."""
-    extension = extended_interpreter() if implementation == "mosaic_gpu" else contextlib.nullcontext()
+    extension = (
+        extended_interpreter() if implementation == "mosaic_gpu" else contextlib.nullcontext()
+    )
     with extension, api.override(implementation, interpret=True):
         return np.asarray(paged_attention(*case, scale=scale), np.float64)
 
@@ -283,7 +314,9 @@ def test_kernels_on_random_rows(implementation, window, page):
 def test_kernel_rows_do_not_depend_on_their_neighbours(implementation):
     """The keys are not split here, as they would be into other parts for another number of rows."""
     case = random_case(Shape(2, 4, 4, 2, 64, 16, 12), 12, lengths=[190, 33], block=4)
-    assert_rows_are_independent(case, lambda case: interpreted(case.cast(jnp.bfloat16), implementation))
+    assert_rows_are_independent(
+        case, lambda case: interpreted(case.cast(jnp.bfloat16), implementation)
+    )
 
 
 def test_the_number_of_parts_depends_on_shapes_alone():
@@ -327,10 +360,14 @@ def test_a_kernel_says_what_it_does_not_take(implementation, change, names):
 @pytest.mark.parametrize("backend", ["gpu", "tpu"])
 def test_the_backend_chooses(backend):
     module = {"gpu": mosaic_gpu, "tpu": mosaic_tpu}[backend]
-    taken, untaken = (random_case(Shape(1, 1, 1, 1, dim, 16, 1), 0).cast(jnp.bfloat16) for dim in (64, 32))
+    taken, untaken = (
+        random_case(Shape(1, 1, 1, 1, dim, 16, 1), 0).cast(jnp.bfloat16) for dim in (64, 32)
+    )
     with (
         mock.patch.object(jax, "default_backend", return_value=backend),
-        mock.patch("sdar_jax.devices.chips.device", return_value=SimpleNamespace(compute_capability="9.0")),
+        mock.patch(
+            "sdar_jax.devices.chips.device", return_value=SimpleNamespace(compute_capability="9.0")
+        ),
         mock.patch.object(module, "forward", side_effect=InterruptedError),
     ):
         with pytest.raises(InterruptedError):
@@ -365,9 +402,20 @@ def test_bad_shapes():
 def test_gpus_before_hopper_get_xla(capability, implementation):
     chip = SimpleNamespace(compute_capability=capability, device_kind="some chip")
     like = lambda *shape: jnp.zeros(shape, jnp.bfloat16)
-    case = like(2, 8, 4, 128), like(9, 2, 16, 128), like(9, 2, 16, 128), jnp.zeros((2, 4), int), jnp.zeros((2, 8), int)
-    chosen = mock.patch(f"sdar_jax.attention.paged.{implementation}.forward", side_effect=InterruptedError)
-    with mock.patch.object(jax, "default_backend", lambda: "gpu"), mock.patch.object(jax, "devices", lambda: [chip]):
+    case = (
+        like(2, 8, 4, 128),
+        like(9, 2, 16, 128),
+        like(9, 2, 16, 128),
+        jnp.zeros((2, 4), int),
+        jnp.zeros((2, 8), int),
+    )
+    chosen = mock.patch(
+        f"sdar_jax.attention.paged.{implementation}.forward", side_effect=InterruptedError
+    )
+    with (
+        mock.patch.object(jax, "default_backend", lambda: "gpu"),
+        mock.patch.object(jax, "devices", lambda: [chip]),
+    ):
         with chosen, pytest.raises(InterruptedError):
             paged_attention(*case)
         if implementation == "xla":
@@ -390,9 +438,15 @@ def test_writing_pages(data, sizes, seed):
     random = np.random.default_rng(seed)
     pages = random.normal(size=(2, rows * table + 1, kv_heads, page, dim)).astype(np.float32)
     new = random.normal(size=(2, rows, window, kv_heads, dim)).astype(np.float32)
-    page_table = random.permutation(rows * table + 1)[: rows * table].reshape(rows, table).astype(np.int32)
-    start = np.array(data.draw(st.lists(st.integers(0, table * page), min_size=rows, max_size=rows)), np.int32)
-    count = np.array(data.draw(st.lists(st.integers(0, window), min_size=rows, max_size=rows)), np.int32)
+    page_table = (
+        random.permutation(rows * table + 1)[: rows * table].reshape(rows, table).astype(np.int32)
+    )
+    start = np.array(
+        data.draw(st.lists(st.integers(0, table * page), min_size=rows, max_size=rows)), np.int32
+    )
+    count = np.array(
+        data.draw(st.lists(st.integers(0, window), min_size=rows, max_size=rows)), np.int32
+    )
     for row in range(rows):
         page_table[row, -(-(start[row] + count[row]) // page) :] = random.choice(GARBAGE)
     wanted = pages.copy()
@@ -407,7 +461,9 @@ def test_writing_pages(data, sizes, seed):
 def test_writing_in_turns(monkeypatch):
     """How a TPU writes large windows."""
     random = np.random.default_rng(0)
-    pages, new = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((9, 2, 4, 3), (6, 5, 2, 3)))
+    pages, new = (
+        jnp.asarray(random.normal(size=size), jnp.float32) for size in ((9, 2, 4, 3), (6, 5, 2, 3))
+    )
     rows = jnp.asarray(random.permutation(80)[:60].reshape(6, 5, 2), jnp.int32)
     wanted = np.asarray(paging._write(pages, new, rows))
     for at_once in (60, 59, 29, 1):
@@ -416,9 +472,15 @@ def test_writing_in_turns(monkeypatch):
 
 
 def test_writing_donated_pages_copies_none():
-    pages, new = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 2, 16, 8), (4, 8, 2, 8)))
+    pages, new = (
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 2, 16, 8), (4, 8, 2, 8))
+    )
     table, row = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 16), (4,)))
-    compiled = jax.jit(write_pages, donate_argnums=(0, 1)).lower(pages, pages, new, new, table, row, row).compile()
+    compiled = (
+        jax.jit(write_pages, donate_argnums=(0, 1))
+        .lower(pages, pages, new, new, table, row, row)
+        .compile()
+    )
     memory, size = compiled.memory_analysis(), 512 * 2 * 16 * 8 * 4
     assert memory.alias_size_in_bytes == 2 * size
     assert memory.temp_size_in_bytes < size / 8

@@ -27,7 +27,12 @@ from sdar_jax.attention.mosaic_gpu.key_gradients import key_gradients
 from sdar_jax.attention.mosaic_gpu.query_gradient import Residuals, query_gradient
 from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.visibility import Ranges
-from tests.attention.mosaic_gpu_interpreter import Hook, extended_interpreter, needs_interpreter, step
+from tests.attention.mosaic_gpu_interpreter import (
+    Hook,
+    extended_interpreter,
+    needs_interpreter,
+    step,
+)
 from tests.compilers import ROOT
 
 pytestmark = needs_interpreter
@@ -35,14 +40,22 @@ pytestmark = needs_interpreter
 TIMEOUT = 60
 CAUGHT, MISSED = "CAUGHT", "MISSED"
 # What the interpreter says of a race, of a barrier used wrongly, of a copy and of a product that is not awaited.
-SIGNS = ("RACE DETECTED", "arrier", "Not all copy_smem_to_gmem", "before the product into it is awaited")
+SIGNS = (
+    "RACE DETECTED",
+    "arrier",
+    "Not all copy_smem_to_gmem",
+    "before the product into it is awaited",
+)
 
 
 def line_of(eqn) -> str:
     """The functions and lines of the kernels that an equation comes from, innermost first."""
     frames = source_info_util.user_frames(eqn.source_info.traceback)
     frames = [frame for frame in frames if "sdar_jax/" in frame.file_name]
-    return "".join(f"{f.function_name}: {linecache.getline(f.file_name, f.start_line).lstrip()}" for f in frames)
+    return "".join(
+        f"{f.function_name}: {linecache.getline(f.file_name, f.start_line).lstrip()}"
+        for f in frames
+    )
 
 
 def left_out(line: str, seen: list[str]) -> Hook:
@@ -78,7 +91,9 @@ def released_early(release: str, product: str, seen: list[str], *, issued: bool)
         return step(interpreter, jaxpr, eqn, token, env)
 
     def hook(interpreter, jaxpr, eqn, token, env):
-        is_release = lambda e: e.primitive is gpu_primitives.barrier_arrive_p and release in line_of(e)
+        is_release = lambda e: (
+            e.primitive is gpu_primitives.barrier_arrive_p and release in line_of(e)
+        )
         if is_release(eqn):
             return token, True
         if due and eqn.primitive is gpu_primitives.wgmma_ref_p:
@@ -112,17 +127,27 @@ class Bug(NamedTuple):
 def arrivals(wanted: int, given: int) -> Callable[[], contextlib.AbstractContextManager]:
     """Barriers over slots that expect `given` arrivals instead of `wanted`."""
     barrier = plgpu.Barrier
-    changed = lambda **kw: barrier(**{**kw, **({"num_arrivals": given} if kw.get("num_arrivals", 1) == wanted else {})})
+    changed = lambda **kw: barrier(
+        **{**kw, **({"num_arrivals": given} if kw.get("num_arrivals", 1) == wanted else {})}
+    )
     return lambda: mock.patch.object(plgpu, "Barrier", changed)
 
 
 def unawaited() -> contextlib.AbstractContextManager:
     load = plgpu.wgmma_accumulator_load
-    return mock.patch.object(plgpu, "wgmma_accumulator_load", lambda acc, wait_n: load(acc, wait_n=wait_n + 1))
+    return mock.patch.object(
+        plgpu, "wgmma_accumulator_load", lambda acc, wait_n: load(acc, wait_n=wait_n + 1)
+    )
 
 
-K_RELEASE, V_RELEASE = "plgpu.barrier_arrive(tiles.k_free.at[slot])", "plgpu.barrier_arrive(tiles.v_free.at[slot])"
-Q_RELEASE, D_OUT_RELEASE = "plgpu.barrier_arrive(tiles.q_free", "plgpu.barrier_arrive(tiles.d_out_free"
+K_RELEASE, V_RELEASE = (
+    "plgpu.barrier_arrive(tiles.k_free.at[slot])",
+    "plgpu.barrier_arrive(tiles.v_free.at[slot])",
+)
+Q_RELEASE, D_OUT_RELEASE = (
+    "plgpu.barrier_arrive(tiles.q_free",
+    "plgpu.barrier_arrive(tiles.d_out_free",
+)
 SCORES, WEIGHTED = "scores = pl.run_scoped(score", "weighted = plus_product("
 PRODUCTS, GRADIENT = "= pl.run_scoped(products", "gradient = plus_product("
 D_WEIGHTS, K_GRADIENT = "d_weights = plus_product(", "k_gradient = plus_product("
@@ -132,9 +157,13 @@ BUGS = {
     "forward: values are not waited for": Bug("forward", "plgpu.barrier_wait(tiles.v_ready"),
     "forward: queries are not waited for": Bug("forward", "plgpu.barrier_wait(mine.ready)"),
     "forward: keys released before the product": Bug("forward", early=(K_RELEASE, SCORES)),
-    "forward: keys released before the wait": Bug("forward", early=(K_RELEASE, SCORES), issued=True),
+    "forward: keys released before the wait": Bug(
+        "forward", early=(K_RELEASE, SCORES), issued=True
+    ),
     "forward: values released before the product": Bug("forward", early=(V_RELEASE, WEIGHTED)),
-    "forward: values released before the wait": Bug("forward", early=(V_RELEASE, WEIGHTED), issued=True),
+    "forward: values released before the wait": Bug(
+        "forward", early=(V_RELEASE, WEIGHTED), issued=True
+    ),
     "forward: keys never released": Bug("forward", K_RELEASE),
     "forward: slots reused without a wait": Bug("forward", "plgpu.barrier_wait(free.at"),
     "forward: one consumer frees a slot": Bug("forward", patch=arrivals(2, 1)),
@@ -153,7 +182,9 @@ BUGS = {
     "dkv: queries are not waited for": Bug("dkv", "plgpu.barrier_wait(tiles.q_ready"),
     "dkv: gradients are not waited for": Bug("dkv", "plgpu.barrier_wait(tiles.d_out_ready"),
     "dkv: gradients released before the product": Bug("dkv", early=(D_OUT_RELEASE, D_WEIGHTS)),
-    "dkv: gradients released before the wait": Bug("dkv", early=(D_OUT_RELEASE, D_WEIGHTS), issued=True),
+    "dkv: gradients released before the wait": Bug(
+        "dkv", early=(D_OUT_RELEASE, D_WEIGHTS), issued=True
+    ),
     "dkv: queries released before the product": Bug("dkv", early=(Q_RELEASE, K_GRADIENT)),
     "dkv: queries released before the wait": Bug("dkv", early=(Q_RELEASE, K_GRADIENT), issued=True),
     "dkv: plain reads not fenced": Bug("dkv", "visit: plgpu.commit_smem()"),
@@ -169,17 +200,25 @@ def run(kernel: str) -> None:
     """More visits than slots, masked and full, in two consumers."""
     queries, keys = (320, 128) if kernel == "dkv" else (128, 320)
     random = np.random.default_rng(0)
-    q, d_out = (jnp.asarray(random.normal(size=(1, queries, 1, 64)), jnp.bfloat16) for _ in range(2))
+    q, d_out = (
+        jnp.asarray(random.normal(size=(1, queries, 1, 64)), jnp.bfloat16) for _ in range(2)
+    )
     k, v = (jnp.asarray(random.normal(size=(1, keys, 1, 64)), jnp.bfloat16) for _ in range(2))
     whole = visibility.bidirectional(jnp.ones((1, queries), jnp.int32))
-    ranges = Ranges(whole.start, jnp.full_like(whole.end, keys).at[:, :, 1].set(0).at[:, 0, 0].set(keys - 3))
+    ranges = Ranges(
+        whole.start, jnp.full_like(whole.end, keys).at[:, :, 1].set(0).at[:, 0, 0].set(keys - 3)
+    )
     residuals = Residuals(*(jnp.ones((1, queries, 1), jnp.float32) for _ in range(2)))
     settings = {"scale": 0.1, "interpret": True}
     tile_sizes = TileSizes(64, 64) if kernel != "dkv" else TileSizes(64, 128)
     calls = {
         "forward": partial(outputs, q, k, v, ranges, tile_sizes=tile_sizes, **settings),
-        "dq": partial(query_gradient, q, k, v, ranges, residuals, d_out, tile_sizes=tile_sizes, **settings),
-        "dkv": partial(key_gradients, q, k, v, ranges, residuals, d_out, tile_sizes=tile_sizes, **settings),
+        "dq": partial(
+            query_gradient, q, k, v, ranges, residuals, d_out, tile_sizes=tile_sizes, **settings
+        ),
+        "dkv": partial(
+            key_gradients, q, k, v, ranges, residuals, d_out, tile_sizes=tile_sizes, **settings
+        ),
     }
     jax.block_until_ready(jax.jit(calls[kernel])())
 
@@ -223,7 +262,9 @@ def outcome(name: str) -> str:
     return done.stdout or done.stderr
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in BUGS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in BUGS]
+)
 def test_seeded_bugs_are_caught(name):
     result = outcome(name)
     print(result[:600])

@@ -62,7 +62,9 @@ ROOF = Roofline(10e15, 12e15, 3e15, 4.8e12, LINKS, 0, 0, 0)
 def test_more_devices_share_the_rows_and_gather_the_same_weights(step):
     """Two devices of each host gather from 8 hosts, or from 64, by a network card each; tokens stay within a host."""
     weights, tokens = collective_seconds(step, ROOF, "h200", 64)
-    assert weights == pytest.approx(45 * 7 / 8 / (2 * 50)) and tokens == pytest.approx(9 * 3 / 4 / 450)
+    assert weights == pytest.approx(45 * 7 / 8 / (2 * 50)) and tokens == pytest.approx(
+        9 * 3 / 4 / 450
+    )
     wider = collective_seconds(step, ROOF, "h200", 512)[0]
     assert wider == pytest.approx(45 * 63 / 64 / (2 * 50))
     weak, strong = (point(step, ROOF, "h200", 512, strong=strong) for strong in (False, True))

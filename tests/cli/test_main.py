@@ -15,7 +15,9 @@ def test_help_is_quick():
         "import sys\nfrom sdar_jax import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit as stop:\n"
         "    assert stop.code == 0 and not {'jax', 'numpy', 'transformers'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert all(f"\n  {name} " in done.stdout for name in cli._COMMANDS)
 

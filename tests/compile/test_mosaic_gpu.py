@@ -35,7 +35,12 @@ print("RESULT", json.dumps({"temporaries": compiled.memory_analysis().temp_size_
 """
 
 KERNELS = ("forward", "dq", "dkv")
-LAYOUTS = {"1.7B": (16, 8, 128), "4B and 8B": (32, 8, 128), "30B-A3B": (32, 4, 128), "head_dim 64": (32, 8, 64)}
+LAYOUTS = {
+    "1.7B": (16, 8, 128),
+    "4B and 8B": (32, 8, 128),
+    "30B-A3B": (32, 4, 128),
+    "head_dim 64": (32, 8, 64),
+}
 # What an H200 has: a block's shared memory, a multiprocessor's registers and its threads.
 SHARED, REGISTERS, THREADS = 227 * 1024, 65536, 2048
 BLOCK = 384
@@ -59,7 +64,9 @@ class Kernel(NamedTuple):
 
     def occupancy(self) -> int:
         """TileSizes a multiprocessor."""
-        return min(REGISTERS // (self.registers * BLOCK), SHARED // max(self.shared, 1), THREADS // BLOCK)
+        return min(
+            REGISTERS // (self.registers * BLOCK), SHARED // max(self.shared, 1), THREADS // BLOCK
+        )
 
 
 def sections(text: str, name: str) -> dict[str, str]:
@@ -81,7 +88,12 @@ def parsed(output: str, errors: str) -> dict[str, Kernel]:
         found[name] = Kernel(
             int(re.search(r"Used (\d+) registers", report)[1]),
             sum(
-                map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report).groups())
+                map(
+                    int,
+                    re.search(
+                        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", report
+                    ).groups(),
+                )
             ),
             shared,
             tuple(sorted(budgets)),
@@ -97,7 +109,10 @@ def shared_memory(text: str) -> list[int]:
     if not PRINTS_SHARED:
         return [0] * len(KERNELS)
     scratch = [int(size) for size in re.findall(r"smem_scratch_bytes=(\d+)", text)]
-    barriers = [re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", line) for line in re.findall(r"Resources\(.*", text)]
+    barriers = [
+        re.findall(r"num_barriers=(\d+)[^)]*\): (\d+)", line)
+        for line in re.findall(r"Resources\(.*", text)
+    ]
     return [
         size + 8 * sum(int(number) * int(times) for number, times in counts)
         for size, counts in zip(scratch, barriers, strict=True)
@@ -105,7 +120,9 @@ def shared_memory(text: str) -> list[int]:
 
 
 def compiled(heads: int, kv_heads: int, dim: int, length: int) -> tuple[dict[str, Kernel], int]:
-    dumps = dict.fromkeys(["MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_RESOURCES"], "1")
+    dumps = dict.fromkeys(
+        ["MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_RESOURCES"], "1"
+    )
     done = run_python(PROGRAM, *map(str, (heads, kv_heads, dim, length)), **dumps)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(re.search(r"RESULT (.*)", done.stdout)[1])

@@ -41,7 +41,9 @@ print(json.dumps([temporaries(*size) for size in sizes]))
 """
 
 
-def temporaries(chip: str, layout: tuple[int, int, int], sizes: list[tuple[int, int]], dtype="bfloat16") -> list[int]:
+def temporaries(
+    chip: str, layout: tuple[int, int, int], sizes: list[tuple[int, int]], dtype="bfloat16"
+) -> list[int]:
     child = run_python(COMPILE, TOPOLOGIES[chip], json.dumps([*layout, dtype, sizes]), timeout=900)
     assert child.returncode == 0, child.stderr[-4000:]
     return json.loads(child.stdout.splitlines()[-1])
@@ -87,7 +89,11 @@ def test_float32_compiles(chip):
     ],
 )
 def test_matrix_units_are_busy(chip, forward, dq, dkv):
-    wanted = {"range_attention_forward": forward, "range_attention_dq": dq, "range_attention_dkv": dkv}
+    wanted = {
+        "range_attention_forward": forward,
+        "range_attention_dq": dq,
+        "range_attention_dkv": dkv,
+    }
     found = {kernel.name: kernel for kernel in tpu_bundles.kernels(chip)}
     assert found.keys() == wanted.keys()
     core = tpu_bundles.CORES[chip]

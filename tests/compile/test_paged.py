@@ -29,7 +29,9 @@ LAYOUTS = [(16, 8), (32, 8), (32, 4)]
 PAGES_AND_CONTEXTS = [(16, 4096), (128, 4096), (16, 32768), (32, 32768), (64, 32768)]
 GRID = [
     Config(batch, window, *layout, page, context)
-    for batch, window, layout, (page, context) in product([1, 8, 128], [4, 64], LAYOUTS, PAGES_AND_CONTEXTS)
+    for batch, window, layout, (page, context) in product(
+        [1, 8, 128], [4, 64], LAYOUTS, PAGES_AND_CONTEXTS
+    )
 ]
 REPRESENTATIVE = [
     Config(1, 4, 16, 8, 16, 4096),
@@ -74,11 +76,17 @@ for batch, window, heads, kv_heads, page, context, dim in json.loads(sys.argv[3]
 """
 
 
-def compiled(what: str, chip: str, configs: list[Config], **environment: str) -> tuple[list[list[int]], str]:
+def compiled(
+    what: str, chip: str, configs: list[Config], **environment: str
+) -> tuple[list[list[int]], str]:
     """(temporaries, aliased, bytes of one pool) of each, and all that the compilers printed."""
     done = run_python(PROGRAM, what, TOPOLOGIES[chip], json.dumps(configs), **environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    reports = [json.loads(line.removeprefix("REPORT ")) for line in done.stdout.splitlines() if "REPORT" in line]
+    reports = [
+        json.loads(line.removeprefix("REPORT "))
+        for line in done.stdout.splitlines()
+        if "REPORT" in line
+    ]
     assert len(reports) == len(configs)
     return reports, done.stdout + done.stderr
 
@@ -104,7 +112,9 @@ def check_memory(reports: list[list[int]], configs: list[Config], chip: str) -> 
 
 
 def check_ptxas(output: str, kernels: int) -> None:
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output
+    )
     assert len(spills) >= kernels and set(spills) == {("0", "0", "0")}
 
 

@@ -69,7 +69,9 @@ def test_a_sharded_step(name, implementation, mesh):
     parts = mesh["fsdp"] * mesh.get("tensor", 1)
     assert found["arguments"] < 1.001 * found["state"] / parts + 2**20
     assert found["arguments"] + found["temporaries"] < CHIPS[name.partition(":")[0]].memory / 8
-    arrays = [match for gather in found["gathers"] for match in re.findall(r"(\w+)\[([\d,]+)\]", gather)]
+    arrays = [
+        match for gather in found["gathers"] for match in re.findall(r"(\w+)\[([\d,]+)\]", gather)
+    ]
     assert arrays
     for dtype, shape in arrays:
         assert math.prod(map(int, shape.split(","))) <= HEAD, (dtype, shape)

@@ -21,7 +21,9 @@ POLICIES = [
     CorruptionConfig(level="block", mask="exact", draw="stratified", at_least_one=False),
     CorruptionConfig(level="row", t_min=0.2, t_max=0.7, complementary=True),
     CorruptionConfig(level="document", mask="exact", complementary=True, t_max=0.8),
-    CorruptionConfig(level="block", distribution="beta", beta=(2.0, 3.0), weighting="unit", draw="stratified"),
+    CorruptionConfig(
+        level="block", distribution="beta", beta=(2.0, 3.0), weighting="unit", draw="stratified"
+    ),
 ]
 some_policy = st.sampled_from(POLICIES)
 draw = partial(jax.jit, static_argnames=("config", "block_size"))(corrupt)
@@ -90,7 +92,12 @@ def test_units_draw_apart(level):
     assert len({float(weights[0]) for weights in shown}) == len(shown)
 
 
-@given(segment_rows(ROWS, LENGTH), loss_masks(), st.integers(0, 2**31 - 1), st.sampled_from(["row", "block"]))
+@given(
+    segment_rows(ROWS, LENGTH),
+    loss_masks(),
+    st.integers(0, 2**31 - 1),
+    st.sampled_from(["row", "block"]),
+)
 def test_exact_masks_k_of_n_with_weight_n_over_k(segment_ids, loss_mask, seed, level):
     """So the weights of a unit add up to its tokens with loss, whatever was drawn."""
     config = CorruptionConfig(level=level, mask="exact", at_least_one=False)
@@ -107,7 +114,9 @@ def test_complement_weights_are_one_over_what_was_left():
     segment_ids = jnp.ones((64, 32), jnp.int32)
     for mask in ("bernoulli", "exact"):
         config = CorruptionConfig(level="row", mask=mask, complementary=True, t_min=0.1, t_max=0.9)
-        weights = np.asarray(draw(segment_ids, segment_ids > 0, jax.random.key(0), config, block_size=None).weights)
+        weights = np.asarray(
+            draw(segment_ids, segment_ids > 0, jax.random.key(0), config, block_size=None).weights
+        )
         share, rest = 1 / weights[0::2].max(axis=1), 1 / weights[1::2].max(axis=1)
         np.testing.assert_allclose(share + rest, 1, rtol=1e-5)
 
@@ -119,7 +128,9 @@ def test_the_complement_of_everything_has_no_weight():
     np.testing.assert_array_equal(out.weights, [[1] * 6, [0] * 6] * 2)
 
 
-@pytest.mark.parametrize("config", POLICIES, ids=lambda config: f"{config.level}-{config.mask}-{config.distribution}")
+@pytest.mark.parametrize(
+    "config", POLICIES, ids=lambda config: f"{config.level}-{config.mask}-{config.distribution}"
+)
 def test_rows_without_a_token_with_loss(config):
     segment_ids = pack([8], [-8], [4, 4], length=8)
     loss_mask = np.ones_like(segment_ids, bool)
@@ -133,7 +144,8 @@ def test_rows_without_a_token_with_loss(config):
 def test_the_key_alone_decides():
     segment_ids = pack([10, 14], [24], length=24)
     first, again, other = (
-        draw(segment_ids, segment_ids > 0, jax.random.key(seed), CorruptionConfig(), block_size=4) for seed in (3, 3, 4)
+        draw(segment_ids, segment_ids > 0, jax.random.key(seed), CorruptionConfig(), block_size=4)
+        for seed in (3, 3, 4)
     )
     np.testing.assert_array_equal(first.weights, again.weights)
     assert (np.asarray(first.weights) != np.asarray(other.weights)).any()

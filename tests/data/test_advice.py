@@ -19,9 +19,9 @@ UNCERTAIN = [
 @pytest.mark.parametrize(("template", "tagged"), UNCERTAIN)
 def test_marking_generation_makes_turns_certain(template, tagged):
     record = {"messages": [user("q"), assistant("aha"), user("r"), assistant("b")]}
-    assert "is not certain" in refused(record, template) and "mark responses in the template" in refused(
+    assert "is not certain" in refused(
         record, template
-    )
+    ) and "mark responses in the template" in refused(record, template)
     assert responses(record, tagged) == ["aha<|im_end|>", "b<|im_end|>\n"]
 
 
@@ -34,7 +34,11 @@ def test_a_template_that_is_set_is_used():
 
 
 MENDED = [
-    ({"messages": [{"role": "bot", "content": "x"}]}, "use one of system, user", {"messages": [user("x"), *GOOD[1:]]}),
+    (
+        {"messages": [{"role": "bot", "content": "x"}]},
+        "use one of system, user",
+        {"messages": [user("x"), *GOOD[1:]]},
+    ),
     ({"messages": [user(None), GOOD[1]]}, "give a string", {"messages": [user(""), GOOD[1]]}),
     ({"messages": [user("q"), assistant("")]}, "give it content or tool_calls", {"messages": GOOD}),
     ({"messages": GOOD[1:]}, "starts with a system or user message", {"messages": GOOD}),
@@ -45,7 +49,11 @@ MENDED = [
     ),
     ({"messages": GOOD, "tools": [5]}, "give JSON schemas, or leave it out", {"messages": GOOD}),
     ({"messages": {}}, 'give {"messages": [{"role": ..., "content": ...}]}', {"messages": GOOD}),
-    ({"messages": GOOD, "chat_template_kwargs": 5}, "give an object", {"messages": GOOD, "chat_template_kwargs": {}}),
+    (
+        {"messages": GOOD, "chat_template_kwargs": 5},
+        "give an object",
+        {"messages": GOOD, "chat_template_kwargs": {}},
+    ),
     ({"messages": GOOD, "chat_template_kwargs": {"tools": 5}}, "remove it", {"messages": GOOD}),
 ]
 
@@ -73,8 +81,14 @@ def test_texts_mended_as_advised(write_jsonl, record, advice, mended):
 
 
 def test_a_record_without_a_response_mended_as_advised(write_jsonl):
-    config = once(SourceConfig(write_jsonl([{"messages": GOOD[:1]}]), "chat"), loss="response", sequence_length=64)
-    with pytest.raises(DataError, match="no token of it can carry loss; give it a response, or leave it out"):
+    config = once(
+        SourceConfig(write_jsonl([{"messages": GOOD[:1]}]), "chat"),
+        loss="response",
+        sequence_length=64,
+    )
+    with pytest.raises(
+        DataError, match="no token of it can carry loss; give it a response, or leave it out"
+    ):
         list(dataset(config))
     write_jsonl([{"messages": GOOD}])
     assert list(dataset(config))
@@ -105,9 +119,17 @@ def test_configs_mended_as_advised(bad, advice, mended):
     ("bad", "advice", "mended"),
     [
         ({"separator": "-"}, "only text takes one", {"format": "text"}),
-        ({"format": "chat", "field": "turns"}, "only jsonl and parquet have them", {"format": "parquet"}),
+        (
+            {"format": "chat", "field": "turns"},
+            "only jsonl and parquet have them",
+            {"format": "parquet"},
+        ),
         ({"weight": 0.0}, "give a finite number above 0", {"weight": 0.1}),
-        ({"chat_template_kwargs": {"a": 1}}, "only chat has them; leave them out", {"chat_template_kwargs": {}}),
+        (
+            {"chat_template_kwargs": {"a": 1}},
+            "only chat has them; leave them out",
+            {"chat_template_kwargs": {}},
+        ),
     ],
 )
 def test_sources_mended_as_advised(bad, advice, mended):

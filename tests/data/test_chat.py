@@ -67,7 +67,11 @@ def chatml_by_hand(messages, strip=str):
         content = strip(message["content"])
         if message["role"] == "assistant":
             last = i == len(messages) - 1
-            parts.append("<|im_start|>assistant\n⟦" + content + ("<|im_end|>\n⟧" if last else "<|im_end|>⟧\n"))
+            parts.append(
+                "<|im_start|>assistant\n⟦"
+                + content
+                + ("<|im_end|>\n⟧" if last else "<|im_end|>⟧\n")
+            )
         else:
             parts.append(f"<|im_start|>{message['role']}\n{content}<|im_end|>\n")
     return "".join(parts)
@@ -117,11 +121,18 @@ def test_marked_generation_is_rendered_by_one_thread_at_a_time(monkeypatch):
     renderer = ChatRenderer(make_byte_tokenizer(TAGGED))
     records = [{"messages": [user("q" * n), assistant("a" * (20 - n))]} for n in range(20)]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(renderer.pieces, records)) == [renderer.pieces(record) for record in records]
+        assert list(pool.map(renderer.pieces, records)) == [
+            renderer.pieces(record) for record in records
+        ]
 
 
 def test_the_record_is_left_as_it_was():
-    messages = [user("q"), assistant(None, tool_calls=[call("f", {"x": 1})]), user("r"), assistant("a")]
+    messages = [
+        user("q"),
+        assistant(None, tool_calls=[call("f", {"x": 1})]),
+        user("r"),
+        assistant("a"),
+    ]
     record = {"messages": messages, "tools": []}
     before = copy.deepcopy(record)
     template = CHATML.replace(
@@ -133,8 +144,12 @@ def test_the_record_is_left_as_it_was():
 
 def test_a_turn_end_without_a_special_token_is_its_white_space():
     template = CHATML.replace("<|im_end|>", "")
-    pieces = ChatRenderer(make_byte_tokenizer(template)).pieces({"messages": [user("q"), assistant("a"), user("r")]})
-    assert marked(pieces) == "<|im_start|>user\nq\n<|im_start|>assistant\n⟦a\n⟧<|im_start|>user\nr\n"
+    pieces = ChatRenderer(make_byte_tokenizer(template)).pieces(
+        {"messages": [user("q"), assistant("a"), user("r")]}
+    )
+    assert (
+        marked(pieces) == "<|im_start|>user\nq\n<|im_start|>assistant\n⟦a\n⟧<|im_start|>user\nr\n"
+    )
 
 
 GOOD = [user("q"), assistant("a")]
@@ -143,10 +158,16 @@ MALFORMED = [
     ({"messages": []}, '"messages" is missing, empty'),
     ({"messages": "hi"}, "not a list"),
     ({"messages": ["hi"]}, r"messages\[0\] has role None"),
-    ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\] has role 'bot'; use one of system, user"),
+    (
+        {"messages": [{"role": "bot", "content": "x"}]},
+        r"messages\[0\] has role 'bot'; use one of system, user",
+    ),
     ({"messages": [user(None), assistant("a")]}, r"messages\[0\] has content of type NoneType"),
     ({"messages": [user("q"), assistant(["a"])]}, r"messages\[1\] has content of type list"),
-    ({"messages": [user("q"), assistant("")]}, r"messages\[1\] is an assistant turn that says nothing"),
+    (
+        {"messages": [user("q"), assistant("")]},
+        r"messages\[1\] is an assistant turn that says nothing",
+    ),
     ({"messages": [assistant("a")]}, r"messages\[0\] is an assistant turn"),
     ({"messages": GOOD, "tools": "f"}, '"tools" is not a list'),
 ]
@@ -163,7 +184,10 @@ def test_malformed_conversations(record, message):
     ("template", "message"),
     [
         ("{{ messages | length }}" + CHATML, "start is not certain"),
-        (CHATML.replace("message.content", "message.content[:3]"), r"end of messages\[1\] is not certain"),
+        (
+            CHATML.replace("message.content", "message.content[:3]"),
+            r"end of messages\[1\] is not certain",
+        ),
         (
             CHATML.replace("message.content", "(message.content | length | string)"),
             r"end of messages\[1\] is not certain",
@@ -173,7 +197,10 @@ def test_malformed_conversations(record, message):
             r"end of messages\[1\] is not certain",
         ),
         ("{{ raise_exception('only one turn') }}", r"refuses the conversation \(only one turn\)"),
-        ("{% generation %}{{ raise_exception('no') }}{% endgeneration %}", r"refuses the conversation \(no\)"),
+        (
+            "{% generation %}{{ raise_exception('no') }}{% endgeneration %}",
+            r"refuses the conversation \(no\)",
+        ),
     ],
 )
 def test_templates_whose_turns_are_not_certain(template, message):
@@ -188,12 +215,22 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 QWEN3_RENDERINGS = {
     "system and two turns, the first thought forgotten": (
-        [{"role": "system", "content": "S"}, user("q"), assistant(THOUGHT + "a"), user("r"), assistant(THOUGHT + "b")],
+        [
+            {"role": "system", "content": "S"},
+            user("q"),
+            assistant(THOUGHT + "a"),
+            user("r"),
+            assistant(THOUGHT + "b"),
+        ],
         "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n"
         "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\nb<|im_end|>\n⟧",
     ),
     "literal special tokens": (
-        [user("<|im_start|>assistant\nfake<|im_end|>"), assistant("<|im_end|><|im_start|>assistant\n"), user("r")],
+        [
+            user("<|im_start|>assistant\nfake<|im_end|>"),
+            assistant("<|im_end|><|im_start|>assistant\n"),
+            user("r"),
+        ],
         "<|im_start|>user\n<|im_start|>assistant\nfake<|im_end|><|im_end|>\n"
         "<|im_start|>assistant\n⟦<|im_end|><|im_start|>assistant\n<|im_end|>⟧\n<|im_start|>user\nr<|im_end|>\n",
     ),
@@ -249,7 +286,10 @@ def test_qwen3_prompts_are_those_of_inference(qwen3, messages):
     """Each response follows exactly the text that inference would give the model; where none can, it is refused."""
     full = qwen3.apply_chat_template(messages, tokenize=False)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    prompts = [qwen3.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True) for i in turns]
+    prompts = [
+        qwen3.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        for i in turns
+    ]
     renderer = ChatRenderer(qwen3)
     if not all(full.startswith(prompt) for prompt in prompts):
         with pytest.raises(DataError, match="start is not certain"):
@@ -265,6 +305,13 @@ def test_qwen3_prompts_are_those_of_inference(qwen3, messages):
 @pytest.mark.network
 def test_qwen3_turns_that_later_ones_change_are_refused(qwen3):
     thinking = assistant("", reasoning_content="hm", tool_calls=[call("weather", {})])
-    messages = [user("q"), thinking, {"role": "tool", "content": "sun"}, assistant("a"), user("r"), assistant("b")]
+    messages = [
+        user("q"),
+        thinking,
+        {"role": "tool", "content": "sun"},
+        assistant("a"),
+        user("r"),
+        assistant("b"),
+    ]
     with pytest.raises(DataError, match=r"what precedes messages\[3\]"):
         ChatRenderer(qwen3).pieces({"messages": messages})

@@ -67,8 +67,16 @@ def test_bad_source_config(change, message):
     ("change", "numbers", "message"),
     [
         ({}, {"block_size": 0}, "block_size=0"),
-        ({"pad_to_block": True}, {"block_size": 5}, "sequence_length=32 is no multiple of block_size=5"),
-        ({}, {"rows": [3, 4]}, r"rows=\[3, 4\]: give ascending numbers from 0 to batch_size - 1, 3"),
+        (
+            {"pad_to_block": True},
+            {"block_size": 5},
+            "sequence_length=32 is no multiple of block_size=5",
+        ),
+        (
+            {},
+            {"rows": [3, 4]},
+            r"rows=\[3, 4\]: give ascending numbers from 0 to batch_size - 1, 3",
+        ),
         ({}, {"rows": [1, 0]}, "rows="),
         ({}, {"rows": []}, "rows="),
     ],
@@ -83,23 +91,40 @@ def test_numbers_that_do_not_fit(write_jsonl, tokenizer, eos, change, numbers, m
 def test_a_length_that_pad_to_block_advises_is_taken(write_jsonl, tokenizer, eos):
     source = SourceConfig(write_jsonl([{"text": "a"}]), "jsonl")
     config = dataclasses.replace(GOOD, sources=(source,), pad_to_block=True)
-    with pytest.raises(ConfigError, match="as pad_to_block needs; use 35, or leave pad_to_block out"):
+    with pytest.raises(
+        ConfigError, match="as pad_to_block needs; use 35, or leave pad_to_block out"
+    ):
         make_dataset(config, tokenizer, block_size=5, eos_token_id=eos)
     for change in ({"sequence_length": 35}, {"pad_to_block": False}):
-        next(make_dataset(dataclasses.replace(config, **change), tokenizer, block_size=5, eos_token_id=eos))
+        next(
+            make_dataset(
+                dataclasses.replace(config, **change), tokenizer, block_size=5, eos_token_id=eos
+            )
+        )
 
 
 def test_a_chat_source_needs_a_chat_template(write_jsonl):
     tokenizer = make_byte_tokenizer(chat_template=None)
-    config = dataclasses.replace(GOOD, sources=(SourceConfig(write_jsonl([{"messages": []}]), "chat"),))
+    config = dataclasses.replace(
+        GOOD, sources=(SourceConfig(write_jsonl([{"messages": []}]), "chat"),)
+    )
     with pytest.raises(ConfigError, match="no chat template"):
         make_dataset(config, tokenizer, block_size=4, eos_token_id=0)
 
 
 def test_the_command_line_sets_every_kind_of_field():
     arguments = ["--noisy-length", "16", "--epochs", "2", "--no-shuffle", "--pad-to-block"]
-    config = tyro.cli(DataConfig, default=GOOD, args=[*arguments, "--too-long", "cut", "--seed", "3"])
-    changes = {"noisy_length": 16, "epochs": 2, "shuffle": False, "pad_to_block": True, "too_long": "cut", "seed": 3}
+    config = tyro.cli(
+        DataConfig, default=GOOD, args=[*arguments, "--too-long", "cut", "--seed", "3"]
+    )
+    changes = {
+        "noisy_length": 16,
+        "epochs": 2,
+        "shuffle": False,
+        "pad_to_block": True,
+        "too_long": "cut",
+        "seed": 3,
+    }
     assert config == dataclasses.replace(GOOD, **changes)
 
 
@@ -145,4 +170,6 @@ def test_sources_without_files(tmp_path, tokenizer, eos):
 def test_a_dataset_needs_a_source(tokenizer, eos):
     """A config need not have one: a run may be given its batches from Python."""
     with pytest.raises(ConfigError, match="sources is empty: name at least one source to read"):
-        make_dataset(dataclasses.replace(GOOD, sources=()), tokenizer, block_size=4, eos_token_id=eos)
+        make_dataset(
+            dataclasses.replace(GOOD, sources=()), tokenizer, block_size=4, eos_token_id=eos
+        )

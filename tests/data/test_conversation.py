@@ -39,7 +39,11 @@ def refused(record, template=CHATML):
 
 
 def with_fields(messages, i, **fields):
-    return {"messages": [{**message, **fields} if n == i else message for n, message in enumerate(messages)]}
+    return {
+        "messages": [
+            {**message, **fields} if n == i else message for n, message in enumerate(messages)
+        ]
+    }
 
 
 # Content, and calls.
@@ -75,23 +79,41 @@ def test_other_parts_of_content_are_refused(part, kind):
 
 def test_fields_that_are_null_are_as_if_left_out():
     """Columns of a table have them; templates ask whether a field is there."""
-    template = CHATML.replace("message.content", "message.content + ('calls' if 'tool_calls' in message else '')")
+    template = CHATML.replace(
+        "message.content", "message.content + ('calls' if 'tool_calls' in message else '')"
+    )
     nulls = {"tool_calls": None, "weight": None, "loss_mask": None, "name": None}
-    record = {"messages": [{**message, **nulls} for message in GOOD], "tools": None, "functions": None, "weight": None}
-    assert responses(record, template) == responses({"messages": GOOD}, template) == ["a<|im_end|>\n"]
+    record = {
+        "messages": [{**message, **nulls} for message in GOOD],
+        "tools": None,
+        "functions": None,
+        "weight": None,
+    }
+    assert (
+        responses(record, template) == responses({"messages": GOOD}, template) == ["a<|im_end|>\n"]
+    )
     assert responses(with_fields(GOOD, 1, tool_calls=[]), template) == ["a<|im_end|>\n"]
 
 
 def test_tools_may_be_json_text():
     template = "{{ tools | tojson }}" + CHATML
-    renderer, tools = ChatRenderer(make_byte_tokenizer(template)), [{"type": "function", "function": {"name": "f"}}]
+    renderer, tools = (
+        ChatRenderer(make_byte_tokenizer(template)),
+        [{"type": "function", "function": {"name": "f"}}],
+    )
     expected = renderer.prompt({"messages": GOOD, "tools": tools})
     assert renderer.prompt({"messages": GOOD, "tools": json.dumps(tools)}) == expected
     assert '"tools" is not a list of objects' in refused({"messages": GOOD, "tools": "f()"})
 
 
 def asks(*calls, content=None):
-    return {"messages": [user("q"), assistant(content, tool_calls=list(calls)), {"role": "tool", "content": "sun"}]}
+    return {
+        "messages": [
+            user("q"),
+            assistant(content, tool_calls=list(calls)),
+            {"role": "tool", "content": "sun"},
+        ]
+    }
 
 
 HEAD = "{% for m in messages %}{% if m.role == 'assistant' %}<A>"
@@ -100,7 +122,9 @@ CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} ARGUMENTS<
 WITH_TOJSON = CALLS.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}")
 PRINTED = CALLS.replace("ARGUMENTS", "{{ c.function.arguments }}")
 JOINED = CALLS.replace("ARGUMENTS", "{{ '' + c.function.arguments }}")
-BY_NAME = CALLS.replace("ARGUMENTS", "{% for k, v in c.function.arguments|items %}{{ k }}={{ v }}{% endfor %}")
+BY_NAME = CALLS.replace(
+    "ARGUMENTS", "{% for k, v in c.function.arguments|items %}{{ k }}={{ v }}{% endfor %}"
+)
 # How templates treat null content: only where there is none are calls written (DeepSeek), as text (GLM), ...
 CONTENTS = {
     "calls only beside null": "{% if m.content is none %}CALLS{% else %}{{ m.content }}{% endif %}",
@@ -114,13 +138,17 @@ CONTENTS = {
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("calls", [WITH_TOJSON, PRINTED, JOINED])
 @pytest.mark.parametrize("arguments", [{"at": "é"}, '{"at": "é"}', '{"at":"é"}'])
-def test_a_call_beside_null_content_is_written_whatever_the_template_reads(content, calls, arguments):
+def test_a_call_beside_null_content_is_written_whatever_the_template_reads(
+    content, calls, arguments
+):
     template = HEAD + CONTENTS[content].replace("CALLS", calls) + TAIL
     (said,) = responses(asks(call("f", arguments)), template)
     assert said == '<call>f {"at": "é"}</call><end>'
 
 
-@pytest.mark.parametrize(("arguments", "written"), [({}, "{}"), ("", "{}"), ("{}", "{}"), (None, "{}")])
+@pytest.mark.parametrize(
+    ("arguments", "written"), [({}, "{}"), ("", "{}"), ("{}", "{}"), (None, "{}")]
+)
 @pytest.mark.parametrize("calls", [WITH_TOJSON, PRINTED, JOINED])
 def test_a_call_without_arguments(calls, arguments, written):
     (said,) = responses(asks(call("f", arguments)), HEAD + calls + TAIL)
@@ -144,7 +172,10 @@ def test_arguments_that_are_no_object_are_refused(arguments):
     [
         ("f()", 'messages[1] has "tool_calls" of type str; give a list'),
         (["f"], "messages[1].tool_calls[0] names no function"),
-        ([{"function": {"arguments": {}}}], 'names no function; give {"function": {"name": ..., "arguments": {...}}}'),
+        (
+            [{"function": {"arguments": {}}}],
+            'names no function; give {"function": {"name": ..., "arguments": {...}}}',
+        ),
     ],
 )
 def test_malformed_calls(calls, message):
@@ -153,14 +184,24 @@ def test_malformed_calls(calls, message):
 
 def test_a_bare_call_is_read():
     template = HEAD + WITH_TOJSON.replace("c.function", "c") + TAIL
-    assert responses(asks({"name": "f", "arguments": '{"x": 1}'}), template) == ['<call>f {"x": 1}</call><end>']
+    assert responses(asks({"name": "f", "arguments": '{"x": 1}'}), template) == [
+        '<call>f {"x": 1}</call><end>'
+    ]
 
 
 # What a turn says stands in its text.
 
 
-FIRST_CALL = HEAD + "{{ m.content or '' }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}" + TAIL
-EITHER = HEAD + "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}" + TAIL
+FIRST_CALL = (
+    HEAD
+    + "{{ m.content or '' }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}"
+    + TAIL
+)
+EITHER = (
+    HEAD
+    + "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}{{ m.content }}{% endif %}"
+    + TAIL
+)
 WRITES_ALL = (
     HEAD
     + "{{ m.reasoning_content or '' }}{{ m.content or '' }}{{ m.function_call.name if m.function_call else '' }}"
@@ -172,16 +213,36 @@ F, G = call("f", {}), call("g", {})
 LEFT_OUT = {
     "calls": (assistant(None, tool_calls=[F]), CHATML, "tool call", assistant("a")),
     "calls beside content": (assistant("a", tool_calls=[F]), CHATML, "tool call", assistant("a")),
-    "calls where generation is marked": (assistant(None, tool_calls=[F]), TAGGED, "tool call", assistant("a")),
-    "a second call": (assistant(None, tool_calls=[F, G]), FIRST_CALL, "tool call", assistant(None, tool_calls=[F])),
+    "calls where generation is marked": (
+        assistant(None, tool_calls=[F]),
+        TAGGED,
+        "tool call",
+        assistant("a"),
+    ),
+    "a second call": (
+        assistant(None, tool_calls=[F, G]),
+        FIRST_CALL,
+        "tool call",
+        assistant(None, tool_calls=[F]),
+    ),
     "content beside a call": (
         assistant("a", tool_calls=[F]),
         EITHER,
         "content",
         assistant(None, tool_calls=[F]),
     ),
-    "reasoning alone": (assistant(None, reasoning_content="hm"), CHATML, "thinking", assistant("a")),
-    "reasoning by another name": (assistant("a", reasoning="hm"), CHATML, "thinking", assistant("a")),
+    "reasoning alone": (
+        assistant(None, reasoning_content="hm"),
+        CHATML,
+        "thinking",
+        assistant("a"),
+    ),
+    "reasoning by another name": (
+        assistant("a", reasoning="hm"),
+        CHATML,
+        "thinking",
+        assistant("a"),
+    ),
     "thinking by another name": (assistant("a", thinking="hm"), CHATML, "thinking", assistant("a")),
     "an older way to call": (
         assistant(None, function_call={"name": "f", "arguments": "{}"}),
@@ -205,14 +266,18 @@ def test_what_the_template_leaves_out_of_a_turn_is_named(name):
 
 
 def test_content_that_is_written_nowhere():
-    assert refused({"messages": GOOD}, HEAD + TAIL).startswith("the content of messages[1] is not in")
+    assert refused({"messages": GOOD}, HEAD + TAIL).startswith(
+        "the content of messages[1] is not in"
+    )
 
 
 # Which turns are learned.
 
 
 @pytest.mark.parametrize("template", [CHATML, TAGGED])
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": 0}, {"loss": False}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": 0}, {"loss": False}]
+)
 def test_a_turn_marked_so_takes_no_loss(template, mark):
     assert responses(with_fields(TURNS, 1, **mark), template) == ["b<|im_end|>\n"]
     assert responses(with_fields(TURNS, 3, **mark), template) == ["a<|im_end|>"]
@@ -231,7 +296,9 @@ def test_a_mark_that_asks_for_what_is_done_anyway(mark):
 def test_marks_are_not_shown_to_the_template():
     template = CHATML.replace("message.content", "(message | tojson)")
     plain = ChatRenderer(make_byte_tokenizer(template)).prompt({"messages": GOOD})
-    assert ChatRenderer(make_byte_tokenizer(template)).prompt(with_fields(GOOD, 1, weight=0)) == plain
+    assert (
+        ChatRenderer(make_byte_tokenizer(template)).prompt(with_fields(GOOD, 1, weight=0)) == plain
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +318,9 @@ def test_marks_about_the_loss_that_cannot_be_honoured(i, fields, message):
 
 
 def test_marks_of_generation_that_cannot_be_told_apart():
-    template = TAGGED.replace("{%- generation -%}", "{%- generation -%}{%- endgeneration -%}{%- generation -%}")
+    template = TAGGED.replace(
+        "{%- generation -%}", "{%- generation -%}{%- endgeneration -%}{%- generation -%}"
+    )
     message = refused(with_fields(TURNS, 1, weight=0), template)
     assert message.startswith("the chat template marks 4 generations for 2 assistant turns")
     assert "".join(responses({"messages": TURNS}, template)) == "a<|im_end|>b<|im_end|>\n"
@@ -259,14 +328,18 @@ def test_marks_of_generation_that_cannot_be_told_apart():
 
 
 def test_a_last_turn_that_the_template_does_not_mark_is_not_learned():
-    template = TAGGED.replace("message.role == 'assistant'", "message.role == 'assistant' and message.content == 'a'")
+    template = TAGGED.replace(
+        "message.role == 'assistant'", "message.role == 'assistant' and message.content == 'a'"
+    )
     assert responses({"messages": TURNS}, template) == ["a<|im_end|>"]
 
 
 def test_a_mark_under_loss_all_is_refused(write_jsonl):
     source = SourceConfig(write_jsonl([with_fields(TURNS, 1, weight=0)]), "chat")
     config = once(source, sequence_length=128)
-    with pytest.raises(DataError, match=r"messages\[1\] is marked not to be learned, .*; set loss: response"):
+    with pytest.raises(
+        DataError, match=r"messages\[1\] is marked not to be learned, .*; set loss: response"
+    ):
         next(dataset(config))
     batch = next(dataset(dataclasses.replace(config, loss="response")))
     tokenizer = make_byte_tokenizer()
@@ -292,8 +365,12 @@ def dataset(config, template=CHATML):
 def test_a_records_variables_reach_the_template(own):
     renderer = ChatRenderer(make_byte_tokenizer(VARIABLE))
     assert renderer.prompt({"messages": [user("q")], **own}).endswith("assistant\n<think></think>")
-    assert renderer.prompt({"messages": [user("q")], **own}, {"enable_thinking": True}).endswith("<think></think>")
-    assert renderer.prompt({"messages": [user("q")]}, {"enable_thinking": False}).endswith("<think></think>")
+    assert renderer.prompt({"messages": [user("q")], **own}, {"enable_thinking": True}).endswith(
+        "<think></think>"
+    )
+    assert renderer.prompt({"messages": [user("q")]}, {"enable_thinking": False}).endswith(
+        "<think></think>"
+    )
     assert renderer.prompt({"messages": [user("q")]}).endswith("assistant\n")
 
 
@@ -311,7 +388,10 @@ def test_training_and_decoding_have_the_same_prompt(template):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["enable_thinking"], '"chat_template_kwargs" is of type list; give an object, or leave it out'),
+        (
+            ["enable_thinking"],
+            '"chat_template_kwargs" is of type list; give an object, or leave it out',
+        ),
         ({"tokenize": True}, "'tokenize' cannot be a variable of a chat template; remove it"),
         ({"messages": []}, "'messages' cannot be"),
         ({"enable-thinking": True}, "'enable-thinking' cannot be"),
@@ -328,20 +408,31 @@ def test_variables_that_cannot_be(given, message):
 
 def test_a_source_gives_its_records_variables(write_jsonl):
     template = CHATML.replace("message.content", "message.content + (sign or '')")
-    path = write_jsonl([{"messages": GOOD}, {"messages": GOOD, "chat_template_kwargs": {"sign": "?"}}])
-    sources = tuple(SourceConfig(path, "chat", chat_template_kwargs=given) for given in ({"sign": "!"}, {}))
+    path = write_jsonl(
+        [{"messages": GOOD}, {"messages": GOOD, "chat_template_kwargs": {"sign": "?"}}]
+    )
+    sources = tuple(
+        SourceConfig(path, "chat", chat_template_kwargs=given) for given in ({"sign": "!"}, {})
+    )
     config = DataConfig(sources, 64, 1, loss="response", shuffle=False, epochs=1, num_threads=0)
     decode = make_byte_tokenizer().decode
     batches = list(dataset(config, template))
     learned, tokens = by_record(batches, "loss_mask"), by_record(batches)
-    found = [decode([t for t, can in zip(tokens[i], learned[i], strict=True) if can])[:2] for i in range(4)]
+    found = [
+        decode([t for t, can in zip(tokens[i], learned[i], strict=True) if can])[:2]
+        for i in range(4)
+    ]
     assert found == ["a!", "a?", "a<", "a?"]
 
 
-def test_a_variable_that_no_template_reads_is_refused_in_a_config_and_named_in_records(write_jsonl, caplog):
+def test_a_variable_that_no_template_reads_is_refused_in_a_config_and_named_in_records(
+    write_jsonl, caplog
+):
     path = write_jsonl([{"messages": GOOD, "enable_thinking": False}] * 3)
     config = once(SourceConfig(path, "chat", chat_template_kwargs={"enable_thinkin": False}))
-    with pytest.raises(ConfigError, match="does not read 'enable_thinkin' of chat_template_kwargs; remove it there"):
+    with pytest.raises(
+        ConfigError, match="does not read 'enable_thinkin' of chat_template_kwargs; remove it there"
+    ):
         dataset(config, VARIABLE)
     config = once(SourceConfig(path, "chat"))
     with caplog.at_level(logging.WARNING):
@@ -357,11 +448,15 @@ def test_made_up_data_has_a_template_without_variables(tmp_path):
     written = write_source(source, tmp_path / "made-up", 200)
     write_tokenizer(tmp_path / "tokenizer")
     config = once(written, sequence_length=64)
-    assert next(make_dataset(config, load_tokenizer(tmp_path / "tokenizer"), block_size=4, eos_token_id=0))
+    assert next(
+        make_dataset(config, load_tokenizer(tmp_path / "tokenizer"), block_size=4, eos_token_id=0)
+    )
 
 
 def test_variables_belong_to_chat():
-    with pytest.raises(ConfigError, match="chat_template_kwargs with format='jsonl': only chat has them"):
+    with pytest.raises(
+        ConfigError, match="chat_template_kwargs with format='jsonl': only chat has them"
+    ):
         SourceConfig("x", "jsonl", chat_template_kwargs={"a": 1})
 
 
@@ -369,12 +464,27 @@ def test_variables_belong_to_chat():
 
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 FORMS = [
-    ({"conversations": SHAREGPT}, '"conversations" is ShareGPT\'s form: write "messages" of "role"'),
+    (
+        {"conversations": SHAREGPT},
+        '"conversations" is ShareGPT\'s form: write "messages" of "role"',
+    ),
     ({"messages": SHAREGPT}, 'messages[0] is in ShareGPT\'s form; write "role" and "content"'),
-    ({"instruction": "q", "input": "", "output": "a"}, "alpaca's form: write instruction and input as the content of"),
-    ({"prompt": [user("q")], "completion": [assistant("a")]}, 'join "prompt" and "completion" in one list'),
-    ({"prompt": "q", "completion": "a"}, "use format jsonl with prompt_field: prompt and field: completion"),
-    ({"prompt": "q", "response": "a"}, "use format jsonl with prompt_field: prompt and field: response"),
+    (
+        {"instruction": "q", "input": "", "output": "a"},
+        "alpaca's form: write instruction and input as the content of",
+    ),
+    (
+        {"prompt": [user("q")], "completion": [assistant("a")]},
+        'join "prompt" and "completion" in one list',
+    ),
+    (
+        {"prompt": "q", "completion": "a"},
+        "use format jsonl with prompt_field: prompt and field: completion",
+    ),
+    (
+        {"prompt": "q", "response": "a"},
+        "use format jsonl with prompt_field: prompt and field: response",
+    ),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, 'write prompt and chosen as "messages"'),
     ({"text": "q"}, "for texts use format jsonl"),
 ]
@@ -390,7 +500,9 @@ def test_what_is_advised_for_other_forms_works(write_jsonl):
     roles = {"human": "user", "gpt": "assistant"}
     converted = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in SHAREGPT]
     assert responses({"messages": converted}) == ["a<|im_end|>\n"]
-    source = SourceConfig(write_jsonl([{"prompt": "q", "completion": "a"}]), "jsonl", "completion", "prompt")
+    source = SourceConfig(
+        write_jsonl([{"prompt": "q", "completion": "a"}]), "jsonl", "completion", "prompt"
+    )
     assert list(by_record(dataset(once(source))))
     assert list(by_record(dataset(once(SourceConfig(write_jsonl([{"text": "q"}]), "jsonl")))))
 

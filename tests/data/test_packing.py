@@ -21,7 +21,9 @@ def make_documents(lengths, block_size=4, seed=0):
     for i, length in enumerate(lengths):
         loss_mask = np.arange(length) >= random.integers(0, length)
         noisy = len(noisy_positions(np.ones(length, np.int32), loss_mask, block_size))
-        documents.append(Document(i, 1000 * i + np.arange(length, dtype=np.int32), loss_mask, noisy))
+        documents.append(
+            Document(i, 1000 * i + np.arange(length, dtype=np.int32), loss_mask, noisy)
+        )
     return documents
 
 
@@ -35,7 +37,9 @@ def rows_of(packer):
 
 
 def tokens_of(row):
-    return [token for piece in row for token in piece.document.tokens[piece.start : piece.stop].tolist()]
+    return [
+        token for piece in row for token in piece.document.tokens[piece.start : piece.stop].tolist()
+    ]
 
 
 def noisy_by_hand(segment_ids, loss_mask, block_size):
@@ -47,9 +51,16 @@ def noisy_by_hand(segment_ids, loss_mask, block_size):
     return sorted(i for block in blocks.values() if any(loss_mask[j] for j in block) for i in block)
 
 
-@given(st.lists(st.integers(1, 9), max_size=6), st.integers(0, 5), st.integers(1, 5), st.integers(0, 2**32 - 1))
+@given(
+    st.lists(st.integers(1, 9), max_size=6),
+    st.integers(0, 5),
+    st.integers(1, 5),
+    st.integers(0, 2**32 - 1),
+)
 def test_noisy_positions_are_those_found_by_hand(lengths, padding, block_size, seed):
-    segment_ids = np.array([s for s, n in enumerate(lengths, 1) for _ in range(n)] + [0] * padding, np.int32)
+    segment_ids = np.array(
+        [s for s, n in enumerate(lengths, 1) for _ in range(n)] + [0] * padding, np.int32
+    )
     random = np.random.default_rng(seed)
     loss_mask = (random.random(len(segment_ids)) < random.random()) & (segment_ids > 0)
     found = noisy_positions(segment_ids, loss_mask, block_size)
@@ -67,14 +78,24 @@ def test_split_rows_are_full_and_hold_the_stream_in_order(lengths, row_length):
     assert 0 < len(rows[-1]) <= row_length
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=150), st.integers(8, 20), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=150), st.integers(8, 20), st.integers(0, 99)
+)
 def test_fit_rows_hold_every_document_once_and_whole(lengths, noisy_length, seed):
-    documents = [document for document in make_documents(lengths, seed=seed) if document.noisy <= noisy_length]
+    documents = [
+        document
+        for document in make_documents(lengths, seed=seed)
+        if document.noisy <= noisy_length
+    ]
     rows = rows_of(FitPacker(iter(enumerate(documents)), 20, noisy_length))
     assert all(sum(piece.document.noisy for piece in row) <= noisy_length for row in rows)
     assert all(0 < len(tokens_of(row)) <= 20 for row in rows)
-    assert all((piece.start, piece.stop) == (0, len(piece.document)) for row in rows for piece in row)
-    assert sorted(piece.document.record_id for row in rows for piece in row) == [d.record_id for d in documents]
+    assert all(
+        (piece.start, piece.stop) == (0, len(piece.document)) for row in rows for piece in row
+    )
+    assert sorted(piece.document.record_id for row in rows for piece in row) == [
+        d.record_id for d in documents
+    ]
 
 
 def test_fit_wastes_little():
@@ -106,7 +127,11 @@ class Stream:
         return self.position - 1, self.documents[self.position - 1]
 
 
-@given(st.sampled_from(["split", "fit"]), st.lists(st.integers(1, 20), min_size=1, max_size=120), st.integers(0, 20))
+@given(
+    st.sampled_from(["split", "fit"]),
+    st.lists(st.integers(1, 20), min_size=1, max_size=120),
+    st.integers(0, 20),
+)
 def test_a_packer_goes_on_from_its_state(kind, lengths, before):
     documents = [document for document in make_documents(lengths) if document.noisy <= 15]
 
@@ -119,11 +144,15 @@ def test_a_packer_goes_on_from_its_state(kind, lengths, before):
             packer.next_row()
     restored = pack(Stream(documents, stream.position))
     restored.set_state(json.loads(json.dumps(packer.get_state())), documents.__getitem__)
-    assert [tokens_of(row) for row in rows_of(restored)] == [tokens_of(row) for row in rows_of(packer)]
+    assert [tokens_of(row) for row in rows_of(restored)] == [
+        tokens_of(row) for row in rows_of(packer)
+    ]
 
 
 def test_a_batch_by_hand():
-    config = DataConfig((SourceConfig("x", "jsonl"),), sequence_length=6, batch_size=2, noisy_length=6)
+    config = DataConfig(
+        (SourceConfig("x", "jsonl"),), sequence_length=6, batch_size=2, noisy_length=6
+    )
     first = Document(4, np.array([10, 11, 12], np.int32), np.array([False, False, True]), 1)
     second = Document(9, np.array([20, 21], np.int32), np.array([False, True]), 2)
     packer = FitPacker(iter(enumerate([first, second])), 6, 6)

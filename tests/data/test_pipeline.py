@@ -29,7 +29,9 @@ TEXTS = [f"{n}:" + "x" * length for n, length in enumerate(RANDOM.integers(1, 40
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"q": q, "text": a}) + "\n" for q, a in zip(PROMPTS, TEXTS, strict=True)))
+    path.write_text(
+        "".join(json.dumps({"q": q, "text": a}) + "\n" for q, a in zip(PROMPTS, TEXTS, strict=True))
+    )
     return SourceConfig(str(path), "jsonl", prompt_field="q")
 
 
@@ -102,7 +104,9 @@ def test_an_epoch_holds_every_document_once(pairs, layout):
     tokens, loss_mask = by_record(batches), by_record(batches, "loss_mask")
     lost = 0
     for n in range(len(TEXTS)):
-        expected, can = expected_document(n, loss=config.loss, pad_to_block=pad, pad_loss=config.pad_loss)
+        expected, can = expected_document(
+            n, loss=config.loss, pad_to_block=pad, pad_loss=config.pad_loss
+        )
         kept = len(tokens.get(n, []))
         assert (tokens.get(n, []), loss_mask.get(n, [])) == (expected[:kept], can[:kept])
         lost += kept < len(expected)
@@ -116,7 +120,9 @@ def test_rows_keep_to_their_budgets(pairs, layout):
     config, block_size = once(pairs, **layout[0]), layout[1]
     rows = []
     for batch in make(config, block_size=block_size):
-        rows += [{name: array[b] for name, array in batch.items()} for b in range(config.batch_size)]
+        rows += [
+            {name: array[b] for name, array in batch.items()} for b in range(config.batch_size)
+        ]
     rows = rows[: max(b for b, row in enumerate(rows) if row["segment_ids"].any()) + 1]
     for row in rows:
         ids, padding = row["segment_ids"], row["segment_ids"] == 0
@@ -156,7 +162,10 @@ def check_restored(config, block_size, before, elsewhere):
 
 
 @given(
-    layout=layouts(), epochs=st.sampled_from([None, 3]), before=st.integers(0, 12), elsewhere=st.sampled_from([0, 2])
+    layout=layouts(),
+    epochs=st.sampled_from([None, 3]),
+    before=st.integers(0, 12),
+    elsewhere=st.sampled_from([0, 2]),
 )
 def test_a_restored_position_goes_on_bit_for_bit(pairs, layout, epochs, before, elsewhere):
     check_restored(once(pairs, **layout[0], epochs=epochs), layout[1], before, elsewhere)
@@ -186,7 +195,9 @@ def test_neither_batches_nor_positions_depend_on_who_has_which_rows(pairs, layou
             equal(next(part[1]), {name: array[part[0]] for name, array in batch.items()})
 
     def opened():
-        return [(rows, make(config, block_size=block_size, rows=rows)) for rows in cuts(data.draw, 8)]
+        return [
+            (rows, make(config, block_size=block_size, rows=rows)) for rows in cuts(data.draw, 8)
+        ]
 
     whole, parts = make(config, block_size=block_size), opened()
     for _ in range(2):
@@ -228,7 +239,9 @@ def first_records(dataset, count):
 
 def test_only_shards_whose_rows_are_wanted_are_read(pairs, monkeypatch):
     read, plain = [], DocumentMaker.__call__
-    monkeypatch.setattr(DocumentMaker, "__call__", lambda maker, i: read.append(i) or plain(maker, i))
+    monkeypatch.setattr(
+        DocumentMaker, "__call__", lambda maker, i: read.append(i) or plain(maker, i)
+    )
     part = make(once(pairs, epochs=None, shuffle=False, batch_size=8, shards=4), rows=[2, 3])
     for _ in range(6):
         next(part)
@@ -279,7 +292,9 @@ def order_of(dataset, epochs):
 def test_each_epoch_and_each_seed_has_an_order_of_its_own(pairs):
     everything = list(range(len(TEXTS)))
     assert order_of(make(once(pairs, epochs=2, shuffle=False)), 2) == [everything] * 2
-    orders = order_of(make(once(pairs, epochs=2)), 2) + order_of(make(once(pairs, epochs=2, seed=1)), 2)
+    orders = order_of(make(once(pairs, epochs=2)), 2) + order_of(
+        make(once(pairs, epochs=2, seed=1)), 2
+    )
     assert all(sorted(order) == everything for order in orders)
     assert len({tuple(order) for order in [*orders, everything]}) == 5
     assert order_of(make(once(pairs, epochs=2)), 2) == orders[:2]
@@ -297,7 +312,9 @@ def test_the_last_rows_are_padded_and_then_it_stops(write_jsonl):
 def test_sources_are_mixed_by_weight(write_jsonl):
     many = SourceConfig(write_jsonl([{"text": "many"}] * 30, "a.jsonl"), "jsonl", weight=3.0)
     few = SourceConfig(write_jsonl([{"text": "few!"}] * 4, "b.jsonl"), "jsonl")
-    dataset = make(DataConfig((many, few), sequence_length=40, batch_size=2, num_threads=0, shuffle=False))
+    dataset = make(
+        DataConfig((many, few), sequence_length=40, batch_size=2, num_threads=0, shuffle=False)
+    )
     ids = np.concatenate([next(dataset)["record_ids"].ravel() for _ in range(10)])
     assert (ids >= 30).mean() == 0.25
     assert set(ids) == set(range(34))
@@ -307,8 +324,13 @@ def test_sources_are_mixed_by_weight(write_jsonl):
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (0.1, 0.7, 0.2)])
 def test_an_epoch_of_a_mixture_draws_every_record(write_jsonl, lengths, weights):
     paths = [write_jsonl([{"text": "x"}] * n, f"{i}.jsonl") for i, n in enumerate(lengths)]
-    sources = [SourceConfig(path, "jsonl", weight=weight) for path, weight in zip(paths, weights, strict=False)]
-    config = DataConfig(tuple(sources), sequence_length=16, batch_size=2, num_threads=0, epochs=1, shuffle=False)
+    sources = [
+        SourceConfig(path, "jsonl", weight=weight)
+        for path, weight in zip(paths, weights, strict=False)
+    ]
+    config = DataConfig(
+        tuple(sources), sequence_length=16, batch_size=2, num_threads=0, epochs=1, shuffle=False
+    )
     assert sorted(by_record(make(config))) == list(range(sum(lengths)))
 
 
@@ -324,7 +346,10 @@ def test_every_format_gives_the_same_documents(tmp_path, write_jsonl):
         SourceConfig(str(tmp_path / "split.txt"), "text", separator="#"),
         SourceConfig(str(tmp_path / "*.md"), "text"),
         SourceConfig(str(tmp_path), "parquet"),
-        SourceConfig(write_jsonl([{"messages": [{"role": "user", "content": t}]} for t in texts], "c.jsonl"), "chat"),
+        SourceConfig(
+            write_jsonl([{"messages": [{"role": "user", "content": t}]} for t in texts], "c.jsonl"),
+            "chat",
+        ),
     ]
     tokenizer = make_byte_tokenizer(template)
     expected = {n: [*TOKENIZER.encode(text), EOS_ID] for n, text in enumerate(texts)}
@@ -352,7 +377,9 @@ def test_a_prompt_at_the_end_takes_no_loss(write_jsonl):
         {"role": "user", "content": "r"},
     ]
     source = SourceConfig(write_jsonl([{"messages": messages}]), "chat")
-    batch = next(make(once(source, loss="response", pad_to_block=True, sequence_length=64, batch_size=1)))
+    batch = next(
+        make(once(source, loss="response", pad_to_block=True, sequence_length=64, batch_size=1))
+    )
     assert TOKENIZER.decode(batch["tokens"][0][batch["loss_mask"][0]]) == "a<|im_end|>"
 
 
@@ -366,7 +393,9 @@ def test_a_begin_of_text_token_is_given_not_learnt(write_jsonl):
 
     tokenizer = make_byte_tokenizer(bos_token="<s>")
     bos = tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
     source = SourceConfig(write_jsonl([{"q": "q", "text": "a"}]), "jsonl", prompt_field="q")
     batches = list(make(once(source, loss="response"), tokenizer=tokenizer))
     prompt, answer = tokenizer.encode("q"), TOKENIZER.encode("a")
@@ -376,18 +405,34 @@ def test_a_begin_of_text_token_is_given_not_learnt(write_jsonl):
 
 
 def test_too_long_documents_are_dropped_or_cut_and_counted(write_jsonl, caplog):
-    path = write_jsonl([{"q": "", "text": "a" * 40}, {"q": "p" * 12, "text": "b" * 4}, {"q": "p" * 40, "text": "c"}])
+    path = write_jsonl(
+        [
+            {"q": "", "text": "a" * 40},
+            {"q": "p" * 12, "text": "b" * 4},
+            {"q": "p" * 40, "text": "c"},
+        ]
+    )
     source = SourceConfig(path, "jsonl", prompt_field="q")
-    options = {"packing": "fit", "loss": "response", "noisy_length": 8, "sequence_length": 32, "shuffle": False}
+    options = {
+        "packing": "fit",
+        "loss": "response",
+        "noisy_length": 8,
+        "sequence_length": 32,
+        "shuffle": False,
+    }
     with caplog.at_level(logging.WARNING):
         dropping = make(once(source, **options))
         assert list(by_record(dropping)) == [1]
     assert (dropping.dropped, dropping.cut, dropping.skipped) == (2, 0, 0)
-    assert f"{path}:1: 41 tokens, 41 of them in blocks with loss, do not fit in a row" in caplog.text
+    assert (
+        f"{path}:1: 41 tokens, 41 of them in blocks with loss, do not fit in a row" in caplog.text
+    )
     cutting = make(once(source, too_long="cut", **options))
     assert {n: len(tokens) for n, tokens in by_record(cutting).items()} == {0: 8, 1: 17}
     assert (cutting.dropped, cutting.cut) == (1, 1)
-    in_blocks = make(once(source, too_long="cut", pad_to_block=True, **(options | {"noisy_length": 10})))
+    in_blocks = make(
+        once(source, too_long="cut", pad_to_block=True, **(options | {"noisy_length": 10}))
+    )
     assert {n: len(tokens) for n, tokens in by_record(in_blocks).items()} == {0: 8, 1: 20}
 
 
@@ -452,11 +497,15 @@ def test_truncated_parquet_is_named_or_left_out(tmp_path):
 def test_nothing_usable_is_an_error_not_an_endless_loop(write_jsonl, epochs):
     path = write_jsonl(["{"] * 7)
     config = once(SourceConfig(path, "jsonl"), on_error="skip", epochs=epochs)
-    with pytest.raises(DataError, match=r"none of 7 records can be used; the last: .*jsonl:\d: not valid JSON"):
+    with pytest.raises(
+        DataError, match=r"none of 7 records can be used; the last: .*jsonl:\d: not valid JSON"
+    ):
         next(make(config))
     path = write_jsonl([{"text": "x" * 100}])
     config = once(SourceConfig(path, "jsonl"), packing="fit", epochs=epochs)
-    with pytest.raises(DataError, match="none of 1 records can be used; the last: .* do not fit in a row"):
+    with pytest.raises(
+        DataError, match="none of 1 records can be used; the last: .* do not fit in a row"
+    ):
         next(make(config))
 
 
@@ -473,7 +522,9 @@ def test_only_the_first_few_bad_records_are_reported(write_jsonl, caplog):
 
 def test_counts_are_part_of_the_position(write_jsonl):
     lines = [{"text": "good " * 5}, "{"] * 20
-    config = once(SourceConfig(write_jsonl(lines), "jsonl"), on_error="skip", batch_size=1, epochs=None)
+    config = once(
+        SourceConfig(write_jsonl(lines), "jsonl"), on_error="skip", batch_size=1, epochs=None
+    )
     dataset, restored = make(config), make(config)
     for _ in range(9):
         next(dataset)
@@ -490,7 +541,11 @@ def test_describe_names_files_and_lines(write_jsonl):
     config = DataConfig((first, second), sequence_length=64, batch_size=1, epochs=1, num_threads=0)
     dataset = make(config)
     batch = next(dataset)
-    assert dataset.describe(batch["record_ids"]) == [f"{first.path}:1", f"{first.path}:3", f"{second.path}:1"]
+    assert dataset.describe(batch["record_ids"]) == [
+        f"{first.path}:1",
+        f"{first.path}:3",
+        f"{second.path}:1",
+    ]
     assert dataset.describe([1, -1]) == [f"{first.path}:3"]
 
 
@@ -522,7 +577,9 @@ def test_a_record_gone_bad_since_the_position_was_saved_is_named(write_jsonl):
     next(dataset)
     state = dataset.get_state()
     write_jsonl(["{", "{"])
-    with pytest.raises(DataError, match="record 0 of the stream was usable when the .* was saved: restore its file"):
+    with pytest.raises(
+        DataError, match="record 0 of the stream was usable when the .* was saved: restore its file"
+    ):
         make(config).set_state(state)
     write_jsonl([{"text": "x" * 40}] * 2)
     make(config).set_state(state)
@@ -539,13 +596,17 @@ def test_an_iterator_that_ends_while_a_record_is_read_does_not_end_the_data(
     monkeypatch.setattr(DocumentMaker, "__call__", ended)
     source = SourceConfig(write_jsonl([GOOD] * 3), "jsonl")
     dataset = make(once(source, epochs=epochs, num_threads=num_threads))
-    with pytest.raises(RuntimeError, match="reading stopped at record 0 of the stream, not at its end"):
+    with pytest.raises(
+        RuntimeError, match="reading stopped at record 0 of the stream, not at its end"
+    ):
         next(dataset)
 
 
 def test_more_records_than_can_be_numbered(write_jsonl, monkeypatch):
     monkeypatch.setattr(pipeline, "LARGEST_RECORD_COUNT", 3)
     first, second = (SourceConfig(write_jsonl([GOOD] * n, f"{n}.jsonl"), "jsonl") for n in (3, 1))
-    with pytest.raises(DataError, match=r"4 records are more than record_ids can number \(3\); give fewer files"):
+    with pytest.raises(
+        DataError, match=r"4 records are more than record_ids can number \(3\); give fewer files"
+    ):
         make(dataclasses.replace(once(first), sources=(first, second)))
     make(once(first))

@@ -26,13 +26,21 @@ def records(source):
     return [source.read(k) for k in range(len(source))]
 
 
-@given(st.lists(st.sampled_from(["", " ", "\t", "a", "éß", "x" * 300, "\r"]), max_size=30), st.booleans())
+@given(
+    st.lists(st.sampled_from(["", " ", "\t", "a", "éß", "x" * 300, "\r"]), max_size=30),
+    st.booleans(),
+)
 def test_jsonl_lines_are_numbered_as_an_editor_does(tmp_path_factory, texts, ends_with_newline):
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
-    lines = [text if not text.strip() else json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    lines = [
+        text if not text.strip() else json.dumps({"text": text}, ensure_ascii=False)
+        for text in texts
+    ]
     path.write_bytes("\n".join(lines).encode() + b"\n" * ends_with_newline)
     source = Source(SourceConfig(str(path), "jsonl"))
-    expected = [(f"{path}:{n}", {"text": text}) for n, text in enumerate(texts, start=1) if text.strip()]
+    expected = [
+        (f"{path}:{n}", {"text": text}) for n, text in enumerate(texts, start=1) if text.strip()
+    ]
     assert [(source.where(k), source.read(k)) for k in range(len(source))] == expected
 
 
@@ -40,9 +48,18 @@ def test_files_of_a_directory_and_a_glob_are_read_in_order(tmp_path):
     (tmp_path / "deep").mkdir()
     for name, text in [("b.jsonl", "1"), ("a.jsonl", "0"), ("deep/c.ndjson", "2"), ("d.txt", "no")]:
         (tmp_path / name).write_text(json.dumps({"text": text}) + "\n")
-    assert [r["text"] for r in records(Source(SourceConfig(str(tmp_path), "jsonl")))] == ["0", "1", "2"]
-    assert [r["text"] for r in records(Source(SourceConfig(f"{tmp_path}/*.jsonl", "jsonl")))] == ["0", "1"]
-    assert [r["text"] for r in records(Source(SourceConfig(f"{tmp_path}/**/c.*", "jsonl")))] == ["2"]
+    assert [r["text"] for r in records(Source(SourceConfig(str(tmp_path), "jsonl")))] == [
+        "0",
+        "1",
+        "2",
+    ]
+    assert [r["text"] for r in records(Source(SourceConfig(f"{tmp_path}/*.jsonl", "jsonl")))] == [
+        "0",
+        "1",
+    ]
+    assert [r["text"] for r in records(Source(SourceConfig(f"{tmp_path}/**/c.*", "jsonl")))] == [
+        "2"
+    ]
 
 
 def write(folder: Path, *names: str) -> None:
@@ -53,14 +70,22 @@ def write(folder: Path, *names: str) -> None:
 
 
 def read(path: object, **options: str) -> list[str]:
-    return [record["text"] for record in records(Source(SourceConfig(str(path), "jsonl", **options)))]
+    return [
+        record["text"] for record in records(Source(SourceConfig(str(path), "jsonl", **options)))
+    ]
 
 
 def test_a_directory_and_a_glob_read_the_same_files(tmp_path, caplog):
     """Linked directories are followed, what is hidden is not, and nothing is read twice."""
     data = tmp_path / "data"
     write(
-        data, "b.jsonl", "a/c.jsonl", "a/.ipynb_checkpoints/c-checkpoint.jsonl", ".git/d.jsonl", "._b.jsonl", "no.txt"
+        data,
+        "b.jsonl",
+        "a/c.jsonl",
+        "a/.ipynb_checkpoints/c-checkpoint.jsonl",
+        ".git/d.jsonl",
+        "._b.jsonl",
+        "no.txt",
     )
     write(tmp_path, "elsewhere/e.jsonl", "elsewhere/deep/f.jsonl")
     (data / "linked").symlink_to(tmp_path / "elsewhere")
@@ -77,7 +102,11 @@ def test_a_directory_and_a_glob_read_the_same_files(tmp_path, caplog):
 def test_what_is_hidden_is_read_if_it_is_named(tmp_path):
     write(tmp_path, ".cache/a.jsonl", ".cache/.b.jsonl", "c.jsonl")
     assert read(tmp_path / ".cache") == read(f"{tmp_path}/.cache/*") == [".cache/a.jsonl"]
-    assert read(f"{tmp_path}/.cache/.*.jsonl") == read(tmp_path / ".cache/.b.jsonl") == [".cache/.b.jsonl"]
+    assert (
+        read(f"{tmp_path}/.cache/.*.jsonl")
+        == read(tmp_path / ".cache/.b.jsonl")
+        == [".cache/.b.jsonl"]
+    )
 
 
 def test_links_in_circles_are_no_maze(tmp_path):
@@ -102,7 +131,9 @@ def test_a_name_with_brackets_is_a_name_first(tmp_path):
 
 def test_a_pipe_is_told_from_a_file_that_is_not_there(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(DataError, match="pipe.jsonl: a pipe or device, .* write its content to a file"):
+    with pytest.raises(
+        DataError, match="pipe.jsonl: a pipe or device, .* write its content to a file"
+    ):
         read(tmp_path / "pipe.jsonl")
     write(tmp_path, "a.jsonl")
     assert read(tmp_path) == ["a.jsonl"]
@@ -157,7 +188,9 @@ def failure(config: SourceConfig) -> str:
 @pytest.mark.parametrize("whole", [False, True], ids=["file", "directory"])
 @pytest.mark.parametrize("format", CONTENT)
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_compressed_files_are_decompressed_by_the_command_that_is_told(tmp_path, suffix, format, whole):
+def test_compressed_files_are_decompressed_by_the_command_that_is_told(
+    tmp_path, suffix, format, whole
+):
     program, compress = COMPRESSORS[suffix]
     if shutil.which(program) is None:
         pytest.skip(f"needs {program}")
@@ -167,14 +200,18 @@ def test_compressed_files_are_decompressed_by_the_command_that_is_told(tmp_path,
     told = failure(SourceConfig(str(tmp_path if whole else path), format))
     assert "compressed with " in told and "UTF-8" not in told and str(path) in told
     subprocess.run(["sh", "-c", told.partition("decompress it first: ")[2]], check=True)
-    assert len(records(Source(SourceConfig(str(tmp_path if whole else tmp_path / name), format)))) == 1
+    assert (
+        len(records(Source(SourceConfig(str(tmp_path if whole else tmp_path / name), format)))) == 1
+    )
 
 
 def test_compressed_files_beside_others_are_not_passed_over_in_silence(tmp_path, caplog):
     write(tmp_path, "a.jsonl")
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}\n'))
     assert read(tmp_path) == ["a.jsonl"]
-    assert f"1 of its files not read, the first {tmp_path}/b.jsonl.gz; decompress them" in caplog.text
+    assert (
+        f"1 of its files not read, the first {tmp_path}/b.jsonl.gz; decompress them" in caplog.text
+    )
     caplog.clear()
     (tmp_path / "b.jsonl.gz").rename(tmp_path / "notes.gz")
     assert read(tmp_path) == ["a.jsonl"] and not caplog.text
@@ -189,7 +226,9 @@ def test_a_compressed_file_under_another_name(tmp_path):
 
 def test_a_directory_of_other_names_and_the_glob_that_reads_it(tmp_path):
     (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="no .jsonl or .ndjson file in this directory; give another"):
+    with pytest.raises(
+        DataError, match="no .jsonl or .ndjson file in this directory; give another"
+    ):
         read(tmp_path / "data")
     write(tmp_path, "data/a.json", "data/b.json")
     (tmp_path / "data" / "c.zip").symlink_to("gone")
@@ -210,13 +249,22 @@ def test_a_directory_of_nothing_but_compressed_files_under_names_of_their_own(tm
     assert read(f"{tmp_path}/shard") == ["x"]
 
 
-TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
-TOOLS = [{"name": "f", "parameters": {"x": {"type": "string"}}}, {"name": "g", "parameters": {"y": {"enum": ["a"]}}}]
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+]
+TOOLS = [
+    {"name": "f", "parameters": {"x": {"type": "string"}}},
+    {"name": "g", "parameters": {"y": {"enum": ["a"]}}},
+]
 
 
 def test_conversations_in_parquet_are_those_of_jsonl(tmp_path):
     """A column gives all its objects the same keys; the nulls that this makes are no part of a record."""
-    rows = [{"messages": TALK, "tools": TOOLS, "weight": 2}, {"messages": TALK[:1], "tools": None, "weight": None}]
+    rows = [
+        {"messages": TALK, "tools": TOOLS, "weight": 2},
+        {"messages": TALK[:1], "tools": None, "weight": None},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     said = [TALK[0], {"role": "assistant", "tool_calls": [{"id": "1"}]}]
     expected = [{"messages": said, "tools": TOOLS, "weight": 2}, {"messages": TALK[:1]}]
@@ -230,7 +278,9 @@ def test_of_conversations_in_two_kinds_of_file_one_is_read_and_the_other_told(tm
     (tmp_path / "b.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
     assert records(Source(SourceConfig(str(tmp_path), "chat"))) == [{"messages": TALK}]
     assert f"1 of its files not read, the first {tmp_path}/a.parquet;" in caplog.text
-    assert records(Source(SourceConfig(f"{tmp_path}/*.parquet", "chat"))) == [{"messages": TALK[:1]}]
+    assert records(Source(SourceConfig(f"{tmp_path}/*.parquet", "chat"))) == [
+        {"messages": TALK[:1]}
+    ]
 
 
 @pytest.mark.parametrize("format", ["jsonl", "text"])
@@ -247,7 +297,9 @@ def test_a_missing_column_is_set_as_is_told(tmp_path):
     config = SourceConfig(str(tmp_path), "parquet", field="text", prompt_field="question")
     assert failure(config).endswith("no column 'text' among q, body; set field to one of them")
     config = replace(config, field="body")
-    assert failure(config).endswith("no column 'question' among q, body; set prompt_field to one of them")
+    assert failure(config).endswith(
+        "no column 'question' among q, body; set prompt_field to one of them"
+    )
     assert records(Source(replace(config, prompt_field="q"))) == [{"q": "x", "body": "y"}]
 
 
@@ -264,9 +316,21 @@ LONG = b"7" * 5000
         ),
         (b'{"text": "a"', "not valid JSON .*; write one object per line", b'{"text": "a"}'),
         (b"[" * 100_000, "not valid JSON .*; write one object per line", b"{}"),
-        (b'[{"text": "a"}]', "a JSON list, not an object; write one object per line", b'{"text": "a"}'),
-        (b'{"text": "\xe9"}', "invalid UTF-8 at byte 10; save the file as UTF-8", '{"text": "\u00e9"}'.encode()),
-        ('{"text": "a"}'.encode("utf-16"), "invalid UTF-8 at byte 0; save the file as UTF-8", b'{"text": "a"}'),
+        (
+            b'[{"text": "a"}]',
+            "a JSON list, not an object; write one object per line",
+            b'{"text": "a"}',
+        ),
+        (
+            b'{"text": "\xe9"}',
+            "invalid UTF-8 at byte 10; save the file as UTF-8",
+            '{"text": "\u00e9"}'.encode(),
+        ),
+        (
+            '{"text": "a"}'.encode("utf-16"),
+            "invalid UTF-8 at byte 0; save the file as UTF-8",
+            b'{"text": "a"}',
+        ),
     ],
     ids=["integer", "cut", "deep", "list", "latin", "utf16"],
 )
@@ -292,7 +356,12 @@ def test_text_is_one_document_a_file_or_split(tmp_path):
     assert records(Source(SourceConfig(str(tmp_path), "text")))[0] == "one\ntwo\n"
     split = Source(SourceConfig(str(tmp_path), "text", separator="=="))
     assert records(split) == ["one\ntwo\n", "three\n", "\nfour\nfive", "six"]
-    assert [split.where(k).rpartition("/")[2] for k in range(4)] == ["a.txt:1", "b.txt:1", "b.txt:4", "b.txt:6"]
+    assert [split.where(k).rpartition("/")[2] for k in range(4)] == [
+        "a.txt:1",
+        "b.txt:1",
+        "b.txt:4",
+        "b.txt:6",
+    ]
 
 
 @given(st.text(alphabet="ab\n=", max_size=60), st.sampled_from(["=", "==", "a="]))
@@ -331,7 +400,13 @@ def test_training_and_decoding_read_the_same_lines(tmp_path, content):
 def test_parquet_rows_across_row_groups_and_files(tmp_path):
     for name, start in [("a.parquet", 0), ("b.parquet", 23)]:
         numbers = range(start, start + 23)
-        table = pa.table({"q": [f"q{n}" for n in numbers], "text": [f"t{n}" for n in numbers], "n": list(numbers)})
+        table = pa.table(
+            {
+                "q": [f"q{n}" for n in numbers],
+                "text": [f"t{n}" for n in numbers],
+                "n": list(numbers),
+            }
+        )
         pq.write_table(table, tmp_path / name, row_group_size=5)
     source = Source(SourceConfig(str(tmp_path), "parquet", prompt_field="q"))
     order = [(k * 17) % 46 for k in range(46)]
@@ -341,10 +416,14 @@ def test_parquet_rows_across_row_groups_and_files(tmp_path):
 
 
 def test_a_shuffled_read_of_parquet_keeps_few_row_groups(tmp_path, monkeypatch):
-    pq.write_table(pa.table({"text": [str(n) for n in range(40)]}), tmp_path / "a.parquet", row_group_size=10)
+    pq.write_table(
+        pa.table({"text": [str(n) for n in range(40)]}), tmp_path / "a.parquet", row_group_size=10
+    )
     source, reads = Source(SourceConfig(str(tmp_path), "parquet")), []
     read = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a, **k: reads.append(a[1]) or read(*a, **k))
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda *a, **k: reads.append(a[1]) or read(*a, **k)
+    )
     assert sorted(int(source.read((7 * k) % 40)["text"]) for k in range(40)) == list(range(40))
     assert sorted(reads) == [0, 1, 2, 3]
 
@@ -356,14 +435,20 @@ def test_parquet_files_that_cannot_be_opened_are_failures(tmp_path):
     source = Source(SourceConfig(str(tmp_path), "parquet"))
     assert len(source) == 100
     column, short = source.failures
-    assert column == f"{tmp_path}/column.parquet:1: no column 'text' among body; set field to one of them"
+    assert (
+        column
+        == f"{tmp_path}/column.parquet:1: no column 'text' among body; set field to one of them"
+    )
     assert short.startswith(f"{tmp_path}/short.parquet:1: ") and "\n" not in short
 
 
 def test_a_damaged_row_group_is_a_bad_record(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(
-        pa.table({"text": [f"text {n}" for n in range(200)]}), path, row_group_size=100, use_dictionary=False
+        pa.table({"text": [f"text {n}" for n in range(200)]}),
+        path,
+        row_group_size=100,
+        use_dictionary=False,
     )
     sound = path.read_bytes()
     raw = bytearray(sound)

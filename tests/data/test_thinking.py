@@ -37,7 +37,9 @@ R1 = (
     "{% else %}<U>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<A><think>\n{% endif %}"
 )
 # As DeepSeek-V3.1 does: turns begin with </think>, and so does the prompt where it does not open <think>.
-V31 = R1.replace("<A>{{", "<A></think>{{").replace("<A><think>\n", "<A>{{ '<think>' if thinking else '</think>' }}")
+V31 = R1.replace("<A>{{", "<A></think>{{").replace(
+    "<A><think>\n", "<A>{{ '<think>' if thinking else '</think>' }}"
+)
 LEFT_OUT = "the chat template leaves out the thinking of turns that later ones follow"
 OTHERWISE = "decoding begins an answer behind '<think>\\n', which the chat template does not write before some turns"
 INLINE = assistant("<think>\nhm\n</think>\n\na")
@@ -56,13 +58,21 @@ def forget(caplog):
 
 def shown(messages, template=QWEN3, **variables):
     pieces = ChatRenderer(make_byte_tokenizer(template)).pieces({"messages": messages}, variables)
-    return marked(pieces).replace("<|im_start|>", "<").replace("<|im_end|>\n", ">").replace("<|im_end|>⟧\n", ">⟧")
+    return (
+        marked(pieces)
+        .replace("<|im_start|>", "<")
+        .replace("<|im_end|>\n", ">")
+        .replace("<|im_end|>⟧\n", ">⟧")
+    )
 
 
 @pytest.mark.parametrize("turn", [INLINE, BESIDE])
 def test_the_last_turn_goes_on_from_an_opened_thought(turn, caplog):
     assert shown([user("q"), turn]) == "<user\nq><assistant\n<think>\n⟦hm\n</think>\n\na>⟧"
-    assert shown([user("q"), turn], QWEN3_HYBRID) == "<user\nq><assistant\n⟦<think>\nhm\n</think>\n\na>⟧"
+    assert (
+        shown([user("q"), turn], QWEN3_HYBRID)
+        == "<user\nq><assistant\n⟦<think>\nhm\n</think>\n\na>⟧"
+    )
     assert not caplog.messages
 
 
@@ -88,7 +98,9 @@ def test_thinking_switched_off():
 def test_thinking_that_is_left_out_of_earlier_turns_is_said_once(turn, template, caplog):
     messages = [user("q"), turn, user("r"), assistant("b")]
     for _ in range(2):
-        assert shown(messages, template).startswith("<user\nq><assistant\n⟦a>⟧<user\nr><assistant\n")
+        assert shown(messages, template).startswith(
+            "<user\nq><assistant\n⟦a>⟧<user\nr><assistant\n"
+        )
     (said,) = caplog.messages
     assert said.startswith(LEFT_OUT)
     # As is advised there: a record for each turn, and no loss on the turns before.
@@ -109,17 +121,32 @@ def test_turns_between_calls_keep_their_thinking(caplog):
 
 def test_what_is_advised_where_later_turns_change_earlier_ones():
     thinking = assistant(None, reasoning_content="h", tool_calls=[call("f", {})])
-    messages = [user("q"), thinking, {"role": "tool", "content": "t"}, assistant("a"), user("r"), assistant("b")]
-    with pytest.raises(DataError, match=r"what precedes messages\[3\] .*; mark responses .*, or split the record"):
+    messages = [
+        user("q"),
+        thinking,
+        {"role": "tool", "content": "t"},
+        assistant("a"),
+        user("r"),
+        assistant("b"),
+    ]
+    with pytest.raises(
+        DataError, match=r"what precedes messages\[3\] .*; mark responses .*, or split the record"
+    ):
         shown(messages)
     assert shown(messages[:4]).endswith("<tool\nt><assistant\n<think>\n⟦\n</think>\n\na>⟧")
     messages[3] = assistant("a", weight=0)
-    assert shown(messages).endswith("<tool\nt><assistant\na><user\nr><assistant\n<think>\n⟦\n</think>\n\nb>⟧")
+    assert shown(messages).endswith(
+        "<tool\nt><assistant\na><user\nr><assistant\n<think>\n⟦\n</think>\n\nb>⟧"
+    )
 
 
-@pytest.mark.parametrize("content", ["<think>\nhm\n</think>\n\na", "<think>hm</think>a", "\n<think>\nhm</think> a"])
+@pytest.mark.parametrize(
+    "content", ["<think>\nhm\n</think>\n\na", "<think>hm</think>a", "\n<think>\nhm</think> a"]
+)
 @pytest.mark.parametrize("template", [R1, R1.replace("[-1]", "[-1] | trim")])
-def test_thinking_that_the_template_leaves_out_of_the_last_turn_is_put_back(content, template, caplog):
+def test_thinking_that_the_template_leaves_out_of_the_last_turn_is_put_back(
+    content, template, caplog
+):
     """Decoding stands behind <think>, from where the model has to write the rest of the content."""
     rest = content.strip().removeprefix("<think>").removeprefix("\n")
     assert shown([user("q"), assistant(content)], template) == f"<U>q<A><think>\n⟦{rest}<end>⟧"
@@ -137,10 +164,15 @@ def test_plain_answers_behind_a_prompt_that_opens_a_thought(caplog):
     assert said.startswith(OTHERWISE)
 
 
-@pytest.mark.parametrize("template", [R1, CHATML, CHATML.replace("content", "content.split('</think>')[-1]")])
+@pytest.mark.parametrize(
+    "template", [R1, CHATML, CHATML.replace("content", "content.split('</think>')[-1]")]
+)
 def test_thinking_that_cannot_be_put_back_is_refused(template):
     turn = BESIDE if template in (R1, CHATML) else INLINE
-    with pytest.raises(DataError, match=r"the thinking of messages\[1\] is not in .*; use a template that writes it"):
+    with pytest.raises(
+        DataError,
+        match=r"the thinking of messages\[1\] is not in .*; use a template that writes it",
+    ):
         shown([user("q"), turn], template)
     assert shown([user("q"), assistant("a")], template)
 
@@ -154,7 +186,9 @@ def test_turns_and_a_prompt_that_differ_behind_the_same_messages():
 def test_a_mark_in_place_of_generation_tags_ends_a_turn_that_is_not_certain():
     template = CHATML.replace("message.content", "message.content[:3]")
     messages = [user("q"), assistant("aha"), user("r"), assistant("b")]
-    with pytest.raises(DataError, match=r'end of messages\[1\] .*, or set "weight": 0 on this turn'):
+    with pytest.raises(
+        DataError, match=r'end of messages\[1\] .*, or set "weight": 0 on this turn'
+    ):
         shown(messages, template)
     messages[1]["weight"] = 0
     assert shown(messages, template).endswith("aha><user\nr><assistant\n⟦b>⟧")
@@ -166,7 +200,9 @@ def test_a_turn_that_only_thinks_is_not_learned_as_an_empty_one():
         shown(messages)
     messages[1]["weight"] = 0
     assert shown(messages).count("⟦") == 1
-    generation = QWEN3.replace("{{- content -}}", "{%- generation -%}{{- content -}}{%- endgeneration -%}")
+    generation = QWEN3.replace(
+        "{{- content -}}", "{%- generation -%}{{- content -}}{%- endgeneration -%}"
+    )
     with pytest.raises(DataError, match=r"the thinking of messages\[1\] is not in"):
         shown([user("q"), INLINE], generation.replace("'<think>\n' + thought", "'<think>\n'"))
 
@@ -189,13 +225,17 @@ def icons(text):
 def test_a_text_of_every_private_use_character_ends_nothing(write_jsonl, threads):
     table = "".join(map(chr, range(0xE000, 0xF900)))
     path = write_jsonl([icons("hi"), icons(table), icons("ho")])
-    config = once(SourceConfig(path, "chat"), sequence_length=32_768, batch_size=1, num_threads=threads)
+    config = once(
+        SourceConfig(path, "chat"), sequence_length=32_768, batch_size=1, num_threads=threads
+    )
     batches = list(make_dataset(config, TOKENIZER, block_size=4, eos_token_id=EOS_ID))
     assert sorted(by_record(batches)) == [0, 1, 2]
 
 
 def test_no_character_left_to_find_turns_with_is_an_error_of_the_record():
-    table = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]))
+    table = "".join(
+        map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)])
+    )
     renderer = ChatRenderer(make_byte_tokenizer())
     with pytest.raises(DataError, match="it holds every private-use character, .*; remove a few"):
         renderer.pieces(icons(table))

@@ -21,7 +21,9 @@ def forward(model, tokens: list[int], block_size: int | None) -> np.ndarray:
     padded = np.zeros((1, LENGTH), np.int32)
     padded[0, : len(tokens)] = tokens
     segment_ids = (np.arange(LENGTH) < len(tokens)).astype(np.int32)[None]
-    logits = np.array(_logits(model, padded, block_size=block_size, segment_ids=segment_ids)[0, : len(tokens)])
+    logits = np.array(
+        _logits(model, padded, block_size=block_size, segment_ids=segment_ids)[0, : len(tokens)]
+    )
     if model.config.mask_token_id is not None:
         logits[:, model.config.mask_token_id] = -np.inf
     return logits
@@ -47,12 +49,18 @@ def without(config: DecodingConfig, logits: np.ndarray, place: int, stops) -> np
     return out
 
 
-def choose(config: DecodingConfig, probs: np.ndarray, masked: list[int], step: int, size: int, stops=()) -> list[int]:
+def choose(
+    config: DecodingConfig, probs: np.ndarray, masked: list[int], step: int, size: int, stops=()
+) -> list[int]:
     """Window offsets to commit, greedy: `probs` [S, V], `masked` offsets in ascending order."""
     wanted = n_k(size, config.denoising_steps, config.schedule, step)
     top = np.sort(probs, axis=-1)
-    entropy = -np.sum(np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0), axis=-1)
-    score = {"probability": top[:, -1], "margin": top[:, -1] - top[:, -2], "neg_entropy": -entropy}[config.score]
+    entropy = -np.sum(
+        np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0), axis=-1
+    )
+    score = {"probability": top[:, -1], "margin": top[:, -1] - top[:, -2], "neg_entropy": -entropy}[
+        config.score
+    ]
     if config.eos_last:
         score = np.where(np.isin(probs.argmax(-1), stops), -np.inf, score)
     return pick(config, score, entropy, masked, wanted)
@@ -76,7 +84,11 @@ def pick(config: DecodingConfig, score, entropy, masked: list[int], wanted: int)
     taken, total = [], 0.0
     for i in sorted(masked, key=lambda i: (score[i] == -math.inf, entropy[i], i)):
         after = total + entropy[i]
-        within = total <= config.entropy_bound if config.entropy_rule == "eb_sampler" else after < config.entropy_bound
+        within = (
+            total <= config.entropy_bound
+            if config.entropy_rule == "eb_sampler"
+            else after < config.entropy_bound
+        )
         if taken and not within:
             break
         taken.append(i)
@@ -84,7 +96,9 @@ def pick(config: DecodingConfig, score, entropy, masked: list[int], wanted: int)
     return taken
 
 
-def decode(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops: tuple[int, ...]):
+def decode(
+    model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops: tuple[int, ...]
+):
     """Greedy (tokens, logprobs, steps, reason, denoising forwards, commit forwards) of one prompt."""
     if config.strategy == "autoregressive":
         return _decode_autoregressive(model, prompt, config, max_new_tokens, stops)
@@ -104,7 +118,9 @@ def decode(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int
             read = sequence if semi else sequence[: start + size]
             logits = forward(model, read, None if semi else size)[start : start + size]
             raw, place = softmax(logits), start - len(prompt)
-            probs = softmax(np.stack([without(config, row, place + i, stops) for i, row in enumerate(logits)]))
+            probs = softmax(
+                np.stack([without(config, row, place + i, stops) for i, row in enumerate(logits)])
+            )
             masked = [i for i in range(size) if not known[start + i]]
             for i in choose(config, probs, masked, step, size, stops):
                 token = int(probs[i].argmax())
@@ -154,7 +170,9 @@ def infill(model, canvas: list[int], config: DecodingConfig, stops: tuple[int, .
     return sequence[:length], logprobs, steps, "length", forwards
 
 
-def decode_window(model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops, slots: int):
+def decode_window(
+    model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops, slots: int
+):
     """As `decode`, with up to `slots` blocks at once, by D2F's rule; the whole sequence is read each time."""
     size = config.block_size or model.config.block_size
     limit = len(prompt) + max_new_tokens
@@ -167,7 +185,9 @@ def decode_window(model, prompt: list[int], config: DecodingConfig, max_new_toke
         blocks = [range(start + j * size, start + (j + 1) * size) for j in range(slots + 1)]
         share = [sum(known[i] for i in block) / size for block in blocks]
         window = range(start, start + len(steps) * size)
-        stopped = any(known[i] and len(prompt) <= i < limit and sequence[i] in stops for i in window)
+        stopped = any(
+            known[i] and len(prompt) <= i < limit and sequence[i] in stops for i in window
+        )
         follows = not steps or share[len(steps) - 1] >= config.add_threshold and not stopped
         if len(steps) < slots and follows and start + len(steps) * size < limit:
             steps.append(0)
@@ -189,7 +209,12 @@ def decode_window(model, prompt: list[int], config: DecodingConfig, max_new_toke
         denoising += not all(complete)
         end, reason = _ended(sequence, known, len(prompt), start, len(steps) * size, limit, stops)
         if reason:
-            return *_columns([record[i] for i in range(len(prompt), end)]), reason, denoising, commits
+            return (
+                *_columns([record[i] for i in range(len(prompt), end)]),
+                reason,
+                denoising,
+                commits,
+            )
         while complete and complete[0]:
             complete, steps, start = complete[1:], steps[1:], start + size
 

@@ -5,7 +5,14 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from sdar_jax import DecodingConfig, Engine, generate, load_pretrained, save_pretrained, to_diffusion
+from sdar_jax import (
+    DecodingConfig,
+    Engine,
+    generate,
+    load_pretrained,
+    save_pretrained,
+    to_diffusion,
+)
 from sdar_jax.errors import ConfigError, DecodingError
 from tests.bad_input import refused
 from tests.tiny import MASK, VOCAB, tiny_model
@@ -18,7 +25,9 @@ def model(**changes):
 
 
 def engine(of=None, **options) -> Engine:
-    return Engine(model() if of is None else of, **{"batch_slots": 1, "pages": 6, "page_size": 8, **options})
+    return Engine(
+        model() if of is None else of, **{"batch_slots": 1, "pages": 6, "page_size": 8, **options}
+    )
 
 
 def decodes(of, config: DecodingConfig) -> bool:
@@ -40,7 +49,11 @@ CONFIGS = [
     ({"add_threshold": 2}, "[0, 1]", {"add_threshold": 0.0}),
     ({"activate_threshold": 2}, "[0, 1]", {"activate_threshold": 1.0}),
     ({"confidence_threshold": 2}, "[0, 1]", {"confidence_threshold": 1.0}),
-    ({"confidence_threshold": "a", "score": "neg_entropy"}, "finite", {"confidence_threshold": -9.0}),
+    (
+        {"confidence_threshold": "a", "score": "neg_entropy"},
+        "finite",
+        {"confidence_threshold": -9.0},
+    ),
     ({"min_new_tokens": -1}, "0 (off) or a positive integer", {"min_new_tokens": 0}),
     ({"top_logprobs": -1}, "0 (off) or a positive integer", {"top_logprobs": 1}),
     ({"suppress_token_ids": 3}, "a list of token ids", {"suppress_token_ids": (3,)}),
@@ -67,7 +80,12 @@ def test_every_name_that_a_message_lists_is_known(name, unchecked_types):
 
 def test_an_autoregressive_model_is_decoded_or_converted():
     plain = model(**AUTOREGRESSIVE)
-    with refused(DecodingError, "this model is autoregressive", "strategy='autoregressive'", "sdar_jax.to_diffusion"):
+    with refused(
+        DecodingError,
+        "this model is autoregressive",
+        "strategy='autoregressive'",
+        "sdar_jax.to_diffusion",
+    ):
         decodes(plain, DecodingConfig(block_size=4))
     assert decodes(plain, DecodingConfig(strategy="autoregressive"))
     assert decodes(to_diffusion(plain, block_size=4, mask_token_id=VOCAB), DecodingConfig())
@@ -87,7 +105,9 @@ def test_a_block_size_and_a_mask_where_the_model_has_none(tmp_path):
 
 
 def test_the_log_probabilities_of_a_prompt_are_left_out():
-    with refused(DecodingError, "prompt_logprobs with strategy 'low_confidence_dynamic'", "leave it out"):
+    with refused(
+        DecodingError, "prompt_logprobs with strategy 'low_confidence_dynamic'", "leave it out"
+    ):
         decodes(model(), DecodingConfig(prompt_logprobs=True))
     assert decodes(model(), DecodingConfig())
 
@@ -99,7 +119,10 @@ def test_steps_that_fit_the_block():
 
 
 def test_strategies_that_an_engine_does_not_serve():
-    canvas, causal = DecodingConfig(strategy="semi_autoregressive"), DecodingConfig(strategy="autoregressive")
+    canvas, causal = (
+        DecodingConfig(strategy="semi_autoregressive"),
+        DecodingConfig(strategy="autoregressive"),
+    )
     for config in (canvas, causal):
         with refused(DecodingError, config.strategy, "sdar_jax.generate"):
             engine().submit([1], config, max_new_tokens=1)
@@ -116,7 +139,10 @@ def test_strategies_that_an_engine_does_not_serve():
 def test_requests_that_an_engine_has_no_room_for():
     """By its pages, or by its own limit: each message names the one to make larger, and less is served as well."""
     asked = dict(prompt=[1] * 40, max_new_tokens=10)
-    for small, limit, large in (({}, "pages", {"pages": 7}), ({"max_length": 30}, "max_length", {"max_length": 50})):
+    for small, limit, large in (
+        ({}, "pages", {"pages": 7}),
+        ({"max_length": 30}, "max_length", {"max_length": 50}),
+    ):
         sizes = {"pages": 8} if small else {}
         served = engine(**sizes, **small)
         with refused(DecodingError, "40 tokens", "ask for less", f"a larger {limit}"):
@@ -149,7 +175,9 @@ def test_sizes_of_an_engine():
         engine(page_size=6)
     with refused(ConfigError, "pages is 0", "at least 1"):
         engine(pages=0)
-    served = engine(pages=1, page_size=4, batch_slots=1, max_queue=1, steps_per_call=1, prefill_tokens=1)
+    served = engine(
+        pages=1, page_size=4, batch_slots=1, max_queue=1, steps_per_call=1, prefill_tokens=1
+    )
     assert len(served.result(served.submit([1], max_new_tokens=3, stop_token_ids=())).tokens) == 3
 
 

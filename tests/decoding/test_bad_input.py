@@ -20,7 +20,11 @@ CONFIGS = [
     ({"confidence_threshold": 1.5}, "confidence_threshold is 1.5", "[0, 1]"),
     ({"confidence_threshold": -0.1}, "confidence_threshold is -0.1", "[0, 1]"),
     ({"confidence_threshold": nan}, "confidence_threshold is nan", "finite"),
-    ({"confidence_threshold": -infinite, "score": "neg_entropy"}, "confidence_threshold is -inf", "finite"),
+    (
+        {"confidence_threshold": -infinite, "score": "neg_entropy"},
+        "confidence_threshold is -inf",
+        "finite",
+    ),
     ({"denoising_steps": 0}, "denoising_steps is 0", "positive integer"),
     ({"denoising_steps": 2.5}, "denoising_steps is 2.5", "positive integer"),
     ({"temperature": -1.0}, "temperature is -1.0", "0 (greedy)"),
@@ -60,7 +64,11 @@ REQUESTS = [
     ({"prompts": [None]}, "prompt 0", "None", "integers"),
     ({"prompts": [5, 9, 12]}, "prompt 0", "5", "integers"),
     ({"prompts": ["a text"]}, "prompt 0 is a text", "tokenizer="),
-    ({"prompts": ["\udcff"], "tokenizer": str}, "prompt 0 has a lone surrogate at character 0", "valid Unicode"),
+    (
+        {"prompts": ["\udcff"], "tokenizer": str},
+        "prompt 0 has a lone surrogate at character 0",
+        "valid Unicode",
+    ),
     ({"prompts": "a text"}, "'a text'", "list of prompts"),
     ({"prompts": [[]], **AUTOREGRESSIVE}, "prompt 0 is empty", "at least one token"),
     ({"max_new_tokens": -1}, "max_new_tokens is -1", ">= 0"),
@@ -88,7 +96,9 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("changes, names", [(change, names) for change, *names in REQUESTS], ids=str)
+@pytest.mark.parametrize(
+    "changes, names", [(change, names) for change, *names in REQUESTS], ids=str
+)
 def test_request(changes, names):
     model = tiny_model(jnp.float32, max_position_embeddings=64)
     with refused(DecodingError, *names):
@@ -96,7 +106,11 @@ def test_request(changes, names):
 
 
 MODELS = [
-    ({"block_size": None}, "'low_confidence_dynamic' needs block_size", "DecodingConfig(block_size=...)"),
+    (
+        {"block_size": None},
+        "'low_confidence_dynamic' needs block_size",
+        "DecodingConfig(block_size=...)",
+    ),
     ({"mask_token_id": None}, "'low_confidence_dynamic' needs mask_token_id", "set it"),
 ]
 

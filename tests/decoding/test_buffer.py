@@ -49,7 +49,10 @@ def finished(state: DecodeState, buffer, compiled=decoded) -> SequenceState:
 
 def results(batch: SequenceState) -> list:
     """All but log-probabilities, whose last bits depend on the width of a forward, and how the prompt was read."""
-    return [c._replace(logprobs=None, commit_forwards=0, prefill_forwards=0) for c in completions(batch, None)]
+    return [
+        c._replace(logprobs=None, commit_forwards=0, prefill_forwards=0)
+        for c in completions(batch, None)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,9 @@ def test_windows_pages_and_chunks_change_nothing(change, expected, x64):
     batch = finished(*start(**change))
     assert results(batch) == expected
     chunk = change.get("prefill_tokens", 512)
-    np.testing.assert_array_equal(batch.progress.prefill_forwards, [-(-(len(p) // 4 * 4) // chunk) for p in PROMPTS])
+    np.testing.assert_array_equal(
+        batch.progress.prefill_forwards, [-(-(len(p) // 4 * 4) // chunk) for p in PROMPTS]
+    )
 
 
 def test_widths_change_nothing(expected, x64):
@@ -91,7 +96,9 @@ def test_order_and_neighbours_change_nothing(order, expected, x64):
         sequences.append(jax.tree.map(lambda x, i=i: x[i], state.batch))
     mixed = jax.tree.map(lambda *each: jnp.stack(each), *sequences)
     mixed = mixed.with_inputs(page_table=state.batch.inputs.page_table)
-    assert results(finished(DecodeState(mixed, state.cache), buffer)) == [expected[i] for i in order]
+    assert results(finished(DecodeState(mixed, state.cache), buffer)) == [
+        expected[i] for i in order
+    ]
 
 
 def test_only_work_is_done(x64):
@@ -100,14 +107,19 @@ def test_only_work_is_done(x64):
     narrowest = block_forward._narrowest
 
     def record(sizes, count):
-        jax.debug.callback(lambda n, sizes=sizes: widths["head" if sizes[0] == 0 else "slots"].append(int(n)), count)
+        jax.debug.callback(
+            lambda n, sizes=sizes: widths["head" if sizes[0] == 0 else "slots"].append(int(n)),
+            count,
+        )
         return narrowest(sizes, count)
 
     with mock.patch.object(block_forward, "_narrowest", record):
         config = DecodingConfig(strategy="sequential")
         state, buffer = start([config] * 2, [PROMPTS[0], PROMPTS[0]], max_new_tokens=8)
         buffer = dataclasses.replace(buffer, many_widths=True)
-        short = state.batch.with_inputs(limit=jnp.array([8, 4])).with_progress(end=jnp.array([8, 4]))
+        short = state.batch.with_inputs(limit=jnp.array([8, 4])).with_progress(
+            end=jnp.array([8, 4])
+        )
         finished(DecodeState(short, state.cache), buffer, compiled=newly_compiled())
     jax.effects_barrier()
     # Two rows for four steps; then one alone, whose first block's last forward is the fifth.
@@ -115,7 +127,9 @@ def test_only_work_is_done(x64):
     assert widths["head"] == [8, 6, 4, 2, 4, 3, 2, 1]
 
 
-_write = jax.jit(lambda batch, new, at: jax.tree.map(lambda x, value: x.at[at].set(value), batch, new))
+_write = jax.jit(
+    lambda batch, new, at: jax.tree.map(lambda x, value: x.at[at].set(value), batch, new)
+)
 _read = jax.jit(lambda batch, at: jax.tree.map(lambda x: x[at], batch))
 
 
@@ -135,7 +149,9 @@ class Host:
         shape = batch.inputs.page_table.shape
         table = jnp.asarray(self.random.permutation(shape[0] * shape[1]).reshape(shape), jnp.int32)
         batch = batch.with_inputs(page_table=table).with_progress(done=jnp.ones(2, bool))
-        self.state = DecodeState(batch, jax.tree.map(lambda pages: jnp.copy(pages[: table.size]) + 9, self.fresh.cache))
+        self.state = DecodeState(
+            batch, jax.tree.map(lambda pages: jnp.copy(pages[: table.size]) + 9, self.fresh.cache)
+        )
         self.waiting = []
 
     def admit(self, slot: int) -> None:
@@ -148,14 +164,18 @@ class Host:
         self.serving[slot] = request
 
     def write(self, slot: int, new: SequenceState) -> None:
-        new = new.with_inputs(page_table=self.state.batch.inputs.page_table[slot], pages_end=jnp.int32(0))
+        new = new.with_inputs(
+            page_table=self.state.batch.inputs.page_table[slot], pages_end=jnp.int32(0)
+        )
         self.state = self.state._replace(batch=_write(self.state.batch, new, slot))
 
     def preempt(self, slot: int) -> None:
         batch = self.state.batch
         saved = _read(batch, slot)
         self.waiting.append((self.serving.pop(slot), saved))
-        self.state = self.state._replace(batch=batch.with_progress(done=batch.progress.done.at[slot].set(True)))
+        self.state = self.state._replace(
+            batch=batch.with_progress(done=batch.progress.done.at[slot].set(True))
+        )
 
     def serve(self) -> dict[int, SequenceState]:
         while self.queue or self.waiting or self.serving:
@@ -166,7 +186,9 @@ class Host:
             grows = batch.progress.out_of_pages & (self.random.random(2) < 0.7)
             batch = batch.with_inputs(pages_end=batch.inputs.pages_end + self.page_size * grows)
             steps = int(self.random.integers(1, 6))
-            self.state, _ = Decoder(tiny_model(), self.buffer)(DecodeState(batch, self.state.cache), steps)
+            self.state, _ = Decoder(tiny_model(), self.buffer)(
+                DecodeState(batch, self.state.cache), steps
+            )
             self.drain()
         return self.done
 
@@ -198,13 +220,24 @@ def test_a_call_ends_with_news(x64):
     buffer = dataclasses.replace(buffer, stops_early=True)
     batch = state.batch.with_inputs(pages_end=jnp.array([16, 8, 16]), limit=jnp.array([12, 12, 4]))
     run = partial(decoded, tiny_model(), steps=99, buffer=buffer)
-    news = lambda state: (state.batch.progress.done.tolist(), state.batch.progress.out_of_pages.tolist())
+    news = lambda state: (
+        state.batch.progress.done.tolist(),
+        state.batch.progress.out_of_pages.tolist(),
+    )
     state = run(state=DecodeState(batch, state.cache))
     assert news(state) == ([False, False, True], [False] * 3)
     state = run(state=state)
     assert news(state) == ([False, False, True], [False, True, False])
     state = run(state=state)
     assert news(state) == ([True, False, True], [False, True, False])
-    assert run(state=jax.tree.map(jnp.copy, state)).batch.progress.denoising_forwards.tolist() == [3, 2, 1]
+    assert run(state=jax.tree.map(jnp.copy, state)).batch.progress.denoising_forwards.tolist() == [
+        3,
+        2,
+        1,
+    ]
     state = run(state=state._replace(batch=state.batch.with_inputs(pages_end=jnp.full(3, 12))))
-    assert state.batch.progress.done.all() and state.batch.progress.denoising_forwards.tolist() == [3, 3, 1]
+    assert state.batch.progress.done.all() and state.batch.progress.denoising_forwards.tolist() == [
+        3,
+        3,
+        1,
+    ]

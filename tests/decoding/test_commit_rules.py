@@ -59,14 +59,22 @@ RULES = tuple(dict.fromkeys(strategy.rule for strategy in STRATEGIES.values()))
 _select = jax.jit(partial(select, RULES))
 
 
-def selected(config: DecodingConfig, scores, entropy, masked, step: int, activated=True) -> np.ndarray:
+def selected(
+    config: DecodingConfig, scores, entropy, masked, step: int, activated=True
+) -> np.ndarray:
     row = lambda values, dtype: jnp.asarray([values], dtype)
     score, uncertain = row(scores, jnp.float32), row(entropy, jnp.float32)
-    proposal = Proposal(row([0] * SIZE, jnp.int32), score, uncertain, score, row([True] * SIZE, bool))
+    proposal = Proposal(
+        row([0] * SIZE, jnp.int32), score, uncertain, score, row([True] * SIZE, bool)
+    )
     rule = STRATEGIES[config.strategy].rule
     own = sampling_params(config, SIZE, rule=(RULES.index(rule), rule))
     parameters = jax.tree.map(lambda value: value[None], own)
-    return np.asarray(_select(proposal, row(masked, bool), jnp.int32([step]), jnp.array([activated]), parameters)[0])
+    return np.asarray(
+        _select(proposal, row(masked, bool), jnp.int32([step]), jnp.array([activated]), parameters)[
+            0
+        ]
+    )
 
 
 # Few values, so that ties are common; exact in float32, as the thresholds are.
@@ -87,7 +95,9 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=[f"{i}-{config.strategy}" for i, config in enumerate(CONFIGS)])
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=[f"{i}-{config.strategy}" for i, config in enumerate(CONFIGS)]
+)
 @settings(max_examples=100)
 @given(scores=SCORES, entropy=SCORES, masked=MASKED, step=st.integers(0, 9))
 def test_strategies_equal_lists(config, scores, entropy, masked, step):
@@ -102,14 +112,20 @@ def test_strategies_equal_lists(config, scores, entropy, masked, step):
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=lambda config: config.strategy)
 @given(scores=SCORES, masked=MASKED)
 def test_a_block_that_is_not_activated_commits_only_what_is_sure(config, scores, masked):
-    sure = [m and score > config.confidence_threshold for m, score in zip(masked, scores, strict=True)]
-    np.testing.assert_array_equal(selected(config, scores, scores, masked, 0, activated=False), sure)
+    sure = [
+        m and score > config.confidence_threshold for m, score in zip(masked, scores, strict=True)
+    ]
+    np.testing.assert_array_equal(
+        selected(config, scores, scores, masked, 0, activated=False), sure
+    )
 
 
 def test_what_each_strategy_does():
     """By hand, so that the lists themselves are held to something."""
     scores, entropy = [0.3, 0.9, 0.9, 0.6], [0.5, 0.1, 0.2, 0.4]
-    pick = lambda masked, wanted, **names: oracle.pick(DecodingConfig(**names), scores, entropy, masked, wanted)
+    pick = lambda masked, wanted, **names: oracle.pick(
+        DecodingConfig(**names), scores, entropy, masked, wanted
+    )
     every = [0, 1, 2, 3]
     assert pick([0, 2, 3], 2, strategy="sequential") == [0, 2]
     assert pick(every, 1, strategy="low_confidence_static") == [1]

@@ -20,25 +20,37 @@ CONFIGS = [
 ]
 # Beginnings that others share, wholly, to the middle of a page, or not at all.
 LONG = [7 * i % 20 + 1 for i in range(30)]
-PROMPTS = [LONG[:n] for n in (0, 3, 9, 17, 26)] + [LONG[:10] + [7, 7, 7, 7], LONG[:16] + [5] * 9, [9, 8, 7, 6, 5]]
+PROMPTS = [LONG[:n] for n in (0, 3, 9, 17, 26)] + [
+    LONG[:10] + [7, 7, 7, 7],
+    LONG[:16] + [5] * 9,
+    [9, 8, 7, 6, 5],
+]
 
 
 def engine(**options) -> Engine:
     """Small pages, few of them, two rows."""
-    sizes = {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "steps_per_call": 3}
+    sizes = {
+        "batch_slots": 2,
+        "pages": 14,
+        "page_size": 8,
+        "prefill_tokens": 8,
+        "steps_per_call": 3,
+    }
     strategies = dict.fromkeys(config.strategy for config in CONFIGS if config.strategy)
     return Engine(tiny_model(), **{**sizes, "strategies": tuple(strategies), **options})
 
 
 def alone(prompt, config, new, stops, seed):
-    return generate(tiny_model(), [prompt], config, max_new_tokens=new, stop_token_ids=stops, seed=seed)[0]
+    return generate(
+        tiny_model(), [prompt], config, max_new_tokens=new, stop_token_ids=stops, seed=seed
+    )[0]
 
 
 # Masks alone attend to equal values: without a prompt all positions are as likely, and only rounding would rank them.
 RANKS_NOTHING = 2
-prompt_and_config = st.tuples(st.sampled_from(range(len(PROMPTS))), st.sampled_from(range(len(CONFIGS)))).map(
-    lambda pair: pair if PROMPTS[pair[0]] else (pair[0], RANKS_NOTHING)
-)
+prompt_and_config = st.tuples(
+    st.sampled_from(range(len(PROMPTS))), st.sampled_from(range(len(CONFIGS)))
+).map(lambda pair: pair if PROMPTS[pair[0]] else (pair[0], RANKS_NOTHING))
 request_like = st.tuples(
     prompt_and_config,
     st.sampled_from([0, 1, 5, 14]),
@@ -48,18 +60,27 @@ request_like = st.tuples(
 
 
 @pytest.mark.parametrize("pages", [14, 7])
-@given(traffic=st.lists(request_like, min_size=3, max_size=7), steps_per_call=st.sampled_from([1, 3, 50]))
+@given(
+    traffic=st.lists(request_like, min_size=3, max_size=7),
+    steps_per_call=st.sampled_from([1, 3, 50]),
+)
 def test_everyone_gets_what_they_would_get_alone(pages, traffic, steps_per_call):
     """In float64: two rows, three requests and more, prefixes shared; with 7 pages, requests give up their rows."""
     with jax.enable_x64(True):
         served = engine(pages=pages, steps_per_call=steps_per_call)
         ids = [
-            served.submit(PROMPTS[p], CONFIGS[c], max_new_tokens=new, stop_token_ids=stops, seed=seed)
+            served.submit(
+                PROMPTS[p], CONFIGS[c], max_new_tokens=new, stop_token_ids=stops, seed=seed
+            )
             for (p, c), new, stops, seed in traffic
         ]
         for request_id, ((p, c), new, stops, seed) in zip(ids, traffic, strict=True):
             got, wanted = served.result(request_id), alone(PROMPTS[p], CONFIGS[c], new, stops, seed)
-            assert (got.tokens, got.finish_reason, got.steps) == (wanted.tokens, wanted.finish_reason, wanted.steps)
+            assert (got.tokens, got.finish_reason, got.steps) == (
+                wanted.tokens,
+                wanted.finish_reason,
+                wanted.steps,
+            )
             assert got.denoising_forwards == wanted.denoising_forwards
             np.testing.assert_allclose(got.logprobs, wanted.logprobs, rtol=1e-9)
     assert served.stats().running == served.stats().queued == 0
@@ -69,7 +90,10 @@ def test_everyone_gets_what_they_would_get_alone(pages, traffic, steps_per_call)
 def test_a_prefilled_request_begins_when_another_ends(x64):
     """One decodes at a time; the other's prompt is read meanwhile, and its turn comes in the same call."""
     served = engine(batch_slots=1, steps_per_call=50)
-    ids = [served.submit(LONG[:n], CONFIGS[2], max_new_tokens=8, stop_token_ids=()) for n in (17, 25, 9)]
+    ids = [
+        served.submit(LONG[:n], CONFIGS[2], max_new_tokens=8, stop_token_ids=())
+        for n in (17, 25, 9)
+    ]
     first, second = (served._core.requests[i] for i in ids[:2])
     began = lambda request: int(served._core._fetch(request).progress.denoising_forwards)
     while first.result is None:
@@ -88,7 +112,11 @@ def test_prompts_are_read_in_the_order_of_admission(x64):
     served, ids = engine(batch_slots=1, window_slots=1), []
     for _ in range(30):
         while served.stats().queued < 2:
-            ids.append(served.submit([len(ids) % 20 + 1] * 17, CONFIGS[0], max_new_tokens=1, stop_token_ids=()))
+            ids.append(
+                served.submit(
+                    [len(ids) % 20 + 1] * 17, CONFIGS[0], max_new_tokens=1, stop_token_ids=()
+                )
+            )
         served._core.step()
         ended = [served._core.requests[i].result is not None for i in ids]
         assert ended == sorted(ended, reverse=True)
@@ -99,7 +127,9 @@ def test_requests_give_up_their_pages_and_come_back(x64):
     """Two that need 5 and 6 of 7 pages."""
     served = engine(pages=7)
     wanted = [alone(p, CONFIGS[2], 20, (), 0).tokens for p in (LONG[:17], LONG[::-1][:26])]
-    got = served.generate([LONG[:17], LONG[::-1][:26]], CONFIGS[2], max_new_tokens=20, stop_token_ids=())
+    got = served.generate(
+        [LONG[:17], LONG[::-1][:26]], CONFIGS[2], max_new_tokens=20, stop_token_ids=()
+    )
     assert [c.tokens for c in got] == wanted
     assert served.stats().preemptions > 0
 
@@ -113,7 +143,9 @@ def test_a_prefix_is_read_once(x64):
     assert served.stats().prefix_tokens == 24 and second[0].prefill_forwards == 0
     assert second[0].tokens == first[0].tokens
     # 12 of 16 shared positions are whole pages and half a page, which is copied.
-    (third,) = served.generate([[*LONG[:12], 7, 7, 7, 7, 7]], CONFIGS[0], max_new_tokens=4, stop_token_ids=())
+    (third,) = served.generate(
+        [[*LONG[:12], 7, 7, 7, 7, 7]], CONFIGS[0], max_new_tokens=4, stop_token_ids=()
+    )
     assert served.stats().prefix_tokens == 24 + 12
     assert third.tokens == alone([*LONG[:12], 7, 7, 7, 7, 7], CONFIGS[0], 4, (), 0).tokens
     again = served.generate([LONG[:26]], CONFIGS[0], max_new_tokens=4, stop_token_ids=())
@@ -141,7 +173,10 @@ def test_cancelled_requests_keep_what_they_have(steps, x64):
     cancelled = served.cancel(request_id)
     assert cancelled.finish_reason == "cancelled"
     assert cancelled.tokens == whole[: len(cancelled.tokens)] and len(cancelled.tokens) >= 3 * steps
-    assert served.stats().running == served.stats().queued == 0 and served.stats().pages_available == 14
+    assert (
+        served.stats().running == served.stats().queued == 0
+        and served.stats().pages_available == 14
+    )
     with refused(DecodingError, str(request_id), "unknown"):
         served.result(request_id)
 
@@ -149,16 +184,21 @@ def test_cancelled_requests_keep_what_they_have(steps, x64):
 @pytest.mark.parametrize("steps_per_call", [1, 4, 100])
 def test_streams_do_not_depend_on_the_calls(steps_per_call, x64):
     served = engine(steps_per_call=steps_per_call)
-    finished, changes = (served.submit(LONG[:6], CONFIGS[0], max_new_tokens=13, stop_token_ids=()) for _ in range(2))
+    finished, changes = (
+        served.submit(LONG[:6], CONFIGS[0], max_new_tokens=13, stop_token_ids=()) for _ in range(2)
+    )
     wanted = alone(LONG[:6], CONFIGS[0], 13, (), 0)
     events = list(served.stream(finished))
     assert [t for event in events for t in event.tokens] == wanted.tokens
-    assert all(event.start == sum(len(e.tokens) for e in events[:i]) for i, event in enumerate(events))
+    assert all(
+        event.start == sum(len(e.tokens) for e in events[:i]) for i, event in enumerate(events)
+    )
     shots = list(served.stream(changes, changes=True))
     assert [shot.forward for shot in shots] == list(range(wanted.denoising_forwards))
     for shot in shots:
         known = [
-            token if step <= shot.forward else None for token, step in zip(wanted.tokens, wanted.steps, strict=True)
+            token if step <= shot.forward else None
+            for token, step in zip(wanted.tokens, wanted.steps, strict=True)
         ]
         assert shot.tokens == known[: len(shot.tokens)] and not any(known[len(shot.tokens) :])
     assert served.result(finished).tokens == served.result(changes).tokens == wanted.tokens
@@ -179,10 +219,16 @@ def test_stop_strings(x64):
     free = served.generate(["abcab"], CONFIGS[2], max_new_tokens=12, stop_token_ids=())[0]
     stop = free.text[4:6]
     at = free.text.index(stop)
-    cut = served.generate(["abcab"], CONFIGS[2], max_new_tokens=12, stop_token_ids=(), stop_strings=[stop])[0]
+    cut = served.generate(
+        ["abcab"], CONFIGS[2], max_new_tokens=12, stop_token_ids=(), stop_strings=[stop]
+    )[0]
     assert cut.text == free.text[:at] and cut.finish_reason == "stop"
-    assert cut.tokens == free.tokens[: at + 2] and len(cut.logprobs) == len(cut.steps) == len(cut.tokens)
-    none = served.generate(["abcab"], CONFIGS[2], max_new_tokens=12, stop_token_ids=(), stop_strings=["#"])[0]
+    assert cut.tokens == free.tokens[: at + 2] and len(cut.logprobs) == len(cut.steps) == len(
+        cut.tokens
+    )
+    none = served.generate(
+        ["abcab"], CONFIGS[2], max_new_tokens=12, stop_token_ids=(), stop_strings=["#"]
+    )[0]
     assert none.tokens == free.tokens and none.finish_reason == "length"
 
 
@@ -223,7 +269,9 @@ def test_the_engines_block_size_is_every_requests(x64):
     served = Engine(tiny_model(), batch_slots=1, pages=8, page_size=8, block_size=8)
     config = DecodingConfig(strategy="low_confidence_static", denoising_steps=8)
     (got,) = served.generate([LONG[:9]], config, max_new_tokens=9, stop_token_ids=())
-    wanted = alone(LONG[:9], DecodingConfig(8, "low_confidence_static", denoising_steps=8), 9, (), 0)
+    wanted = alone(
+        LONG[:9], DecodingConfig(8, "low_confidence_static", denoising_steps=8), 9, (), 0
+    )
     assert got.tokens == wanted.tokens
 
 

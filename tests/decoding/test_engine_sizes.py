@@ -16,7 +16,11 @@ NO_LIMIT = Room(position_bytes=100, free_bytes=None)
 
 def sizes(room: Room = NO_LIMIT, **given) -> tuple[int, int, int]:
     unsaid = dict(max_length=None, pages=None, page_size=None)
-    return tuple(engine_sizes(room, **{"context": 32768, "batch_slots": 8, "block_size": 4, **unsaid, **given}))
+    return tuple(
+        engine_sizes(
+            room, **{"context": 32768, "batch_slots": 8, "block_size": 4, **unsaid, **given}
+        )
+    )
 
 
 @pytest.mark.parametrize(

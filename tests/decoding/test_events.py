@@ -20,7 +20,13 @@ class Letters:
 
 
 def engine(**options) -> Engine:
-    sizes = {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "steps_per_call": 3}
+    sizes = {
+        "batch_slots": 2,
+        "pages": 14,
+        "page_size": 8,
+        "prefill_tokens": 8,
+        "steps_per_call": 3,
+    }
     return Engine(tiny_model(), tokenizer=Letters(), **{**sizes, **options})
 
 
@@ -53,7 +59,9 @@ def test_changes_show_whole_blocks_and_which_are_open(length, x64):
         assert (steps[: event.finished] < event.forward).all()
         # The last block of the two reaches past the limit, so a forward may commit nothing that is seen.
         opened = steps[event.finished : len(event.tokens)]
-        assert event.forward in opened or (len(event.tokens) == 13 and (opened < event.forward).all())
+        assert event.forward in opened or (
+            len(event.tokens) == 13 and (opened < event.forward).all()
+        )
         assert len(event.tokens) - event.finished <= 4
 
 
@@ -99,7 +107,9 @@ def test_changes_are_no_part_of_a_stop_string(x64):
                 done = served.result(request)
             assert told[0] == told[1]
             for event in told[0]:
-                assert None not in event.tokens[: event.finished] and len(event.tokens) == len(event.logprobs)
+                assert None not in event.tokens[: event.finished] and len(event.tokens) == len(
+                    event.logprobs
+                )
                 there = [*event.tokens, None].index(None)
                 assert done.text.startswith(Letters().decode(event.tokens[:there]))
                 beyond = [token for token in event.tokens[there:] if token is not None]
@@ -115,13 +125,19 @@ def test_no_event_ends_inside_a_character(x64):
 
     class Bytes:
         def decode(self, ids):
-            return bytes([65, 0xC3, 0xA9, 0xE4, 0xBD, 0xA0][i % 6] for i in ids).decode(errors="replace")
+            return bytes([65, 0xC3, 0xA9, 0xE4, 0xBD, 0xA0][i % 6] for i in ids).decode(
+                errors="replace"
+            )
 
     decode, held = Bytes().decode, 0
-    served = Engine(tiny_model(), tokenizer=Bytes(), batch_slots=1, pages=14, page_size=8, steps_per_call=1)
+    served = Engine(
+        tiny_model(), tokenizer=Bytes(), batch_slots=1, pages=14, page_size=8, steps_per_call=1
+    )
     for seed in range(8):
         options = dict(max_new_tokens=13, stop_token_ids=(), seed=seed)
-        first, second = (served.submit(PROMPT[:6], DecodingConfig(temperature=1.0), **options) for _ in range(2))
+        first, second = (
+            served.submit(PROMPT[:6], DecodingConfig(temperature=1.0), **options) for _ in range(2)
+        )
         told, shown = [], []
         for event in served.stream(first):
             told += event.tokens

@@ -63,7 +63,9 @@ def test_what_cannot_be_served_is_refused(x64):
         with refused(DecodingError, f"{name} is 0", "positive"):
             served(**{name: 0})
     assert idle(small) and not small.stats().finished
-    assert small.result(submit(small, [], 0)).tokens == small.result(submit(small, new=0)).tokens == []
+    assert (
+        small.result(submit(small, [], 0)).tokens == small.result(submit(small, new=0)).tokens == []
+    )
 
 
 def test_the_longest_that_fits_is_served(x64):
@@ -79,7 +81,10 @@ def test_empty_prompts_and_stops_in_prompts(whole, x64):
     assert one.result(submit(one, [])).tokens == whole[2]
     inside = next(t for t in range(21) if t not in wanted([*PROMPTS[0], t], 5))
     completion = one.result(submit(one, [*PROMPTS[0], inside], 5, (inside, inside)))
-    assert completion.tokens == wanted([*PROMPTS[0], inside], 5) and completion.finish_reason == "length"
+    assert (
+        completion.tokens == wanted([*PROMPTS[0], inside], 5)
+        and completion.finish_reason == "length"
+    )
 
 
 def test_weights_that_are_no_numbers(whole, x64):
@@ -108,7 +113,10 @@ def test_pages_of_a_failed_request_are_no_prefix(slots, x64):
     broken.embedding = type(broken.embedding)(broken.embedding[...].at[BAD].set(np.nan))
     one = Engine(broken, **{**SIZES, "steps_per_call": 1, "window_slots": slots})
     for _ in range(2):
-        assert one.generate([[*LONG[:24], BAD, 3]], CONFIG, max_new_tokens=NEW)[0].finish_reason == "error"
+        assert (
+            one.generate([[*LONG[:24], BAD, 3]], CONFIG, max_new_tokens=NEW)[0].finish_reason
+            == "error"
+        )
         assert one.stats().prefix_tokens == 0
     assert idle(one)
 
@@ -200,7 +208,8 @@ def once(place, name: str, *, before: bool, at: int = 0):
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(
-    "name", ["_decode", "device_get", "put_sequence", "HostView", "set_pages", "end_sequence", "copy_page"]
+    "name",
+    ["_decode", "device_get", "put_sequence", "HostView", "set_pages", "end_sequence", "copy_page"],
 )
 def test_an_interruption_loses_nothing(name, before, whole, x64):
     """Donated state may be gone, host and device half changed: requests go on, and tokens that were told stand."""
@@ -225,7 +234,9 @@ def test_an_interruption_loses_nothing(name, before, whole, x64):
     assert told == whole[1] and [one.result(i).tokens for i in ids[1:]] == whole
     assert one.result(ids[0]).tokens == wanted([*PROMPTS[1][:12], 7], 5)
     assert idle(one) and one.stats().restarts == 1
-    assert one.stats().prompt_tokens == sum(len(p) for p in PROMPTS) + 13 + len(PROMPTS[1]) + len(PROMPTS[3])
+    assert one.stats().prompt_tokens == sum(len(p) for p in PROMPTS) + 13 + len(PROMPTS[1]) + len(
+        PROMPTS[3]
+    )
 
 
 def test_cancel_after_an_interruption_gives_what_had_ended(x64):
@@ -327,7 +338,10 @@ def test_stop_strings_across_blocks_and_never(whole, x64):
         told = [t for event in one.stream(request_id) for t in event.tokens]
         completion = one.result(request_id)
         assert completion.text == text[:at] and completion.finish_reason == "stop"
-        assert Letters().decode(told) == completion.text and completion.tokens == whole[1][: at + length]
+        assert (
+            Letters().decode(told) == completion.text
+            and completion.tokens == whole[1][: at + length]
+        )
     never = [text[3:6] + "#", text + "#"]
     completion = one.result(submit(one, PROMPTS[1], stop_strings=never))
     assert completion.tokens == whole[1] and completion.finish_reason == "length"

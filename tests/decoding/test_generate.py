@@ -17,16 +17,26 @@ from tests.tiny import MASK, VOCAB, padded, tiny_model
 
 NEW = 10
 # Prompts that end on a block and inside one, and two that are alike; one needs a longer canvas and prefill than others.
-POOL = [[4], [1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12, 13, 14, 15], [16, 17, 18, 19], [16, 17, 18, 19]]
+POOL = [
+    [4],
+    [1, 2, 3, 4, 5, 6],
+    [7, 8, 9, 10, 11, 12, 13, 14, 15],
+    [16, 17, 18, 19],
+    [16, 17, 18, 19],
+]
 GREEDY = DecodingConfig(confidence_threshold=0.2)
-SAMPLED = DecodingConfig(strategy="low_confidence_static", temperature=1.0, top_k=9, top_p=0.95, denoising_steps=2)
+SAMPLED = DecodingConfig(
+    strategy="low_confidence_static", temperature=1.0, top_k=9, top_p=0.95, denoising_steps=2
+)
 
 
 def run(prompts, config=GREEDY, stops=(), model=None, **options):
     """Most tests decode four prompts, or one, so that they share programs."""
     model = tiny_model() if model is None else model
     stops = None if stops is None else padded(stops)
-    return generate(model, prompts, config, **{"max_new_tokens": NEW, "stop_token_ids": stops, **options})
+    return generate(
+        model, prompts, config, **{"max_new_tokens": NEW, "stop_token_ids": stops, **options}
+    )
 
 
 def no_logprobs(completion):
@@ -35,9 +45,13 @@ def no_logprobs(completion):
 
 
 @pytest.mark.parametrize(
-    "config", [SAMPLED, pytest.param(GREEDY, marks=[pytest.mark.slow, pytest.mark.ci])], ids=lambda c: c.strategy
+    "config",
+    [SAMPLED, pytest.param(GREEDY, marks=[pytest.mark.slow, pytest.mark.ci])],
+    ids=lambda c: c.strategy,
 )
-@given(chosen=st.lists(st.integers(0, len(POOL) - 1), min_size=4, max_size=4), seed=st.integers(0, 20))
+@given(
+    chosen=st.lists(st.integers(0, len(POOL) - 1), min_size=4, max_size=4), seed=st.integers(0, 20)
+)
 def test_neighbours_and_slots_change_nothing(config, chosen, seed):
     """In float64, a batch of any four, repeats among them, gives each what it gets alone with its own seed + i."""
     with jax.enable_x64(True):
@@ -100,7 +114,9 @@ def test_stops_in_the_prompt_and_after_the_limit_are_ignored(unstopped, x64):
         (short,) = run([prompts[0]], config, stops=tuple(late[:4]), max_new_tokens=limit)
         assert short.finish_reason == "length" and len(short.tokens) == limit
     inside = next(token for token in range(MASK) if token not in whole[0].tokens)
-    (free,), (same,) = (run([[inside, *prompts[0]]], config, stops=stops) for stops in ((), (inside,)))
+    (free,), (same,) = (
+        run([[inside, *prompts[0]]], config, stops=stops) for stops in ((), (inside,))
+    )
     assert inside not in free.tokens and same == free
 
 
@@ -198,13 +214,18 @@ def test_stop_strings(strategy, x64):
     stops = [whole[0].text[2:5], whole[1].text[5:9], "#"]
     cut = run(prompts, config, tokenizer=letters, max_new_tokens=40, stop_strings=stops)
     for before, after in zip(whole, cut, strict=True):
-        found = [(before.text.index(stop) + len(stop), stop) for stop in stops if stop in before.text]
+        found = [
+            (before.text.index(stop) + len(stop), stop) for stop in stops if stop in before.text
+        ]
         count, stop = min(found, default=(40, None))
         assert after.tokens == before.tokens[:count] and after.steps == before.steps[:count]
         assert (len(after.logprobs), after.stop_reason) == (count, stop)
         assert after.finish_reason == ("length" if stop is None else "stop")
         assert after.text == before.text[: count - len(stop or "")]
-        assert stop is None or after.denoising_forwards <= max(after.steps) + 8 < before.denoising_forwards
+        assert (
+            stop is None
+            or after.denoising_forwards <= max(after.steps) + 8 < before.denoising_forwards
+        )
     assert cut[0].stop_reason
 
 
@@ -234,7 +255,9 @@ WHAT_IS_READ = ["low_confidence_dynamic", "autoregressive", "semi_autoregressive
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
-@pytest.mark.parametrize("strategy", [*WHAT_IS_READ, *(pytest.param(name, marks=pytest.mark.slow) for name in RULES)])
+@pytest.mark.parametrize(
+    "strategy", [*WHAT_IS_READ, *(pytest.param(name, marks=pytest.mark.slow) for name in RULES)]
+)
 def test_ids_that_the_tokenizer_lacks_are_never_proposed(strategy, temperature, x64):
     """Not though they are the likeliest; what the others' probabilities are is not changed by that."""
     config = DecodingConfig(strategy=strategy, temperature=temperature)
@@ -252,11 +275,15 @@ def test_ids_that_the_tokenizer_lacks_are_never_proposed(strategy, temperature, 
         logits = oracle.forward(tiny_model(), blank, size)[len(POOL[0]) + first]
         likeliest = max({*range(MASK)} - Holed.missing, key=lambda token: logits[token])
         assert got[0].tokens[first] == likeliest
-        np.testing.assert_allclose(np.exp(got[0].logprobs[first]), oracle.softmax(logits)[likeliest], rtol=1e-9)
+        np.testing.assert_allclose(
+            np.exp(got[0].logprobs[first]), oracle.softmax(logits)[likeliest], rtol=1e-9
+        )
 
 
 def test_a_tokenizer_that_has_all_ids_bans_none(x64):
-    assert [c.tokens for c in run(POOL[:4], tokenizer=Letters())] == [c.tokens for c in run(POOL[:4])]
+    assert [c.tokens for c in run(POOL[:4], tokenizer=Letters())] == [
+        c.tokens for c in run(POOL[:4])
+    ]
 
 
 def traced(config=GREEDY):
@@ -277,15 +304,21 @@ def test_decoding_is_one_loop_on_the_device(config):
     loops = [equation for equation in found if equation.primitive.name == "while"]
     assert sum(tokens in [out.aval for out in equation.outvars] for equation in loops) == 1
     names = [equation.primitive.name for equation in found]
-    assert not [name for name in names if "callback" in name or "infeed" in name or "outfeed" in name]
+    assert not [
+        name for name in names if "callback" in name or "infeed" in name or "outfeed" in name
+    ]
 
 
 def test_numbers_compile_nothing_anew():
     model = tiny_model(jnp.float32)
     first = DecodingConfig(confidence_threshold=0.5, temperature=0.7, top_k=5, top_p=0.9)
     generate(model, [POOL[1]], first, max_new_tokens=9, stop_token_ids=(3, 4), seed=1)
-    other = dict(confidence_threshold=0.9, temperature=1.3, top_k=2, top_p=0.5, entropy_bound=0.7, factor=2.0)
-    changed = DecodingConfig(**other, denoising_steps=2, schedule="paper", repetition_penalty=1.2, score="margin")
+    other = dict(
+        confidence_threshold=0.9, temperature=1.3, top_k=2, top_p=0.5, entropy_bound=0.7, factor=2.0
+    )
+    changed = DecodingConfig(
+        **other, denoising_steps=2, schedule="paper", repetition_penalty=1.2, score="margin"
+    )
     # A length in the same bucket is the same program too.
     with compilations() as compiled:
         for prompt, new, config in ((POOL[1], 9, changed), (POOL[1][:5], 7, DecodingConfig())):
@@ -308,13 +341,21 @@ MIXED = [
     DecodingConfig(temperature=1.0, top_k=9, denoising_steps=2),
     DecodingConfig(strategy="entropy_bounded", entropy_bound=2.0, repetition_penalty=1.5),
     DecodingConfig(strategy="factor", score="margin", add_threshold=0.3, activate_threshold=0.9),
-    DecodingConfig(strategy="sequential", temperature=0.7, top_p=0.9, confidence="post_filter", denoising_steps=3),
+    DecodingConfig(
+        strategy="sequential",
+        temperature=0.7,
+        top_p=0.9,
+        confidence="post_filter",
+        denoising_steps=3,
+    ),
 ]
 
 
 def test_mixed_configs_in_one_batch_equal_each_alone(x64):
     for chosen in ([0, 1, 2, 3], [4, 3, 2, 0]):
-        together = run([POOL[i] for i in chosen], [MIXED[i] for i in chosen], stops=(3,), window_slots=3)
+        together = run(
+            [POOL[i] for i in chosen], [MIXED[i] for i in chosen], stops=(3,), window_slots=3
+        )
         for seed, i in enumerate(chosen):
             (alone,) = run([POOL[i]], MIXED[i], stops=(3,), seed=seed, window_slots=3)
             assert no_logprobs(together[seed]) == no_logprobs(alone)
@@ -330,28 +371,39 @@ def test_repetition_penalty_counts_prompt_and_output(x64):
         masks = [MASK] * (-len(sequence) % 4 or 4)
         logits = oracle.forward(tiny_model(), sequence + masks, 4)[len(sequence)]
         seen = np.isin(np.arange(VOCAB), sequence)
-        assert token == np.where(seen, np.where(logits < 0, logits * 2, logits / 2), logits).argmax()
+        assert (
+            token == np.where(seen, np.where(logits < 0, logits * 2, logits / 2), logits).argmax()
+        )
         np.testing.assert_allclose(np.exp(logprob), oracle.softmax(logits)[token], rtol=1e-9)
         sequence.append(token)
     assert penalised.tokens != plain.tokens
 
 
 @pytest.mark.parametrize(
-    "steps, size", [(1, 4), (2, 4), (4, 4), pytest.param(3, 8, marks=[pytest.mark.slow, pytest.mark.ci])]
+    "steps, size",
+    [(1, 4), (2, 4), (4, 4), pytest.param(3, 8, marks=[pytest.mark.slow, pytest.mark.ci])],
 )
 def test_forwards_a_block(steps, size, x64):
     """gamma where the next block's first forward commits, gamma + 1 where none does; nobody commits the last block."""
-    config = DecodingConfig(strategy="low_confidence_static", block_size=size, denoising_steps=steps)
+    config = DecodingConfig(
+        strategy="low_confidence_static", block_size=size, denoising_steps=steps
+    )
     for slots, commits in ((1, 4), (2, 0)):
         (out,) = run([POOL[3] * 2], config, max_new_tokens=5 * size, window_slots=slots)
-        assert (out.denoising_forwards, out.commit_forwards, out.prefill_forwards) == (5 * steps, commits, 1)
+        assert (out.denoising_forwards, out.commit_forwards, out.prefill_forwards) == (
+            5 * steps,
+            commits,
+            1,
+        )
 
 
 def test_a_strategy_that_gets_nowhere_fails(x64):
     """A cap on forwards ends rows whose rule commits nothing, and those alone."""
     stuck = lambda proposal, masked, step, parameters: jnp.zeros_like(masked)
     configs = [DecodingConfig(), DecodingConfig(strategy=stuck)]
-    healthy, failed = generate(tiny_model(), [POOL[3]] * 2, configs, max_new_tokens=NEW, window_slots=1)
+    healthy, failed = generate(
+        tiny_model(), [POOL[3]] * 2, configs, max_new_tokens=NEW, window_slots=1
+    )
     assert healthy.finish_reason == "length" and len(healthy.tokens) == NEW
     assert failed.finish_reason == "error" and failed.tokens == []
     assert failed.denoising_forwards <= 2 * (NEW + 4) + 1

@@ -16,4 +16,6 @@ def test_many_rows_equal_few(x64):
     together = generate(tiny_model(), prompts, config, seed=3, **told)
     for first in (0, rows - 4):
         apart = generate(tiny_model(), prompts[first : first + 4], config, seed=3 + first, **told)
-        assert [(c.tokens, c.steps) for c in apart] == [(c.tokens, c.steps) for c in together[first : first + 4]]
+        assert [(c.tokens, c.steps) for c in apart] == [
+            (c.tokens, c.steps) for c in together[first : first + 4]
+        ]

@@ -46,10 +46,16 @@ def check(model, canvases, config, stops=(), **options):
         got = infill(model, canvases, config, stop_token_ids=padded(stops), **options)
     for canvas, completion in zip(canvases, got, strict=True):
         tokens, logprobs, steps, reason, forwards = oracle.infill(model, canvas, config, stops)
-        assert (completion.tokens, completion.steps, completion.finish_reason) == (tokens, steps, reason)
+        assert (completion.tokens, completion.steps, completion.finish_reason) == (
+            tokens,
+            steps,
+            reason,
+        )
         np.testing.assert_allclose(completion.logprobs, logprobs, rtol=1e-9)
         assert completion.denoising_forwards == forwards
-        assert all(after == before for after, before in zip(tokens, canvas, strict=False) if before != MASK)
+        assert all(
+            after == before for after, before in zip(tokens, canvas, strict=False) if before != MASK
+        )
     return got
 
 
@@ -78,11 +84,17 @@ def test_stops_count_behind_the_last_given_token(config, x64):
     assert len(ended[1].tokens) == 3
 
 
-@given(st.integers(0, 9), st.integers(0, 6), st.sampled_from([CANVAS, DecodingConfig(temperature=1.0, top_k=9)]))
+@given(
+    st.integers(0, 9),
+    st.integers(0, 6),
+    st.sampled_from([CANVAS, DecodingConfig(temperature=1.0, top_k=9)]),
+)
 def test_a_prompt_with_masks_behind_it_is_generated(seed, new, config):
     prompt = np.random.default_rng(seed).integers(0, MASK, seed + 1).tolist()
     model = tiny_model(jnp.float32)
-    (wanted,) = generate(model, [prompt], config, max_new_tokens=new, stop_token_ids=(3, 5), seed=seed)
+    (wanted,) = generate(
+        model, [prompt], config, max_new_tokens=new, stop_token_ids=(3, 5), seed=seed
+    )
     (got,) = infill(model, [[*prompt, *[MASK] * new]], config, stop_token_ids=(3, 5), seed=seed)
     assert got.tokens == prompt + wanted.tokens and got.steps == [-1] * len(prompt) + wanted.steps
     assert (got.finish_reason, got.stop_reason) == (wanted.finish_reason, wanted.stop_reason)
@@ -95,18 +107,25 @@ def test_a_prompt_with_masks_behind_it_is_generated(seed, new, config):
 def test_every_paradigm_fills_as_it_generates(name, x64):
     """Behind a prompt; and with more behind that, what is given stays and all else is filled."""
     model = model_with(**VALUES[name])
-    config = DecodingConfig(strategy="semi_autoregressive") if "no blocks" in name else DecodingConfig()
+    config = (
+        DecodingConfig(strategy="semi_autoregressive") if "no blocks" in name else DecodingConfig()
+    )
     prompt = [1, 2, 3, 4, 5, 6, 7]
     (wanted,) = generate(model, [prompt], config, max_new_tokens=9, stop_token_ids=())
     (got,) = infill(model, [prompt + [model.config.mask_token_id] * 9], config)
-    assert (got.tokens, got.denoising_forwards) == (prompt + wanted.tokens, wanted.denoising_forwards)
+    assert (got.tokens, got.denoising_forwards) == (
+        prompt + wanted.tokens,
+        wanted.denoising_forwards,
+    )
     mask = model.config.mask_token_id
     canvas = [1, mask, 3, mask, mask, mask, mask, 8, 9, mask, mask, 2, 3, 4, 5, 6, 7, 8, mask, 1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         (got,) = infill(model, [canvas], config)
     assert got.finish_reason == "length" and mask not in got.tokens
-    assert all(after == before for after, before in zip(got.tokens, canvas, strict=True) if before != mask)
+    assert all(
+        after == before for after, before in zip(got.tokens, canvas, strict=True) if before != mask
+    )
 
 
 def test_a_shifted_model_needs_the_first_token():
@@ -123,10 +142,18 @@ def test_a_model_that_sees_what_follows_uses_it(x64):
     sees = [c.logprobs[2] for c in infill(tiny_model(), [one, other], CANVAS)]
     assert sees[0] != sees[1]
     with pytest.warns(UserWarning, match="later blocks") as caught:
-        blind = [c.logprobs[2] for c in infill(tiny_model(), [one, other] * 2, BLOCKS, stop_token_ids=padded())][:2]
+        blind = [
+            c.logprobs[2]
+            for c in infill(tiny_model(), [one, other] * 2, BLOCKS, stop_token_ids=padded())
+        ][:2]
     assert len(caught) == 1 and blind[0] == blind[1] and "\n" not in str(caught[0].message)
     # Nothing follows, or only in the same block; warnings are errors here.
-    infill(tiny_model(), [[1, 2, 3, 4, 5, MASK, MASK, 8], [1, 2, 3, 4, 5, 6]] * 2, BLOCKS, stop_token_ids=padded())
+    infill(
+        tiny_model(),
+        [[1, 2, 3, 4, 5, MASK, MASK, 8], [1, 2, 3, 4, 5, 6]] * 2,
+        BLOCKS,
+        stop_token_ids=padded(),
+    )
 
 
 def test_the_config_follows_the_model(x64):
@@ -149,7 +176,9 @@ def test_text_and_seeds(x64):
             return "".join(chr(97 + i) for i in ids)
 
     sampled = DecodingConfig(strategy="semi_autoregressive", temperature=1.0)
-    by_text, by_ids = infill(tiny_model(), ["ab_d_", [0, 1, MASK, 3, MASK]], sampled, tokenizer=Letters(), seed=3)
+    by_text, by_ids = infill(
+        tiny_model(), ["ab_d_", [0, 1, MASK, 3, MASK]], sampled, tokenizer=Letters(), seed=3
+    )
     assert by_text.text == Letters().decode(by_text.tokens) and by_text.text[:2] == "ab"
     assert by_ids.tokens == infill(tiny_model(), [[0, 1, MASK, 3, MASK]], sampled, seed=4)[0].tokens
     assert infill(tiny_model(), []) == []
@@ -163,7 +192,9 @@ def test_masks_in_prompts_are_refused_and_can_be_filled(x64):
         with refused(DecodingError, "prompt 1", *names):
             generate(tiny_model(), [[1], blank], max_new_tokens=new)
         with refused(DecodingError, *names):
-            Engine(tiny_model(), batch_slots=1, pages=8, page_size=8).submit(blank, max_new_tokens=new)
+            Engine(tiny_model(), batch_slots=1, pages=8, page_size=8).submit(
+                blank, max_new_tokens=new
+            )
     assert MASK not in infill(tiny_model(), [blank], stop_token_ids=padded())[0].tokens
 
 
@@ -191,9 +222,16 @@ def test_autoregressive_models_and_decoding_fill_nothing():
         infill(model, [[1, 2]])
     converted = to_diffusion(model, block_size=4, mask_token_id=VOCAB)
     assert VOCAB not in infill(converted, [[1, VOCAB, 2]])[0].tokens
-    with refused(DecodingError, "'autoregressive' fills no masks", "strategy='low_confidence_dynamic'"):
+    with refused(
+        DecodingError, "'autoregressive' fills no masks", "strategy='low_confidence_dynamic'"
+    ):
         infill(converted, [[1, VOCAB]], DecodingConfig(strategy="autoregressive"))
-    assert VOCAB not in infill(converted, [[1, VOCAB]], DecodingConfig(strategy="low_confidence_dynamic"))[0].tokens
+    assert (
+        VOCAB
+        not in infill(converted, [[1, VOCAB]], DecodingConfig(strategy="low_confidence_dynamic"))[
+            0
+        ].tokens
+    )
 
 
 def test_weights_that_are_no_numbers(x64):

@@ -30,9 +30,21 @@ ANSWER = as_record(
         (b"[1]", "a JSON list, not an object; write one object per line", b'{"prompt": "a"}'),
         (b'{"prompt": "a"', "not valid JSON .*; write one object per line", b'{"prompt": "a"}'),
         (b"[" * 100_000, "nested too deeply.*; write one object per line", b'{"prompt": "a"}'),
-        (b'{"prompt": "\xe9"}', "invalid UTF-8 at byte 12; save the file as UTF-8", b'{"prompt": "\xc3\xa9"}'),
-        (b'{"prompt": "\\ud83d"}', "a lone surrogate .*; write it as valid Unicode", b'{"prompt": "\\ud83d\\ude00"}'),
-        (b'{"n": ' + b"7" * 5000 + b"}", "cannot be read .*; write it as a string", b'{"n": "' + b"7" * 5000 + b'"}'),
+        (
+            b'{"prompt": "\xe9"}',
+            "invalid UTF-8 at byte 12; save the file as UTF-8",
+            b'{"prompt": "\xc3\xa9"}',
+        ),
+        (
+            b'{"prompt": "\\ud83d"}',
+            "a lone surrogate .*; write it as valid Unicode",
+            b'{"prompt": "\\ud83d\\ude00"}',
+        ),
+        (
+            b'{"n": ' + b"7" * 5000 + b"}",
+            "cannot be read .*; write it as a string",
+            b'{"n": "' + b"7" * 5000 + b'"}',
+        ),
     ],
     ids=["list", "cut", "deep", "latin", "surrogate", "integer"],
 )
@@ -56,7 +68,10 @@ def test_another_output_is_taken_where_one_is_refused(tmp_path):
     records = [{"prompt": "a"}]
     other, none = tmp_path / "other.jsonl", tmp_path / "none.jsonl"
     other.write_text("notes\n")
-    for path, match in [(other, "other.jsonl:1: not an answer to that line"), (tmp_path, "cannot be written")]:
+    for path, match in [
+        (other, "other.jsonl:1: not an answer to that line"),
+        (tmp_path, "cannot be written"),
+    ]:
         with pytest.raises(DataError, match=f"{match}.*; choose another --output"):
             answered(path, records)
     assert answered(none, records) == 0 and other.read_text() == "notes\n"
@@ -72,6 +87,8 @@ def test_a_prompt_is_given_as_is_advised():
     ids = to_ids("ab", 0, tokenizer)
     assert to_ids(ids.tolist(), 0, None).tolist() == ids.tolist()
     for wrong in ([1.5], [[1, 2]], ["a"], {"a": 1}):
-        with pytest.raises(DecodingError, match="prompt 0 is not a list of token ids but .*; give integers"):
+        with pytest.raises(
+            DecodingError, match="prompt 0 is not a list of token ids but .*; give integers"
+        ):
             to_ids(wrong, 0, None)
     assert to_ids([1, 2], 0, None).tolist() == [1, 2]

@@ -39,7 +39,11 @@ def recorded(run: Callable[[], list[Completion]]) -> tuple[list[Completion], Rec
     found: Recorded = {}
 
     def save(logits, seeds, positions, steps):
-        for key, row in zip(zip(seeds.tolist(), positions.tolist(), steps.tolist(), strict=True), logits, strict=True):
+        for key, row in zip(
+            zip(seeds.tolist(), positions.tolist(), steps.tolist(), strict=True),
+            logits,
+            strict=True,
+        ):
             found[key] = np.array(row)
 
     propose = block_forward.propose
@@ -49,8 +53,13 @@ def recorded(run: Callable[[], list[Completion]]) -> tuple[list[Completion], Rec
         return propose(logits, knobs, positions, step, *rest, **options)
 
     compiled = jax.jit(lambda *arguments: advance(*arguments), static_argnums=3)
-    decoder = lambda model, config: lambda state, steps: (compiled(model, state, steps, config), None)
-    with mock.patch.object(block_forward, "propose", watched), mock.patch.object(generating, "Decoder", decoder):
+    decoder = lambda model, config: (
+        lambda state, steps: (compiled(model, state, steps, config), None)
+    )
+    with (
+        mock.patch.object(block_forward, "propose", watched),
+        mock.patch.object(generating, "Decoder", decoder),
+    ):
         completions = run()
         jax.effects_barrier()
     return completions, found
@@ -75,7 +84,9 @@ def parting(prompt: list[int], pair: tuple[Completion, Completion]) -> Parting |
     return None
 
 
-def masked_then(prompt: list[int], completion: Completion, step: int) -> tuple[list[int], list[int]]:
+def masked_then(
+    prompt: list[int], completion: Completion, step: int
+) -> tuple[list[int], list[int]]:
     """The sequence as it was before this step, to the end of its open block, and the block's masked positions."""
     known = {i: token for i, token in enumerate(prompt)}
     columns = enumerate(zip(completion.tokens, completion.steps, strict=True))
@@ -85,7 +96,9 @@ def masked_then(prompt: list[int], completion: Completion, step: int) -> tuple[l
     return [known.get(i, MASK) for i in range(start + SIZE)], masked
 
 
-def closeness(logits: np.ndarray, masked: list[int], choices: tuple[dict[int, int], dict[int, int]]) -> float:
+def closeness(
+    logits: np.ndarray, masked: list[int], choices: tuple[dict[int, int], dict[int, int]]
+) -> float:
     """How far the decisions that differ are from a tie: between tokens, to the threshold, or between positions."""
     top = np.sort(logits, axis=-1)
     sure = dict(zip(masked, oracle.softmax(logits).max(-1), strict=True))
@@ -108,25 +121,33 @@ def decode_both(model: Model, prompts: list[list[int]]):
         return [one(i)[0] for i in range(len(prompts))]
 
     def together():
-        some = lambda i: generate(model, prompts[i : i + ROWS], CONFIG, seed=i, window_slots=2, **options)
+        some = lambda i: generate(
+            model, prompts[i : i + ROWS], CONFIG, seed=i, window_slots=2, **options
+        )
         return [completion for i in range(0, len(prompts), ROWS) for completion in some(i)]
 
     return recorded(alone), recorded(together)
 
 
-def errors(wanted: np.ndarray, request: int, masked: list[int], step: int, *logits: Recorded) -> float:
+def errors(
+    wanted: np.ndarray, request: int, masked: list[int], step: int, *logits: Recorded
+) -> float:
     """The most that any of these logits is off."""
     seen = np.array([[found[request, at, step] for at in masked] for found in logits], np.float64)
     return np.abs(np.delete(seen - wanted, MASK, axis=-1)).max()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, rounding", [(jnp.float32, 1e-4), (jnp.bfloat16, 0.5)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, rounding", [(jnp.float32, 1e-4), (jnp.bfloat16, 0.5)], ids=["float32", "bfloat16"]
+)
 def test_decoders_part_at_near_ties_alone(dtype, rounding):
     random, parted, worst = np.random.default_rng(0), 0, 0.0
     for seed in range(MODELS):
         model = tiny_model(dtype, seed=seed, **WIDE)
-        prompts = [random.integers(0, MASK, random.integers(0, 24)).tolist() for _ in range(REQUESTS)]
+        prompts = [
+            random.integers(0, MASK, random.integers(0, 24)).tolist() for _ in range(REQUESTS)
+        ]
         (alone, a), (together, b) = decode_both(model, prompts)
         with jax.enable_x64(True):
             exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model)
@@ -138,5 +159,7 @@ def test_decoders_part_at_near_ties_alone(dtype, rounding):
                 off = errors(wanted, i, masked, found.step, a, b)
                 assert off < rounding and closeness(wanted, masked, found.choices) <= 2 * off
                 parted, worst = parted + 1, max(worst, off)
-    print(f"\n{np.dtype(dtype).name}: {parted} of {MODELS * REQUESTS} requests part; logits off by {worst:.2g} there")
+    print(
+        f"\n{np.dtype(dtype).name}: {parted} of {MODELS * REQUESTS} requests part; logits off by {worst:.2g} there"
+    )
     assert parted or dtype == jnp.float32

@@ -28,23 +28,48 @@ OPTIONS = [
 
 
 def sizes(**options):
-    return {"batch_slots": 2, "pages": 14, "page_size": 8, "prefill_tokens": 8, "steps_per_call": 3} | options
+    return {
+        "batch_slots": 2,
+        "pages": 14,
+        "page_size": 8,
+        "prefill_tokens": 8,
+        "steps_per_call": 3,
+    } | options
 
 
 def cases():
     """Some of each; all strategies with all options at once in CI, and with each option where there is time."""
     for config in STRATEGIES:
         for options in OPTIONS:
-            quick = name(config) == "low_confidence_dynamic-probability-eb_sampler-None" and options is OPTIONS[3]
-            quick |= config.strategy in ("autoregressive", "semi_autoregressive") and options is OPTIONS[1]
+            quick = (
+                name(config) == "low_confidence_dynamic-probability-eb_sampler-None"
+                and options is OPTIONS[3]
+            )
+            quick |= (
+                config.strategy in ("autoregressive", "semi_autoregressive")
+                and options is OPTIONS[1]
+            )
             quick |= config.strategy == "entropy_bounded" and options is OPTIONS[2]
-            marks = [] if quick else [pytest.mark.slow, pytest.mark.ci] if options is OPTIONS[3] else [pytest.mark.slow]
-            yield pytest.param(config, options, marks=marks, id=f"{name(config)}-{'-'.join(options)}")
+            marks = (
+                []
+                if quick
+                else [pytest.mark.slow, pytest.mark.ci]
+                if options is OPTIONS[3]
+                else [pytest.mark.slow]
+            )
+            yield pytest.param(
+                config, options, marks=marks, id=f"{name(config)}-{'-'.join(options)}"
+            )
 
 
 @pytest.mark.parametrize("config, options", list(cases()))
 def test_options_equal_the_python_loop(config, options, x64):
-    check(tiny_model(), random_prompts(4), dataclasses.replace(fitted(config, 4), **options), stops=STOPS)
+    check(
+        tiny_model(),
+        random_prompts(4),
+        dataclasses.replace(fitted(config, 4), **options),
+        stops=STOPS,
+    )
 
 
 def test_what_the_options_change(x64):
@@ -80,13 +105,21 @@ def test_stop_tokens_are_committed_last(x64):
     ):
         proposed = oracle.forward(tiny_model(), canvas, None)[8:16].argmax(axis=-1)
         others = int((~np.isin(proposed, stops)).sum())
-        first = lambda c: [token for token, step in zip(c.tokens, c.steps, strict=True) if step == 0 and token in stops]
+        first = lambda c: [
+            token
+            for token, step in zip(c.tokens, c.steps, strict=True)
+            if step == 0 and token in stops
+        ]
         assert len(first(after)) == max(0, 2 - others)
         kept_back += len(first(before)) - len(first(after))
     assert kept_back > 0
 
 
-TOP = [config for config in STRATEGIES if config.strategy in ("low_confidence_dynamic", "semi_autoregressive")][::2]
+TOP = [
+    config
+    for config in STRATEGIES
+    if config.strategy in ("low_confidence_dynamic", "semi_autoregressive")
+][::2]
 
 
 @pytest.mark.parametrize("config", [*TOP, STRATEGIES[-1]], ids=lambda config: config.strategy)
@@ -118,12 +151,18 @@ def test_the_likeliest_tokens(config, x64):
 @pytest.mark.ci
 def test_the_likeliest_of_sampled_and_suppressed_tokens_are_raw(x64):
     """Under the distribution of `logprobs`: what is suppressed may be the likeliest, what is sampled may be none."""
-    config = DecodingConfig(temperature=1.5, suppress_token_ids=(14, 18, 10), repetition_penalty=1.5, top_logprobs=4)
+    config = DecodingConfig(
+        temperature=1.5, suppress_token_ids=(14, 18, 10), repetition_penalty=1.5, top_logprobs=4
+    )
     (got,) = generate(tiny_model(), [[1, 2, 3]], config, max_new_tokens=30, stop_token_ids=())
     seen, outside = set(), 0
     for token, logprob, likeliest in zip(got.tokens, got.logprobs, got.top_logprobs, strict=True):
         numbers = [p for _, p in likeliest]
-        assert len(likeliest) == 4 and numbers == sorted(numbers, reverse=True) and MASK not in dict(likeliest)
+        assert (
+            len(likeliest) == 4
+            and numbers == sorted(numbers, reverse=True)
+            and MASK not in dict(likeliest)
+        )
         assert dict(likeliest).get(token, logprob) == logprob
         outside += token not in dict(likeliest)
         seen |= {id_ for id_, _ in likeliest}
@@ -142,11 +181,18 @@ def test_an_engine_gives_what_generate_gives(changes, x64):
     options = dict(max_new_tokens=20, stop_token_ids=STOPS)
     wanted = generate(tiny_model(), prompts, configs, seed=0, **options)
     served = Engine(tiny_model(), **sizes(pages=7, top_logprobs=5))
-    ids = [served.submit(p, c, seed=i, **options) for i, (p, c) in enumerate(zip(prompts, configs, strict=True))]
+    ids = [
+        served.submit(p, c, seed=i, **options)
+        for i, (p, c) in enumerate(zip(prompts, configs, strict=True))
+    ]
     for request, right, config in zip(ids, wanted, configs, strict=True):
         events = list(served.stream(request, changes=changes))
         got = served.result(request)
-        assert (got.tokens, got.steps, got.stop_reason) == (right.tokens, right.steps, right.stop_reason)
+        assert (got.tokens, got.steps, got.stop_reason) == (
+            right.tokens,
+            right.steps,
+            right.stop_reason,
+        )
         if not config.top_logprobs:
             assert got.top_logprobs is None and all(event.top_logprobs is None for event in events)
             continue
@@ -264,4 +310,6 @@ def test_what_is_not_asked_for_is_not_computed():
         )
         call = lambda model, state, buffer=buffer: advance(model, state, 9, buffer)
         found = equations(call, tiny_model(jnp.float32), state)
-        assert {equation.params["k"] for equation in found if equation.primitive.name == "top_k"} == wanted
+        assert {
+            equation.params["k"] for equation in found if equation.primitive.name == "top_k"
+        } == wanted

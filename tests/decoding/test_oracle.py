@@ -16,7 +16,9 @@ STRATEGIES = [
     DecodingConfig(strategy="low_confidence_static"),
     DecodingConfig(strategy="low_confidence_static", score="margin", denoising_steps=2),
     DecodingConfig(strategy="low_confidence_dynamic", confidence_threshold=0.15),
-    DecodingConfig(strategy="low_confidence_dynamic", confidence_threshold=-2.0, score="neg_entropy"),
+    DecodingConfig(
+        strategy="low_confidence_dynamic", confidence_threshold=-2.0, score="neg_entropy"
+    ),
     DecodingConfig(strategy="entropy_bounded", entropy_bound=3.0),
     DecodingConfig(strategy="entropy_bounded", entropy_bound=5.0, entropy_rule="jetengine"),
     DecodingConfig(strategy="factor", factor=1.7),
@@ -41,7 +43,9 @@ def cases():
         for size in (1, 4, 8, 16):
             if config.strategy == "autoregressive" and size != 4:
                 continue  # Its block is one token, whatever the block size.
-            quick = size == 4 or (size == 1 and name(config) == "low_confidence_dynamic-probability-eb_sampler-None")
+            quick = size == 4 or (
+                size == 1 and name(config) == "low_confidence_dynamic-probability-eb_sampler-None"
+            )
             marks = [] if quick else [pytest.mark.slow, pytest.mark.ci]
             yield pytest.param(config, size, marks=marks, id=f"{name(config)}-{size}")
 
@@ -95,29 +99,50 @@ def test_empty_prompts_and_no_tokens_equal_the_python_loop(x64):
     prompts = random_prompts(6, lengths=(0, 3, 4, 18))
     check(tiny_model(), prompts, fitted(STRATEGIES[5], 4))
     got = check(tiny_model(), prompts, fitted(STRATEGIES[5], 4), max_new_tokens=0)
-    assert [(c.tokens, c.finish_reason, c.denoising_forwards) for c in got] == [([], "length", 0)] * 4
+    assert [(c.tokens, c.finish_reason, c.denoising_forwards) for c in got] == [
+        ([], "length", 0)
+    ] * 4
 
 
 EARLY = [
     DecodingConfig(add_threshold=0.25, activate_threshold=0.75, confidence_threshold=0.3),
-    DecodingConfig(add_threshold=0.0, activate_threshold=1.0, confidence_threshold=0.2, strategy="sequential"),
-    DecodingConfig(add_threshold=0.5, activate_threshold=0.0, confidence_threshold=0.5, denoising_steps=2),
+    DecodingConfig(
+        add_threshold=0.0, activate_threshold=1.0, confidence_threshold=0.2, strategy="sequential"
+    ),
+    DecodingConfig(
+        add_threshold=0.5, activate_threshold=0.0, confidence_threshold=0.5, denoising_steps=2
+    ),
     DecodingConfig(add_threshold=1.0, activate_threshold=0.5),
 ]
 
 
 @pytest.mark.xla_defaults
-@pytest.mark.parametrize("slots", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "slots", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_blocks_that_open_early_equal_the_python_loop(slots, x64):
     """D2F's rule, each prompt with its own thresholds; some tokens are committed ahead of masks before their block."""
     model, prompts = tiny_model(), random_prompts(8, lengths=(1, 4, 7, 18))
-    got = generate(model, prompts, EARLY, max_new_tokens=18, stop_token_ids=padded((3,)), window_slots=slots)
+    got = generate(
+        model, prompts, EARLY, max_new_tokens=18, stop_token_ids=padded((3,)), window_slots=slots
+    )
     ahead = 0
     for prompt, config, completion in zip(prompts, EARLY, got, strict=True):
-        tokens, logprobs, steps, reason, *forwards = oracle.decode_window(model, prompt, config, 18, (3,), slots)
-        assert (completion.tokens, completion.steps, completion.finish_reason) == (tokens, steps, reason)
+        tokens, logprobs, steps, reason, *forwards = oracle.decode_window(
+            model, prompt, config, 18, (3,), slots
+        )
+        assert (completion.tokens, completion.steps, completion.finish_reason) == (
+            tokens,
+            steps,
+            reason,
+        )
         np.testing.assert_allclose(completion.logprobs, logprobs, rtol=1e-9)
         assert [completion.denoising_forwards, completion.commit_forwards] == forwards
         last = (len(prompt) + np.arange(len(steps))) // 4
-        ahead += any(steps[i] > steps[j] for i in range(len(steps)) for j in range(i, len(steps)) if last[i] < last[j])
+        ahead += any(
+            steps[i] > steps[j]
+            for i in range(len(steps))
+            for j in range(i, len(steps))
+            if last[i] < last[j]
+        )
     assert ahead

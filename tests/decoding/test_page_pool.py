@@ -12,7 +12,9 @@ from tests.bad_input import refused
 
 BLOCK, PAGE, COUNT = 2, 4, 7
 # Few different tokens and lengths, so that prefixes are often shared, in part or whole.
-SEQUENCES = st.lists(st.integers(0, 1), min_size=BLOCK, max_size=3 * PAGE).map(lambda x: x[: len(x) // BLOCK * BLOCK])
+SEQUENCES = st.lists(st.integers(0, 1), min_size=BLOCK, max_size=3 * PAGE).map(
+    lambda x: x[: len(x) // BLOCK * BLOCK]
+)
 
 
 class Traffic(RuleBasedStateMachine):
@@ -124,7 +126,9 @@ def test_a_sequence_finds_itself_again(tokens):
     assert len(prefix.pages) == np.floor(len(tokens) / 4)
 
 
-@pytest.mark.parametrize("count, page, words", [(4, 6, ("page_size is 6", "4")), (0, 8, ("pages is 0", "at least 1"))])
+@pytest.mark.parametrize(
+    "count, page, words", [(4, 6, ("page_size is 6", "4")), (0, 8, ("pages is 0", "at least 1"))]
+)
 def test_bad_sizes(count, page, words):
     with refused(ConfigError, *words):
         PagePool(count, page, 4)

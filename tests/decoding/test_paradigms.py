@@ -41,7 +41,11 @@ def sees(paradigm: Paradigm, size: int, prompt: int, start: int, i: int, j: int)
 
 def decode(model: Model, prompt: list[int], config: DecodingConfig, new: int):
     """Greedy (tokens, logprobs, steps, reason, denoising forwards) of one prompt; the whole sequence is read anew."""
-    paradigm, size, mask_id = model.config.paradigm, model.config.block_size, model.config.mask_token_id
+    paradigm, size, mask_id = (
+        model.config.paradigm,
+        model.config.block_size,
+        model.config.mask_token_id,
+    )
     origin = len(prompt) if paradigm.origin == "response" else 0
     limit = len(prompt) + new
     end = origin + math.ceil((limit - origin) / size) * size
@@ -54,7 +58,9 @@ def decode(model: Model, prompt: list[int], config: DecodingConfig, new: int):
             read = end if paradigm.block_size is None else start + size
             visible = [[i < read and j < read and sees(paradigm, size, len(prompt), start, i, j) for j in range(LENGTH)]
                        for i in range(LENGTH)]  # fmt: skip
-            logits = np.array(network_logits(model, np.array(sequence), np.arange(LENGTH), np.array(visible)))
+            logits = np.array(
+                network_logits(model, np.array(sequence), np.arange(LENGTH), np.array(visible))
+            )
             logits[:, mask_id] = -np.inf
             first = start - paradigm.shifted
             # Position 0 of an unfinished block is never asked of a shifted model: the prompt holds it.
@@ -85,7 +91,11 @@ def own(model: ModelConfig) -> DecodingConfig:
 
 def assert_equal(completion, wanted) -> None:
     tokens, logprobs, steps, reason, denoising = wanted
-    assert (completion.tokens, completion.steps, completion.finish_reason) == (tokens, steps, reason)
+    assert (completion.tokens, completion.steps, completion.finish_reason) == (
+        tokens,
+        steps,
+        reason,
+    )
     np.testing.assert_allclose(completion.logprobs, logprobs, rtol=1e-9)
     assert completion.denoising_forwards == denoising
 
@@ -101,19 +111,25 @@ CASES = [
 def test_decoding_equals_the_plain_loop(name, slots, x64):
     model = model_with(**VALUES[name])
     config, given = own(model.config), prompts(len(name))
-    got = generate(model, given, config, max_new_tokens=11, stop_token_ids=STOPS, window_slots=slots)
+    got = generate(
+        model, given, config, max_new_tokens=11, stop_token_ids=STOPS, window_slots=slots
+    )
     for prompt, completion in zip(given, got, strict=True):
         assert_equal(completion, decode(model, prompt, config, 11))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in VALUES if "no blocks" not in name])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW) for name in VALUES if "no blocks" not in name]
+)
 def test_an_engine_equals_the_plain_loop(name, x64):
     """Requests that come one after another, prompts that share beginnings, and pages that run out."""
     model = model_with(**VALUES[name])
     config, given = own(model.config), prompts(7, (9, 2, 14, 6))
     given += [given[2][:13], given[2], given[0] + [1, 2]]
     engine = Engine(model, batch_slots=3, pages=8, page_size=8, prefill_tokens=16)
-    ids = [engine.submit(prompt, config, max_new_tokens=11, stop_token_ids=STOPS) for prompt in given]
+    ids = [
+        engine.submit(prompt, config, max_new_tokens=11, stop_token_ids=STOPS) for prompt in given
+    ]
     for prompt, request in zip(given, ids, strict=True):
         assert_equal(engine.result(request), decode(model, prompt, config, 11))
 
@@ -124,7 +140,10 @@ def test_an_engine_equals_the_plain_loop(name, x64):
         ("shifted with a causal clean copy", 2),
         pytest.param("shifted with a causal clean copy", 1, marks=pytest.mark.slow),
         *(pytest.param(name, 2, marks=SLOW) for name in ("shifted", "causal clean copy")),
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("shifted", "causal clean copy")),
+        *(
+            pytest.param(name, 1, marks=pytest.mark.slow)
+            for name in ("shifted", "causal clean copy")
+        ),
     ],
 )
 def test_prefill_gives_the_cache_that_decoding_gave(name, slots, x64):
@@ -134,7 +153,9 @@ def test_prefill_gives_the_cache_that_decoding_gave(name, slots, x64):
     whole = np.asarray(decoded.batch.output.tokens[0, : len(prompt) + 17])
     prefilled = finished(model, whole, 4, slots)
     final = (len(prompt) + 17 - 4) // 4 * 4
-    for ours, theirs in zip(jax.tree.leaves(decoded.cache), jax.tree.leaves(prefilled.cache), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(decoded.cache), jax.tree.leaves(prefilled.cache), strict=True
+    ):
         np.testing.assert_allclose(ours[0, :, :final], theirs[0, :, :final], rtol=1e-9, atol=1e-11)
 
 
@@ -174,5 +195,9 @@ def test_the_paradigm_is_saved_and_read_back():
 def test_a_prompt_that_sees_all_of_itself_is_read_in_one_piece():
     model = model_with(jnp.float32, **VALUES["bidirectional prompt"])
     with refused(DecodingError, "the prompt has 20 tokens", "prefill_tokens of at least that"):
-        Engine(model, batch_slots=1, pages=8, page_size=8, prefill_tokens=16).submit([1] * 20, max_new_tokens=4)
-    Engine(model, batch_slots=1, pages=8, page_size=8, prefill_tokens=20).submit([1] * 20, max_new_tokens=4)
+        Engine(model, batch_slots=1, pages=8, page_size=8, prefill_tokens=16).submit(
+            [1] * 20, max_new_tokens=4
+        )
+    Engine(model, batch_slots=1, pages=8, page_size=8, prefill_tokens=20).submit(
+        [1] * 20, max_new_tokens=4
+    )

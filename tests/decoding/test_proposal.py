@@ -34,18 +34,24 @@ def params_of(configs: list[DecodingConfig], size: int, seed: int) -> SamplingPa
     return jax.tree.map(lambda *each: np.stack(each), *rows)
 
 
-def proposed(logits, config: DecodingConfig | list[DecodingConfig], seed=0, step=0, positions=None, seen=None):
+def proposed(
+    logits, config: DecodingConfig | list[DecodingConfig], seed=0, step=0, positions=None, seen=None
+):
     """Of logits [rows, size, V], as lists of positions; results [rows, size]."""
     rows, size = logits.shape[:2]
     configs = config if isinstance(config, list) else [config] * rows
-    positions = np.tile(np.arange(size, dtype=np.int32), (rows, 1)) if positions is None else positions
+    positions = (
+        np.tile(np.arange(size, dtype=np.int32), (rows, 1)) if positions is None else positions
+    )
     arguments = (
         logits.reshape(-1, VOCAB),
         params_of(configs, size, seed),
         positions.reshape(-1),
         np.full(rows * size, step, np.int32),
     )
-    out = _propose(*arguments) if seen is None else _propose_seen(seen.reshape(-1, VOCAB), *arguments)
+    out = (
+        _propose(*arguments) if seen is None else _propose_seen(seen.reshape(-1, VOCAB), *arguments)
+    )
     return jax.tree.map(lambda x: x.reshape(rows, size), out)
 
 
@@ -121,7 +127,9 @@ def test_top_k_of_equal_tokens_keeps_them_all():
     np.testing.assert_array_equal(kept, [[True, True, True, False]])
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 4, 0.9), (2.0, 3, 1.0)])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 4, 0.9), (2.0, 3, 1.0)]
+)
 def test_samples_follow_the_distribution(temperature, top_k, top_p):
     """20,000 rows of one distribution, each with its own seed."""
     logits = random_logits(7, 1, 1)
@@ -166,7 +174,10 @@ def test_scores_and_entropy(temperature, x64):
     entropy = -(probs * np.log(np.where(probs > 0, probs, 1))).sum(-1)
     top = np.sort(probs, axis=-1)
     margin = proposed(logits, DecodingConfig(temperature=temperature, score="margin"))
-    certain = proposed(logits, DecodingConfig(temperature=temperature, score="neg_entropy", confidence_threshold=0.5))
+    certain = proposed(
+        logits,
+        DecodingConfig(temperature=temperature, score="neg_entropy", confidence_threshold=0.5),
+    )
     np.testing.assert_allclose(margin.score, top[..., -1] - top[..., -2], rtol=1e-9)
     np.testing.assert_allclose(margin.entropy, entropy, rtol=1e-9)
     np.testing.assert_allclose(certain.score, -entropy, rtol=1e-9)
@@ -195,7 +206,10 @@ def test_extreme_temperatures_stay_finite(temperature):
     if temperature < 1:
         np.testing.assert_array_equal(out.token, banned(logits).argmax(-1))
     else:
-        assert scipy.stats.chisquare(np.bincount(np.asarray(out.token).ravel(), minlength=8)).pvalue > 1e-3
+        assert (
+            scipy.stats.chisquare(np.bincount(np.asarray(out.token).ravel(), minlength=8)).pvalue
+            > 1e-3
+        )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -213,7 +227,9 @@ def test_repetition_penalty(x64):
     seen = np.random.default_rng(1).random(logits.shape) < 0.5
     config = DecodingConfig(repetition_penalty=1.7)
     out = proposed(logits, config, seen=seen)
-    probs = softmax(banned(np.where(seen, np.where(logits < 0, logits * 1.7, logits / 1.7), logits)))
+    probs = softmax(
+        banned(np.where(seen, np.where(logits < 0, logits * 1.7, logits / 1.7), logits))
+    )
     np.testing.assert_array_equal(out.token, probs.argmax(-1))
     np.testing.assert_allclose(out.score, probs.max(-1), rtol=1e-6)
     raw = np.take_along_axis(softmax(banned(logits)), probs.argmax(-1)[..., None], -1)[..., 0]
@@ -232,10 +248,15 @@ def test_rows_of_different_configs_do_not_touch(x64):
         DecodingConfig(strategy="entropy_bounded"),
         DecodingConfig(repetition_penalty=2.0),
     ]
-    logits, seen = random_logits(3, rows=len(kinds)), np.random.default_rng(2).random((len(kinds), SIZE, VOCAB)) < 0.5
+    logits, seen = (
+        random_logits(3, rows=len(kinds)),
+        np.random.default_rng(2).random((len(kinds), SIZE, VOCAB)) < 0.5,
+    )
     mixed = proposed(logits, kinds, seen=seen)
     for row, kind in enumerate(kinds):
         alone = proposed(logits, kind, seen=seen)
         np.testing.assert_array_equal(mixed.token[row], alone.token[row])
         for name in ("score", "logprob"):
-            np.testing.assert_allclose(getattr(mixed, name)[row], getattr(alone, name)[row], rtol=1e-12)
+            np.testing.assert_allclose(
+                getattr(mixed, name)[row], getattr(alone, name)[row], rtol=1e-12
+            )

@@ -16,7 +16,9 @@ from sdar_jax.paradigm import Paradigm
 BLOCK, PAGE, LENGTH = 2, 4, 24
 SHAPE = SequenceShape(length=LENGTH, stops=1, pages=LENGTH // PAGE, block_size=BLOCK, slots=2)
 RULE = STRATEGIES["sequential"].rule
-CONFIG = BufferConfig(BLOCK, Paradigm(block_size=BLOCK), (RULE,), prefill_tokens=8, sequences_at_once=2)
+CONFIG = BufferConfig(
+    BLOCK, Paradigm(block_size=BLOCK), (RULE,), prefill_tokens=8, sequences_at_once=2
+)
 
 
 def scheduler(pages: int, slots: int = 3) -> Scheduler:
@@ -69,7 +71,11 @@ def test_the_device_is_told_what_pages_a_request_has():
     request = add(served, [1] * 8)
     (admission,) = served.admit()
     inputs = admission.sequence.inputs
-    assert inputs.page_table[:3].tolist() == request.pages and inputs.pages_end == 12 and inputs.admitted == 1
+    assert (
+        inputs.page_table[:3].tolist() == request.pages
+        and inputs.pages_end == 12
+        and inputs.admitted == 1
+    )
     tables, ends = served.page_tables()
     assert tables[0, :3].tolist() == request.pages and ends.tolist() == [12, 0, 0]
 
@@ -79,10 +85,14 @@ def test_a_recorded_prefix_is_shared_and_a_page_in_part_copied():
     first = add(served, [1, 2, 3, 4, 5, 6, 7])
     served.admit()
     # Nothing is shared before logits came from it.
-    seen = view(served, cached=[6, 0, 0], start=[6, 0, 0], open=[1, 0, 0], denoising_forwards=[0, 0, 0])
+    seen = view(
+        served, cached=[6, 0, 0], start=[6, 0, 0], open=[1, 0, 0], denoising_forwards=[0, 0, 0]
+    )
     served.record_prompt(first, seen)
     assert not first.prompt_recorded
-    seen = view(served, cached=[6, 0, 0], start=[6, 0, 0], open=[1, 0, 0], denoising_forwards=[1, 0, 0])
+    seen = view(
+        served, cached=[6, 0, 0], start=[6, 0, 0], open=[1, 0, 0], denoising_forwards=[1, 0, 0]
+    )
     served.record_prompt(first, seen)
     assert first.prompt_recorded
     second = add(served, [1, 2, 3, 4, 5, 6, 9, 9, 9])
@@ -111,10 +121,14 @@ def test_the_last_request_gives_up_its_pages():
     assert taken is not None
     growth = served.grow(view(served, out_of_pages=[True, False, False]))
     assert growth.preempted == [1] and growth.allocated
-    assert (len(first.pages), last.slot, last.pages) == (3, None, []) and list(served.waiting) == [last]
+    assert (len(first.pages), last.slot, last.pages) == (3, None, []) and list(served.waiting) == [
+        last
+    ]
     # Alone, it can only give up its own.
     growth = served.grow(view(served, out_of_pages=[True, False, False]))
-    assert growth.preempted == [0] and not growth.allocated and list(served.waiting) == [first, last]
+    assert (
+        growth.preempted == [0] and not growth.allocated and list(served.waiting) == [first, last]
+    )
     assert served.pool.available == 3
 
 
@@ -133,5 +147,9 @@ def test_a_reset_restores_the_order():
     requests = [add(served, [number] * 3) for number in range(4)]
     served.admit()
     served.reset(reversed(requests))
-    assert list(served.waiting) == requests and served.slots == [None, None] and served.pool.available == 12
+    assert (
+        list(served.waiting) == requests
+        and served.slots == [None, None]
+        and served.pool.available == 12
+    )
     assert all(request.slot is None and not request.pages for request in requests)

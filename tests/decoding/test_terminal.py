@@ -71,7 +71,9 @@ def changes(tokens: list[int], order: list[int], size: int = 4) -> list[Event]:
 
 def blocks(tokens: list[int], size: int = 4) -> list[Event]:
     parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
-    return [Event(i * size, list(part), [0.0] * len(part), len(part), i) for i, part in enumerate(parts)]
+    return [
+        Event(i * size, list(part), [0.0] * len(part), len(part), i) for i, part in enumerate(parts)
+    ]
 
 
 texts = st.text(st.sampled_from("ab \né\U0001f600"), max_size=60)
@@ -90,7 +92,9 @@ def test_blocks_of_text_add_up_and_no_character_is_cut(text):
 
 
 def test_text_that_later_tokens_change_is_written_again():
-    view = BlockText(lambda ids: "a b" if len(ids) == 2 else "a , b".replace(" ,", ","), out := io.StringIO())
+    view = BlockText(
+        lambda ids: "a b" if len(ids) == 2 else "a , b".replace(" ,", ","), out := io.StringIO()
+    )
     for event in blocks([1, 2, 3], size=2):
         view.show(event)
     view.end("a, b")
@@ -131,9 +135,23 @@ def test_a_screen_in_the_middle(monkeypatch):
 def test_colours_go_from_red_to_green():
     screen = Screen(80, 24)
     view = LiveText(decode, screen, colour=True)
-    view.show(Event(0, [*TOKENIZER.encode("abc"), None], [math.log(p) for p in (0.01, 0.5, 0.999)] + [None], 0, 0))
-    assert "\x1b[38;5;196ma\x1b[0m" in screen.getvalue() and "\x1b[38;5;46mc\x1b[0m" in screen.getvalue()
-    assert "\x1b[38;5;226mb\x1b[0m" in screen.getvalue() and f"\x1b[2m{MASKED}\x1b[0m" in screen.getvalue()
+    view.show(
+        Event(
+            0,
+            [*TOKENIZER.encode("abc"), None],
+            [math.log(p) for p in (0.01, 0.5, 0.999)] + [None],
+            0,
+            0,
+        )
+    )
+    assert (
+        "\x1b[38;5;196ma\x1b[0m" in screen.getvalue()
+        and "\x1b[38;5;46mc\x1b[0m" in screen.getvalue()
+    )
+    assert (
+        "\x1b[38;5;226mb\x1b[0m" in screen.getvalue()
+        and f"\x1b[2m{MASKED}\x1b[0m" in screen.getvalue()
+    )
 
 
 @pytest.mark.parametrize("variable, coded", [("NO_COLOR", True), ("TERM", False)])
@@ -158,7 +176,10 @@ def test_lines_say_what_a_forward_left_open():
     assert (last, one, two) == ("4\te\t0.50", "ab", "de") and "\x1b" not in out.getvalue()
 
 
-@given(st.lists(st.text(st.sampled_from("aé\U0001f600漢e\u0301"), max_size=9), max_size=9), st.integers(2, 9))
+@given(
+    st.lists(st.text(st.sampled_from("aé\U0001f600漢e\u0301"), max_size=9), max_size=9),
+    st.integers(2, 9),
+)
 def test_rows_are_as_wide_as_the_screen(pieces, columns):
     """Twice as wide for ideographs and emoji, and nothing for what goes on top of another."""
     rows = wrap([(piece, "") for piece in pieces], columns)

@@ -26,14 +26,22 @@ class Pieces:
 
 def sentencepiece() -> Tokenizer:
     """As Llama's: words with their space, which the first of a text loses, and bytes for what is no word."""
-    vocabulary = {piece: i for i, piece in enumerate(["▁a", "▁ab", "b", "<0xC3>", "<0xA9>", "▁", "c"])}
+    vocabulary = {
+        piece: i for i, piece in enumerate(["▁a", "▁ab", "b", "<0xC3>", "<0xA9>", "▁", "c"])
+    }
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="c", byte_fallback=True))
     strip = decoders.Strip(content=" ", left=1)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
     return tokenizer
 
 
-TOKENIZERS = {"bytes": (BYTES, range(256)), "pieces": (Pieces(), range(8)), "words": (sentencepiece(), range(7))}
+TOKENIZERS = {
+    "bytes": (BYTES, range(256)),
+    "pieces": (Pieces(), range(8)),
+    "words": (sentencepiece(), range(7)),
+}
 
 
 def first_stop(tokens, strings, decode):
@@ -57,7 +65,12 @@ def outputs(draw):
         tokens = draw(st.lists(st.sampled_from(known), max_size=40))
         strings = st.text(st.sampled_from("ab cé"), min_size=1, max_size=4)
     ends = sorted(draw(st.lists(st.integers(0, len(tokens)), max_size=12)))
-    return tokenizer.decode, tokens, [*ends, len(tokens)], tuple(draw(st.lists(strings, min_size=1, max_size=3)))
+    return (
+        tokenizer.decode,
+        tokens,
+        [*ends, len(tokens)],
+        tuple(draw(st.lists(strings, min_size=1, max_size=3))),
+    )
 
 
 @given(outputs())
@@ -66,7 +79,9 @@ def test_stop_strings_are_found_as_by_definition(case):
     found, wanted = find_stop(tokens, strings, decode), first_stop(tokens, strings, decode)
     assert (found and found[:2]) == wanted
     assert (
-        found is None or found.string in strings and decode(tokens[: found.count]).startswith(found.text + found.string)
+        found is None
+        or found.string in strings
+        and decode(tokens[: found.count]).startswith(found.text + found.string)
     )
 
 
@@ -83,8 +98,12 @@ def test_read_in_parts_as_decoded_at_once(case):
         if stop is not None:
             assert reader.shown == tokens_within(tokens[:whole], len(stop[1]), decode)
             return
-        begun = max((n for s in strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-        assert reader.shown == (tokens_within(tokens[:whole], len(text) - begun, decode) if begun else whole)
+        begun = max(
+            (n for s in strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0
+        )
+        assert reader.shown == (
+            tokens_within(tokens[:whole], len(text) - begun, decode) if begun else whole
+        )
 
 
 @given(outputs())

@@ -30,8 +30,12 @@ LENGTH = LONGEST_PROMPT + LONGEST_OUTPUT
 SHAPES = {
     "two rows": dict(batch_slots=2, pages=6, page_size=8, window_slots=2, prefill_tokens=8),
     "no fusion": dict(batch_slots=3, pages=19, page_size=4, window_slots=1, prefill_tokens=256),
-    "blocks of 8": dict(block_size=8, batch_slots=5, pages=7, page_size=16, window_slots=3, prefill_tokens=24),
-    "blocks of 3": dict(block_size=3, batch_slots=4, pages=14, page_size=6, window_slots=4, prefill_tokens=6),
+    "blocks of 8": dict(
+        block_size=8, batch_slots=5, pages=7, page_size=16, window_slots=3, prefill_tokens=24
+    ),
+    "blocks of 3": dict(
+        block_size=3, batch_slots=4, pages=14, page_size=6, window_slots=4, prefill_tokens=6
+    ),
     "one row": dict(batch_slots=1, pages=5, page_size=12, window_slots=2, prefill_tokens=12),
     "autoregressive": dict(block_size=None, batch_slots=3, pages=9, page_size=8, prefill_tokens=8),
 }
@@ -39,7 +43,9 @@ SHAPES = {
 
 def model_of(shape: str, seed: int):
     if shape == "autoregressive":
-        return tiny_model(seed=seed, objective="autoregressive", block_size=None, mask_token_id=None)
+        return tiny_model(
+            seed=seed, objective="autoregressive", block_size=None, mask_token_id=None
+        )
     return tiny_model(seed=seed, block_size=SHAPES[shape].get("block_size", 4))
 
 
@@ -70,8 +76,12 @@ def serve(shape: str, seed: int, count: int, copies: mock.Mock) -> None:
     assert stats.evictions and stats.prefix_tokens and any(c.tokens for c in cancelled)
     assert stats.preemptions or SHAPES[shape]["batch_slots"] == 1
     assert copies.call_count or SHAPES[shape]["page_size"] == 4
-    print(f"\n{shape}, weights {seed}: {count} requests, {len(cancelled)} cancelled, {stats.preemptions} preemptions,")
-    print(f"{stats.evictions} evictions, {stats.prefix_tokens} shared positions, {copies.call_count} copied pages")
+    print(
+        f"\n{shape}, weights {seed}: {count} requests, {len(cancelled)} cancelled, {stats.preemptions} preemptions,"
+    )
+    print(
+        f"{stats.evictions} evictions, {stats.prefix_tokens} shared positions, {copies.call_count} copied pages"
+    )
 
 
 def check_oracle(model, request: Request, wanted) -> None:

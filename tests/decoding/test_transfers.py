@@ -27,7 +27,10 @@ def test_every_field_comes_back_as_it_was():
     )
     packed = jax.device_get(jax.jit(pack)(fields))
     # One array for the integers and flags, one for the floats.
-    assert {name: array.shape for name, array in packed.items()} == {"int32": (3, 2), "float32": (1, 2)}
+    assert {name: array.shape for name, array in packed.items()} == {
+        "int32": (3, 2),
+        "float32": (1, 2),
+    }
     back = unpack(packed, jax.tree.map(lambda field: field.dtype, fields))
     for name, before, after in zip(Fields._fields, fields, back, strict=True):
         assert before.dtype == after.dtype, name
@@ -36,5 +39,7 @@ def test_every_field_comes_back_as_it_was():
 
 def test_wide_floats_are_not_narrowed(x64):
     fields = Fields(*[np.array([1 / 3])] * 4)
-    back = unpack(jax.device_get(pack(jax.tree.map(jnp.asarray, fields))), Fields(*[np.dtype(np.float64)] * 4))
+    back = unpack(
+        jax.device_get(pack(jax.tree.map(jnp.asarray, fields))), Fields(*[np.dtype(np.float64)] * 4)
+    )
     assert all(field == 1 / 3 and field.dtype == np.float64 for field in back)

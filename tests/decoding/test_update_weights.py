@@ -43,7 +43,10 @@ def test_results_are_those_of_an_engine_of_the_new_model(x64):
         assert not compiled
     # To the last bit, and nothing that the old weights had cached was read.
     assert after == fresh and tokens(after) != tokens(before)
-    assert after[0].prefill_forwards == 3 and engine.stats().prefix_tokens - prefix == other.stats().prefix_tokens
+    assert (
+        after[0].prefill_forwards == 3
+        and engine.stats().prefix_tokens - prefix == other.stats().prefix_tokens
+    )
     engine.update_weights(stack_layers(jax.tree.map(jnp.copy, old)))
     assert decode(engine) == before
     assert engine.stats().restarts == 0
@@ -61,7 +64,11 @@ def test_what_has_not_ended_keeps_its_model():
 def test_a_model_of_other_shapes_is_refused_by_name():
     engine = Engine(tiny_model(jnp.float32), **SIZES)
     wrong = tiny_model(jnp.float32, intermediate_size=32)
-    with refused(DecodingError, "weight layers.0.down is float32 [32, 16]", "the engine's is float32 [24, 16]"):
+    with refused(
+        DecodingError,
+        "weight layers.0.down is float32 [32, 16]",
+        "the engine's is float32 [24, 16]",
+    ):
         engine.update_weights(wrong)
     with refused(DecodingError, "weight embedding is bfloat16", "float32"):
         engine.update_weights(tiny_model(jnp.bfloat16))

@@ -13,7 +13,13 @@ from tests.tiny import MASK
 # One length for all, so that few programs are compiled.
 LONGEST_PROMPT, LONGEST_OUTPUT = 27, 20
 
-STRATEGIES = ("sequential", "low_confidence_static", "low_confidence_dynamic", "entropy_bounded", "factor")
+STRATEGIES = (
+    "sequential",
+    "low_confidence_static",
+    "low_confidence_dynamic",
+    "entropy_bounded",
+    "factor",
+)
 
 
 class Request(NamedTuple):
@@ -65,7 +71,9 @@ def random_request(random: np.random.Generator, model: Model, stems: np.ndarray)
 
 def alone(model: Model, request: Request) -> Completion:
     """What `generate` gives in a batch of one, block after block, each written by a forward of its own."""
-    options = dict(max_new_tokens=request.new, stop_token_ids=request.stops, seed=request.seed, window_slots=1)
+    options = dict(
+        max_new_tokens=request.new, stop_token_ids=request.stops, seed=request.seed, window_slots=1
+    )
     return generate(model, [request.prompt], request.config, **options)[0]
 
 

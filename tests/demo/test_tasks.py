@@ -13,7 +13,9 @@ from transformers import AutoTokenizer
 
 from sdar_jax.errors import ConfigError, DataError
 
-pytest.importorskip("reasoning_gym", reason="the demo's tasks need reasoning-gym (pip install 'sdar-jax[demo]')")
+pytest.importorskip(
+    "reasoning_gym", reason="the demo's tasks need reasoning-gym (pip install 'sdar-jax[demo]')"
+)
 
 from demo.tasks import TASKS, build, score
 from demo.tokenizer import CHARACTERS, VOCAB_SIZE, make_tokenizer
@@ -94,7 +96,9 @@ def test_the_verifier_accepts_the_answer_and_no_other(task):
 
 
 @every_task
-@pytest.mark.parametrize("answer", ["", " ", "=", "()", "[", "é", "²", "0" * 500, "None", "\n\n", "1 2 3", "ABCDE"])
+@pytest.mark.parametrize(
+    "answer", ["", " ", "=", "()", "[", "é", "²", "0" * 500, "None", "\n\n", "1 2 3", "ABCDE"]
+)
 def test_a_malformed_answer_is_wrong_and_raises_nothing(task, answer):
     assert task.score(answer, some(task, 1)[0]) < 1.0
 
@@ -152,11 +156,14 @@ def test_build_writes_the_numbers_asked_for_and_holds_prompts_out(tmp_path):
 def test_build_repeats_itself_and_keeps_its_held_out_problems(tmp_path):
     names = ["spiral_matrix", "number_sorting"]
     first, again, longer, other = (
-        build(names, n, 20, seed, tmp_path / str(k)) for k, (n, seed) in enumerate([(40, 5), (40, 5), (90, 5), (40, 6)])
+        build(names, n, 20, seed, tmp_path / str(k))
+        for k, (n, seed) in enumerate([(40, 5), (40, 5), (90, 5), (40, 6)])
     )
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
     assert first[1].read_bytes() == longer[1].read_bytes()
-    held_out, others = ({record["prompt"] for record in records_of(paths[1])} for paths in (first, other))
+    held_out, others = (
+        {record["prompt"] for record in records_of(paths[1])} for paths in (first, other)
+    )
     assert not held_out & others
 
 
@@ -177,7 +184,9 @@ def test_an_unknown_task_is_refused(tmp_path):
 @pytest.fixture
 def fifteen_prompts(monkeypatch):
     """binary_matrix made so small that its items repeat themselves."""
-    monkeypatch.setitem(TASKS, "binary_matrix", replace(TASKS["binary_matrix"], options={"min_n": 2, "max_n": 2}))
+    monkeypatch.setitem(
+        TASKS, "binary_matrix", replace(TASKS["binary_matrix"], options={"min_n": 2, "max_n": 2})
+    )
 
 
 @pytest.mark.usefixtures("fifteen_prompts")
@@ -189,7 +198,9 @@ def test_a_repeated_prompt_is_left_out(tmp_path):
 
 @pytest.mark.usefixtures("fifteen_prompts")
 def test_a_task_with_too_few_prompts_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(DataError, match=r"binary_matrix gave only \d+ distinct prompts of 50 wanted"):
+    with pytest.raises(
+        DataError, match=r"binary_matrix gave only \d+ distinct prompts of 50 wanted"
+    ):
         build(["binary_matrix"], 40, 10, 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -206,7 +217,11 @@ def test_the_tokenizer_is_a_hugging_face_directory_with_spare_rows(tmp_path):
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert sorted(loaded.get_vocab().values()) == list(range(len(loaded)))
     assert len(loaded) < VOCAB_SIZE
-    assert (loaded.eos_token, loaded.pad_token, loaded.bos_token) == ("<|im_end|>", "<|endoftext|>", None)
+    assert (loaded.eos_token, loaded.pad_token, loaded.bos_token) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+        None,
+    )
     assert loaded.encode("é") == [loaded.unk_token_id]
 
 
@@ -215,7 +230,9 @@ def test_the_chat_template_is_chatml(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     text = "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == text
+    assert (
+        tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == text
+    )
     assert tokenizer.apply_chat_template(turns, tokenize=False) == text + "2<|im_end|>\n"
     assert tokenizer.tokenize(text) == [
         *("<|im_start|>", "user", "\n", "1", "+", "1", "=", "<|im_end|>", "\n"),

@@ -20,7 +20,9 @@ BATCH = 128
 _logits = partial(jax.jit, static_argnames="block_size")(logits)
 
 
-def nll_in_place(model, sequences: list[list[int]], targets: list[list[int]], block_size) -> np.ndarray:
+def nll_in_place(
+    model, sequences: list[list[int]], targets: list[list[int]], block_size
+) -> np.ndarray:
     """-log p(target) at each position of each sequence, in one call of fixed shape: [sequences, LENGTH]."""
     tokens, wanted, segment_ids = (np.zeros((BATCH, LENGTH), np.int32) for _ in range(3))
     for row, (sequence, target) in enumerate(zip(sequences, targets, strict=True)):
@@ -31,7 +33,13 @@ def nll_in_place(model, sequences: list[list[int]], targets: list[list[int]], bl
     return -np.take_along_axis(log_probs, wanted[..., None], axis=-1)[: len(sequences), :, 0]
 
 
-def exact(model, document: list[int], block_size: int, counted: list[bool] | None = None, bidirectional=False) -> float:
+def exact(
+    model,
+    document: list[int],
+    block_size: int,
+    counted: list[bool] | None = None,
+    bidirectional=False,
+) -> float:
     """The sum over blocks and k = 1..n, n their counted tokens, of 1 / (k C(n, k)) times the CE of masks of size k."""
     counted = [True] * len(document) if counted is None else counted
     sequences, targets, choices = [], [], []
@@ -40,12 +48,16 @@ def exact(model, document: list[int], block_size: int, counted: list[bool] | Non
         open_ = [i for i in range(start, end) if counted[i]]
         for k in range(1, len(open_) + 1):
             for chosen in itertools.combinations(open_, k):
-                sequence = [MASK if i in chosen else token for i, token in enumerate(document[:end])]
+                sequence = [
+                    MASK if i in chosen else token for i, token in enumerate(document[:end])
+                ]
                 sequences.append(sequence)
                 targets.append(document[:end])
                 choices.append((chosen, 1 / (k * math.comb(len(open_), k))))
     nll = nll_in_place(model, sequences, targets, None if bidirectional else block_size)
-    return sum(weight * nll[row, list(chosen)].sum() for row, (chosen, weight) in enumerate(choices))
+    return sum(
+        weight * nll[row, list(chosen)].sum() for row, (chosen, weight) in enumerate(choices)
+    )
 
 
 def random_tokens(rows: int, seed: int) -> np.ndarray:
@@ -72,7 +84,8 @@ DOCUMENTS = [(0, 0, 5), (0, 6, 8), (1, 0, 8)]
 def exact_batch(model, tokens, block_size, counted) -> float:
     """Nats per counted token of the packed batch."""
     total = sum(
-        exact(model, tokens[row, a:b].tolist(), block_size, counted[row, a:b].tolist()) for row, a, b in DOCUMENTS
+        exact(model, tokens[row, a:b].tolist(), block_size, counted[row, a:b].tolist())
+        for row, a, b in DOCUMENTS
     )
     return total / counted.sum()
 
@@ -88,7 +101,13 @@ def test_estimates_the_exact_bound(block_size, response_only, x64):
     wanted = exact_batch(tiny_model(), tokens, block_size, counted)
     mask = counted if response_only else None
     mean, error = nelbo(
-        tiny_model(), tokens, block_size=block_size, segment_ids=SEGMENTS, loss_mask=mask, samples=400, seed=5
+        tiny_model(),
+        tokens,
+        block_size=block_size,
+        segment_ids=SEGMENTS,
+        loss_mask=mask,
+        samples=400,
+        seed=5,
     )
     assert 0 < error < 0.03 * wanted
     assert abs(mean - wanted) < 4 * error
@@ -118,7 +137,9 @@ def test_no_block_size_bounds_masked_diffusion(x64):
 
 def test_seeds_decide():
     model, tokens = tiny_model(jnp.float32), random_tokens(2, 4)
-    first, again, other = (nelbo(model, tokens, block_size=4, samples=2, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        nelbo(model, tokens, block_size=4, samples=2, seed=seed) for seed in (1, 1, 2)
+    )
     assert first == again != other
 
 
@@ -128,8 +149,12 @@ def test_autoregressive_nll(x64):
     model = tiny_model(objective="autoregressive", mask_token_id=None, block_size=None)
     scores = np.asarray(_logits(model, tokens, block_size=1, segment_ids=SEGMENTS))
     log_probs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    nll = [-log_probs[row, i - 1, tokens[row, i]] for row, a, b in DOCUMENTS for i in range(a + 1, b)]
-    np.testing.assert_allclose(autoregressive_nll(model, tokens, segment_ids=SEGMENTS), np.mean(nll), rtol=1e-12)
+    nll = [
+        -log_probs[row, i - 1, tokens[row, i]] for row, a, b in DOCUMENTS for i in range(a + 1, b)
+    ]
+    np.testing.assert_allclose(
+        autoregressive_nll(model, tokens, segment_ids=SEGMENTS), np.mean(nll), rtol=1e-12
+    )
     second = np.zeros((2, LENGTH), bool)
     second[1, 4] = True
     only = autoregressive_nll(model, tokens, segment_ids=SEGMENTS, loss_mask=second)
@@ -148,8 +173,18 @@ BAD = [
     (ConfigError, {"samples": 1}, "samples is 1", "at least 2"),
     (ConfigError, {"samples": 2.5}, "samples is 2.5", "at least 2"),
     (ConfigError, {"block_size": 0}, "block_size is 0", "positive integer"),
-    (ConfigError, {"loss_mask": np.zeros((1, LENGTH), bool)}, "no token is counted", "give at least one"),
-    (ConfigError, {"segment_ids": np.zeros((1, LENGTH), int)}, "no token is counted", "give at least one"),
+    (
+        ConfigError,
+        {"loss_mask": np.zeros((1, LENGTH), bool)},
+        "no token is counted",
+        "give at least one",
+    ),
+    (
+        ConfigError,
+        {"segment_ids": np.zeros((1, LENGTH), int)},
+        "no token is counted",
+        "give at least one",
+    ),
     (DataError, {"tokens": np.full((1, LENGTH), 50)}, "id 50", "0 to 22"),
     (DataError, {"tokens": np.full((1, LENGTH), -1)}, "id -1", "0 to 22"),
     (DataError, {"tokens": np.ones(LENGTH, int)}, "tokens (8,)", "[rows, length]"),

@@ -27,7 +27,13 @@ EXPERTS = 8
 # data, fsdp, expert, context, tensor, and experts for a token: pairs are sent where those are fewer than the devices
 # that share the experts, else tokens are gathered.
 QUICK = [((1, 1, 8, 1, 1), 2), ((1, 2, 2, 1, 2), 3)]
-ALL = [*QUICK, ((1, 1, 8, 1, 1), 8), ((2, 1, 4, 1, 1), 3), ((1, 1, 4, 2, 1), 1), ((1, 4, 1, 1, 2), 2)]
+ALL = [
+    *QUICK,
+    ((1, 1, 8, 1, 1), 8),
+    ((2, 1, 4, 1, 1), 3),
+    ((1, 1, 4, 2, 1), 1),
+    ((1, 4, 1, 1, 2), 2),
+]
 
 
 def mesh_of(sizes: tuple[int, ...]):
@@ -38,13 +44,22 @@ def routings(tokens: int, top_k: int):
     """Any; all to the experts of one device; and some devices without a token."""
     random = np.random.default_rng(top_k)
     spread = np.stack([random.permutation(EXPERTS)[:top_k] for _ in range(tokens)])
-    return {"spread": spread, "one": np.tile(np.arange(top_k), (tokens, 1)), "odd": (spread // 2 * 2 + 1) % EXPERTS}
+    return {
+        "spread": spread,
+        "one": np.tile(np.arange(top_k), (tokens, 1)),
+        "odd": (spread // 2 * 2 + 1) % EXPERTS,
+    }
 
 
 def check_experts(sizes: tuple[int, ...], top_k: int, rows: int = 8) -> None:
     random = np.random.default_rng(0)
     length, hidden, width = 6, 4, 6
-    shapes = (rows, length, hidden), (rows * length, top_k), (EXPERTS, hidden, 2, width), (EXPERTS, width, hidden)
+    shapes = (
+        (rows, length, hidden),
+        (rows * length, top_k),
+        (EXPERTS, hidden, 2, width),
+        (EXPERTS, width, hidden),
+    )
     arrays = [jnp.asarray(random.normal(size=shape)) for shape in shapes]
 
     def squares(function, experts, x, *rest):
@@ -53,13 +68,19 @@ def check_experts(sizes: tuple[int, ...], top_k: int, rows: int = 8) -> None:
     def one_device(x, *rest):
         return mlp(x.reshape(-1, hidden), *rest)
 
-    gradients = lambda function: jax.jit(jax.value_and_grad(partial(squares, function), argnums=(1, 2, 3, 4)))
+    gradients = lambda function: jax.jit(
+        jax.value_and_grad(partial(squares, function), argnums=(1, 2, 3, 4))
+    )
     plain, meshed = gradients(one_device), gradients(expert_mlp)
     for name, experts in routings(rows * length, top_k).items():
         expected = plain(jnp.asarray(experts), *arrays)
         with activate_mesh(mesh_of(sizes)):
             found = meshed(jnp.asarray(experts), *arrays)
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), on_host(found), on_host(expected))
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12),
+            on_host(found),
+            on_host(expected),
+        )
         print("experts", sizes, top_k, rows, name, flush=True)
 
 
@@ -84,7 +105,9 @@ def check_exchange() -> None:
 
 def check_loss(sizes: tuple[int, ...]) -> None:
     """With both of the router's losses, in stacked layers that are recomputed."""
-    model = stack_layers(tiny_moe.__wrapped__(num_experts=EXPERTS, num_experts_per_token=2, num_layers=2))
+    model = stack_layers(
+        tiny_moe.__wrapped__(num_experts=EXPERTS, num_experts_per_token=2, num_layers=2)
+    )
     config = ObjectiveConfig(router_balance=0.3, router_z=0.1)
     batch = packed_batch(noisy_index=True)
 
@@ -95,8 +118,13 @@ def check_loss(sizes: tuple[int, ...]) -> None:
     expected = on_host(jax.jit(run)(model, batch))
     mesh = mesh_of(sizes)
     with activate_mesh(mesh):
-        found = jax.jit(run)(jax.device_put(model, shardings(model, mesh)), jax.device_put(batch, batch_sharding(mesh)))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), on_host(found), expected)
+        found = jax.jit(run)(
+            jax.device_put(model, shardings(model, mesh)),
+            jax.device_put(batch, batch_sharding(mesh)),
+        )
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11), on_host(found), expected
+    )
     print("loss", sizes, flush=True)
 
 
@@ -107,7 +135,9 @@ def check_loading() -> None:
     mesh = mesh_of((1, 2, 2, 1, 1))
     model, plain = load_pretrained(FIXTURE, mesh=mesh), load_pretrained(FIXTURE)
     weights = model.layers[0].experts_gate_up
-    assert weights.sharding.is_equivalent_to(jax.NamedSharding(mesh, PartitionSpec("expert", "fsdp")), weights.ndim)
+    assert weights.sharding.is_equivalent_to(
+        jax.NamedSharding(mesh, PartitionSpec("expert", "fsdp")), weights.ndim
+    )
     jax.tree.map(np.testing.assert_array_equal, on_host(model), on_host(plain))
     assert {count for name, count in reads.items() if "experts" in name} == {2}
 

@@ -19,7 +19,9 @@ def drawn(seed: int, tokens: int, experts: int, top_k: int, dtype=jnp.float64):
     random = np.random.default_rng(seed)
     shapes = ((tokens, D), (tokens, top_k), (experts, D, 2, F), (experts, F, D))
     chosen = np.stack([random.permutation(experts)[:top_k] for _ in range(tokens)])
-    return chosen.astype(np.int32), *(jnp.asarray(random.normal(size=shape), dtype) for shape in shapes)
+    return chosen.astype(np.int32), *(
+        jnp.asarray(random.normal(size=shape), dtype) for shape in shapes
+    )
 
 
 def assert_same(ours, theirs, tolerance: float = 1e-11) -> None:
@@ -28,8 +30,12 @@ def assert_same(ours, theirs, tolerance: float = 1e-11) -> None:
 
 
 @pytest.mark.parametrize("skewed", [False, pytest.param(True, marks=pytest.mark.xla_defaults)])
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 3), (7, 4, 2), (13, 3, 3), (150, 5, 1), (300, 2, 1)])
-def test_values_and_gradients_equal_the_loops(tokens: int, experts: int, top_k: int, skewed: bool, x64: None) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(1, 8, 3), (7, 4, 2), (13, 3, 3), (150, 5, 1), (300, 2, 1)]
+)
+def test_values_and_gradients_equal_the_loops(
+    tokens: int, experts: int, top_k: int, skewed: bool, x64: None
+) -> None:
     """Few tokens and many, more than a tile for an expert; skewed: the same experts for all, none for the others."""
     chosen, *arrays = drawn(tokens, tokens, experts, top_k)
     chosen = np.tile(chosen[:1], (tokens, 1)) if skewed else chosen
@@ -46,7 +52,9 @@ def test_values_and_gradients_equal_the_loops(tokens: int, experts: int, top_k: 
 
 
 def _dense(x, experts, gates, gate_up, down):
-    scattered = jnp.zeros((len(x), len(gate_up))).at[jnp.arange(len(x))[:, None], experts].add(gates)
+    scattered = (
+        jnp.zeros((len(x), len(gate_up))).at[jnp.arange(len(x))[:, None], experts].add(gates)
+    )
     gate, up = (jnp.einsum("nd,edf->nef", x, gate_up[:, :, i]) for i in (0, 1))
     return jnp.einsum("nef,efd,ne->nd", gate / (1 + jnp.exp(-gate)) * up, down, scattered)
 
@@ -57,20 +65,28 @@ def test_others_experts_add_nothing(x64: None) -> None:
     kept = jnp.where((chosen >= 2) & (chosen < 4), gates, 0)
 
     def share(x, gate_up, down):
-        return (mlp(x, jnp.asarray(chosen) - 2, gates, gate_up[2:4], down[2:4], partly=True) ** 2).sum()
+        return (
+            mlp(x, jnp.asarray(chosen) - 2, gates, gate_up[2:4], down[2:4], partly=True) ** 2
+        ).sum()
 
     def whole(x, gate_up, down):
         return (oracle.expert_mlp(x, chosen, kept, gate_up, down) ** 2).sum()
 
-    ours, theirs = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(x, gate_up, down) for f in (share, whole))
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(x, gate_up, down) for f in (share, whole)
+    )
     assert_same(ours, theirs)
 
 
 def test_rows_after_the_last_group_are_zero(x64: None) -> None:
     x, weights = jnp.ones((40, 3)), jnp.ones((2, 3, 5))
-    value, gradient = jax.value_and_grad(lambda x: grouped_dot(x, weights, jnp.array([9, 4]), True).sum())(x)
+    value, gradient = jax.value_and_grad(
+        lambda x: grouped_dot(x, weights, jnp.array([9, 4]), True).sum()
+    )(x)
     assert value == 13 * 3 * 5
-    np.testing.assert_array_equal(gradient, np.where(np.arange(40)[:, None] < 13, 5.0, 0.0) * np.ones((40, 3)))
+    np.testing.assert_array_equal(
+        gradient, np.where(np.arange(40)[:, None] < 13, 5.0, 0.0) * np.ones((40, 3))
+    )
 
 
 def test_a_token_does_not_depend_on_its_neighbours(x64: None) -> None:
@@ -85,9 +101,13 @@ def test_bfloat16_is_near_and_stays() -> None:
     chosen, *arrays = drawn(2, 24, 4, 2, jnp.float32)
     x, *rest = (array.astype(jnp.bfloat16) for array in arrays)
     out = expert_mlp(x[None], jnp.asarray(chosen), *rest)
-    exact = oracle.expert_mlp(x.astype(jnp.float32), chosen, *(array.astype(jnp.float32) for array in rest))
+    exact = oracle.expert_mlp(
+        x.astype(jnp.float32), chosen, *(array.astype(jnp.float32) for array in rest)
+    )
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out[0].astype(jnp.float32), exact, atol=0.03 * float(jnp.abs(exact).max()))
+    np.testing.assert_allclose(
+        out[0].astype(jnp.float32), exact, atol=0.03 * float(jnp.abs(exact).max())
+    )
 
 
 @pytest.mark.parametrize("renormalise", [False, True])
@@ -98,7 +118,12 @@ def test_routing_is_softmax_then_top_k(renormalise: bool, x64: None) -> None:
     experts, gates = oracle.gates_of(x @ router, 3, renormalise)
     np.testing.assert_array_equal(routing.experts, experts)
     assert_same((routing.logits, routing.gates), (x @ router, gates), 1e-13)
-    half = route(jnp.asarray(x, jnp.bfloat16), jnp.asarray(router, jnp.bfloat16), top_k=3, renormalise=renormalise)
+    half = route(
+        jnp.asarray(x, jnp.bfloat16),
+        jnp.asarray(router, jnp.bfloat16),
+        top_k=3,
+        renormalise=renormalise,
+    )
     assert half.gates.dtype == jnp.bfloat16 and half.logits.dtype == jnp.float32
 
 
@@ -109,14 +134,18 @@ def test_statistics_leave_padding_out(x64: None) -> None:
     layers = []
     for own, real in zip(logits, counted, strict=True):
         experts, gates = oracle.gates_of(own, 2, True)
-        layers.append(router_sums(Routing(*map(jnp.asarray, (own, experts, gates))), jnp.asarray(real)))
+        layers.append(
+            router_sums(Routing(*map(jnp.asarray, (own, experts, gates))), jnp.asarray(real))
+        )
     sums = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
     kept = logits[counted]
     probabilities = np.exp(kept) / np.exp(kept).sum(-1, keepdims=True)
     experts, _ = oracle.gates_of(kept, 2, True)
     share = np.bincount(experts.ravel(), minlength=4) / len(kept)
     squares = np.log(np.exp(kept).sum(-1)) ** 2
-    assert_same((balance_loss(sums), z_loss(sums)), (4 * share @ probabilities.mean(0), squares.mean()))
+    assert_same(
+        (balance_loss(sums), z_loss(sums)), (4 * share @ probabilities.mean(0), squares.mean())
+    )
     busiest = max(slots.max() / slots.mean() for slots in np.asarray(sums.slots))
     assert max_load(sums) == pytest.approx(busiest) and sums.tokens.sum() == counted.sum()
     nothing = jax.tree.map(jnp.zeros_like, sums)

@@ -42,7 +42,9 @@ def loops(x, weights, d_out, sizes: list[int]) -> tuple[np.ndarray, np.ndarray, 
     return out, d_x, d_weights
 
 
-def check(sizes: list[int], x: jax.Array, weights: jax.Array, d_out: jax.Array, function, exact=None) -> None:
+def check(
+    sizes: list[int], x: jax.Array, weights: jax.Array, d_out: jax.Array, function, exact=None
+) -> None:
     """Sums are in float32: what is left is the rounding of the result. Args: exact: by default of the loops."""
 
     def gradients(x, weights, d_out, sizes):
@@ -63,14 +65,17 @@ FILLED = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW_IN_CI * ("whole" in name)) for name in FILLED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW_IN_CI * ("whole" in name)) for name in FILLED]
+)
 def test_equal_the_loops(name):
     rows, sizes, depth, columns = FILLED[name]
     check(sizes, *drawn(0, rows, depth, columns, len(sizes)), grouped.grouped_dot)
 
 
 @pytest.mark.parametrize(
-    "sizes", [[0, 70, 3], *(pytest.param(sizes, marks=SLOW_IN_CI) for sizes in ([0, 0, 0], [0, 0, 300]))]
+    "sizes",
+    [[0, 70, 3], *(pytest.param(sizes, marks=SLOW_IN_CI) for sizes in ([0, 0, 0], [0, 0, 300]))],
 )
 def test_rows_after_the_last_group_are_zero_and_not_read(sizes):
     x, weights, d_out = drawn(1, 300, 128, 128, 3)
@@ -87,7 +92,9 @@ def test_the_experts_through_them_equal_the_loops():
     random = np.random.default_rng(2)
     chosen = np.stack([random.permutation(4)[:2] for _ in range(90)]).astype(np.int32)
     shapes = ((90, 128), (90, 2), (4, 128, 2, 128), (4, 128, 128))
-    arrays = [jnp.asarray(random.normal(size=shape) / shape[-2] ** 0.5, jnp.bfloat16) for shape in shapes]
+    arrays = [
+        jnp.asarray(random.normal(size=shape) / shape[-2] ** 0.5, jnp.bfloat16) for shape in shapes
+    ]
 
     def run(function, experts, arrays):
         loss = lambda x, *weights: (function(x, experts, *weights).astype(jnp.float32) ** 2).sum()
@@ -102,10 +109,17 @@ def test_the_experts_through_them_equal_the_loops():
 
 @pytest.mark.parametrize(
     ("dtype", "depth", "columns", "taken"),
-    [("bfloat16", 256, 128, 1), ("float16", 128, 128, 1), ("float32", 128, 128, 0), ("bfloat16", 128, 96, 0)],
+    [
+        ("bfloat16", 256, 128, 1),
+        ("float16", 128, 128, 1),
+        ("float32", 128, 128, 0),
+        ("bfloat16", 128, 96, 0),
+    ],
 )
 def test_what_they_take(dtype, depth, columns, taken):
-    assert mosaic_gpu.takes(jnp.zeros((8, depth), dtype), jnp.zeros((2, depth, columns), dtype)) == bool(taken)
+    assert mosaic_gpu.takes(
+        jnp.zeros((8, depth), dtype), jnp.zeros((2, depth, columns), dtype)
+    ) == bool(taken)
 
 
 COMPILED = """
@@ -133,7 +147,9 @@ print("CALLS", text.count('custom_call_target="mosaic_gpu'))
 @pytest.mark.ci
 def test_compiled_for_h200():
     """The experts of 30B-A3B: no register spilled, no product waited for as it is issued, and shared memory enough."""
-    dumps = dict.fromkeys(["MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_RESOURCES"], "1")
+    dumps = dict.fromkeys(
+        ["MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_RESOURCES"], "1"
+    )
     child = run_python(COMPILED, **dumps)
     assert child.returncode == 0, child.stderr[-4000:]
     told = child.stdout + child.stderr

@@ -55,7 +55,9 @@ def test_a_rule_commits_what_it_says():
 
 def test_a_rule_that_says_what_a_strategy_says_gives_its_tokens():
     static = DecodingConfig(strategy="low_confidence_static")
-    assert decoded(DecodingConfig(strategy=CommitRule(as_static, reads_entropy=False))) == decoded(static)
+    assert decoded(DecodingConfig(strategy=CommitRule(as_static, reads_entropy=False))) == decoded(
+        static
+    )
 
 
 @pytest.mark.slow
@@ -63,7 +65,9 @@ def test_a_rule_that_says_what_a_strategy_says_gives_its_tokens():
 def test_a_rule_that_reads_the_entropy_gives_a_strategy_s_tokens():
     static = DecodingConfig(strategy="low_confidence_static")
     # A function that does not say what it reads is given the entropy too, by other arithmetic.
-    for got, wanted in zip(decoded(DecodingConfig(strategy=as_static)), decoded(static), strict=True):
+    for got, wanted in zip(
+        decoded(DecodingConfig(strategy=as_static)), decoded(static), strict=True
+    ):
         assert (got.tokens, got.steps) == (wanted.tokens, wanted.steps)
     bounded = DecodingConfig(strategy="entropy_bounded", entropy_bound=0.0)
     assert decoded(DecodingConfig(strategy=least_entropy)) == decoded(bounded)
@@ -88,27 +92,34 @@ def test_strategies_that_an_engine_is_told_of_compile_nothing_anew():
     engine.warm_up()
     with compilations() as compiled:
         for strategy in (rightmost, "sequential", None):
-            engine.generate(PROMPTS[:1], DecodingConfig(strategy=strategy), max_new_tokens=2, stop_token_ids=())
+            engine.generate(
+                PROMPTS[:1], DecodingConfig(strategy=strategy), max_new_tokens=2, stop_token_ids=()
+            )
     assert not compiled
     with refused(DecodingError, "strategy 'semi_autoregressive' has no cache"):
         Engine(tiny_model(jnp.float32), **ENGINE, strategies=("semi_autoregressive",))
 
 
 def test_rules_of_one_batch_may_differ():
-    mixed = decoded([DecodingConfig(strategy=rightmost), DecodingConfig(), DecodingConfig(strategy=rightmost)])
+    mixed = decoded(
+        [DecodingConfig(strategy=rightmost), DecodingConfig(), DecodingConfig(strategy=rightmost)]
+    )
     alone, default = decoded(DecodingConfig(strategy=rightmost)), decoded(DecodingConfig())
     assert mixed[0].steps == alone[0].steps and mixed[2].steps == alone[2].steps
     assert mixed[1].tokens == default[1].tokens
 
 
 def test_a_rule_that_commits_nothing_ends_its_request_alone():
-    stuck, other, _ = decoded([DecodingConfig(strategy=nothing), DecodingConfig(), DecodingConfig()])
+    stuck, other, _ = decoded(
+        [DecodingConfig(strategy=nothing), DecodingConfig(), DecodingConfig()]
+    )
     assert stuck.finish_reason == "error" and stuck.tokens == []
     assert other.tokens == decoded(DecodingConfig())[1].tokens
 
 
 @pytest.mark.parametrize(
-    "rule", [lambda *_: jnp.zeros((2, 3), bool), lambda proposal, *_: proposal.score, lambda *_: None]
+    "rule",
+    [lambda *_: jnp.zeros((2, 3), bool), lambda proposal, *_: proposal.score, lambda *_: None],
 )
 def test_a_rule_that_returns_something_else_is_refused_before_anything_is_compiled(rule):
     with refused(ConfigError, "commit rule <lambda> returns", "give bool"):
@@ -130,7 +141,10 @@ def test_what_is_no_strategy_is_refused(strategy, unchecked_types):
     [
         ("low_confidence_dynamic", {}),
         ("semi_autoregressive", {"objective": "masked_diffusion"}),
-        ("autoregressive", {"objective": "autoregressive", "block_size": None, "mask_token_id": None}),
+        (
+            "autoregressive",
+            {"objective": "autoregressive", "block_size": None, "mask_token_id": None},
+        ),
     ],
 )
 def test_without_a_strategy_a_model_is_decoded_in_its_own_way(own, fields):

@@ -19,7 +19,11 @@ TOKENS, WIDTH, VOCAB = 7, 5, 11
 def random_inputs(seed: int, tokens=TOKENS, width=WIDTH, vocab=VOCAB):
     """hidden, head [D, V] and targets."""
     random = np.random.default_rng(seed)
-    return random.normal(size=(tokens, width)), random.normal(size=(width, vocab)), random.integers(0, vocab, tokens)
+    return (
+        random.normal(size=(tokens, width)),
+        random.normal(size=(width, vocab)),
+        random.integers(0, vocab, tokens),
+    )
 
 
 def full(hidden, head, targets, weights):
@@ -39,7 +43,9 @@ def chunked(hidden, head, targets, weights, vocab_axis=1, chunk=None):
     """((loss, scores), gradients); the loss is scaled by 3, so that the cotangent is not one."""
 
     def scaled(hidden, head):
-        total, scores = linear_cross_entropy(hidden, head, targets, weights, vocab_axis=vocab_axis, chunk=chunk)
+        total, scores = linear_cross_entropy(
+            hidden, head, targets, weights, vocab_axis=vocab_axis, chunk=chunk
+        )
         return 3 * total, (total, scores)
 
     (_, out), gradients = jax.value_and_grad(scaled, (0, 1), has_aux=True)(hidden, head)
@@ -49,7 +55,9 @@ def chunked(hidden, head, targets, weights, vocab_axis=1, chunk=None):
 @pytest.mark.xla_defaults
 @given(
     seed=st.integers(0, 2**32 - 1),
-    weights=st.lists(st.sampled_from([0.0, 0.0, 1.0, 3.5, -2.0, 1e3]), min_size=TOKENS, max_size=TOKENS),
+    weights=st.lists(
+        st.sampled_from([0.0, 0.0, 1.0, 3.5, -2.0, 1e3]), min_size=TOKENS, max_size=TOKENS
+    ),
     vocab_axis=st.sampled_from([0, 1]),
     chunk=st.sampled_from([1, 3, 7, 50]),
 )
@@ -64,7 +72,9 @@ def test_equals_full_logits(seed, weights, vocab_axis, chunk):
     np.testing.assert_allclose(scores.nll, np.where(weights != 0, nll, 0), rtol=1e-12)
     np.testing.assert_array_equal(scores.correct, right & (weights != 0))
     np.testing.assert_allclose(gradients[0], 3 * d_hidden, rtol=1e-10, atol=1e-9)
-    np.testing.assert_allclose(gradients[1], 3 * (d_head if vocab_axis == 1 else d_head.T), rtol=1e-10, atol=1e-9)
+    np.testing.assert_allclose(
+        gradients[1], 3 * (d_head if vocab_axis == 1 else d_head.T), rtol=1e-10, atol=1e-9
+    )
 
 
 def test_default_chunk_equals_full_logits(x64):
@@ -108,7 +118,9 @@ def test_only_weighted_chunks_are_walked(monkeypatch):
     hidden, head, targets = random_inputs(3, tokens=100)
     weights = np.zeros(100)
     weights[np.random.default_rng(0).permutation(100)[:17]] = 1
-    jax.block_until_ready(linear_cross_entropy(*map(jnp.asarray, (hidden, head, targets, weights)), chunk=8))
+    jax.block_until_ready(
+        linear_cross_entropy(*map(jnp.asarray, (hidden, head, targets, weights)), chunk=8)
+    )
     jax.effects_barrier()
     assert visits == [8, 8, 8]
 
@@ -137,7 +149,9 @@ def test_the_default_chunk_is_bounded_in_memory():
 
 def test_scores_carry_no_gradient():
     hidden, head, targets = (jnp.asarray(x) for x in random_inputs(5))
-    sum_of_nll = lambda hidden, head: linear_cross_entropy(hidden, head, targets, jnp.ones(TOKENS))[1].nll.sum()
+    sum_of_nll = lambda hidden, head: linear_cross_entropy(hidden, head, targets, jnp.ones(TOKENS))[
+        1
+    ].nll.sum()
     assert not any(g.any() for g in jax.grad(sum_of_nll, (0, 1))(hidden, head))
 
 
@@ -147,12 +161,16 @@ def test_bfloat16_sums_in_float32():
     hidden, head, targets = random_inputs(6, tokens=600, width=16, vocab=50)
     hidden, head = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.bfloat16)
     (total, scores), gradients = chunked(hidden, head, targets, np.ones(600), 1, 128)
-    exact = full(np.asarray(hidden, np.float64), np.asarray(head, np.float64), targets, np.ones(600))
+    exact = full(
+        np.asarray(hidden, np.float64), np.asarray(head, np.float64), targets, np.ones(600)
+    )
     assert total.dtype == scores.nll.dtype == jnp.float32
     assert all(g.dtype == jnp.bfloat16 for g in gradients)
     np.testing.assert_allclose(total, exact[0], rtol=1e-6)
     for ours, theirs in zip(gradients, exact[3:], strict=True):
-        error = np.linalg.norm(np.asarray(ours, np.float64) - 3 * theirs) / np.linalg.norm(3 * theirs)
+        error = np.linalg.norm(np.asarray(ours, np.float64) - 3 * theirs) / np.linalg.norm(
+            3 * theirs
+        )
         assert error < 2 * 2**-9
 
 

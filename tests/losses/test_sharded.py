@@ -76,7 +76,12 @@ def test_equals_one_device():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, cwd=root, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", SCRIPT],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.stdout.strip().endswith("equal"), done.stderr
 
@@ -84,6 +89,11 @@ def test_equals_one_device():
 @pytest.mark.parametrize("tokens, vocab, wrong", [(5, 8, "5 tokens"), (6, 7, "7 vocabulary")])
 def test_sizes_that_do_not_divide(tokens, vocab, wrong):
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"))
-    inputs = jnp.zeros((tokens, 3)), jnp.zeros((3, vocab)), jnp.zeros(tokens, jnp.int32), jnp.ones(tokens)
+    inputs = (
+        jnp.zeros((tokens, 3)),
+        jnp.zeros((3, vocab)),
+        jnp.zeros(tokens, jnp.int32),
+        jnp.ones(tokens),
+    )
     with refused(ConfigError, wrong, "2 devices"):
         linear_cross_entropy(*inputs, sharding=LossSharding(mesh, ("data",), "tensor"))

@@ -44,10 +44,19 @@ def test_presets_have_the_released_sizes(name: str) -> None:
 YARN = RopeConfig(5e3, "yarn", 4.0, beta_fast=16.0, beta_slow=2.0, attention_factor=0.9)
 SMALL = ModelConfig(40, 16, 24, 3, 4, 2, 8, bos_token_id=1, eos_token_id=2, stop_token_ids=(2,))
 ODD = {
-    "qwen3": dataclasses.replace(SMALL, qkv_bias=True, output_bias=True, rope=YARN, rms_norm_eps=1e-4),
-    "qwen2": dataclasses.replace(SMALL, architecture="qwen2", qk_norm=False, qkv_bias=True, tie_embeddings=True),
+    "qwen3": dataclasses.replace(
+        SMALL, qkv_bias=True, output_bias=True, rope=YARN, rms_norm_eps=1e-4
+    ),
+    "qwen2": dataclasses.replace(
+        SMALL, architecture="qwen2", qk_norm=False, qkv_bias=True, tie_embeddings=True
+    ),
     "llama": dataclasses.replace(
-        SMALL, architecture="llama", qk_norm=False, mlp_bias=True, max_position_embeddings=99, initializer_range=0.3
+        SMALL,
+        architecture="llama",
+        qk_norm=False,
+        mlp_bias=True,
+        max_position_embeddings=99,
+        initializer_range=0.3,
     ),
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_token": 3, "moe_intermediate_size": 10}
@@ -57,7 +66,12 @@ ODD["qwen3_moe"] = dataclasses.replace(
 PURPOSES = [
     {},
     {"objective": "block_diffusion", "block_size": 8, "mask_token_id": 39},
-    {"objective": "block_diffusion", "block_size": 8, "mask_token_id": 39, "block_origin": "response"},
+    {
+        "objective": "block_diffusion",
+        "block_size": 8,
+        "mask_token_id": 39,
+        "block_origin": "response",
+    },
     {"objective": "masked_diffusion", "mask_token_id": 5},
 ]
 
@@ -68,27 +82,52 @@ def test_config_json_round_trip(name: str, purpose: dict) -> None:
     config = dataclasses.replace(ODD[name], **purpose)
     values = json.loads(json.dumps(config.to_hf()))
     assert ModelConfig.from_hf(values) == config
-    assert values["model_type"] == ({"qwen3_moe": "sdar_moe"}.get(name, "sdar") if purpose else name)
+    assert values["model_type"] == (
+        {"qwen3_moe": "sdar_moe"}.get(name, "sdar") if purpose else name
+    )
 
 
 def test_a_hosted_sdar_config() -> None:
     """block_size and mask_token_id may be missing; fields of no consequence are there."""
-    values = {**PRESETS["sdar-8b"].to_hf(), "auto_map": {"AutoModel": "x"}, "fuse_cross_entropy": True, "debug": False}
-    assert dataclasses.replace(ModelConfig.from_hf(values), stop_token_ids=(151645, 151643)) == PRESETS["sdar-8b"]
-    bare = {key: value for key, value in values.items() if key not in ("block_size", "mask_token_id")}
+    values = {
+        **PRESETS["sdar-8b"].to_hf(),
+        "auto_map": {"AutoModel": "x"},
+        "fuse_cross_entropy": True,
+        "debug": False,
+    }
+    assert (
+        dataclasses.replace(ModelConfig.from_hf(values), stop_token_ids=(151645, 151643))
+        == PRESETS["sdar-8b"]
+    )
+    bare = {
+        key: value for key, value in values.items() if key not in ("block_size", "mask_token_id")
+    }
     config = ModelConfig.from_hf(bare)
-    assert config.objective == "block_diffusion" and config.block_size is None and config.mask_token_id is None
+    assert (
+        config.objective == "block_diffusion"
+        and config.block_size is None
+        and config.mask_token_id is None
+    )
 
 
 def test_defaults_are_those_of_transformers() -> None:
     """A config.json that leaves out what transformers has a default for."""
     small = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    qwen3 = ModelConfig.from_hf({**small, "model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2})
-    assert qwen3.head_dim == 128 and qwen3.qk_norm and not qwen3.qkv_bias and qwen3.rope == RopeConfig(1e4)
+    qwen3 = ModelConfig.from_hf(
+        {**small, "model_type": "qwen3", "num_attention_heads": 4, "num_key_value_heads": 2}
+    )
+    assert (
+        qwen3.head_dim == 128
+        and qwen3.qk_norm
+        and not qwen3.qkv_bias
+        and qwen3.rope == RopeConfig(1e4)
+    )
     llama = ModelConfig.from_hf({**small, "model_type": "llama", "num_attention_heads": 4})
     assert llama.head_dim == 4 and llama.num_kv_heads == 4 and not llama.qk_norm
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    moe = ModelConfig.from_hf({**small, "model_type": "qwen3_moe", "num_attention_heads": 4, **experts})
+    moe = ModelConfig.from_hf(
+        {**small, "model_type": "qwen3_moe", "num_attention_heads": 4, **experts}
+    )
     assert moe.head_dim == 4 and moe.qk_norm and not moe.norm_topk_prob
     assert moe.router_aux_loss_coef == 0.001
 
@@ -107,14 +146,29 @@ BAD = {
     "eps": ({"rms_norm_eps": None}, "rms_norm_eps is None; give a positive number"),
     "block size": ({"block_size": 0}, "block_size is 0; give a positive integer"),
     "eos": ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; give a token id, or a list of them"),
-    "eos list": ({"eos_token_id": [2, None]}, r"eos_token_id is \[2, None\]; give a token id, or a list"),
+    "eos list": (
+        {"eos_token_id": [2, None]},
+        r"eos_token_id is \[2, None\]; give a token id, or a list",
+    ),
     "mask": ({"mask_token_id": 40}, "mask_token_id is 40; give an id of the vocabulary, 0 to 39"),
     "mask as text": ({"mask_token_id": "5"}, "mask_token_id is '5'; give an id of the vocabulary"),
     "origin": ({"block_origin": "end"}, "block_origin 'end' is unknown; use one of"),
-    "rope type": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
-    "rope factor": ({"rope_scaling": {"rope_type": "linear"}}, "of type 'linear' lacks factor; add"),
-    "rope field": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, r"fields \['mscale'\]"),
-    "rope zero": ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope factor is 0; give a positive"),
+    "rope type": (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_type 'dynamic' is not supported",
+    ),
+    "rope factor": (
+        {"rope_scaling": {"rope_type": "linear"}},
+        "of type 'linear' lacks factor; add",
+    ),
+    "rope field": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}},
+        r"fields \['mscale'\]",
+    ),
+    "rope zero": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        "rope factor is 0; give a positive",
+    ),
     "theta": ({"rope_theta": "1e6"}, "rope theta is '1e6'; give a positive number"),
     "llama3": ({"rope_scaling": LLAMA3}, "needs original_max_position_embeddings; add"),
 }
@@ -129,11 +183,26 @@ def test_bad_config_json(change: dict, message: str) -> None:
 
 
 BAD_EXPERTS = {
-    "sparse step": ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2; only 1 is supported, experts in every"),
-    "dense layers": ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]; only an empty list is supported"),
-    "none": ({"num_experts": 0}, "num_experts is 0; architecture 'qwen3_moe' needs a positive integer"),
-    "width": ({"moe_intermediate_size": "8"}, "moe_intermediate_size is '8'; architecture 'qwen3_moe' needs"),
-    "chosen": ({"num_experts_per_tok": 7}, "num_experts_per_token 7 is more than num_experts 6; give"),
+    "sparse step": (
+        {"decoder_sparse_step": 2},
+        "decoder_sparse_step is 2; only 1 is supported, experts in every",
+    ),
+    "dense layers": (
+        {"mlp_only_layers": [0]},
+        r"mlp_only_layers is \[0\]; only an empty list is supported",
+    ),
+    "none": (
+        {"num_experts": 0},
+        "num_experts is 0; architecture 'qwen3_moe' needs a positive integer",
+    ),
+    "width": (
+        {"moe_intermediate_size": "8"},
+        "moe_intermediate_size is '8'; architecture 'qwen3_moe' needs",
+    ),
+    "chosen": (
+        {"num_experts_per_tok": 7},
+        "num_experts_per_token 7 is more than num_experts 6; give",
+    ),
     "coefficient": ({"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1; give a number >= 0"),
     "missing": ({"num_experts": None}, "config.json lacks num_experts; restore the file"),
 }
@@ -149,7 +218,8 @@ def test_bad_moes(change: dict, message: str) -> None:
 
 def test_experts_of_a_dense_model_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match="architecture 'qwen3' has no experts; leave out num_experts, num_experts_per"
+        ConfigError,
+        match="architecture 'qwen3' has no experts; leave out num_experts, num_experts_per",
     ):
         dataclasses.replace(SMALL, **EXPERTS)
     with pytest.raises(ConfigError, match="mlp_bias is True; experts have none, leave it out"):
@@ -158,10 +228,14 @@ def test_experts_of_a_dense_model_are_refused() -> None:
 
 def test_what_is_missing_is_listed() -> None:
     with pytest.raises(ConfigError, match="lacks vocab_size, hidden_size; restore"):
-        ModelConfig.from_hf({key: GOOD[key] for key in GOOD if key not in ("vocab_size", "hidden_size")})
+        ModelConfig.from_hf(
+            {key: GOOD[key] for key in GOOD if key not in ("vocab_size", "hidden_size")}
+        )
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[]", "not a JSON object"), (None, "no such file")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not JSON"), ("[]", "not a JSON object"), (None, "no such file")]
+)
 def test_bad_files(text: str | None, message: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -216,20 +290,34 @@ def test_fields_that_change_nothing_are_read_over(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("name", sorted(ODD))
-def test_what_transformers_itself_writes_is_known(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_transformers_itself_writes_is_known(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     transformers = pytest.importorskip("transformers")
-    written = transformers.AutoConfig.for_model(**json.loads(json.dumps(ODD[name].to_hf()))).to_dict()
+    written = transformers.AutoConfig.for_model(
+        **json.loads(json.dumps(ODD[name].to_hf()))
+    ).to_dict()
     ModelConfig.from_hf(written)
     assert [record for record in caplog.records if "original_max" not in record.message] == []
 
 
-def test_other_fields_are_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    values = {**SMALL.to_hf(), "zeta_gain": 2.0, "bd_size": 32, "attention_dropout": 0.1, "sliding_window": 8}
+def test_other_fields_are_named_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {
+        **SMALL.to_hf(),
+        "zeta_gain": 2.0,
+        "bd_size": 32,
+        "attention_dropout": 0.1,
+        "sliding_window": 8,
+    }
     (tmp_path / "config.json").write_text(json.dumps(values))
     for _ in range(2):
         assert ModelConfig.from_hf(tmp_path) == SMALL
     (said,) = [record.getMessage() for record in caplog.records]
-    assert "attention_dropout, bd_size, sliding_window, zeta_gain;" in said and str(tmp_path) in said
+    assert (
+        "attention_dropout, bd_size, sliding_window, zeta_gain;" in said and str(tmp_path) in said
+    )
     assert "\n" not in said
 
 
@@ -267,9 +355,13 @@ def test_fields_that_change_the_computation_are_refused(name: str) -> None:
 
 def test_other_attention_and_biases_are_refused() -> None:
     layers = {"layer_types": ["full_attention", "linear_attention", "chunked_attention"]}
-    with pytest.raises(ConfigError, match="holds chunked_attention, linear_attention; only full_attention is"):
+    with pytest.raises(
+        ConfigError, match="holds chunked_attention, linear_attention; only full_attention is"
+    ):
         ModelConfig.from_hf({**GOOD, **layers})
-    with pytest.raises(ConfigError, match="mlp_bias is true; model_type 'qwen3' has none, set it to false"):
+    with pytest.raises(
+        ConfigError, match="mlp_bias is true; model_type 'qwen3' has none, set it to false"
+    ):
         ModelConfig.from_hf({**GOOD, "mlp_bias": True})
     assert ModelConfig.from_hf({**GOOD, "mlp_bias": False}) == SMALL
 
@@ -288,7 +380,10 @@ CARD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     "rope",
     [
         {"rope_theta": 1e6, "rope_scaling": CARD},
-        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", **{k: v for k, v in CARD.items() if k != "rope_type"}}},
+        {
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "yarn", **{k: v for k, v in CARD.items() if k != "rope_type"}},
+        },
         {"rope_parameters": {**CARD, "rope_theta": 1e6}},
         {"rope_parameters": {"full_attention": {**CARD, "rope_theta": 1e6}}},
         # Added by hand to what transformers 5 wrote.
@@ -296,7 +391,9 @@ CARD = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ],
     ids=["rope_type", "type", "rope_parameters", "nested", "added"],
 )
-def test_yarn_as_model_cards_set_it_up(rope: dict, stated: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_yarn_as_model_cards_set_it_up(
+    rope: dict, stated: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """The context is factor * original, whatever max_position_embeddings was left at."""
     values = {key: value for key, value in GOOD.items() if not key.startswith("rope")}
     config = ModelConfig.from_hf({**values, **rope, "max_position_embeddings": stated})
@@ -309,28 +406,39 @@ def test_yarn_as_model_cards_set_it_up(rope: dict, stated: int, caplog: pytest.L
 def test_yarn_that_lacks_its_original_length_says_so(caplog: pytest.LogCaptureFixture) -> None:
     config = ModelConfig.from_hf({**GOOD, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
     assert config.max_position_embeddings == SMALL.max_position_embeddings
-    assert "lacks original_max_position_embeddings; max_position_embeddings 32768 is taken" in caplog.text
+    assert (
+        "lacks original_max_position_embeddings; max_position_embeddings 32768 is taken"
+        in caplog.text
+    )
 
 
 def test_yarn_of_the_published_formula() -> None:
     """Section 3 of arXiv 2309.00071 with its reference code's ramp over whole dimensions, at Qwen3's numbers."""
-    rope = ModelConfig.from_hf({**GOOD, "rope_scaling": CARD, "max_position_embeddings": 40960, "rope_theta": 1e6}).rope
+    rope = ModelConfig.from_hf(
+        {**GOOD, "rope_scaling": CARD, "max_position_embeddings": 40960, "rope_theta": 1e6}
+    ).rope
     found, scale = rope_frequencies(rope, 128, 131072)
     low = math.floor(128 * math.log(32768 / (32 * 2 * math.pi)) / (2 * math.log(1e6)))
     high = math.ceil(128 * math.log(32768 / (1 * 2 * math.pi)) / (2 * math.log(1e6)))
     for i in range(64):
         frequency = 1e6 ** (-2 * i / 128)
         interpolated = min(max((i - low) / (high - low), 0), 1)
-        assert found[i] == pytest.approx(frequency * (1 - interpolated) + frequency / 4 * interpolated, rel=1e-6)
+        assert found[i] == pytest.approx(
+            frequency * (1 - interpolated) + frequency / 4 * interpolated, rel=1e-6
+        )
     assert scale == pytest.approx(0.1 * math.log(4) + 1)
     assert np.ptp(found * 1e6 ** (np.arange(64) / 64)) == pytest.approx(0.75, abs=1e-6)
 
 
 def test_yarn_with_deepseeks_scales() -> None:
     """The ratio of two attention factors; one alone is the usual factor only at 1."""
-    scaled = lambda **scales: ModelConfig.from_hf({**GOOD, "rope_scaling": {**CARD, **scales}}).rope.attention_factor
+    scaled = lambda **scales: (
+        ModelConfig.from_hf({**GOOD, "rope_scaling": {**CARD, **scales}}).rope.attention_factor
+    )
     assert scaled(mscale=0.707, mscale_all_dim=0.707) == 1
-    assert scaled(mscale=2.0, mscale_all_dim=0.5) == pytest.approx((0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+    assert scaled(mscale=2.0, mscale_all_dim=0.5) == pytest.approx(
+        (0.2 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    )
     assert scaled(mscale=2.0, mscale_all_dim=0.5, attention_factor=0.9) == 0.9
     with pytest.raises(ConfigError, match=r"unsupported fields \['mscale'\]"):
         scaled(mscale=0.707)
@@ -356,27 +464,45 @@ def test_yarn_with_deepseeks_scales() -> None:
             "partial_rotary_factor": 1.0,
             "beta_fast": None,
         },
-        {**CARD, "type": "yarn", "extrapolation_factor": 1, "high_freq_factor": 4.0, "rope_theta": 1e6},
+        {
+            **CARD,
+            "type": "yarn",
+            "extrapolation_factor": 1,
+            "high_freq_factor": 4.0,
+            "rope_theta": 1e6,
+        },
     ],
 )
 def test_rope_fields_that_change_nothing(scaling: dict, caplog: pytest.LogCaptureFixture) -> None:
     read = RopeConfig.from_hf({"rope_theta": 1e6, "rope_scaling": scaling})
     assert read.rope_type in (scaling.get("rope_type"), scaling.get("type"))
-    kept = {name: scaling[name] for name in config_module._ROPE_FIELDS[read.rope_type] if name in scaling}
+    kept = {
+        name: scaling[name]
+        for name in config_module._ROPE_FIELDS[read.rope_type]
+        if name in scaling
+    }
     plain = {"rope_type": read.rope_type, **kept}
-    assert read == RopeConfig.from_hf({"rope_theta": 1e6, "rope_scaling": plain}) and not caplog.records
+    assert (
+        read == RopeConfig.from_hf({"rope_theta": 1e6, "rope_scaling": plain})
+        and not caplog.records
+    )
 
 
 def test_two_ropes_that_differ_are_said(caplog: pytest.LogCaptureFixture) -> None:
     llama3 = {**LLAMA3, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
     rope = RopeConfig.from_hf({"rope_parameters": llama3, "rope_scaling": CARD})
     assert rope == RopeConfig(5e5, "yarn", 4.0, original_max_position_embeddings=32768)
-    assert "rope_scaling is read and rope_parameters, which says otherwise, is ignored" in caplog.text
+    assert (
+        "rope_scaling is read and rope_parameters, which says otherwise, is ignored" in caplog.text
+    )
 
 
 BAD_ROPES = {
     "no table": ("yarn", "rope_scaling is 'yarn'; give an object"),
-    "factor without a type": ({"factor": 4.0}, r"unsupported fields \['factor'\]; .* or give the rope_type"),
+    "factor without a type": (
+        {"factor": 4.0},
+        r"unsupported fields \['factor'\]; .* or give the rope_type",
+    ),
     "partial": ({**CARD, "partial_rotary_factor": 0.5}, r"fields \['partial_rotary_factor'\]"),
     "not truncated": ({**CARD, "truncate": False}, r"fields \['truncate'\]"),
     "sections": ({"type": "default", "mrope_section": [2, 1, 1]}, r"fields \['mrope_section'\]"),
@@ -384,7 +510,10 @@ BAD_ROPES = {
         {**CARD, "original_max_position_embeddings": "32768"},
         "embeddings is '32768'; give a positive integer",
     ),
-    "attention factor": ({**CARD, "attention_factor": "1"}, "attention_factor is '1'; give a number, or leave it out"),
+    "attention factor": (
+        {**CARD, "attention_factor": "1"},
+        "attention_factor is '1'; give a number, or leave it out",
+    ),
 }
 
 
@@ -400,7 +529,9 @@ MENDED = {
     "eos": {"eos_token_id": [2, 3]},
     "no end": {"eos_token_id": []},
     "factor": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "field removed": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}},
+    "field removed": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
+    },
     "llama3": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 40}},
     "sliding window": {"use_sliding_window": False, "sliding_window": 4096},
     "heads": {"num_key_value_heads": 1},

@@ -10,7 +10,16 @@ import pytest
 from jaxtyping import Array
 
 from sdar_jax.errors import ConfigError
-from sdar_jax.model import LayerPages, Model, Stack, Windows, empty_pages, logits, stack_layers, unstack_layers
+from sdar_jax.model import (
+    LayerPages,
+    Model,
+    Stack,
+    Windows,
+    empty_pages,
+    logits,
+    stack_layers,
+    unstack_layers,
+)
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.visibility import Ranges, block_causal, hybrid
 
@@ -41,7 +50,9 @@ def hidden(model: Model, **options: object) -> Array:
 @partial(jax.jit, static_argnames=("outputs", "remat", "compute_dtype"))
 def gradient(model: Model, weights: Array = WEIGHTS, **options: object) -> Model:
     """Of a fixed linear functional of the hidden states."""
-    return jax.grad(lambda model: (hidden(model, **options) * weights[:, : options.get("outputs", 12)]).sum())(model)
+    return jax.grad(
+        lambda model: (hidden(model, **options) * weights[:, : options.get("outputs", 12)]).sum()
+    )(model)
 
 
 def assert_trees_close(a: object, b: object, rtol: float = 1e-5) -> None:
@@ -122,7 +133,9 @@ def windows(start: list[int], width: int, block_size: int, rows: slice = slice(N
     at = jnp.array(start, jnp.int32)
     places = at[:, None] + jnp.arange(width, dtype=jnp.int32)
     tokens = jnp.take_along_axis(TOKENS[rows], places, axis=1)
-    return Windows(tokens, at, jnp.full_like(at, width), (places // block_size + 1) * block_size, TABLE[rows])
+    return Windows(
+        tokens, at, jnp.full_like(at, width), (places // block_size + 1) * block_size, TABLE[rows]
+    )
 
 
 @pytest.mark.parametrize(("block_size", "pieces"), [(1, [5, 6, 1]), (4, [8, 4])])
@@ -142,7 +155,9 @@ def test_windows_of_several_widths_in_one_forward(x64: None) -> None:
     model = make(jnp.float64)
     expected = run_hidden(model, TOKENS, POSITIONS, block_causal(ONES, 4))
     _, cache = run_paged(model, [windows([0], 4, 4, slice(1))], rubbish_pages(jnp.float64))
-    two = jax.tree.map(lambda *x: jnp.concatenate(x), *(windows([at], 4, 4, slice(1)) for at in (4, 8)))
+    two = jax.tree.map(
+        lambda *x: jnp.concatenate(x), *(windows([at], 4, 4, slice(1)) for at in (4, 8))
+    )
     long = windows([0], 12, 4, slice(1, 2))
     short = long._replace(count=jnp.array([8], jnp.int32), visible=jnp.minimum(long.visible, 8))
     (first, second), updated = run_paged(model, [two, short], cache)
@@ -172,18 +187,25 @@ def test_bfloat16_is_near_float32(stacked: bool) -> None:
         assert 1e-5 < error < 0.05
     if stacked:
         grads = gradient(wide, compute_dtype=jnp.bfloat16)
-        assert all(leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+        assert all(
+            leaf.dtype == jnp.float32 and jnp.isfinite(leaf).all()
+            for leaf in jax.tree.leaves(grads)
+        )
 
 
 def test_packed_documents_equal_rows_of_their_own() -> None:
     segment_ids = jnp.array([[1] * 5 + [2] * 6 + [0], [3] * 12], jnp.int32)
     model = make()
     packed = run_logits(model, TOKENS, block_size=4, segment_ids=segment_ids)
-    np.testing.assert_allclose(packed[:1, :5], run_logits(model, TOKENS[:1, :5], block_size=4), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        packed[:1, :5], run_logits(model, TOKENS[:1, :5], block_size=4), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(
         packed[:1, 5:11], run_logits(model, TOKENS[:1, 5:11], block_size=4), rtol=1e-4, atol=1e-5
     )
-    np.testing.assert_allclose(packed[1:], run_logits(model, TOKENS[1:], block_size=4), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        packed[1:], run_logits(model, TOKENS[1:], block_size=4), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_tied_head_is_the_embedding() -> None:
@@ -197,13 +219,19 @@ def test_tied_head_is_the_embedding() -> None:
 
 def test_initialisation() -> None:
     model = Model(
-        replace(CONFIG, hidden_size=256, initializer_range=0.05, mlp_bias=True), jax.random.key(0), jnp.bfloat16
+        replace(CONFIG, hidden_size=256, initializer_range=0.05, mlp_bias=True),
+        jax.random.key(0),
+        jnp.bfloat16,
     )
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(model))
     layer = model.layers[1]
     for weight in (model.embedding, model.head, layer.qkv, layer.output, layer.gate_up, layer.down):
         assert float(jnp.std(weight[...].astype(jnp.float32))) == pytest.approx(0.05, rel=0.05)
-    assert (model.final_norm[...] == 1).all() and (layer.q_norm[...] == 1).all() and (layer.down_bias[...] == 0).all()
+    assert (
+        (model.final_norm[...] == 1).all()
+        and (layer.q_norm[...] == 1).all()
+        and (layer.down_bias[...] == 0).all()
+    )
     assert not jnp.array_equal(model.layers[0].down[...], layer.down[...])
 
 
@@ -239,7 +267,9 @@ def test_gradients_respect_blocks(block_size: int | None, stacked: bool) -> None
     expected = same & (block[:, None] >= block[None])
     model = stack_layers(make()) if stacked else make()
     positions = jnp.asarray(np.arange(18) - starts, jnp.int32)[None]
-    got = dependence(model, block_causal(jnp.asarray(segments, jnp.int32)[None], block_size), positions)
+    got = dependence(
+        model, block_causal(jnp.asarray(segments, jnp.int32)[None], block_size), positions
+    )
     np.testing.assert_array_equal(got, reaches(expected, CONFIG.num_layers))
 
 
@@ -258,11 +288,18 @@ def test_gradients_respect_the_hybrid_layout(block_size: int) -> None:
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_bad_document_leaves_the_others_of_its_row(sparse: bool) -> None:
     """An id outside the vocabulary, of padding or of a document, is NaN to itself and nothing to others."""
-    experts = {"architecture": "qwen3_moe", "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8}
+    experts = {
+        "architecture": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "moe_intermediate_size": 8,
+    }
     model = make(**(experts if sparse else {}))
     segment_ids = jnp.array([[1] * 5 + [2] * 4 + [0] * 3], jnp.int32)
     wanted = run_logits(model, TOKENS[:1], block_size=2, segment_ids=segment_ids)
-    got = run_logits(model, TOKENS[:1].at[0, 6].set(40).at[0, 10].set(-1), block_size=2, segment_ids=segment_ids)
+    got = run_logits(
+        model, TOKENS[:1].at[0, 6].set(40).at[0, 10].set(-1), block_size=2, segment_ids=segment_ids
+    )
     np.testing.assert_array_equal(got[0, :5], wanted[0, :5])
     assert np.isnan(got[0, [6, 7, 8, 10]]).all()
     ranges, sums = block_causal(segment_ids, 2), partial(run_routing, model)

@@ -76,12 +76,28 @@ def logits(model: Model, tokens, positions, mask):
     for layer in model.layers:
         h = normed(x, layer.attention_norm, config.rms_norm_eps)
         qkv = jnp.einsum("td,dgrk->tgrk", h, layer.qkv[...])
-        q, k, v = qkv[:, :, :-2].reshape(len(tokens), config.num_heads, config.head_dim), qkv[:, :, -2], qkv[:, :, -1]
-        q, k = normed(q, layer.q_norm, config.rms_norm_eps), normed(k, layer.k_norm, config.rms_norm_eps)
-        mixed = attended(rotated(q, positions, config.rope.theta), rotated(k, positions, config.rope.theta), v, mask)
+        q, k, v = (
+            qkv[:, :, :-2].reshape(len(tokens), config.num_heads, config.head_dim),
+            qkv[:, :, -2],
+            qkv[:, :, -1],
+        )
+        q, k = (
+            normed(q, layer.q_norm, config.rms_norm_eps),
+            normed(k, layer.k_norm, config.rms_norm_eps),
+        )
+        mixed = attended(
+            rotated(q, positions, config.rope.theta),
+            rotated(k, positions, config.rope.theta),
+            v,
+            mask,
+        )
         x = x + mixed.reshape(len(tokens), -1) @ layer.output[...].reshape(-1, config.hidden_size)
         h = normed(x, layer.mlp_norm, config.rms_norm_eps)
-        x = x + (feed_forward(h, layer.gate_up, layer.down) if layer.router is None else moe(h, layer, config))
+        x = x + (
+            feed_forward(h, layer.gate_up, layer.down)
+            if layer.router is None
+            else moe(h, layer, config)
+        )
     head = model.embedding[...].T if model.head is None else model.head[...]
     return normed(x, model.final_norm, config.rms_norm_eps) @ head
 
@@ -102,12 +118,19 @@ def loss_and_gradients(model: Model, inputs, positions, mask, targets, weights):
     return total
 
 
-def block_diffusion(model: Model, tokens, noisy_tokens, weights, segment_ids, noisy_index=None, *, block_size):
+def block_diffusion(
+    model: Model, tokens, noisy_tokens, weights, segment_ids, noisy_index=None, *, block_size
+):
     """The loss and its gradients, in numpy until the network is reached."""
     if noisy_index is None:
         noisy_index = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
-    layouts = [hybrid_layout(ids, block_size, index) for ids, index in zip(segment_ids, noisy_index, strict=True)]
+    layouts = [
+        hybrid_layout(ids, block_size, index)
+        for ids, index in zip(segment_ids, noisy_index, strict=True)
+    ]
     positions, mask = (np.stack(parts) for parts in zip(*layouts, strict=True))
     targets = np.take_along_axis(tokens, np.maximum(noisy_index, 0), axis=1)
     inputs = np.concatenate([noisy_tokens, tokens], axis=1)
-    return loss_and_gradients(model, inputs, positions, mask, targets, np.where(noisy_index >= 0, weights, 0))
+    return loss_and_gradients(
+        model, inputs, positions, mask, targets, np.where(noisy_index >= 0, weights, 0)
+    )

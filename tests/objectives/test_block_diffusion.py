@@ -27,10 +27,19 @@ def ours(model, tokens, noisy, weights, segment_ids, noisy_index=None, *, block_
 
     def loss(model):
         return block_diffusion_loss(
-            model, tokens, noisy, weights, block_size=block_size, segment_ids=segment_ids, noisy_index=noisy_index
+            model,
+            tokens,
+            noisy,
+            weights,
+            block_size=block_size,
+            segment_ids=segment_ids,
+            noisy_index=noisy_index,
         )
 
-    with mock.patch.object(api, "_DENSE_SCORES", 0 if tiled else 10**9), mock.patch.object(chunked, "_TILE", 5):
+    with (
+        mock.patch.object(api, "_DENSE_SCORES", 0 if tiled else 10**9),
+        mock.patch.object(chunked, "_TILE", 5),
+    ):
         return jax.value_and_grad(loss)(model)
 
 
@@ -48,18 +57,28 @@ def random_batch(seed: int, columns: int = LENGTH):
 def assert_close(found, expected):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-11)
     for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * float(abs(theirs).max() + 1))
+        np.testing.assert_allclose(
+            ours, theirs, rtol=1e-9, atol=1e-9 * float(abs(theirs).max() + 1)
+        )
 
 
-@pytest.mark.parametrize("normalised", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.ci])])
+@pytest.mark.parametrize(
+    "normalised", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.ci])]
+)
 def test_an_moe_equals_every_expert_on_every_token(normalised, x64):
     batch = *random_batch(0), pack([5, 4, -3], [12], length=LENGTH)
     model = tiny_moe(norm_topk_prob=normalised)
-    assert_close(ours(model, *batch, block_size=4), oracle.block_diffusion(model, *batch, block_size=4))
+    assert_close(
+        ours(model, *batch, block_size=4), oracle.block_diffusion(model, *batch, block_size=4)
+    )
 
 
 @pytest.mark.xla_defaults
-@given(segment_rows(ROWS, LENGTH), st.sampled_from([(1, False), (4, True), (3, False)]), st.integers(0, 2**31))
+@given(
+    segment_rows(ROWS, LENGTH),
+    st.sampled_from([(1, False), (4, True), (3, False)]),
+    st.integers(0, 2**31),
+)
 def test_equals_the_dense_mask(segment_ids, setting, seed):
     """Packed rows with padding anywhere, and blocks that documents cut short."""
     block_size, tiled = setting
@@ -78,7 +97,9 @@ def test_equals_the_dense_mask_with_noisy_copies_of_some(segment_ids, data, seed
     with jax.enable_x64(True):
         batch = *random_batch(seed, COPIES), segment_ids, noisy_index
         model = tiny_model(tie_embeddings=True)
-        assert_close(ours(model, *batch, block_size=4), oracle.block_diffusion(model, *batch, block_size=4))
+        assert_close(
+            ours(model, *batch, block_size=4), oracle.block_diffusion(model, *batch, block_size=4)
+        )
 
 
 def test_noisy_copies_of_the_response_alone_are_enough(x64):
@@ -93,7 +114,10 @@ def test_noisy_copies_of_the_response_alone_are_enough(x64):
     taken = np.take_along_axis(noisy, np.maximum(noisy_index, 0), axis=1)
     taken_weights = np.take_along_axis(weights, np.maximum(noisy_index, 0), axis=1)
     full = ours(tiny_model(), tokens, noisy, np.where(kept, weights, 0), segment_ids, block_size=4)
-    assert_close(ours(tiny_model(), tokens, taken, taken_weights, segment_ids, noisy_index, block_size=4), full)
+    assert_close(
+        ours(tiny_model(), tokens, taken, taken_weights, segment_ids, noisy_index, block_size=4),
+        full,
+    )
 
 
 def test_a_packed_row_is_the_sum_of_its_documents(x64):
@@ -104,7 +128,9 @@ def test_a_packed_row_is_the_sum_of_its_documents(x64):
     alone = 0.0
     for row, start, end in documents:
         parts = [np.zeros_like(x) for x in (tokens, noisy, weights, segment_ids)]
-        for part, whole in zip(parts, (tokens, noisy, weights, np.ones_like(segment_ids)), strict=True):
+        for part, whole in zip(
+            parts, (tokens, noisy, weights, np.ones_like(segment_ids)), strict=True
+        ):
             part[0, : end - start] = whole[row, start:end]
         alone += ours(tiny_model(), *parts, block_size=4)[0]
     packed = ours(tiny_model(), tokens, noisy, weights, segment_ids, block_size=4)[0]
@@ -117,7 +143,9 @@ def test_no_future_block_is_seen(x64):
     weights = np.zeros(tokens.shape)
     weights[:, 4:8] = 1.0
     segment_ids = np.ones_like(tokens)
-    run = lambda tokens, noisy: ours(tiny_model(), tokens, noisy, weights, segment_ids, block_size=4)[0]
+    run = lambda tokens, noisy: ours(
+        tiny_model(), tokens, noisy, weights, segment_ids, block_size=4
+    )[0]
     before = run(tokens, noisy)
     other_noisy, other_tokens, other_past = noisy.copy(), tokens.copy(), tokens.copy()
     other_noisy[:, [0, 1, 2, 3, 8, 9, 10, 11]] = 7
@@ -127,7 +155,9 @@ def test_no_future_block_is_seen(x64):
     assert run(other_tokens, noisy) == before
     assert run(other_past, noisy) != before
     # A clean token of block 1 is also a target, so what its copy adds is asked of the embeddings instead.
-    embedding = jax.jit(jax.grad(lambda shift: hidden_shifted(tokens, noisy, weights, shift)))(jnp.zeros((LENGTH, 16)))
+    embedding = jax.jit(jax.grad(lambda shift: hidden_shifted(tokens, noisy, weights, shift)))(
+        jnp.zeros((LENGTH, 16))
+    )
     assert embedding[:4].any() and not embedding[4:].any()
 
 
@@ -140,7 +170,9 @@ def hidden_shifted(tokens, noisy, weights, shift):
         return embed(self, inputs, compute_dtype).at[:, LENGTH:].add(shift)
 
     with mock.patch.object(type(model), "embed", shifted):
-        return block_diffusion_loss(model, *map(jnp.asarray, (tokens, noisy, weights)), block_size=4)
+        return block_diffusion_loss(
+            model, *map(jnp.asarray, (tokens, noisy, weights)), block_size=4
+        )
 
 
 def test_stacked_layers_give_the_same(x64):
@@ -155,7 +187,9 @@ def test_stacked_layers_give_the_same(x64):
 
 def test_no_segment_ids_is_one_document_a_row(x64):
     tokens, noisy, weights = map(jnp.asarray, random_batch(7))
-    without = jax.jit(partial(block_diffusion_loss, block_size=4))(tiny_model(), tokens, noisy, weights)
+    without = jax.jit(partial(block_diffusion_loss, block_size=4))(
+        tiny_model(), tokens, noisy, weights
+    )
     one = ours(tiny_model(), tokens, noisy, weights, jnp.ones_like(tokens), block_size=4)[0]
     np.testing.assert_allclose(without, one, rtol=1e-14)
 
@@ -171,7 +205,12 @@ BAD = [
 
 @pytest.mark.parametrize("name, shape, changes, value, fix", BAD)
 def test_bad_shapes(name, shape, changes, value, fix):
-    arguments = {"tokens": (1, 8), "noisy_tokens": (1, 8), "weights": (1, 8)} | ({name: shape} if name else {})
-    arrays = {key: jnp.ones(size, jnp.float32 if key == "weights" else jnp.int32) for key, size in arguments.items()}
+    arguments = {"tokens": (1, 8), "noisy_tokens": (1, 8), "weights": (1, 8)} | (
+        {name: shape} if name else {}
+    )
+    arrays = {
+        key: jnp.ones(size, jnp.float32 if key == "weights" else jnp.int32)
+        for key, size in arguments.items()
+    }
     with refused(ConfigError, value, fix):
         block_diffusion_loss(tiny_model(jnp.float32), **{"block_size": 4, **arrays, **changes})

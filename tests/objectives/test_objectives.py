@@ -57,8 +57,12 @@ def row_of(inputs, row: int):
 def test_autoregressive_is_the_shifted_cross_entropy(x64):
     """As transformers computes it: logits[:-1] against labels[1:], -100 where nothing is asked, within documents."""
     batch = make_batch()
-    (total, metrics), _ = loss_and_gradients(tiny_model(), make(batch, jax.random.key(0), objective="autoregressive"))
-    causal = jax.jit(partial(logits, block_size=1))(tiny_model(), batch.tokens, segment_ids=batch.segment_ids)
+    (total, metrics), _ = loss_and_gradients(
+        tiny_model(), make(batch, jax.random.key(0), objective="autoregressive")
+    )
+    causal = jax.jit(partial(logits, block_size=1))(
+        tiny_model(), batch.tokens, segment_ids=batch.segment_ids
+    )
     shifted = np.asarray(causal)[:, :-1]
     labels = np.where(batch.loss_mask, batch.tokens, -100)
     labels[:, 1:][SEGMENTS[:, 1:] != SEGMENTS[:, :-1]] = -100
@@ -85,16 +89,28 @@ def test_masked_diffusion_equals_the_dense_mask(x64):
     assert inputs.tokens.shape == (ROWS, LENGTH)
     together = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & (SEGMENTS[:, None] > 0)
     found = loss_and_gradients(tiny_model(), inputs)
-    arguments = inputs.tokens, inputs.positions, together, inputs.targets, np.asarray(inputs.weights, np.float64)
+    arguments = (
+        inputs.tokens,
+        inputs.positions,
+        together,
+        inputs.targets,
+        np.asarray(inputs.weights, np.float64),
+    )
     expected = oracle.loss_and_gradients(tiny_model(), *arguments)
     np.testing.assert_allclose(found[0][0], expected[0], rtol=1e-11)
     for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * float(abs(theirs).max() + 1))
+        np.testing.assert_allclose(
+            ours, theirs, rtol=1e-9, atol=1e-9 * float(abs(theirs).max() + 1)
+        )
 
 
 def test_positions_start_anew_with_each_document():
     wanted = [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4], list(range(12)), [0, 1, 2, 3] * 3]
-    for objective, copies in (("autoregressive", 1), ("masked_diffusion", 1), ("block_diffusion", 2)):
+    for objective, copies in (
+        ("autoregressive", 1),
+        ("masked_diffusion", 1),
+        ("block_diffusion", 2),
+    ):
         inputs = make(make_batch(), jax.random.key(0), objective=objective)
         np.testing.assert_array_equal(inputs.positions, np.tile(wanted, copies))
 
@@ -105,7 +121,9 @@ def test_what_is_masked_is_what_is_asked(objective):
     config = ObjectiveConfig(CorruptionConfig(level="block"))
     inputs = make(batch, jax.random.key(2), config, objective)
     drawn = draw(batch, jax.random.key(2), config.corruption)
-    np.testing.assert_array_equal(inputs.tokens[:, :LENGTH], np.where(drawn.masked, MASK, batch.tokens))
+    np.testing.assert_array_equal(
+        inputs.tokens[:, :LENGTH], np.where(drawn.masked, MASK, batch.tokens)
+    )
     clean = batch.tokens if objective == "block_diffusion" else np.zeros((ROWS, 0))
     np.testing.assert_array_equal(inputs.tokens[:, LENGTH:], clean)
     np.testing.assert_array_equal(inputs.targets, batch.tokens)
@@ -115,7 +133,9 @@ def test_what_is_masked_is_what_is_asked(objective):
 
 def test_noisy_copies_are_drawn_for_the_clean_positions():
     """The same key masks the same tokens, whichever of them have copies: a budget changes no draw."""
-    noisy_index = jnp.asarray([[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 8, 9, 10, 11], [4, 5, 6, 7, -1, -1, -1, -1]])
+    noisy_index = jnp.asarray(
+        [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 8, 9, 10, 11], [4, 5, 6, 7, -1, -1, -1, -1]]
+    )
     noisy_index = noisy_index.astype(jnp.int32)
     every = make(make_batch(), jax.random.key(3))
     some = make(make_batch(noisy_index=noisy_index), jax.random.key(3))
@@ -132,7 +152,9 @@ def test_normalisers():
     batch = make_batch()
     corruption = CorruptionConfig(level="row")
     counts = {
-        name: np.asarray(make(batch, jax.random.key(4), ObjectiveConfig(corruption, name)).normalizer, np.float64)
+        name: np.asarray(
+            make(batch, jax.random.key(4), ObjectiveConfig(corruption, name)).normalizer, np.float64
+        )
         for name in ("response", "masked", "weights")
     }
     drawn = draw(batch, jax.random.key(4), corruption)
@@ -157,12 +179,16 @@ def test_a_batch_is_the_sum_of_its_rows(objective, x64):
     for ours, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(added), strict=True):
         # Metrics are float32.
         tolerance = 1e-6 if ours.dtype == jnp.float32 else 1e-11
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * float(abs(theirs).max()))
+        np.testing.assert_allclose(
+            ours, theirs, rtol=tolerance, atol=tolerance * float(abs(theirs).max())
+        )
     assert inputs.normalizer.shape == (ROWS,)
 
 
 def test_complementary_views_ask_each_token_once():
-    config = ObjectiveConfig(CorruptionConfig(level="row", t_min=0.3, t_max=0.7, complementary=True))
+    config = ObjectiveConfig(
+        CorruptionConfig(level="row", t_min=0.3, t_max=0.7, complementary=True)
+    )
     batch = make_batch()
     inputs = make(batch, jax.random.key(6), config)
     assert inputs.tokens.shape == (2 * ROWS, 2 * LENGTH)
@@ -170,7 +196,9 @@ def test_complementary_views_ask_each_token_once():
     np.testing.assert_array_equal(asked[0::2] ^ asked[1::2], batch.loss_mask)
     np.testing.assert_array_equal(np.asarray(inputs.tokens[:, :LENGTH]) == MASK, asked)
     np.testing.assert_array_equal(inputs.targets, np.repeat(batch.tokens, 2, axis=0))
-    np.testing.assert_array_equal(inputs.normalizer, np.repeat(np.asarray(batch.loss_mask).sum(axis=1), 2))
+    np.testing.assert_array_equal(
+        inputs.normalizer, np.repeat(np.asarray(batch.loss_mask).sum(axis=1), 2)
+    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -178,7 +206,9 @@ def test_nothing_to_learn_is_zero_and_finite(objective, x64):
     batch = make_batch()._replace(loss_mask=jnp.zeros((ROWS, LENGTH), bool))
     inputs = make(batch, jax.random.key(7), objective=objective)
     (total, metrics), gradients = loss_and_gradients(tiny_model(), inputs)
-    assert total == 0 and not any(map(float, jax.tree.leaves(metrics))) and not inputs.normalizer.any()
+    assert (
+        total == 0 and not any(map(float, jax.tree.leaves(metrics))) and not inputs.normalizer.any()
+    )
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
 
 

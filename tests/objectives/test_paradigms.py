@@ -51,7 +51,9 @@ def random_batch(seed: int) -> Batch:
     return Batch(*map(jnp.asarray, (tokens, SEGMENTS, response)))
 
 
-def block_of(paradigm: Paradigm, members: np.ndarray, response: np.ndarray, position: int) -> tuple[int, int]:
+def block_of(
+    paradigm: Paradigm, members: np.ndarray, response: np.ndarray, position: int
+) -> tuple[int, int]:
     """(0 for the prompt or 1 for the response, number of the block in it) of a document's position."""
     size = paradigm.block_size
     if size is None:
@@ -67,7 +69,11 @@ def block_of(paradigm: Paradigm, members: np.ndarray, response: np.ndarray, posi
 def layout(paradigm: Paradigm, ids: np.ndarray, response: np.ndarray):
     """Of one row: positions [2 L], mask [2 L, 2 L] over [noisy | clean], and which token each noisy position predicts
     (-1: none)."""
-    positions, mask, predicts = np.zeros(2 * LENGTH, int), np.zeros((2 * LENGTH, 2 * LENGTH), bool), np.full(LENGTH, -1)
+    positions, mask, predicts = (
+        np.zeros(2 * LENGTH, int),
+        np.zeros((2 * LENGTH, 2 * LENGTH), bool),
+        np.full(LENGTH, -1),
+    )
     for document in set(ids.tolist()) - {0}:
         members = np.flatnonzero(ids == document)
         blocks = [block_of(paradigm, members, response, i) for i in range(len(members))]
@@ -77,21 +83,33 @@ def layout(paradigm: Paradigm, ids: np.ndarray, response: np.ndarray):
             for j, k in enumerate(members):
                 mask[q, k] = blocks[i] == blocks[j]
                 mask[q, LENGTH + k] = blocks[j] < blocks[i]
-                mask[LENGTH + q, LENGTH + k] = j <= i if paradigm.causal_clean else blocks[j] <= blocks[i]
+                mask[LENGTH + q, LENGTH + k] = (
+                    j <= i if paradigm.causal_clean else blocks[j] <= blocks[i]
+                )
     return positions, mask, predicts
 
 
 def expected(model: Model, batch: Batch, noisy, weights):
     """Loss and gradients from the definition."""
     paradigm, copies = model.config.paradigm, 2 if model.config.paradigm.two_copies else 1
-    layouts = [layout(paradigm, ids, mask) for ids, mask in zip(SEGMENTS, np.asarray(batch.loss_mask), strict=True)]
+    layouts = [
+        layout(paradigm, ids, mask)
+        for ids, mask in zip(SEGMENTS, np.asarray(batch.loss_mask), strict=True)
+    ]
     positions, mask, predicts = (np.stack(parts) for parts in zip(*layouts, strict=True))
     inputs = np.concatenate([noisy, batch.tokens][:copies], axis=1)
     read = copies * LENGTH
     asked = predicts >= 0
-    of_predicted = lambda x: np.where(asked, np.take_along_axis(np.asarray(x), np.maximum(predicts, 0), axis=1), 0)
+    of_predicted = lambda x: np.where(
+        asked, np.take_along_axis(np.asarray(x), np.maximum(predicts, 0), axis=1), 0
+    )
     return oracle.loss_and_gradients(
-        model, inputs, positions[:, :read], mask[:, :read, :read], of_predicted(batch.tokens), of_predicted(weights)
+        model,
+        inputs,
+        positions[:, :read],
+        mask[:, :read, :read],
+        of_predicted(batch.tokens),
+        of_predicted(weights),
     )
 
 
@@ -104,12 +122,18 @@ def make(batch, key, config, model):
 def assert_close(found, wanted):
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-10)
     for ours, theirs in zip(jax.tree.leaves(found[1]), jax.tree.leaves(wanted[1]), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * float(abs(theirs).max() + 1))
+        np.testing.assert_allclose(
+            ours, theirs, rtol=1e-9, atol=1e-9 * float(abs(theirs).max() + 1)
+        )
 
 
 # Those that the others are made of.
 QUICK = ("shifted", "causal clean copy", "bidirectional prompt", "no blocks, shifted")
-OTHERS = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.ci]) for name in VALUES if name not in QUICK]
+OTHERS = [
+    pytest.param(name, marks=[pytest.mark.slow, pytest.mark.ci])
+    for name in VALUES
+    if name not in QUICK
+]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *OTHERS])
@@ -118,7 +142,9 @@ def test_training_equals_the_definition(name, seed):
     batch = random_batch(seed)
     with jax.enable_x64(True):
         model = model_with(**VALUES[name])
-        config = ObjectiveConfig(CorruptionConfig(level="block" if model.config.paradigm.two_copies else "document"))
+        config = ObjectiveConfig(
+            CorruptionConfig(level="block" if model.config.paradigm.two_copies else "document")
+        )
         inputs, ((total, _), gradients) = make(batch, jax.random.key(seed % 97), config, model)
         noisy = np.asarray(inputs.tokens[:, :LENGTH])
         weights = np.zeros((ROWS, LENGTH))
@@ -139,7 +165,13 @@ def test_the_loss_function_equals_the_definition(name, x64):
     loss = jax.jit(
         jax.value_and_grad(
             lambda model: block_diffusion_loss(
-                model, batch.tokens, noisy, weights, block_size=4, segment_ids=SEGMENTS, loss_mask=batch.loss_mask
+                model,
+                batch.tokens,
+                noisy,
+                weights,
+                block_size=4,
+                segment_ids=SEGMENTS,
+                loss_mask=batch.loss_mask,
             )
         )
     )
@@ -159,7 +191,9 @@ def test_blocks_of_the_response_share_a_noise_level():
     tokens = jnp.zeros((1, 13), jnp.int32)
     batch = Batch(tokens, jnp.ones_like(tokens), (jnp.arange(13) >= 3)[None])
     config = ObjectiveConfig(CorruptionConfig(level="block", t_min=0.9))
-    inputs, _ = make(batch, jax.random.key(1), config, model_with(jnp.float32, block_origin="response"))
+    inputs, _ = make(
+        batch, jax.random.key(1), config, model_with(jnp.float32, block_origin="response")
+    )
     weights = np.asarray(inputs.weights[0])
     assert not weights[:3].any()
     kinds = [set(weights[a:b]) - {0.0} for a, b in ((3, 7), (7, 11), (11, 13))]
@@ -174,7 +208,9 @@ def test_a_shifted_bound_in_blocks_of_one_is_the_chain_rule(x64):
     positions, mask, _ = layout_of_one(6)
     inputs = np.concatenate([np.full(6, MASK), tokens[0]])
     scores = oracle.logits(model, inputs, positions, mask)[:5]
-    np.testing.assert_allclose(mean, np.mean(oracle.cross_entropy(scores, tokens[0, 1:])), rtol=1e-11)
+    np.testing.assert_allclose(
+        mean, np.mean(oracle.cross_entropy(scores, tokens[0, 1:])), rtol=1e-11
+    )
     assert error == 0
 
 
@@ -183,14 +219,20 @@ def layout_of_one(length: int):
     index = np.arange(length)
     before = index[:, None] > index
     mask = np.block(
-        [[np.eye(length, dtype=bool), before], [np.zeros((length, length), bool), before | np.eye(length, dtype=bool)]]
+        [
+            [np.eye(length, dtype=bool), before],
+            [np.zeros((length, length), bool), before | np.eye(length, dtype=bool)],
+        ]
     )
     return np.tile(index, 2), mask, index
 
 
 def test_families_are_values():
     """Hashable, equal by value; an autoregressive model is blocks of one, shifted, over causal clean keys."""
-    assert len({Paradigm(block_size=4), Paradigm(block_size=4), Paradigm(block_size=8), NEXT_TOKEN}) == 3
+    assert (
+        len({Paradigm(block_size=4), Paradigm(block_size=4), Paradigm(block_size=8), NEXT_TOKEN})
+        == 3
+    )
     assert Paradigm(masks=False, block_size=1, shifted=True, causal_clean=True) == NEXT_TOKEN
     assert NEXT_TOKEN.cached and not NEXT_TOKEN.two_copies and not Paradigm().cached
 
@@ -212,7 +254,11 @@ BAD = {
         "bidirectional_prompt and causal_clean",
         "leave out one",
     ),
-    "autoregressive": ({"objective": "autoregressive", "shifted": True}, "'autoregressive'", "leave them out"),
+    "autoregressive": (
+        {"objective": "autoregressive", "shifted": True},
+        "'autoregressive'",
+        "leave them out",
+    ),
     "no flag": ({"shifted": 1}, "shifted is 1", "true or false"),
 }
 
@@ -230,4 +276,6 @@ def test_values_that_contradict_each_other(name):
 def test_copies_of_some_positions_are_refused_where_others_need_theirs(changes):
     batch = random_batch(0)._replace(noisy_index=jnp.zeros((ROWS, 4), jnp.int32))
     with refused(ConfigError, "noisy_length", "leave"):
-        make_inputs(batch, jax.random.key(0), ObjectiveConfig(), dataclasses.replace(CONFIG, **changes))
+        make_inputs(
+            batch, jax.random.key(0), ObjectiveConfig(), dataclasses.replace(CONFIG, **changes)
+        )

@@ -26,7 +26,11 @@ def main(directory: str, outputs: str, model_type: str | None = None) -> int:
     with torch.no_grad():
         logits = model(torch.tensor(expected["tokens"], dtype=torch.long)).logits.numpy()
     difference = np.abs(logits - expected["logits"]).max() / np.abs(logits).max()
-    problems = [list(report[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]]
+    problems = [
+        list(report[key])
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[key]
+    ]
     print(f"{type(model).__name__}: difference {difference:.1e}, problems {problems}")
     return 1 if problems or difference > 1e-4 else 0
 

@@ -26,9 +26,27 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-COMMON = {"rms_norm_eps": 1e-3, "initializer_range": 0.05, "bos_token_id": 3, "eos_token_id": 5, "use_cache": False}
-SMALL = {**COMMON, "vocab_size": 61, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 1.0, "beta_slow": 0.2}
+COMMON = {
+    "rms_norm_eps": 1e-3,
+    "initializer_range": 0.05,
+    "bos_token_id": 3,
+    "eos_token_id": 5,
+    "use_cache": False,
+}
+SMALL = {
+    **COMMON,
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 36,
+    "num_hidden_layers": 2,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 1.0,
+    "beta_slow": 0.2,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -106,7 +124,12 @@ CASES = {
     "qwen2-tied-linear-f16": (Qwen2ForCausalLM, Qwen2Config(**QWEN2_LINEAR), torch.float16, "5GB"),
     "llama-llama3-sharded": (LlamaForCausalLM, LlamaConfig(**LLAMA), torch.float32, "30KB"),
     "qwen3-moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**MOE), torch.float32, "5GB"),
-    "qwen3-moe-tied-bf16": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**MOE_PLAIN), torch.bfloat16, "5GB"),
+    "qwen3-moe-tied-bf16": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(**MOE_PLAIN),
+        torch.bfloat16,
+        "5GB",
+    ),
 }
 ROPES = {
     "default": {},
@@ -130,11 +153,18 @@ def randomise(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def outputs(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, np.ndarray]:
     sparse = isinstance(model, Qwen3MoeForCausalLM)
     out = model(tokens, **({"output_router_logits": True} if sparse else {}))
-    loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    )
     aux = {"aux_loss": out.aux_loss.detach().numpy()} if sparse else {}
     (loss + model.config.router_aux_loss_coef * out.aux_loss if sparse else loss).backward()
     gradients = {name: weight.grad.numpy() for name, weight in model.named_parameters()}
-    return {"tokens": tokens.int().numpy(), "logits": out.logits.detach().numpy(), **aux, **gradients}
+    return {
+        "tokens": tokens.int().numpy(),
+        "logits": out.logits.detach().numpy(),
+        **aux,
+        **gradients,
+    }
 
 
 def frequencies(scaling: dict) -> np.ndarray:
@@ -142,7 +172,10 @@ def frequencies(scaling: dict) -> np.ndarray:
     # transformers 4 takes YaRN's factor from the two lengths, 5 from `factor`: here they agree.
     longest = int(scaling.get("original_max_position_embeddings", 64) * scaling.get("factor", 1))
     config = Qwen3Config(
-        head_dim=32, max_position_embeddings=longest, rope_theta=5000.0, rope_scaling=dict(scaling) or None
+        head_dim=32,
+        max_position_embeddings=longest,
+        rope_theta=5000.0,
+        rope_scaling=dict(scaling) or None,
     )
     if not scaling:
         return np.append(1 / 5000.0 ** (np.arange(0, 32, 2) / 32), 1.0)
@@ -159,7 +192,9 @@ def main() -> None:
         arrays = outputs(model, torch.randint(0, config.vocab_size, (2, 20)))
         model.to(dtype).save_pretrained(directory / name, max_shard_size=shard)
         np.savez_compressed(directory / name / "outputs.npz", **arrays)
-    np.savez_compressed(directory / "rope.npz", **{name: frequencies(scaling) for name, scaling in ROPES.items()})
+    np.savez_compressed(
+        directory / "rope.npz", **{name: frequencies(scaling) for name, scaling in ROPES.items()}
+    )
 
 
 if __name__ == "__main__":

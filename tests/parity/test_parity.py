@@ -22,7 +22,13 @@ from sdar_jax.visibility import causal
 pytestmark = pytest.mark.parity
 FIXTURES = Path(__file__).parent / "fixtures"
 MIXTURES = ["qwen3-moe", "qwen3-moe-tied-bf16"]
-NAMES = ["qwen3", "qwen3-tied-yarn-bf16", "qwen2-tied-linear-f16", "llama-llama3-sharded", *MIXTURES]
+NAMES = [
+    "qwen3",
+    "qwen3-tied-yarn-bf16",
+    "qwen2-tied-linear-f16",
+    "llama-llama3-sharded",
+    *MIXTURES,
+]
 
 
 @partial(jax.jit, static_argnames="vocab_size")
@@ -52,7 +58,9 @@ def test_logits_and_gradients(name: str, stacked: bool, tmp_path: Path) -> None:
     tokens = jnp.asarray(expected.pop("tokens"))
     model = load_pretrained(FIXTURES / name, dtype="float32")
     model = stack_layers(model) if stacked else model
-    gradient, (scores, balance) = jax.grad(loss, has_aux=True)(model, tokens, model.config.vocab_size)
+    gradient, (scores, balance) = jax.grad(loss, has_aux=True)(
+        model, tokens, model.config.vocab_size
+    )
     assert_close(np.asarray(scores), expected.pop("logits"))
     if name in MIXTURES:
         assert_close(np.asarray(balance), expected.pop("aux_loss"), "balance loss")
@@ -64,7 +72,9 @@ def test_logits_and_gradients(name: str, stacked: bool, tmp_path: Path) -> None:
         assert_close(ours[weight], theirs, weight)
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied-yarn-bf16", "qwen2-tied-linear-f16", "qwen3-moe-tied-bf16"])
+@pytest.mark.parametrize(
+    "name", ["qwen3-tied-yarn-bf16", "qwen2-tied-linear-f16", "qwen3-moe-tied-bf16"]
+)
 def test_half_precision_weights_arrive_exactly(name: str) -> None:
     wide, own = (
         load_pretrained(FIXTURES / name, dtype=dtype)
@@ -100,7 +110,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("name", "change"), CHANGES)
-def test_every_field_that_leaves_the_shapes_alone_changes_the_logits(name: str, change: dict, tmp_path: Path) -> None:
+def test_every_field_that_leaves_the_shapes_alone_changes_the_logits(
+    name: str, change: dict, tmp_path: Path
+) -> None:
     directory = tmp_path / "model"
     shutil.copytree(FIXTURES / name, directory)
     config = json.loads((directory / "config.json").read_text())
@@ -114,7 +126,9 @@ def test_every_field_that_leaves_the_shapes_alone_changes_the_logits(name: str, 
 
 
 LLAMA3 = RopeConfig(5000.0, "llama3", 8.0, 1.5, 3.0, original_max_position_embeddings=32)
-YARN = RopeConfig(5000.0, "yarn", 4.0, beta_fast=1.0, beta_slow=0.2, original_max_position_embeddings=16)
+YARN = RopeConfig(
+    5000.0, "yarn", 4.0, beta_fast=1.0, beta_slow=0.2, original_max_position_embeddings=16
+)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +138,11 @@ YARN = RopeConfig(5000.0, "yarn", 4.0, beta_fast=1.0, beta_slow=0.2, original_ma
         ("linear", RopeConfig(5000.0, "linear", 3.0), 192),
         ("llama3", LLAMA3, 256),
         ("yarn", YARN, 64),
-        ("yarn-defaults", RopeConfig(5000.0, "yarn", 4.0, original_max_position_embeddings=64), 256),
+        (
+            "yarn-defaults",
+            RopeConfig(5000.0, "yarn", 4.0, original_max_position_embeddings=64),
+            256,
+        ),
         ("yarn-attention-factor", RopeConfig(**{**YARN.__dict__, "attention_factor": 0.7}), 64),
     ],
 )
@@ -143,5 +161,11 @@ def test_transformers_reads_our_config_and_we_read_its(name: str) -> None:
     values = ours.to_hf()
     theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(values))).to_dict()
     assert ModelConfig.from_hf(theirs) == ours
-    shared = ("hidden_size", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
+    shared = (
+        "hidden_size",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+    )
     assert {key: theirs[key] for key in shared} == {key: values[key] for key in shared}

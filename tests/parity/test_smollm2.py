@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("smollm2_to_hf", ROOT / "scripts" / "smollm2_to_hf.py")
+    spec = importlib.util.spec_from_file_location(
+        "smollm2_to_hf", ROOT / "scripts" / "smollm2_to_hf.py"
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -44,9 +46,16 @@ def test_logits_of_real_weights(directory: Path) -> None:
     model: Model = load_pretrained(directory)
     assert model.config.stop_token_ids == (2,)
     scores = logits(model, jnp.asarray(expected["tokens"])[None], block_size=1)[0]
-    print("greatest difference", np.abs(scores[:, ::97] - expected["logits"]).max(), "logit", np.abs(scores).max())
+    print(
+        "greatest difference",
+        np.abs(scores[:, ::97] - expected["logits"]).max(),
+        "logit",
+        np.abs(scores).max(),
+    )
     np.testing.assert_allclose(scores[:, ::97], expected["logits"], rtol=0, atol=1e-3)
-    np.testing.assert_allclose(jax.nn.logsumexp(scores, axis=-1), expected["log_normaliser"], rtol=0, atol=1e-3)
+    np.testing.assert_allclose(
+        jax.nn.logsumexp(scores, axis=-1), expected["log_normaliser"], rtol=0, atol=1e-3
+    )
     np.testing.assert_array_equal(scores.argmax(axis=-1), expected["argmax"])
 
 

@@ -17,17 +17,28 @@ from sdar_jax.model.conversion import to_diffusion
 PYTHON = os.environ.get("SDAR_TORCH_PYTHON")
 pytestmark = [
     pytest.mark.parity,
-    pytest.mark.skipif(PYTHON is None, reason="set SDAR_TORCH_PYTHON to a Python with torch and transformers"),
+    pytest.mark.skipif(
+        PYTHON is None, reason="set SDAR_TORCH_PYTHON to a Python with torch and transformers"
+    ),
 ]
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def check(model: Model, directory: Path, *model_type: str) -> None:
     tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, model.config.vocab_size, jnp.int32)
-    arrays = {"tokens": np.asarray(tokens), "logits": np.asarray(logits(model, tokens, block_size=1))}
+    arrays = {
+        "tokens": np.asarray(tokens),
+        "logits": np.asarray(logits(model, tokens, block_size=1)),
+    }
     np.savez(directory.with_suffix(".npz"), **arrays)
     script = Path(__file__).parent / "check_transformers.py"
-    command = [str(PYTHON), str(script), str(directory), str(directory.with_suffix(".npz")), *model_type]
+    command = [
+        str(PYTHON),
+        str(script),
+        str(directory),
+        str(directory.with_suffix(".npz")),
+        *model_type,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -42,10 +53,17 @@ def test_what_was_loaded_and_saved(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen2", "llama"])
 def test_what_was_made_here(architecture: str, tmp_path: Path) -> None:
-    own = {"qwen3": {}, "qwen2": {"qkv_bias": True}, "llama": {"qkv_bias": True, "output_bias": True}}[architecture]
-    shape = ModelConfig(53, 20, 28, 2, 4, 2, 10, 1e-5, RopeConfig(5e4), architecture == "qwen3", **own)
+    own = {
+        "qwen3": {},
+        "qwen2": {"qkv_bias": True},
+        "llama": {"qkv_bias": True, "output_bias": True},
+    }[architecture]
+    shape = ModelConfig(
+        53, 20, 28, 2, 4, 2, 10, 1e-5, RopeConfig(5e4), architecture == "qwen3", **own
+    )
     model = Model(
-        ModelConfig(**{**shape.__dict__, "architecture": architecture, "initializer_range": 0.3}), jax.random.key(0)
+        ModelConfig(**{**shape.__dict__, "architecture": architecture, "initializer_range": 0.3}),
+        jax.random.key(0),
     )
     save_pretrained(model, tmp_path / "model")
     check(model, tmp_path / "model")

@@ -26,7 +26,11 @@ def step(x):
 
 
 sharded = jax.shard_map(
-    step, mesh=mesh, in_specs=PartitionSpec("tensor"), out_specs=PartitionSpec("tensor"), check_vma=False
+    step,
+    mesh=mesh,
+    in_specs=PartitionSpec("tensor"),
+    out_specs=PartitionSpec("tensor"),
+    check_vma=False,
 )
 compiled = jax.jit(sharded).lower(jnp.zeros((64, 128), jnp.float32)).compile()
 found = {}

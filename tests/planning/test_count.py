@@ -55,7 +55,11 @@ def test_a_loop_of_unknown_length_is_told_and_priced_by_the_caller():
 
 
 def test_a_conditional_counts_its_dearest_branch():
-    found = counts(lambda x, p: jax.lax.cond(p, lambda x: x @ x @ x, lambda x: x @ x, x), jnp.ones((8, 8)), True)
+    found = counts(
+        lambda x, p: jax.lax.cond(p, lambda x: x @ x @ x, lambda x: x @ x, x),
+        jnp.ones((8, 8)),
+        True,
+    )
     assert found.flops == 2 * 2 * 8**3
 
 

@@ -13,7 +13,9 @@ GB = 1e9
 
 
 def hosts(*sizes: int) -> list:
-    return [SimpleNamespace(process_index=host) for host, size in enumerate(sizes) for _ in range(size)]
+    return [
+        SimpleNamespace(process_index=host) for host, size in enumerate(sizes) for _ in range(size)
+    ]
 
 
 def torus(*shape: int) -> list:
@@ -63,7 +65,9 @@ def test_tpus(kind, shape, expected):
 def test_parts_of_a_torus():
     """An axis of a 4 x 4 x 4 torus is a closed ring; of every second device on it, two groups share the links."""
     devices = torus(4, 4, 4)
-    assert seconds(Traffic("all-gather", "[16,4]<=[64]"), GB, devices, CHIPS["v5p"]) == pytest.approx(3 / 4 / 180)
+    assert seconds(
+        Traffic("all-gather", "[16,4]<=[64]"), GB, devices, CHIPS["v5p"]
+    ) == pytest.approx(3 / 4 / 180)
     every_second = Traffic("all-gather", "[32,2]<=[16,2,2]T(0,2,1)")
     assert seconds(every_second, GB, devices, CHIPS["v5p"]) == pytest.approx(1 / 2 / (90 * 2 / 3))
 

@@ -34,13 +34,23 @@ SHAPE = dataclasses.replace(
 )
 
 
-def config(*, length: int = 256, batch_size: int = 64, shape: ModelConfig = SHAPE, **changes) -> TrainConfig:
-    data = DataConfig((SourceConfig("unread", "text"),), sequence_length=length, batch_size=batch_size)
-    return TrainConfig("unwritten", 100, InitConfig(shape=shape, tokenizer="unread"), data, **changes)
+def config(
+    *, length: int = 256, batch_size: int = 64, shape: ModelConfig = SHAPE, **changes
+) -> TrainConfig:
+    data = DataConfig(
+        (SourceConfig("unread", "text"),), sequence_length=length, batch_size=batch_size
+    )
+    return TrainConfig(
+        "unwritten", 100, InitConfig(shape=shape, tokenizer="unread"), data, **changes
+    )
 
 
-def compiled(settings: TrainConfig, *, weights: float = 1e9, temporaries: float = 200e9) -> Compiled:
-    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}, size=8)
+def compiled(
+    settings: TrainConfig, *, weights: float = 1e9, temporaries: float = 200e9
+) -> Compiled:
+    mesh = SimpleNamespace(
+        shape={"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}, size=8
+    )
     memory = Memory(weights, 2 * weights, 0.0, 0.0, temporaries, 0.0)
     return Compiled(settings, SHAPE, "h200:8", CHIPS["h200"], mesh, None, memory, None, 1000, 1.0)  # pyright: ignore
 
@@ -93,7 +103,9 @@ def test_the_least_change_is_tried_first():
         "--topology h200:4x8 --remat full --micro_batch_size 32",
         "--topology h200:8x8 --remat full --micro_batch_size 64",
     ]
-    assert options(compiled(config(remat="full", micro_batch_size=8)))[0].startswith("--topology h200:2x8")
+    assert options(compiled(config(remat="full", micro_batch_size=8)))[0].startswith(
+        "--topology h200:2x8"
+    )
 
 
 def test_weights_that_do_not_fit_need_as_many_devices_as_hold_them():
@@ -103,7 +115,10 @@ def test_weights_that_do_not_fit_need_as_many_devices_as_hold_them():
         "h200:4x8",
         "h200:8x8",
     ]
-    assert [option.split()[1] for option in options(compiled(config(), weights=120e9))] == ["h200:4x8", "h200:8x8"]
+    assert [option.split()[1] for option in options(compiled(config(), weights=120e9))] == [
+        "h200:4x8",
+        "h200:8x8",
+    ]
 
 
 @pytest.mark.parametrize("overrides", [[], ["--remat", "none"], ["--mesh.fsdp", "8"]])
@@ -130,11 +145,15 @@ def test_the_expected_work_is_that_of_full_rows(objective):
     assert found.outputs == rows * length
     assert found.positions == rows * length * (2 if objective == "block_diffusion" else 1)
     share = (length - 1) / length if objective == "autoregressive" else 0.5
-    assert found.num_loss_tokens == pytest.approx(rows * length * share, rel=1e-6 if share > 0.5 else 0.3)
+    assert found.num_loss_tokens == pytest.approx(
+        rows * length * share, rel=1e-6 if share > 0.5 else 0.3
+    )
 
 
 def test_attention_counts_the_tiles_of_both_kinds_of_layer():
-    asked = expected(config(), SHAPE)._replace(tiled={"forward": (1000.0, 400.0), "dq": (1000.0, 400.0)})
+    asked = expected(config(), SHAPE)._replace(
+        tiled={"forward": (1000.0, 400.0), "dq": (1000.0, 400.0)}
+    )
     width = 2 * SHAPE.num_heads * SHAPE.head_dim * 64
     assert attention_flops(SHAPE, asked, {"forward": 2.0, "dq": 1.0}) == width * (2 * 2 + 3) * 1400
 
@@ -143,7 +162,9 @@ def test_times_and_cost():
     """A step of 1000 tokens, 2 s where all overlaps and 3.5 s where nothing does, on 8 devices."""
     links = [Link("all-gather", "fsdp", 1e9, 1e9, 0.5)]
     peak = CHIPS["h200"].bf16_flops
-    roof = Roofline(peak, 1.5 * peak, 0.5 * peak, 4.8e12, links, compute=2.0, memory=1.0, collectives=0.5)
+    roof = Roofline(
+        peak, 1.5 * peak, 0.5 * peak, 4.8e12, links, compute=2.0, memory=1.0, collectives=0.5
+    )
     assert roof.bound == "compute" and roof.overlapped == 2.0 and roof.serial == 3.5
     assert roof.mfu(2.0, peak) == 0.5
     step = compiled(config())._replace(counts=SimpleNamespace(unknown={}))
@@ -153,16 +174,19 @@ def test_times_and_cost():
     assert told["serial"]["device_hours"] == pytest.approx(3600 * 3.5 * 8 / 3600)
     assert math.isclose(told["memory"]["total"], 203e9) and not told["fits"]
     text = table(told)
-    assert "203.00 of 141: does not fit" in text and "bound by compute" in text and "all-gather over fsdp" in text
+    assert (
+        "203.00 of 141: does not fit" in text
+        and "bound by compute" in text
+        and "all-gather over fsdp" in text
+    )
 
 
 def test_what_a_compiler_refuses_is_told_by_its_needs():
     said = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
     held = Memory(2e9, 4e9, 0.0, 1e6, 0.0, 0.0)
     assert math.isclose(_refused(RuntimeError(said), held).total, 20.5 * 1024**3)
-    said = (
-        "E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (151.38G) "
-    )
+    said = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, "
+    said += "the total memory required for HLO temporaries (151.38G) "
     said += "exceeds available HBM (15.75G). HLO module: jit_step."
     assert math.isclose(_refused(RuntimeError(said), held).temporaries, 151.38 * 1024**3)
     with pytest.raises(RuntimeError, match="something else"):
@@ -171,7 +195,12 @@ def test_what_a_compiler_refuses_is_told_by_its_needs():
 
 def test_memory_is_what_is_held_at_once():
     """Of 20 GB of arguments and temporaries, 12 at the peak; a tenth of a GB of the arguments is padding."""
-    sizes = {"argument_size": 1.6e9, "temp_size": 18.4e9, "peak_memory": 12e9, "generated_code_size": 1e8}
+    sizes = {
+        "argument_size": 1.6e9,
+        "temp_size": 18.4e9,
+        "peak_memory": 12e9,
+        "generated_code_size": 1e8,
+    }
     stats = SimpleNamespace(**{f"{name}_in_bytes": size for name, size in sizes.items()})
     memory = _memory(stats, Memory(0.5e9, 1e9, 0.0, 0.0, 0.0, 0.0))
     assert math.isclose(memory.total, 12.1e9) and math.isclose(memory.batch, 0.1e9)

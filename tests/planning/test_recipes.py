@@ -14,7 +14,10 @@ from tests.compilers import ROOT, needs_compilers, run_python
 
 RECIPES = sorted(Path(ROOT, "configs").glob("study*/*.yaml"))
 # What CI plans, one of each family, as it is and for GPUs: a step compiles for these in half the time of TPUs.
-CI, CI_ON_GPUS = ("study2/8b_cpt",), ("study1/mdlm_pretrain", "study2/30b-a3b_cpt", "study4/sci_cpt")
+CI, CI_ON_GPUS = (
+    ("study2/8b_cpt",),
+    ("study1/mdlm_pretrain", "study2/30b-a3b_cpt", "study4/sci_cpt"),
+)
 slow = pytest.mark.slow
 
 
@@ -75,7 +78,9 @@ def shallow(recipe: str, topology: str) -> dict:
 
 
 def check_fits(recipe: str, *options: str):
-    child = run_python(PLAN, f"configs/{recipe}.yaml", "--json", "--attempts", "0", *options, timeout=1800)
+    child = run_python(
+        PLAN, f"configs/{recipe}.yaml", "--json", "--attempts", "0", *options, timeout=1800
+    )
     assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-4000:]
     plan = json.loads(child.stdout)
     assert plan["fits"] and not plan["loops_of_unknown_length"]
@@ -99,8 +104,12 @@ def test_recipes_fit_gpus(recipe):
 def test_every_recipe_is_among_them():
     """Blocks of any size make one program; rows that give a noisy copy to some blocks alone make another."""
     found = {program.id: program.values[0] for program in programs()}
-    assert sorted(recipe for recipes in found.values() for recipe in recipes) == sorted(map(name, RECIPES))
-    assert "study3/8b_block64" in found["study2/8b_sft"] and found["study2/8b_cpt"] == ["study2/8b_cpt"]
+    assert sorted(recipe for recipes in found.values() for recipe in recipes) == sorted(
+        map(name, RECIPES)
+    )
+    assert "study3/8b_block64" in found["study2/8b_sft"] and found["study2/8b_cpt"] == [
+        "study2/8b_cpt"
+    ]
     assert found.keys() >= set(CI) and set(map(name, RECIPES)) >= set(CI_ON_GPUS)
 
 

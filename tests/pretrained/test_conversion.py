@@ -26,13 +26,22 @@ def make(config: ModelConfig = CONFIG) -> Model:
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("config", [CONFIG, TIED, MOE], ids=["untied", "tied", "moe"])
 @pytest.mark.parametrize("size", [37, 40], ids=["spare", "appended"])
-def test_the_function_on_other_tokens_stays_the_same(config: ModelConfig, size: int, stacked: bool) -> None:
+def test_the_function_on_other_tokens_stays_the_same(
+    config: ModelConfig, size: int, stacked: bool
+) -> None:
     """Untying and making room for the mask leave the logits of all ids that there were."""
     model = make(config)
-    converted = to_diffusion(stack_layers(make(config)) if stacked else model, block_size=4, tokenizer_size=size)
+    converted = to_diffusion(
+        stack_layers(make(config)) if stacked else model, block_size=4, tokenizer_size=size
+    )
     rows = max(40, size + 1)
     assert converted.config == dataclasses.replace(
-        config, tie_embeddings=False, vocab_size=rows, objective="block_diffusion", block_size=4, mask_token_id=size
+        config,
+        tie_embeddings=False,
+        vocab_size=rows,
+        objective="block_diffusion",
+        block_size=4,
+        mask_token_id=size,
     )
     assert converted.embedding.shape == (rows, 16) and converted.head.shape == (16, rows)
     expected = logits(model, TOKENS, block_size=1)
@@ -71,11 +80,15 @@ def test_initialisations(size: int) -> None:
     model = make()
 
     def converted(mask_init: str, **options: object) -> Model:
-        return to_diffusion(model, block_size=4, tokenizer_size=size, mask_init=mask_init, **options)
+        return to_diffusion(
+            model, block_size=4, tokenizer_size=size, mask_init=mask_init, **options
+        )
 
     mean, zeros = converted("mean"), converted("zeros")
     normal = converted("normal", key=jax.random.key(2))
-    np.testing.assert_allclose(mean.embedding[size], model.embedding[:size].mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        mean.embedding[size], model.embedding[:size].mean(axis=0), rtol=1e-5, atol=1e-6
+    )
     assert (zeros.embedding[size] == 0).all()
     assert 0.1 < float(jnp.std(normal.embedding[size])) < 0.6
     for other in (mean, zeros, normal):
@@ -95,7 +108,9 @@ def test_the_mean_is_taken_in_float32() -> None:
 
 
 def test_a_diffusion_model_changes_its_block_size_alone() -> None:
-    model = to_diffusion(make(), block_size=4, tokenizer_size=37, mask_init="zeros", block_origin="response")
+    model = to_diffusion(
+        make(), block_size=4, tokenizer_size=37, mask_init="zeros", block_origin="response"
+    )
     larger = to_diffusion(model, block_size=16)
     assert larger.config == dataclasses.replace(model.config, block_size=16)
     for a, b in zip(jax.tree.leaves(larger), jax.tree.leaves(model), strict=True):
@@ -128,7 +143,12 @@ S4 = {"block_size": 4}
     [
         (CONFIG, {"mask_token_id": 39}, "needs one, such as 4", S4),
         (CONFIG, S4, "neither mask_token_id nor tokenizer_size", {"tokenizer_size": 37}),
-        (CONFIG, S4 | {"tokenizer_size": 41}, "largest id plus one, at most 40", {"tokenizer_size": 40}),
+        (
+            CONFIG,
+            S4 | {"tokenizer_size": 41},
+            "largest id plus one, at most 40",
+            {"tokenizer_size": 40},
+        ),
         (CONFIG, S4 | {"mask_token_id": 41}, "give a spare id below 40", {"mask_token_id": 39}),
         (CONFIG, S4 | {"mask_token_id": 41}, "or 40 to append a row", {"mask_token_id": 40}),
         (
@@ -137,9 +157,24 @@ S4 = {"block_size": 4}
             "use .* 'masked",
             {"objective": "masked_diffusion"},
         ),
-        (CONFIG, S4 | {"mask_token_id": 39, "mask_init": "median"}, "use one of .*'zeros'", {"mask_init": "zeros"}),
-        (CONFIG, S4 | {"mask_token_id": 39, "mask_init": "normal"}, "give key=", {"key": jax.random.key(0)}),
-        (CONFIG, S4 | {"mask_token_id": 40, "mask_init": "keep"}, "use 'mean'", {"mask_init": "mean"}),
+        (
+            CONFIG,
+            S4 | {"mask_token_id": 39, "mask_init": "median"},
+            "use one of .*'zeros'",
+            {"mask_init": "zeros"},
+        ),
+        (
+            CONFIG,
+            S4 | {"mask_token_id": 39, "mask_init": "normal"},
+            "give key=",
+            {"key": jax.random.key(0)},
+        ),
+        (
+            CONFIG,
+            S4 | {"mask_token_id": 40, "mask_init": "keep"},
+            "use 'mean'",
+            {"mask_init": "mean"},
+        ),
         (DIFFUSION, {"block_size": 8}, "give the one it was trained with", {"mask_token_id": 37}),
         (
             dataclasses.replace(DIFFUSION, mask_token_id=39),
@@ -159,9 +194,15 @@ def test_the_other_values_of_the_paradigm() -> None:
     """Given, they are the new model's; not given, they stay."""
     values = {"shifted": True, "causal_clean": True}
     converted = to_diffusion(make(CONFIG), block_size=4, mask_token_id=39, **values)
-    assert (converted.config.paradigm.shifted, converted.config.paradigm.causal_clean) == (True, True)
+    assert (converted.config.paradigm.shifted, converted.config.paradigm.causal_clean) == (
+        True,
+        True,
+    )
     assert ModelConfig.from_hf(converted.config.to_hf()).paradigm == converted.config.paradigm
     other = to_diffusion(converted, block_size=8, causal_clean=False)
     assert other.config == dataclasses.replace(converted.config, block_size=8, causal_clean=False)
-    with pytest.raises(ConfigError, match="bidirectional_prompt is True and blocks do not start at the response; set"):
+    with pytest.raises(
+        ConfigError,
+        match="bidirectional_prompt is True and blocks do not start at the response; set",
+    ):
         to_diffusion(converted, block_size=4, bidirectional_prompt=True)

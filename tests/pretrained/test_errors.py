@@ -48,7 +48,11 @@ def sharded(saved: Path, tmp_path: Path) -> Path:
 
 
 def refused(
-    kind: type[SdarError], match: str, call: Callable[..., object], *arguments: object, **options: object
+    kind: type[SdarError],
+    match: str,
+    call: Callable[..., object],
+    *arguments: object,
+    **options: object,
 ) -> None:
     with pytest.raises(kind, match=match) as caught:
         call(*arguments, **options)
@@ -57,7 +61,10 @@ def refused(
 
 def edit_tensors(directory: Path, **changes: np.ndarray | None) -> None:
     file = directory / "model.safetensors"
-    tensors = {**load_file(file), **{name.replace("__", "."): tensor for name, tensor in changes.items()}}
+    tensors = {
+        **load_file(file),
+        **{name.replace("__", "."): tensor for name, tensor in changes.items()},
+    }
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
 
 
@@ -69,11 +76,18 @@ def edit_index(directory: Path, change: Callable[[dict], None]) -> None:
 
 
 def test_no_such_directory(tmp_path: Path) -> None:
-    refused(CheckpointError, "nowhere: no such directory; give", load_pretrained, tmp_path / "nowhere")
+    refused(
+        CheckpointError, "nowhere: no such directory; give", load_pretrained, tmp_path / "nowhere"
+    )
 
 
 def test_a_file_for_a_directory(single: Path) -> None:
-    refused(CheckpointError, "config.json: is a file; give the directory", load_pretrained, single / "config.json")
+    refused(
+        CheckpointError,
+        "config.json: is a file; give the directory",
+        load_pretrained,
+        single / "config.json",
+    )
 
 
 def test_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +95,9 @@ def test_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Name or service not known\nand a second line")
 
     monkeypatch.setattr(pretrained, "snapshot_download", offline)
-    match = r"org/model: no such directory, and .*hub.*\(Name or service not known\); check the name"
+    match = (
+        r"org/model: no such directory, and .*hub.*\(Name or service not known\); check the name"
+    )
     refused(CheckpointError, match, load_pretrained, "org/model")
 
 
@@ -89,7 +105,12 @@ def test_hub_is_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     """The real client, told to stay offline, with an empty cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    refused(CheckpointError, "org/model: no such directory, and .*hub did not", load_pretrained, "org/model")
+    refused(
+        CheckpointError,
+        "org/model: no such directory, and .*hub did not",
+        load_pretrained,
+        "org/model",
+    )
 
 
 def test_no_weights(single: Path) -> None:
@@ -98,19 +119,22 @@ def test_no_weights(single: Path) -> None:
     refused(CheckpointError, match, load_pretrained, single)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "consolidated.00.pth"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model-00001-of-00002.safetensors", "consolidated.00.pth"]
+)
 def test_weights_that_are_not_read(single: Path, name: str) -> None:
     (single / "model.safetensors").rename(single / name)
-    match = (
-        f"neither model.safetensors nor model.safetensors.index.json, only {name}; give a directory with safetensors"
-    )
+    match = f"neither model.safetensors nor model.safetensors.index.json, only {name}; "
+    match += "give a directory with safetensors"
     refused(CheckpointError, match, load_pretrained, single)
 
 
 def test_a_head_that_is_missing_may_be_tied(single: Path) -> None:
     """The advice works."""
     edit_tensors(single, lm_head__weight=None)
-    match = "1 missing: lm_head.weight; .*, or set tie_word_embeddings to true if it has no such head"
+    match = (
+        "1 missing: lm_head.weight; .*, or set tie_word_embeddings to true if it has no such head"
+    )
     refused(CheckpointError, match, load_pretrained, single)
     config = json.loads((single / "config.json").read_text())
     (single / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
@@ -130,7 +154,10 @@ def test_a_tied_head_of_another_shape(single: Path) -> None:
 def test_stops_that_are_no_ids(single: Path, stop: object) -> None:
     (single / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
     refused(
-        CheckpointError, "generation_config.json: eos_token_id is .*; give a token id, or a", load_pretrained, single
+        CheckpointError,
+        "generation_config.json: eos_token_id is .*; give a token id, or a",
+        load_pretrained,
+        single,
     )
 
 
@@ -143,12 +170,19 @@ def test_no_config(single: Path) -> None:
 def test_a_file_cut_short(single: Path, keep: int) -> None:
     file = single / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(CheckpointError, "model.safetensors: not a whole safetensors file .*; download", load_pretrained, single)
+    refused(
+        CheckpointError,
+        "model.safetensors: not a whole safetensors file .*; download",
+        load_pretrained,
+        single,
+    )
 
 
 def test_a_file_of_something_else(single: Path) -> None:
     (single / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    refused(CheckpointError, "model.safetensors: not a whole safetensors file", load_pretrained, single)
+    refused(
+        CheckpointError, "model.safetensors: not a whole safetensors file", load_pretrained, single
+    )
 
 
 def test_names_shapes_and_types_in_one_error(single: Path) -> None:
@@ -173,7 +207,12 @@ def test_names_shapes_and_types_in_one_error(single: Path) -> None:
 def test_long_lists_are_counted(single: Path) -> None:
     config = json.loads((single / "config.json").read_text())
     (single / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    refused(CheckpointError, r"22 missing: (model.layers.2\S+, ){4}\S+ and 17 more; use", load_pretrained, single)
+    refused(
+        CheckpointError,
+        r"22 missing: (model.layers.2\S+, ){4}\S+ and 17 more; use",
+        load_pretrained,
+        single,
+    )
 
 
 def test_nothing_is_placed_before_the_check(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,13 +227,17 @@ def test_nothing_is_placed_before_the_check(single: Path, monkeypatch: pytest.Mo
 def test_a_missing_shard(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
-    refused(CheckpointError, f"{shard.name}: this shard is missing; download", load_pretrained, sharded)
+    refused(
+        CheckpointError, f"{shard.name}: this shard is missing; download", load_pretrained, sharded
+    )
 
 
 def test_a_shard_cut_short(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-10])
-    refused(CheckpointError, f"{shard.name}: not a whole safetensors file", load_pretrained, sharded)
+    refused(
+        CheckpointError, f"{shard.name}: not a whole safetensors file", load_pretrained, sharded
+    )
 
 
 def test_an_index_that_names_an_absent_tensor(sharded: Path) -> None:
@@ -209,7 +252,9 @@ def test_an_index_that_leaves_a_tensor_out(sharded: Path) -> None:
     refused(CheckpointError, "1 missing: model.norm.weight; use", load_pretrained, sharded)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}']
+)
 def test_an_index_that_is_none(sharded: Path, text: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(text)
     refused(
@@ -223,7 +268,12 @@ def test_an_index_that_is_none(sharded: Path, text: str) -> None:
 @pytest.mark.parametrize(("text", "what"), [("{", "not JSON"), ("[]", "not a JSON object")])
 def test_bad_generation_config(single: Path, text: str, what: str) -> None:
     (single / "generation_config.json").write_text(text)
-    refused(CheckpointError, f"generation_config.json: {what}.*; restore or remove", load_pretrained, single)
+    refused(
+        CheckpointError,
+        f"generation_config.json: {what}.*; restore or remove",
+        load_pretrained,
+        single,
+    )
 
 
 @pytest.mark.parametrize(
@@ -244,12 +294,19 @@ def test_saving_over_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     match = "holds notes.txt, which a save would delete; choose a new directory"
     refused(CheckpointError, match, save_pretrained, make(), tmp_path)
-    refused(CheckpointError, "notes.txt: is a file; choose", save_pretrained, make(), tmp_path / "notes.txt")
+    refused(
+        CheckpointError,
+        "notes.txt: is a file; choose",
+        save_pretrained,
+        make(),
+        tmp_path / "notes.txt",
+    )
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "optimizer.safetensors", "additional_chat_templates/a.txt"]
+    "name",
+    ["adapter_model.safetensors", "optimizer.safetensors", "additional_chat_templates/a.txt"],
 )
 def test_saving_over_what_a_save_does_not_write(saved: Path, tmp_path: Path, name: str) -> None:
     path = tmp_path / "model"
@@ -257,7 +314,13 @@ def test_saving_over_what_a_save_does_not_write(saved: Path, tmp_path: Path, nam
     save_pretrained(make(), path)
     (path / "additional_chat_templates").mkdir()
     (path / name).write_text("mine")
-    refused(CheckpointError, f"holds {name}, which a save would delete; choose a new", save_pretrained, make(), path)
+    refused(
+        CheckpointError,
+        f"holds {name}, which a save would delete; choose a new",
+        save_pretrained,
+        make(),
+        path,
+    )
     assert (path / name).read_text() == "mine"
 
 
@@ -269,7 +332,9 @@ def test_saving_where_a_directory_cannot_be(tmp_path: Path) -> None:
 
 def test_saving_with_a_tokenizer_from_nowhere(tmp_path: Path) -> None:
     match = f"{os.path.basename(tmp_path)}: holds no tokenizer files; give the directory that has tokenizer.json"
-    refused(CheckpointError, match, save_pretrained, make(), tmp_path / "model", tokenizer_from=tmp_path)
+    refused(
+        CheckpointError, match, save_pretrained, make(), tmp_path / "model", tokenizer_from=tmp_path
+    )
     assert not (tmp_path / "model").exists()
 
 
@@ -277,14 +342,38 @@ def test_saving_with_a_tokenizer_from_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "options", "match"),
     [
-        (CONFIG, {"objective": "autoregressive", "block_size": 4}, "objective 'autoregressive' is no diffusion; use"),
-        (CONFIG, {"tokenizer_size": 39}, "block_size is None and the model has none; block diffusion needs one"),
-        (CONFIG, {"block_size": 4}, "neither mask_token_id nor tokenizer_size is given; the mask needs"),
-        (CONFIG, {"block_size": 4, "tokenizer_size": 41}, "tokenizer_size is 41 and the model has 40 rows; give"),
-        (CONFIG, {"block_size": 4, "mask_token_id": 41}, "mask_token_id is 41; give a spare id below 40, or 40"),
+        (
+            CONFIG,
+            {"objective": "autoregressive", "block_size": 4},
+            "objective 'autoregressive' is no diffusion; use",
+        ),
+        (
+            CONFIG,
+            {"tokenizer_size": 39},
+            "block_size is None and the model has none; block diffusion needs one",
+        ),
+        (
+            CONFIG,
+            {"block_size": 4},
+            "neither mask_token_id nor tokenizer_size is given; the mask needs",
+        ),
+        (
+            CONFIG,
+            {"block_size": 4, "tokenizer_size": 41},
+            "tokenizer_size is 41 and the model has 40 rows; give",
+        ),
+        (
+            CONFIG,
+            {"block_size": 4, "mask_token_id": 41},
+            "mask_token_id is 41; give a spare id below 40, or 40",
+        ),
         (CONFIG, {"block_size": 4, "mask_token_id": -1}, "mask_token_id is -1; give a spare id"),
         (CONFIG, {"block_size": 0, "mask_token_id": 39}, "block_size is 0; give a positive"),
-        (CONFIG, {"block_size": 4, "mask_token_id": 39, "mask_init": "median"}, "mask_init 'median' is unknown; use"),
+        (
+            CONFIG,
+            {"block_size": 4, "mask_token_id": 39, "mask_init": "median"},
+            "mask_init 'median' is unknown; use",
+        ),
         (
             CONFIG,
             {"block_size": 4, "mask_token_id": 39, "mask_init": "normal"},
@@ -295,8 +384,16 @@ def test_saving_with_a_tokenizer_from_nowhere(tmp_path: Path) -> None:
             {"block_size": 4, "mask_token_id": 40, "mask_init": "keep"},
             "'keep' has no row to keep.*; use 'mean'",
         ),
-        (CONFIG, {"block_size": 4, "mask_token_id": 39, "block_origin": "end"}, "block_origin 'end' is unknown; use"),
-        (DIFFUSION, {"block_size": 8}, "mask_token_id is None and this diffusion model has none; give the one"),
+        (
+            CONFIG,
+            {"block_size": 4, "mask_token_id": 39, "block_origin": "end"},
+            "block_origin 'end' is unknown; use",
+        ),
+        (
+            DIFFUSION,
+            {"block_size": 8},
+            "mask_token_id is None and this diffusion model has none; give the one",
+        ),
     ],
 )
 def test_bad_conversions(config: ModelConfig, options: dict, match: str) -> None:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
+]
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
@@ -64,16 +67,25 @@ else:
 
 def run(*arguments: str) -> str:
     # A fixed threshold makes glibc give freed tensors back at once, so that what is measured is what is alive.
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+    }
     command = [sys.executable, "-c", SCRIPT, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=True
+    ).stdout
 
 
 def test_peak_of_loading_and_saving(tmp_path: Path) -> None:
     run(str(tmp_path / "model"), "make")
     os.symlink(ROOT / "tests" / "parity" / "fixtures" / "qwen3", tmp_path / "model-small")
     size, largest, loading, saving = map(float, run(str(tmp_path / "model"), "measure").split())
-    print(f"model {size:.0f} MiB, largest tensor {largest:.0f}; loading adds {loading:.0f}, saving {saving:.0f}")
+    print(
+        f"model {size:.0f} MiB, largest tensor {largest:.0f}; loading adds {loading:.0f}, saving {saving:.0f}"
+    )
     # Two tensors: what is read and what it becomes. The rest is the allocator's.
     assert size <= loading < size + 3 * largest
     assert saving < 4 * largest

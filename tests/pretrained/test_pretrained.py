@@ -32,7 +32,9 @@ FIXTURES = Path(__file__).parents[1] / "parity" / "fixtures"
 SHAPE = ModelConfig(40, 16, 24, 3, 4, 2, 8, bos_token_id=1, eos_token_id=2, stop_token_ids=(7, 2))
 CONFIGS = {
     "qwen3": dataclasses.replace(SHAPE, qkv_bias=True, output_bias=True),
-    "qwen2": dataclasses.replace(SHAPE, architecture="qwen2", qk_norm=False, qkv_bias=True, tie_embeddings=True),
+    "qwen2": dataclasses.replace(
+        SHAPE, architecture="qwen2", qk_norm=False, qkv_bias=True, tie_embeddings=True
+    ),
     "llama": dataclasses.replace(SHAPE, architecture="llama", qk_norm=False, mlp_bias=True),
     "sdar": dataclasses.replace(SHAPE, objective="block_diffusion", block_size=4, mask_token_id=39),
 }
@@ -46,7 +48,9 @@ def make(name: str, dtype: jnp.dtype = jnp.float32) -> Model:
     shapes = jax.eval_shape(lambda: Model(CONFIGS[name], jax.random.key(0), dtype))
     leaves, structure = jax.tree.flatten(shapes)
     draw = np.random.default_rng(0).normal
-    return jax.tree.unflatten(structure, [jnp.asarray(draw(size=leaf.shape), leaf.dtype) for leaf in leaves])
+    return jax.tree.unflatten(
+        structure, [jnp.asarray(draw(size=leaf.shape), leaf.dtype) for leaf in leaves]
+    )
 
 
 def assert_same(a: Model, b: Model) -> None:
@@ -78,15 +82,24 @@ def test_fused_experts_are_read_as_single_ones(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     for layer in range(3):
         prefix = f"model.layers.{layer}.mlp.experts"
-        single = [[tensors.pop(f"{prefix}.{e}.{x}_proj.weight") for e in range(3)] for x in ("gate", "up", "down")]
+        single = [
+            [tensors.pop(f"{prefix}.{e}.{x}_proj.weight") for e in range(3)]
+            for x in ("gate", "up", "down")
+        ]
         gate, up, down = map(np.stack, single)
         assert gate.shape == (3, 10, 16) and down.shape == (3, 16, 10)
-        tensors |= {f"{prefix}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{prefix}.down_proj": down}
+        tensors |= {
+            f"{prefix}.gate_up_proj": np.concatenate([gate, up], axis=1),
+            f"{prefix}.down_proj": down,
+        }
     save_file(tensors, tmp_path / "model" / "model.safetensors")
     assert_same(load_pretrained(tmp_path / "model"), model)
     tensors[f"{prefix}.down_proj"] = down[:2]
     save_file(tensors, tmp_path / "model" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"layers.2.mlp.experts.down_proj is \[2, 16, 10\] and should be \[3, 16"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"layers.2.mlp.experts.down_proj is \[2, 16, 10\] and should be \[3, 16",
+    ):
         load_pretrained(tmp_path / "model")
 
 
@@ -101,7 +114,11 @@ def test_round_trip_in_every_dtype(dtype: str, tmp_path: Path, x64: None) -> Non
 
 @pytest.mark.parametrize("path", sorted(FIXTURES.glob("*/")), ids=lambda path: path.name)
 def test_saves_the_tensors_that_transformers_saved(path: Path, tmp_path: Path) -> None:
-    theirs = {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    theirs = {
+        name: tensor
+        for file in path.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
     own = theirs["model.norm.weight"].dtype.name
     save_pretrained(load_pretrained(path, dtype=own), tmp_path / "model")
     ours = load_file(tmp_path / "model" / "model.safetensors")
@@ -124,10 +141,15 @@ def test_casting_on_the_way_out(tmp_path: Path) -> None:
 def test_an_export_reads_back_as_the_cast(stacked: bool, dtype: DTypeLike, tmp_path: Path) -> None:
     """In the config's words too, so that transformers loads it in that type; a save of its own type is the same."""
     model = make("qwen3_moe")
-    save_pretrained(stack_layers(make("qwen3_moe")) if stacked else model, tmp_path / "model", dtype=dtype)
+    save_pretrained(
+        stack_layers(make("qwen3_moe")) if stacked else model, tmp_path / "model", dtype=dtype
+    )
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
     assert_same(load_pretrained(tmp_path / "model", dtype=dtype), cast)
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"] == jnp.dtype(dtype).name
+    assert (
+        json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"]
+        == jnp.dtype(dtype).name
+    )
     save_pretrained(stack_layers(cast) if stacked else cast, tmp_path / "cast")
     assert bytes_of(tmp_path / "model") == bytes_of(tmp_path / "cast")
 
@@ -153,13 +175,17 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stacked", [False, True])
 def test_shards(stacked: bool, tmp_path: Path) -> None:
     model = make("qwen3")
-    save_pretrained(stack_layers(make("qwen3")) if stacked else model, tmp_path / "model", max_shard_bytes=5000)
+    save_pretrained(
+        stack_layers(make("qwen3")) if stacked else model, tmp_path / "model", max_shard_bytes=5000
+    )
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("model/*.safetensors"))
     assert [file.name for file in files] == [
         f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
     ]
-    assert len(files) > 3 and sorted(set(index["weight_map"].values())) == [file.name for file in files]
+    assert len(files) > 3 and sorted(set(index["weight_map"].values())) == [
+        file.name for file in files
+    ]
     data = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
     assert max(data) <= 5000 and sum(data) == index["metadata"]["total_size"]
     assert_same(load_pretrained(tmp_path / "model"), model)
@@ -172,13 +198,18 @@ def test_files_say_that_they_are_torchs(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}
 
 
-def test_a_tied_model_may_carry_its_head_and_old_buffers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tied_model_may_carry_its_head_and_old_buffers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_pretrained(make("qwen2"), tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     head, buffer = tensors["model.embed_tokens.weight"], np.zeros(4)
     for kind in (np.float32, np.float64):
-        extra = {"lm_head.weight": head.astype(kind), "model.layers.0.self_attn.rotary_emb.inv_freq": buffer}
+        extra = {
+            "lm_head.weight": head.astype(kind),
+            "model.layers.0.self_attn.rotary_emb.inv_freq": buffer,
+        }
         save_file({**tensors, **extra}, file)
         model = load_pretrained(tmp_path / "model")
         assert model.head is None
@@ -215,17 +246,26 @@ def test_a_head_unlike_the_embedding_is_kept(
     assert not caplog.records
 
 
-def test_weights_that_lie_beside_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_that_lie_beside_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """One file comes before an index, as in transformers."""
     path = tmp_path / "model"
     save_pretrained(make("llama"), path, max_shard_bytes=5000)
     shards = sorted(file.name for file in path.glob("*.safetensors"))
-    for name in ("pytorch_model-00001-of-00002.bin", "consolidated.safetensors", "training_args.bin", "optimizer.pt"):
+    for name in (
+        "pytorch_model-00001-of-00002.bin",
+        "consolidated.safetensors",
+        "training_args.bin",
+        "optimizer.pt",
+    ):
         (path / name).write_bytes(b"not read")
     (path / "original").mkdir()
     (path / "original" / "consolidated.00.pth").write_bytes(b"not read")
     assert_same(load_pretrained(path), make("llama"))
-    others = "consolidated.safetensors, original/consolidated.00.pth, pytorch_model-00001-of-00002.bin"
+    others = (
+        "consolidated.safetensors, original/consolidated.00.pth, pytorch_model-00001-of-00002.bin"
+    )
     source = "the shards of model.safetensors.index.json"
     assert caplog.messages == [f"{path}: weights are read from {source}; ignored: {others}"]
     caplog.clear()
@@ -239,13 +279,17 @@ def test_weights_that_lie_beside_are_named(tmp_path: Path, caplog: pytest.LogCap
     )
 
 
-def test_tensors_that_an_index_does_not_name_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_that_an_index_does_not_name_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_pretrained(make("llama"), tmp_path / "model", max_shard_bytes=5000)
     shard = sorted((tmp_path / "model").glob("*.safetensors"))[0]
     save_file({**load_file(shard), "stale.weight": np.zeros(3)}, shard)
     assert_same(load_pretrained(tmp_path / "model"), make("llama"))
     (said,) = caplog.messages
-    assert "index.json: does not name stale.weight, which its shards hold; they are not read" in said
+    assert (
+        "index.json: does not name stale.weight, which its shards hold; they are not read" in said
+    )
 
 
 def test_block_size_and_mask_can_be_supplied_or_overridden(tmp_path: Path) -> None:
@@ -267,19 +311,40 @@ def test_stop_tokens_are_generation_configs(stop: object, expected: tuple, tmp_p
     assert load_pretrained(tmp_path / "model").config.stop_token_ids == (2,)
 
 
-def test_what_generation_config_asks_for_is_followed_or_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_generation_config_asks_for_is_followed_or_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "model"
     save_pretrained(make("qwen3"), path)
-    released = {"eos_token_id": [7, 2], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    released |= {"pad_token_id": 0, "transformers_version": "4.51.0", "repetition_penalty": 1.0, "num_beams": 1}
+    released = {
+        "eos_token_id": [7, 2],
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+    }
+    released |= {
+        "pad_token_id": 0,
+        "transformers_version": "4.51.0",
+        "repetition_penalty": 1.0,
+        "num_beams": 1,
+    }
     (path / "generation_config.json").write_text(json.dumps(released), encoding="utf-8-sig")
     assert_same(load_pretrained(path), make("qwen3"))
     assert not caplog.records
-    more = {"repetition_penalty": 1.05, "stop_strings": ["User:"], "min_new_tokens": 3, "suppress_tokens": None}
+    more = {
+        "repetition_penalty": 1.05,
+        "stop_strings": ["User:"],
+        "min_new_tokens": 3,
+        "suppress_tokens": None,
+    }
     (path / "generation_config.json").write_text(json.dumps({**released, **more}))
     load_pretrained(path)
     (said,) = caplog.messages
-    assert "generation_config.json: not applied: min_new_tokens, repetition_penalty, stop_strings; say" in said
+    assert (
+        "generation_config.json: not applied: min_new_tokens, repetition_penalty, stop_strings; say"
+        in said
+    )
 
 
 TEMPLATES = {"default": "{{ messages }}", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
@@ -309,12 +374,24 @@ def test_whatever_a_tokenizer_is_read_from_is_carried_along(tmp_path: Path) -> N
         "qwen.tiktoken",
         "chat_template.json",
     ]
-    names += ["preprocessor_config.json", "additional_chat_templates/tool_use.jinja", "special_tokens_map.json"]
-    others = ["README.md", "training_args.bin", "tokenization_qwen2.py", "additional_chat_templates/notes.txt"]
+    names += [
+        "preprocessor_config.json",
+        "additional_chat_templates/tool_use.jinja",
+        "special_tokens_map.json",
+    ]
+    others = [
+        "README.md",
+        "training_args.bin",
+        "tokenization_qwen2.py",
+        "additional_chat_templates/notes.txt",
+    ]
     for name in [*names, *others]:
         (source / name).write_text(name)
     save_pretrained(make("qwen3"), tmp_path / "model", tokenizer_from=source)
-    held = {file.relative_to(tmp_path / "model").as_posix() for file in (tmp_path / "model").rglob("*.*")}
+    held = {
+        file.relative_to(tmp_path / "model").as_posix()
+        for file in (tmp_path / "model").rglob("*.*")
+    }
     assert held - {"config.json", "generation_config.json", "model.safetensors"} == set(names)
     assert all((tmp_path / "model" / name).read_text() == name for name in names)
 
@@ -347,14 +424,19 @@ def test_an_earlier_save_is_replaced_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", ["os.fsync", "pathlib.Path.write_text", "shutil.copyfile"])
-def test_a_failed_save_leaves_what_was_there(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_what_was_there(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_pretrained(make("qwen3"), tmp_path / "model")
     before = bytes_of(tmp_path / "model")
 
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left.*make room or") as caught:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CheckpointError, match="No space left.*make room or") as caught,
+    ):
         patch.setattr(fails, full)
         save_pretrained(make("llama"), tmp_path / "model")
     assert "\n" not in str(caught.value)
@@ -362,7 +444,9 @@ def test_a_failed_save_leaves_what_was_there(fails: str, tmp_path: Path, monkeyp
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_failed_replacement_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_replacement_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_pretrained(make("qwen3"), tmp_path / "model")
     before, rename = bytes_of(tmp_path / "model"), Path.rename
 
@@ -392,7 +476,11 @@ def test_the_next_save_removes_what_killed_ones_left(tmp_path: Path) -> None:
     path = tmp_path / "model"
     killed = [leave_a_killed_save(path, 1, "new"), leave_a_killed_save(path, 2, "new", "old")]
     alive = leave_a_killed_save(path, 3, "new")
-    others = [leave_a_killed_save(tmp_path / "model.v2", 4, "new"), tmp_path / ".model.backup1", tmp_path / ".model.1"]
+    others = [
+        leave_a_killed_save(tmp_path / "model.v2", 4, "new"),
+        tmp_path / ".model.backup1",
+        tmp_path / ".model.1",
+    ]
     for other in others[1:]:
         other.mkdir()
     handle = os.open(alive, os.O_RDONLY)
@@ -405,7 +493,9 @@ def test_the_next_save_removes_what_killed_ones_left(tmp_path: Path) -> None:
     assert not alive.exists() and all(other.exists() for other in others)
 
 
-def test_an_old_model_that_is_the_only_one_left_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_model_that_is_the_only_one_left_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A save was killed between two renames, and the next one fails."""
     staging = leave_a_killed_save(tmp_path / "model", 1, "new", "old")
 
@@ -433,7 +523,9 @@ save_pretrained(Model(ModelConfig(40, 16, 24, 3, 4, 2, 8), jax.random.key(0)), s
 """
     path = tmp_path / "model"
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=root, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=root, timeout=300, check=False
+    )
     (left,) = tmp_path.iterdir()
     assert done.returncode == -9 and (left / "new" / "model.safetensors").exists()
     save_pretrained(make("qwen3"), path)
@@ -444,7 +536,9 @@ def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     asked = []
 
     def download(repository: str, *, allow_patterns: list[str]) -> str:
-        asked.append((repository, "*.safetensors" in allow_patterns, "config.json" in allow_patterns))
+        asked.append(
+            (repository, "*.safetensors" in allow_patterns, "config.json" in allow_patterns)
+        )
         return str(FIXTURES / "qwen3")
 
     monkeypatch.setattr(pretrained, "snapshot_download", download)

@@ -81,7 +81,9 @@ def test_four_devices(tmp_path: Path) -> None:
     }
     fixture = ROOT / "tests" / "parity" / "fixtures" / "qwen3"
     command = [sys.executable, "-W", "error", "-c", SCRIPT, str(fixture), str(tmp_path / "saved")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert result.returncode == 0 and result.stdout == "done\n", result.stdout + result.stderr
 
 
@@ -95,7 +97,11 @@ def mesh(*names: str) -> jax.sharding.Mesh:
         (("data", "model"), {}, "mesh axis 'model' is unknown; use axes out of"),
         (("fsdp",), {"embed": "pipeline"}, "mesh axis 'pipeline' is unknown; use axes out of"),
         (("fsdp",), {"heads": "fsdp"}, r"logical axes \['heads'\] are unknown; rules may map"),
-        (("fsdp",), {"embed": "fsdp", "mlp": "fsdp"}, "two axes of weight 'gate_up' map to mesh axis 'fsdp'; give"),
+        (
+            ("fsdp",),
+            {"embed": "fsdp", "mlp": "fsdp"},
+            "two axes of weight 'gate_up' map to mesh axis 'fsdp'; give",
+        ),
     ],
 )
 def test_bad_meshes_and_rules(names: tuple, rules: dict, message: str) -> None:

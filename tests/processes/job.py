@@ -28,7 +28,9 @@ class Ended(NamedTuple):
     def errors(self) -> list[str]:
         """What it says of its end, of which one line is right."""
         words = ("error", "Traceback", "Check failure", "Terminating process")
-        return [line for line in self.err.splitlines() if line.startswith(words) or " client.h:" in line]
+        return [
+            line for line in self.err.splitlines() if line.startswith(words) or " client.h:" in line
+        ]
 
 
 class Job:
@@ -50,7 +52,11 @@ class Job:
         self.processes, self._listeners = [], []
         address = f"127.0.0.1:{free_port()}"
         for index in range(count):
-            places = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": index}
+            places = {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": count,
+                "JAX_PROCESS_ID": index,
+            }
             self._start(index, [str(config), *arguments], places, devices)
 
     def _start(self, index: int, arguments: list[str], places: Values, devices: int) -> None:
@@ -60,13 +66,18 @@ class Job:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": -1,
         }
         flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS.format(devices)}
-        environment = {**os.environ, **{name: str(value) for name, value in {**cache, **flags, **places}.items()}}
+        environment = {
+            **os.environ,
+            **{name: str(value) for name, value in {**cache, **flags, **places}.items()},
+        }
         warnings = ("-W", "error", "-W", "ignore:Error reading persistent compilation cache entry")
         with self._file(index, "out").open("w") as out, self._file(index, "err").open("w") as err:
             # Errors go through a pipe: where the files of a process are limited, what it says is not.
             listener = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=err)
             command = [sys.executable, *warnings, "train.py", *arguments]
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=listener.stdin)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=out, stderr=listener.stdin
+            )
             listener.stdin.close()
         self.processes.append(process)
         self._listeners.append(listener)
@@ -108,7 +119,10 @@ class Job:
 
     def said(self) -> list[Ended]:
         read = lambda index, suffix: self._file(index, suffix).read_text()
-        return [Ended(p.returncode, read(i, "out"), read(i, "err")) for i, p in enumerate(self.processes)]
+        return [
+            Ended(p.returncode, read(i, "out"), read(i, "err"))
+            for i, p in enumerate(self.processes)
+        ]
 
     def finish(self) -> list[Ended]:
         """All of it, to the end."""
@@ -117,7 +131,9 @@ class Job:
         return ended
 
 
-def run(values: Values, count: int, directory: Path, *arguments: str, devices: int = 1) -> list[Ended]:
+def run(
+    values: Values, count: int, directory: Path, *arguments: str, devices: int = 1
+) -> list[Ended]:
     with Job(values, count, directory, *arguments, devices=devices) as job:
         return job.finish()
 

@@ -15,7 +15,15 @@ import yaml
 from sdar_jax.training import CheckpointConfig
 from sdar_jax.training.checkpoint import Checkpoints
 from tests.processes.job import Ended, Job, run
-from tests.training.conftest import Values, assert_same_run, data_values, merged, metrics_of, run_values, state_of
+from tests.training.conftest import (
+    Values,
+    assert_same_run,
+    data_values,
+    merged,
+    metrics_of,
+    run_values,
+    state_of,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +68,9 @@ def kill(values: Values, count: int, victim: int, home: Path) -> list[Ended]:
         job.send(victim, signal.SIGKILL)
         killed = time.monotonic()
         ended = job.ended(within=60)
-        print(f"{count} processes, {victim} killed: the others ended after {time.monotonic() - killed:.1f} s")
+        print(
+            f"{count} processes, {victim} killed: the others ended after {time.monotonic() - killed:.1f} s"
+        )
     assert ended.pop(victim).status == -signal.SIGKILL
     return ended
 
@@ -73,7 +83,9 @@ def check_killed(inputs, undisturbed: Path, count: int, victim: int, home: Path)
             assert other.status == 1 and other.errors == [told], other
         else:
             # JAX's own service is gone with process 0, and JAX may be the first to say so.
-            assert other.status != 0 and (told in other.errors or "Terminating process" in other.err), other
+            assert other.status != 0 and (
+                told in other.errors or "Terminating process" in other.err
+            ), other
     assert not (home / "run" / "model").exists()
     run(values, count, home / "again")
     assert_same_run(undisturbed, home / "run")
@@ -93,7 +105,10 @@ def assert_close_run(one: Path, other: Path) -> None:
     """The same data at the end, and the same metrics and weights but for rounding."""
     for ours, theirs in zip(metrics_of(one), metrics_of(other), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-    with Checkpoints(one, CheckpointConfig()) as ours, Checkpoints(other, CheckpointConfig()) as theirs:
+    with (
+        Checkpoints(one, CheckpointConfig()) as ours,
+        Checkpoints(other, CheckpointConfig()) as theirs,
+    ):
         assert ours.latest == theirs.latest
         assert ours.host_state().data == theirs.host_state().data
     weights, expected = state_of(one)[1]["weights"], state_of(other)[1]["weights"]
@@ -123,9 +138,16 @@ def test_a_signal_to_one_stops_all_at_one_step_and_saves(stopped):
 
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
-    [(1, 1, {}), (2, 1, {}), (2, 2, {"tensor": 2, "data": -1, "fsdp": 1}), (1, 2, {"context": 2, "fsdp": 1})],
+    [
+        (1, 1, {}),
+        (2, 1, {}),
+        (2, 2, {"tensor": 2, "data": -1, "fsdp": 1}),
+        (1, 2, {"context": 2, "fsdp": 1}),
+    ],
 )
-def test_four_processes_go_on_as_fewer_on_other_meshes(count, devices, mesh, stopped, undisturbed, inputs, tmp_path):
+def test_four_processes_go_on_as_fewer_on_other_meshes(
+    count, devices, mesh, stopped, undisturbed, inputs, tmp_path
+):
     shutil.copytree(stopped[0], tmp_path / "run")
     run(job_values(inputs, tmp_path / "run", mesh=mesh), count, tmp_path / "job", devices=devices)
     assert_close_run(tmp_path / "run", undisturbed(2))
@@ -141,7 +163,10 @@ def test_rows_that_two_processes_compute_together_are_read_by_both(undisturbed, 
 def test_a_damaged_checkpoint_is_set_aside_once(stopped, undisturbed, inputs, tmp_path):
     shutil.copytree(stopped[0], tmp_path / "run")
     newest = state_of(tmp_path / "run")[0]
-    file = max((tmp_path / "run" / "checkpoints" / str(newest) / "state").rglob("*"), key=lambda f: f.stat().st_size)
+    file = max(
+        (tmp_path / "run" / "checkpoints" / str(newest) / "state").rglob("*"),
+        key=lambda f: f.stat().st_size,
+    )
     file.write_bytes(file.read_bytes()[:-1])
     ended = run(job_values(inputs, tmp_path / "run"), 2, tmp_path / "job")
     assert [f"checkpoint {newest} is damaged" in process.err for process in ended] == [True, False]
@@ -149,7 +174,9 @@ def test_a_damaged_checkpoint_is_set_aside_once(stopped, undisturbed, inputs, tm
     assert_close_run(tmp_path / "run", undisturbed(2))
 
 
-def test_one_that_cannot_write_ends_all_and_the_last_checkpoint_stays(stopped, undisturbed, inputs, tmp_path):
+def test_one_that_cannot_write_ends_all_and_the_last_checkpoint_stays(
+    stopped, undisturbed, inputs, tmp_path
+):
     shutil.copytree(stopped[0], tmp_path / "run")
     last = state_of(stopped[0])[0]
     values = job_values(inputs, tmp_path / "run", checkpoint={"every": 1})
@@ -181,10 +208,14 @@ def test_a_bad_record_that_one_process_reads_ends_all(inputs, tmp_path):
 
 def test_numbers_that_are_not_finite_end_all_and_name_the_records_of_all(inputs, tmp_path):
     explosive = {"learning_rate": 1e30, "clip_norm": None, "schedule": "constant", "warmup": 5.0}
-    with Job(job_values(inputs, tmp_path / "run", optimizer=explosive, eval=None), 2, tmp_path) as job:
+    with Job(
+        job_values(inputs, tmp_path / "run", optimizer=explosive, eval=None), 2, tmp_path
+    ) as job:
         ended = job.ended(within=120)
     assert [process.status for process in ended] == [2, 2], ended
-    assert all(len(process.errors) == 1 and "gradient norm" in process.errors[0] for process in ended)
+    assert all(
+        len(process.errors) == 1 and "gradient norm" in process.errors[0] for process in ended
+    )
     (listed,) = (tmp_path / "run").glob("records-of-step-*.txt")
     # Eight rows of sixteen tokens hold some fifteen sums, half of them on each process.
     assert len(set(listed.read_text().splitlines())) > 12
@@ -194,11 +225,18 @@ def test_a_config_error_of_all_is_one_line_of_each(inputs, tmp_path):
     with Job(job_values(inputs, tmp_path / "run", mesh={"fsdp": 3}), 2, tmp_path) as job:
         ended = job.ended(within=60)
     assert [process.status for process in ended] == [2, 2], ended
-    assert all(len(process.errors) == 1 and "fsdp 3" in process.errors[0] for process in ended), ended
+    assert all(len(process.errors) == 1 and "fsdp 3" in process.errors[0] for process in ended), (
+        ended
+    )
 
 
 def test_tiny_of_two_processes(tmp_path):
     recipe = yaml.safe_load(Path("configs/study2/1.7b_cpt.yaml").read_text())
     run({**recipe, "run_dir": str(tmp_path / "run")}, 2, tmp_path, "--tiny", devices=2)
     assert (tmp_path / "run-tiny" / "model" / "model.safetensors").exists()
-    assert [line["step"] for line in metrics_of(tmp_path / "run-tiny") if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics_of(tmp_path / "run-tiny") if "loss" in line] == [
+        1,
+        2,
+        3,
+        4,
+    ]

@@ -33,7 +33,11 @@ OPEN_MPI = {
 
 def plain(**changes: str | None) -> dict[str, str]:
     values = {"ADDRESS": "10.0.0.1:99", "NUM": "2", "ID": "1", **changes}
-    names = {"ADDRESS": "JAX_COORDINATOR_ADDRESS", "NUM": "JAX_NUM_PROCESSES", "ID": "JAX_PROCESS_ID"}
+    names = {
+        "ADDRESS": "JAX_COORDINATOR_ADDRESS",
+        "NUM": "JAX_NUM_PROCESSES",
+        "ID": "JAX_PROCESS_ID",
+    }
     return {names[name]: value for name, value in values.items() if value is not None}
 
 
@@ -41,7 +45,17 @@ def plain(**changes: str | None) -> dict[str, str]:
 def environment(monkeypatch):
     """set(variables) in an environment that says nothing of any job."""
     for name in os.environ:
-        if name.startswith(("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS")):
+        if name.startswith(
+            (
+                "SLURM_",
+                "OMPI_",
+                "TPU_",
+                "MEGASCALE_",
+                "JAX_COORDINATOR",
+                "JAX_NUM_PROC",
+                "JAX_PROCESS",
+            )
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
@@ -70,7 +84,10 @@ def test_a_process_finds_its_place(variables, place, environment):
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
-        (plain(NUM=None, ID=None), "JAX_COORDINATOR_ADDRESS are set without JAX_NUM_PROCESSES and JAX_PROCESS_ID"),
+        (
+            plain(NUM=None, ID=None),
+            "JAX_COORDINATOR_ADDRESS are set without JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+        ),
         (plain(ADDRESS=None), "without JAX_COORDINATOR_ADDRESS; set all three"),
         (plain(ID=""), "without JAX_PROCESS_ID"),
         (plain(ADDRESS="10.0.0.1"), "JAX_COORDINATOR_ADDRESS is '10.0.0.1'; give host:port"),
@@ -91,7 +108,9 @@ def test_variables_that_make_no_job_are_named(variables, named, environment):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("variables", [{}, {"JAX_NUM_PROCESSES": "1"}, {**SLURM, "SLURM_NTASKS": "1"}])
+@pytest.mark.parametrize(
+    "variables", [{}, {"JAX_NUM_PROCESSES": "1"}, {**SLURM, "SLURM_NTASKS": "1"}]
+)
 def test_alone_nothing_happens(variables, environment):
     environment(variables)
     with pytest.raises(KeyError), processes.distributed(), processes.distributed():
@@ -131,8 +150,14 @@ def test_all_meet_whoever_comes_first():
 @pytest.mark.parametrize(
     ("places", "named"),
     [
-        (((0, 2), (1, 3)), "process 1 was told of 3 processes and process 0 of 2; give all the same JAX_NUM_PROCESSES"),
-        (((0, 3), (1, 3), (1, 3)), "two processes are number 1; give each a JAX_PROCESS_ID of its own"),
+        (
+            ((0, 2), (1, 3)),
+            "process 1 was told of 3 processes and process 0 of 2; give all the same JAX_NUM_PROCESSES",
+        ),
+        (
+            ((0, 3), (1, 3), (1, 3)),
+            "two processes are number 1; give each a JAX_PROCESS_ID of its own",
+        ),
     ],
 )
 def test_processes_that_contradict_each_other_all_hear_of_it(places, named):
@@ -141,20 +166,28 @@ def test_processes_that_contradict_each_other_all_hear_of_it(places, named):
 
 def test_who_does_not_come_is_named_to_all():
     zero, two = meeting((0, 4), (2, 4), seconds=1.0)
-    assert zero == two and "JAX_NUM_PROCESSES is 4 and processes 1, 3 did not come to 127.0.0.1:" in zero
+    assert (
+        zero == two
+        and "JAX_NUM_PROCESSES is 4 and processes 1, 3 did not come to 127.0.0.1:" in zero
+    )
 
 
 def test_nobody_at_the_address():
     port = free_port()
     (message,) = meeting((1, 2), port=port, seconds=0.5)
-    assert message.startswith(f"JAX_COORDINATOR_ADDRESS 127.0.0.1:{port}: process 0 cannot be reached there")
+    assert message.startswith(
+        f"JAX_COORDINATOR_ADDRESS 127.0.0.1:{port}: process 0 cannot be reached there"
+    )
 
 
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         (message,) = meeting((0, 2), port=port)
-    assert f"127.0.0.1:{port}: process 0 cannot listen there (Address already in use); give a free port" in message
+    assert (
+        f"127.0.0.1:{port}: process 0 cannot listen there (Address already in use); give a free port"
+        in message
+    )
 
 
 def test_a_stranger_at_the_port_is_sent_away():

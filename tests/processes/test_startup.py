@@ -6,7 +6,10 @@ import pytest
 
 from benchmarks import startup
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/PID/status"),
+]
 
 
 def test_four_processes_hold_their_parts_and_a_tensor(tmp_path):

@@ -59,11 +59,15 @@ def test_forwards_use_what_the_integers_stand_for(x64, tied):
 def test_decoding_uses_what_the_integers_stand_for(x64):
     """In `generate`, and in an engine with more prompts than rows, whose pages one after another uses."""
     model, options = quantize(tiny_model(num_layers=1)), {"window_slots": 1}
-    done, wanted = (generate(each, PROMPTS, max_new_tokens=9, **options) for each in (model, floats(model)))
+    done, wanted = (
+        generate(each, PROMPTS, max_new_tokens=9, **options) for each in (model, floats(model))
+    )
     assert [c.tokens for c in done] == [c.tokens for c in wanted]
     engine = Engine(model, batch_slots=2, pages=6, page_size=8, prefill_tokens=4, **options)
     result = lambda c: (c.tokens, c.finish_reason, c.denoising_forwards, c.commit_forwards)
-    assert [result(c) for c in engine.generate(PROMPTS, max_new_tokens=9)] == [result(c) for c in done]
+    assert [result(c) for c in engine.generate(PROMPTS, max_new_tokens=9)] == [
+        result(c) for c in done
+    ]
 
 
 def test_close_to_the_float_model():

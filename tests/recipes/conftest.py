@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-RECIPES = sorted(str(path.relative_to(CONFIGS)).removesuffix(".yaml") for path in CONFIGS.glob("study*/*.yaml"))
+RECIPES = sorted(
+    str(path.relative_to(CONFIGS)).removesuffix(".yaml") for path in CONFIGS.glob("study*/*.yaml")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,4 +22,8 @@ def flat(values: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(values, dict | list):
         return {path: values}
     items = values.items() if isinstance(values, dict) else enumerate(values)
-    return {name: leaf for key, item in items for name, leaf in flat(item, f"{path}.{key}".lstrip(".")).items()}
+    return {
+        name: leaf
+        for key, item in items
+        for name, leaf in flat(item, f"{path}.{key}".lstrip(".")).items()
+    }

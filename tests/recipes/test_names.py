@@ -29,11 +29,15 @@ def test_names():
 def test_a_name_is_its_file(recipe):
     file = CONFIGS / f"{recipe}.yaml"
     assert read_config(recipe) == read_config(file)
-    assert read_command_line([recipe, "--seed", "7"]) == read_command_line([str(file), "--seed", "7"])
+    assert read_command_line([recipe, "--seed", "7"]) == read_command_line(
+        [str(file), "--seed", "7"]
+    )
 
 
 def test_a_plan_takes_a_name():
-    assert plan.named_topology("study2/8b_cpt") == plan.named_topology(CONFIGS / "study2" / "8b_cpt.yaml")
+    assert plan.named_topology("study2/8b_cpt") == plan.named_topology(
+        CONFIGS / "study2" / "8b_cpt.yaml"
+    )
 
 
 def test_a_file_comes_first_and_a_folder_does_not(elsewhere):
@@ -44,7 +48,10 @@ def test_a_file_comes_first_and_a_folder_does_not(elsewhere):
 
 
 def test_a_name_that_is_none_is_refused_with_one_that_works():
-    for wrong, right in {"study2/8b_ctp": "study2/8b_cpt", "configs/study2/8b_cpt.yaml": "study2/8b_cpt"}.items():
+    for wrong, right in {
+        "study2/8b_ctp": "study2/8b_cpt",
+        "configs/study2/8b_cpt.yaml": "study2/8b_cpt",
+    }.items():
         with refused(ConfigError, wrong, f"did you mean the recipe {right}?"):
             read_config(wrong)
         read_config(right)
@@ -54,8 +61,13 @@ def test_a_name_that_is_none_is_refused_with_one_that_works():
 
 
 def test_a_model_of_a_recipe_has_the_shape_that_it_trains():
-    assert starting_shape(InitConfig(init_from="runs/study2/8b_cpt/model")).objective == "block_diffusion"
-    assert starting_shape(InitConfig(init_from="runs/study2/8b_ar_cpt/model")) == ModelConfig.preset("qwen3-8b")
+    assert (
+        starting_shape(InitConfig(init_from="runs/study2/8b_cpt/model")).objective
+        == "block_diffusion"
+    )
+    assert starting_shape(
+        InitConfig(init_from="runs/study2/8b_ar_cpt/model")
+    ) == ModelConfig.preset("qwen3-8b")
     with refused(ConfigError, "'runs/mine/cpt/model'", "give a directory"):
         starting_shape(InitConfig(init_from="runs/mine/cpt/model"))
 

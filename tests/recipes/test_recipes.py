@@ -30,7 +30,13 @@ for arm, objective in OBJECTIVES.items():
     TABLE[f"study1/{arm}_sft"] = ("4B", 4096, objective, block, f"study1/{arm}_anneal")
 for ar, objective, block in (("", BD, 4), ("ar_", AR, None)):
     for size in SIZES:
-        TABLE[f"study2/{size}_{ar}cpt"] = ("50B", 4096, objective, block, f"Qwen/Qwen3-{size.upper()}-Base")
+        TABLE[f"study2/{size}_{ar}cpt"] = (
+            "50B",
+            4096,
+            objective,
+            block,
+            f"Qwen/Qwen3-{size.upper()}-Base",
+        )
         TABLE[f"study2/{size}_{ar}sft"] = ("4B", 4096, objective, block, f"study2/{size}_{ar}cpt")
     TABLE[f"study4/sci_{ar}cpt"] = ("50B", 20480, objective, block, "Qwen/Qwen3-30B-A3B-Base")
     TABLE[f"study4/sci_{ar}sft"] = ("0.5B", 20480, objective, block, f"study4/sci_{ar}cpt")
@@ -82,7 +88,9 @@ def test_objective_and_start(recipe):
     assert run.run_dir == f"runs/{recipe}"
     assert (run.model.objective, run.model.block_size) == (objective, block)
     expected = start if start is None or start.startswith("Qwen/") else f"runs/{start}/model"
-    assert run.model.init_from == expected and (start is None or start.startswith("Qwen/") or start in RECIPES)
+    assert run.model.init_from == expected and (
+        start is None or start.startswith("Qwen/") or start in RECIPES
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -110,8 +118,16 @@ def test_released_settings(recipe):
     run = config(recipe)
     corruption = run.objective.corruption
     assert run.compute_dtype == "bfloat16" and run.objective.normalizer == "response"
-    assert (corruption.level, corruption.draw, corruption.mask) == ("document", "independent", "bernoulli")
-    assert (corruption.range, corruption.weighting, corruption.complementary) == ((0.001, 1.0), "bound", False)
+    assert (corruption.level, corruption.draw, corruption.mask) == (
+        "document",
+        "independent",
+        "bernoulli",
+    )
+    assert (corruption.range, corruption.weighting, corruption.complementary) == (
+        (0.001, 1.0),
+        "bound",
+        False,
+    )
     if fine_tunes(recipe):
         rate = run.optimizer
         assert (rate.learning_rate, rate.schedule, rate.warmup) == (1e-5, "constant", 0.03)
@@ -130,10 +146,17 @@ def test_comment(recipe):
 def test_mesh_divides_the_planned_topology(recipe):
     run = config(recipe)
     sizes = run.mesh.sizes(devices(recipe))
-    mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    mesh = AbstractMesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
     length, copies = run.data.sequence_length, 2 if run.model.objective == BD else 1
     assert run.micro_batch_size is not None
-    check_mesh(mesh, starting_shape(run.model), batch_size=run.micro_batch_size, lengths=(copies * length, length))
+    check_mesh(
+        mesh,
+        starting_shape(run.model),
+        batch_size=run.micro_batch_size,
+        lengths=(copies * length, length),
+    )
 
 
 def test_documented_topologies():
@@ -141,7 +164,9 @@ def test_documented_topologies():
     page = (ROOT / "docs" / "recipes.md").read_text()
     named = set(re.findall(r"\b(?:v5e|v5p|v6e|h200):[\dx]+", page))
     assert named == {
-        match for recipe in RECIPES for match in re.findall(r"^# plan: (\S+)$", text(recipe), re.MULTILINE)
+        match
+        for recipe in RECIPES
+        for match in re.findall(r"^# plan: (\S+)$", text(recipe), re.MULTILINE)
     }
     assert {recipe.split("/")[0] for recipe in RECIPES} == set(re.findall(r"`(study\d)/", page))
 
@@ -149,13 +174,17 @@ def test_documented_topologies():
 SHAPES = {"1.7b": "1.7b", "4b": "4b", "8b": "8b", "30b": "30b-a3b", "sci": "30b-a3b"}
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if not recipe.startswith("study1")])
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if not recipe.startswith("study1")]
+)
 def test_shapes(recipe):
     """Started from a released Qwen3, converted models have the shape of the released SDAR."""
     _, _, objective, block, _ = TABLE[recipe]
     size = next(size for name, size in SHAPES.items() if recipe.split("/")[1].startswith(name))
     trained = flat(vars(trained_shape(config(recipe).model)))
-    released = flat(vars(ModelConfig.preset(f"qwen3-{size}" if objective == AR else f"sdar-{size}")))
+    released = flat(
+        vars(ModelConfig.preset(f"qwen3-{size}" if objective == AR else f"sdar-{size}"))
+    )
     differing = {name for name in released if trained[name] != released[name]} - {"mask_token_id"}
     assert differing == ({"block_size"} if block not in (4, None) else set())
 
@@ -183,7 +212,11 @@ def differences(one: str, other: str) -> set[str]:
 
 PURPOSE = {"run_dir", "model.objective", "model.block_size"}
 BASELINES = [(name, name.replace("cpt", "ar_cpt").replace("sft", "ar_sft")) for name in RECIPES]
-BASELINES = [(name, baseline) for name, baseline in BASELINES if name[:6] in ("study2", "study4") and "ar_" not in name]
+BASELINES = [
+    (name, baseline)
+    for name, baseline in BASELINES
+    if name[:6] in ("study2", "study4") and "ar_" not in name
+]
 
 
 @pytest.mark.parametrize("recipe, baseline", BASELINES)
@@ -206,7 +239,9 @@ def test_sizes_get_the_same(size, stage):
 @pytest.mark.parametrize("stage", ["anneal", "sft"])
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "ar"])
 def test_arms_of_the_first_study_get_the_same(arm, stage):
-    own = {*PURPOSE, "model.init_from"} | ({"data.noisy_length", "data.pad_to_block"} if stage == "sft" else set())
+    own = {*PURPOSE, "model.init_from"} | (
+        {"data.noisy_length", "data.pad_to_block"} if stage == "sft" else set()
+    )
     assert differences(f"study1/ar_{stage}", f"study1/{arm}_{stage}") <= own
 
 
@@ -218,7 +253,10 @@ def test_the_pretrainings_get_the_same():
 
 @pytest.mark.parametrize("block", BLOCKS[1:])
 def test_the_sweep_changes_the_block_alone(block):
-    assert differences("study3/8b_block4", f"study3/8b_block{block}") == {"run_dir", "model.block_size"}
+    assert differences("study3/8b_block4", f"study3/8b_block{block}") == {
+        "run_dir",
+        "model.block_size",
+    }
 
 
 def test_the_sweep_begins_where_the_second_study_ends():

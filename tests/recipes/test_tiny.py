@@ -13,7 +13,15 @@ import pytest
 from sdar_jax import DecodingConfig, generate, load_pretrained
 from sdar_jax.devices.sharding import MeshConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.training import EvalConfig, InitConfig, OptimizerConfig, TrainConfig, read_config, run, tiny
+from sdar_jax.training import (
+    EvalConfig,
+    InitConfig,
+    OptimizerConfig,
+    TrainConfig,
+    read_config,
+    run,
+    tiny,
+)
 from sdar_jax.training.config_io import to_values
 from sdar_jax.training.resolve_model import starting_shape, trained_shape
 from tests.recipes.conftest import CONFIGS, RECIPES, ROOT, flat
@@ -39,7 +47,15 @@ SIZES = {
     "log_every",
 }
 # Of a shape, what says how it computes and not how much.
-KINDS = ("architecture", "qk_norm", "tie_embeddings", "norm_topk_prob", "router_aux_loss_coef", "rope", "qkv_bias")
+KINDS = (
+    "architecture",
+    "qk_norm",
+    "tie_embeddings",
+    "norm_topk_prob",
+    "router_aux_loss_coef",
+    "rope",
+    "qkv_bias",
+)
 KINDS += ("objective", "block_size", "block_origin")
 
 
@@ -64,7 +80,11 @@ def test_only_sizes_shrink(recipe, tmp_path, unwritten):
     config = recipe_at(recipe, tmp_path)
     small = tiny(config)
     before, after = (
-        {name: value for name, value in flat(to_values(run)).items() if not name.startswith("model.shape.")}
+        {
+            name: value
+            for name, value in flat(to_values(run)).items()
+            if not name.startswith("model.shape.")
+        }
         for run in (config, small)
     )
     assert before.keys() == after.keys()
@@ -72,18 +92,23 @@ def test_only_sizes_shrink(recipe, tmp_path, unwritten):
     assert all((before[name] is None) == (after[name] is None) for name in before)
     start, own = starting_shape(config.model), unwritten[0] if unwritten else small.model.shape
     assert [getattr(own, name) for name in KINDS] == [getattr(start, name) for name in KINDS]
-    assert own.num_heads > own.num_kv_heads > 1 and (own.num_experts > own.num_experts_per_token > 1) == bool(
-        start.num_experts
-    )
+    assert own.num_heads > own.num_kv_heads > 1 and (
+        own.num_experts > own.num_experts_per_token > 1
+    ) == bool(start.num_experts)
     block = trained_shape(config.model).block_size or 1
     assert small.data.sequence_length >= min(8 * block, config.data.sequence_length)
-    parts = [run.data.batch_size // (run.micro_batch_size or run.data.batch_size) for run in (config, small)]
+    parts = [
+        run.data.batch_size // (run.micro_batch_size or run.data.batch_size)
+        for run in (config, small)
+    ]
     assert (parts[0] > 1) == (parts[1] > 1)
 
 
 def test_a_start_on_this_machine_says_its_own_shape(tmp_path, unwritten):
     config = recipe_at("study2/1.7b_cpt", tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(replace(starting_shape(config.model), qkv_bias=True).to_hf()))
+    (tmp_path / "config.json").write_text(
+        json.dumps(replace(starting_shape(config.model), qkv_bias=True).to_hf())
+    )
     tiny(replace(config, model=replace(config.model, init_from=str(tmp_path))))
     assert unwritten[0].qkv_bias
 
@@ -155,8 +180,15 @@ def test_schedule(warmup, decay, expected, tmp_path, unwritten):
 
 def test_a_run_of_epochs_has_few_steps_too(tmp_path, unwritten):
     optimizer = OptimizerConfig(schedule="wsd", warmup=2000, decay=0.1)
-    small = tiny(replace(recipe_at("study2/8b_cpt", tmp_path), steps=None, epochs=3, optimizer=optimizer))
-    assert (small.steps, small.epochs, small.optimizer.warmup, small.optimizer.decay) == (4, None, 1, 1)
+    small = tiny(
+        replace(recipe_at("study2/8b_cpt", tmp_path), steps=None, epochs=3, optimizer=optimizer)
+    )
+    assert (small.steps, small.epochs, small.optimizer.warmup, small.optimizer.decay) == (
+        4,
+        None,
+        1,
+        1,
+    )
 
 
 def test_an_evaluation_shrinks_too(tmp_path, unwritten):
@@ -208,13 +240,18 @@ IN_CI = {"study2/8b_cpt", "study2/1.7b_sft", "study2/30b-a3b_cpt"}
 def test_every_recipe_runs(recipe, tmp_path):
     config = tiny(recipe_at(recipe, tmp_path))
     check_run(recipe, config)
-    lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert ("balance_loss" in lines[-1]) == ("30b" in recipe or "sci" in recipe)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["study2/4b_cpt", "study2/30b-a3b_sft", "study4/sci_cpt", "study4/sci_sft"])
+@pytest.mark.parametrize(
+    "recipe", ["study2/4b_cpt", "study2/30b-a3b_sft", "study4/sci_cpt", "study4/sci_sft"]
+)
 def test_on_eight_devices(recipe, tmp_path):
     """With the axes of its mesh: positions, and what is left on fsdp."""
     printed = run_module("tests.recipes.on_mesh", recipe, tmp_path)
@@ -231,11 +268,23 @@ def test_on_eight_devices(recipe, tmp_path):
 def test_the_command(tmp_path):
     """`train.py RECIPE --tiny`, with an option that holds for the small run."""
     (tmp_path / "configs").symlink_to(CONFIGS)
-    command = [sys.executable, ROOT / "train.py", "configs/study2/1.7b_cpt.yaml", "--tiny", "--steps", "2"]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "configs/study2/1.7b_cpt.yaml",
+        "--tiny",
+        "--steps",
+        "2",
+    ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("tiny: ") and "runs/study2/1.7b_cpt-tiny" in done.stderr.splitlines()[0]
+    assert (
+        done.stderr.startswith("tiny: ")
+        and "runs/study2/1.7b_cpt-tiny" in done.stderr.splitlines()[0]
+    )
     assert "step 2/2" in done.stdout
     assert (tmp_path / "runs/study2/1.7b_cpt-tiny/model/config.json").exists()
     assert [path.name for path in (tmp_path / "runs/study2").iterdir()] == ["1.7b_cpt-tiny"]

@@ -59,7 +59,9 @@ def served(model: Model, config: DecodingConfig) -> list[tuple]:
     engine = Engine(model, batch_slots=2, pages=24, page_size=8, prefill_tokens=8)
     found = [result(done) for done in engine.generate(PROMPTS, config, **OPTIONS)]
     pages = engine._core._runner.state.cache[0].k
-    assert pages.addressable_shards[0].data.shape[1] == share(pages, 2, "tensor"), "each device has its own heads"
+    assert pages.addressable_shards[0].data.shape[1] == share(pages, 2, "tensor"), (
+        "each device has its own heads"
+    )
     return found
 
 
@@ -72,7 +74,9 @@ def share(array: jax.Array, size: int, axis: str) -> int:
 def check_experts(model: Model) -> None:
     """Each device holds its experts, and of them its part of the width, alone."""
     weights = model.layers[0].experts_down
-    wanted = [share(weights, size, axis) for size, axis in ((4, "expert"), (12, "tensor"), (16, "fsdp"))]
+    wanted = [
+        share(weights, size, axis) for size, axis in ((4, "expert"), (12, "tensor"), (16, "fsdp"))
+    ]
     assert weights.addressable_shards[0].data.shape == tuple(wanted)
 
 
@@ -82,7 +86,10 @@ def main(name: str, *sizes: str) -> None:
     expected = [generated(case.model, config) for config in case.configs]
     for size in sizes:
         numbers = [*map(int, size.split(","))]
-        mesh = make_mesh(MeshConfig(**dict(zip(MESH_AXES, numbers, strict=True))), jax.devices()[: np.prod(numbers)])
+        mesh = make_mesh(
+            MeshConfig(**dict(zip(MESH_AXES, numbers, strict=True))),
+            jax.devices()[: np.prod(numbers)],
+        )
         placed = jax.device_put(case.model, shardings(case.model, mesh))
         assert [generated(placed, config) for config in case.configs] == expected, size
         if case.served:

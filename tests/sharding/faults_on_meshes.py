@@ -46,7 +46,11 @@ def no_room(size: int) -> Iterator[None]:
 
 
 def bytes_of(directory: Path) -> dict[Path, bytes]:
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def check_loading(home: Path) -> None:
@@ -67,7 +71,10 @@ def check_loading(home: Path) -> None:
     for dtype in ("float32", "int8"):
         with refused(ConfigError, "mesh.expert is 8 and the model has 4 experts; use 1, 2 or 4"):
             load_pretrained(home / "whole", dtype=dtype, mesh=on_mesh(expert=8, fsdp=1))
-    with refused(ConfigError, "two axes of weight 'gate_up' map to mesh axis 'fsdp'; give each one of its own"):
+    with refused(
+        ConfigError,
+        "two axes of weight 'gate_up' map to mesh axis 'fsdp'; give each one of its own",
+    ):
         shardings(tiny_moe(jnp.float32, **SHAPE), mesh, {"embed": "fsdp", "mlp": "fsdp"})
 
 
@@ -77,7 +84,10 @@ def check_saving(home: Path) -> None:
     save_pretrained(placed, home / "saved")
     before = bytes_of(home / "saved")
     other = jax.tree.map(lambda x: x + 1, placed)
-    with no_room(10_000), refused(CheckpointError, "saved: cannot be written", "make room", "nothing was replaced"):
+    with (
+        no_room(10_000),
+        refused(CheckpointError, "saved: cannot be written", "make room", "nothing was replaced"),
+    ):
         save_pretrained(other, home / "saved")
     assert bytes_of(home / "saved") == before
     assert not list(home.glob(".saved*"))
@@ -88,7 +98,10 @@ def check_saving(home: Path) -> None:
 def state_on(mesh: Mesh, config: TrainConfig, model: Model, step: int) -> TrainState:
     weights = jax.tree.map(lambda x: x * step, model_weights(model)[0])
     state = initial_state(
-        adamw(config.optimizer), weights, jax.random.key(step), averaged=config.ema_decay is not None
+        adamw(config.optimizer),
+        weights,
+        jax.random.key(step),
+        averaged=config.ema_decay is not None,
     )._replace(step=jnp.int32(step))
     return jax.device_put(state, shardings(state, mesh))
 
@@ -102,14 +115,20 @@ def check_checkpoints(run_dir: Path, config: TrainConfig, model: Model) -> None:
     first = run_dir / "checkpoints" / "1"
     before = bytes_of(first)
     told = "checkpoint 2 cannot be written", "make room, then start again"
-    with no_room(10_000), refused(CheckpointError, *told), Checkpoints(run_dir, CheckpointConfig()) as checkpoints:
+    with (
+        no_room(10_000),
+        refused(CheckpointError, *told),
+        Checkpoints(run_dir, CheckpointConfig()) as checkpoints,
+    ):
         checkpoints.save(state_on(mesh, config, model, 2), host_state)
         checkpoints.wait()
     assert bytes_of(first) == before
     with Checkpoints(run_dir, CheckpointConfig()) as again:
         assert (again.latest, again.host_state()) == (1, host_state)
         wanted = state_on(on_mesh(data=2, fsdp=2, tensor=2), config, model, 1)
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wanted
+        )
         jax.tree.map(np.testing.assert_array_equal, again.state(like), wanted)
 
 
@@ -139,7 +158,12 @@ def main(directory: str) -> None:
     changes = {"data": {"batch_size": 8}, "model": {"shape": {"num_heads": 4, "num_kv_heads": 2}}}
     values = merged(run_values(home, home / "run"), changes)
     config = from_values(TrainConfig, values)
-    diffusion = {"objective": "block_diffusion", "block_size": 4, "mask_token_id": 31, "eos_token_id": 0}
+    diffusion = {
+        "objective": "block_diffusion",
+        "block_size": 4,
+        "mask_token_id": 31,
+        "eos_token_id": 0,
+    }
     shape = {**values["model"]["shape"], **diffusion}
     model = Model(from_values(ModelConfig, shape), jax.random.key(0), stacked=True)
     check_checkpoints(home / "run", config, model)

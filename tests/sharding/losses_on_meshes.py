@@ -81,7 +81,9 @@ def check(case: Case, sizes: list[tuple[int, ...]], **changes: Any) -> None:
         # The walk over tiles as well, and not the dense reference alone, that such short rows would be given.
         with activate_mesh(mesh), api.override("chunked"):
             found = jax.jit(compute)(placed, jax.device_put(batch, batch_sharding(mesh)))
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), on_host(found), expected)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), on_host(found), expected
+        )
         print(case, changes, size, flush=True)
 
 

@@ -46,7 +46,11 @@ def test_one_axis_takes_the_devices_that_the_others_leave():
         ({"fsdp": 0}, 8, "fsdp is 0; give a positive integer, or -1"),
         ({"tensor": True}, 8, "tensor is True; give a positive integer"),
         ({"data": -1}, 8, "data and fsdp are -1; only one axis"),
-        ({"fsdp": 3, "tensor": 2}, 8, "fsdp 3 x tensor 2 is 6 devices and there are 8; give sizes whose product"),
+        (
+            {"fsdp": 3, "tensor": 2},
+            8,
+            "fsdp 3 x tensor 2 is 6 devices and there are 8; give sizes whose product",
+        ),
         ({"tensor": 3}, 8, "tensor 3 does not divide 8 devices; use 1, 2, 4 or 8"),
         ({"fsdp": 1}, 8, "a mesh of 1 is 1 devices and there are 8; give"),
     ],
@@ -65,7 +69,10 @@ def test_sizes_that_are_not_the_devices_are_refused(sizes, devices, told):
         ),
         ({"fsdp": 3}, "mesh.fsdp is 3 and the model has hidden_size 4096; use 1, 2, 4, 8"),
         ({"expert": 2}, "mesh.expert is 2 and the model has 0 experts; use 1"),
-        ({"context": 3}, "mesh.context is 3 and rows are computed over 8192 and 4096 positions; use 1, 2, 4"),
+        (
+            {"context": 3},
+            "mesh.context is 3 and rows are computed over 8192 and 4096 positions; use 1, 2, 4",
+        ),
         (
             {"data": 4, "fsdp": 8},
             "mesh.data * mesh.fsdp * mesh.expert is 32 and 16 rows are computed at once; use 1, 2",
@@ -81,7 +88,10 @@ def test_a_mesh_that_does_not_divide_is_refused_with_the_sizes_that_would_do(siz
     ("sizes", "told"),
     [
         ({"expert": 3}, "mesh.expert is 3 and the model has 128 experts; use 1, 2, 4, 8"),
-        ({"tensor": 8}, "mesh.tensor is 8 and the model has 4 key-value heads and moe_intermediate_size 768; use 1, 2"),
+        (
+            {"tensor": 8},
+            "mesh.tensor is 8 and the model has 4 key-value heads and moe_intermediate_size 768; use 1, 2",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_divide_an_moe(sizes, told):
@@ -90,15 +100,25 @@ def test_a_mesh_that_does_not_divide_an_moe(sizes, told):
 
 
 def test_a_mesh_that_divides_is_taken():
-    check_mesh(abstract(data=2, fsdp=8, context=4, tensor=8), QWEN3_8B, batch_size=16, lengths=(8192, 4096))
+    check_mesh(
+        abstract(data=2, fsdp=8, context=4, tensor=8), QWEN3_8B, batch_size=16, lengths=(8192, 4096)
+    )
 
 
 def test_an_axis_is_split_as_far_as_it_divides():
     mesh = abstract(data=2, fsdp=4, tensor=2)
-    assert sharding.spec(mesh, sharding.HIDDEN_STATES, (8, 6, 5)) == PartitionSpec(("data", "fsdp"), None, None)
-    assert sharding.spec(mesh, sharding.HIDDEN_STATES, (4, 6, 5)) == PartitionSpec("data", None, None)
-    assert sharding.spec(mesh, sharding.PAGES, (9, 3, 8, 8)) == PartitionSpec(None, None, None, None)
-    assert sharding.spec(mesh, sharding.PAGES, (9, 4, 8, 8)) == PartitionSpec(None, "tensor", None, None)
+    assert sharding.spec(mesh, sharding.HIDDEN_STATES, (8, 6, 5)) == PartitionSpec(
+        ("data", "fsdp"), None, None
+    )
+    assert sharding.spec(mesh, sharding.HIDDEN_STATES, (4, 6, 5)) == PartitionSpec(
+        "data", None, None
+    )
+    assert sharding.spec(mesh, sharding.PAGES, (9, 3, 8, 8)) == PartitionSpec(
+        None, None, None, None
+    )
+    assert sharding.spec(mesh, sharding.PAGES, (9, 4, 8, 8)) == PartitionSpec(
+        None, "tensor", None, None
+    )
 
 
 def test_an_array_that_is_not_in_the_table_is_refused():
@@ -109,7 +129,9 @@ def test_an_array_that_is_not_in_the_table_is_refused():
 def test_every_weight_of_every_kind_of_model_is_in_the_table():
     for config in PRESETS.values():
         for stacked in (True, False):
-            model = jax.eval_shape(lambda key, c=config, s=stacked: Model(c, key, stacked=s), jax.random.key(0))
+            model = jax.eval_shape(
+                lambda key, c=config, s=stacked: Model(c, key, stacked=s), jax.random.key(0)
+            )
             shardings(model, make_mesh(MeshConfig()))
 
 
@@ -170,7 +192,9 @@ def test_a_run_goes_on_over_other_devices_and_is_that_of_one(inputs: Path, tmp_p
     From a directory of an autoregressive model, which is converted.
     """
     config = ModelConfig(32, 16, 32, 3, 4, 2, 8, tie_embeddings=True, eos_token_id=0)
-    save_pretrained(Model(config, jax.random.key(0)), tmp_path / "base", tokenizer_from=inputs / "tokenizer")
+    save_pretrained(
+        Model(config, jax.random.key(0)), tmp_path / "base", tokenizer_from=inputs / "tokenizer"
+    )
     held_out = data_values(inputs / "held-out.jsonl", epochs=1, batch_size=8)
     changes = {
         "model": {"shape": None, "init_from": str(tmp_path / "base"), "mask_init": "normal"},
@@ -195,7 +219,9 @@ def test_a_run_goes_on_over_other_devices_and_is_that_of_one(inputs: Path, tmp_p
         for name, value in wanted.items():
             # A standard error is a difference of numbers of which float32 leaves seven digits.
             small = 1e-6 if name == "eval_nelbo_se" else 0
-            np.testing.assert_allclose(line[name] or 0, value or 0, rtol=1e-5, atol=small, err_msg=name)
+            np.testing.assert_allclose(
+                line[name] or 0, value or 0, rtol=1e-5, atol=small, err_msg=name
+            )
     weights = (load_pretrained(tmp_path / name / "model") for name in ("sharded", "one"))
     # As wholes: where a gradient is all but zero, rounding decides how far Adam moves a single entry.
     jax.tree.map(assert_near, *weights)

@@ -18,7 +18,9 @@ from sdar_jax.training.setup import Setup
 def checked(setup: Setup) -> Setup:
     """Every weight, moment and average lies where the table says."""
     wanted = shardings(setup.state, setup.mesh)
-    same = jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), setup.state, wanted)
+    same = jax.tree.map(
+        lambda x, place: x.sharding.is_equivalent_to(place, x.ndim), setup.state, wanted
+    )
     assert all(jax.tree.leaves(same)), same
     return setup
 

@@ -27,13 +27,17 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(
+        directory
+    )
 
 
 def write_sums(path: Path, count: int = 200, seed: int = 0) -> None:
     draw = random.Random(seed)
     pairs = [(draw.randrange(100), draw.randrange(100)) for _ in range(count)]
-    path.write_text("".join(json.dumps({"question": f"{a}+{b}=", "text": str(a + b)}) + "\n" for a, b in pairs))
+    path.write_text(
+        "".join(json.dumps({"question": f"{a}+{b}=", "text": str(a + b)}) + "\n" for a, b in pairs)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +55,13 @@ Values = dict[str, Any]
 
 def data_values(path: Path, **changes: Any) -> Values:
     source = {"path": str(path), "format": "jsonl", "prompt_field": "question"}
-    return {"sources": [source], "sequence_length": 16, "batch_size": 4, "num_threads": 1, **changes}
+    return {
+        "sources": [source],
+        "sequence_length": 16,
+        "batch_size": 4,
+        "num_threads": 1,
+        **changes,
+    }
 
 
 def run_values(inputs: Path, run_dir: Path) -> Values:
@@ -65,7 +75,12 @@ def run_values(inputs: Path, run_dir: Path) -> Values:
         "num_kv_heads": 1,
         "head_dim": 8,
     }
-    model = {"shape": shape, "tokenizer": str(inputs / "tokenizer"), "objective": "block_diffusion", "block_size": 4}
+    model = {
+        "shape": shape,
+        "tokenizer": str(inputs / "tokenizer"),
+        "objective": "block_diffusion",
+        "block_size": 4,
+    }
     return {
         "run_dir": str(run_dir),
         "steps": 6,
@@ -118,13 +133,18 @@ def metrics_of(run_dir: Path) -> list[Values]:
 
 def state_of(run_dir: Path) -> tuple[int | None, Any]:
     """The newest checkpoint's step, and all of its arrays."""
-    with Checkpoints(run_dir, CheckpointConfig()) as checkpoints, ocp.StandardCheckpointer() as reader:
+    with (
+        Checkpoints(run_dir, CheckpointConfig()) as checkpoints,
+        ocp.StandardCheckpointer() as reader,
+    ):
         step = checkpoints.latest
         path = checkpoints.directory / str(step) / "state"
         # On one device, wherever they were saved from.
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-        return step, reader.restore(path, jax.tree.map(place, reader.metadata(path).item_metadata.tree))
+        return step, reader.restore(
+            path, jax.tree.map(place, reader.metadata(path).item_metadata.tree)
+        )
 
 
 def assert_same_run(one: Path, other: Path) -> None:

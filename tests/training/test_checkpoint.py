@@ -17,7 +17,10 @@ from sdar_jax.training.step import TrainState
 
 def make_state(step: int, ema: bool = True) -> TrainState:
     draw = np.random.default_rng(step)
-    weights = {name: jnp.asarray(draw.normal(size=(40, 50)), jnp.float32) for name in ("embedding", "layers.last.qkv")}
+    weights = {
+        name: jnp.asarray(draw.normal(size=(40, 50)), jnp.float32)
+        for name in ("embedding", "layers.last.qkv")
+    }
     average = jax.tree.map(lambda w: w / 3, weights) if ema else None
     moments = (jnp.int32(step), jax.tree.map(jnp.square, weights))
     key = jax.random.key_data(jax.random.key(7))
@@ -53,13 +56,18 @@ def test_all_of_a_state_comes_back(ema, tmp_path):
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest == 3
         assert checkpoints.host_state() == make_host_state(3)
-        assert_equal(checkpoints.state(placed(jax.eval_shape(partial(make_state, 0, ema)))), make_state(3, ema))
+        assert_equal(
+            checkpoints.state(placed(jax.eval_shape(partial(make_state, 0, ema)))),
+            make_state(3, ema),
+        )
 
 
 def test_steps_that_go_on_do_not_reach_a_state_being_saved(tmp_path):
     """The next steps write into donated memory while the checkpoint is still being written."""
     change = jax.jit(partial(jax.tree.map, lambda x: x * 3), donate_argnums=0)
-    state = TrainState({"w": jnp.ones((2000, 1000))}, (), None, jnp.zeros(2, jnp.uint32), jnp.int32(1))
+    state = TrainState(
+        {"w": jnp.ones((2000, 1000))}, (), None, jnp.zeros(2, jnp.uint32), jnp.int32(1)
+    )
     with opened(tmp_path) as checkpoints:
         state = change(state)
         expected = jax.tree.map(lambda x: np.array(x, copy=True), state)
@@ -104,7 +112,9 @@ def files_of(run_dir: Path, step: int) -> list[Path]:
     """Every file that holds part of a state."""
     root = run_dir / "checkpoints" / str(step)
     inside = [path for part in ("state", "position") for path in (root / part).rglob("*")]
-    return sorted(path for path in [*inside, root / "sha256.json"] if path.is_file() and path.stat().st_size)
+    return sorted(
+        path for path in [*inside, root / "sha256.json"] if path.is_file() and path.stat().st_size
+    )
 
 
 def flip(path: Path) -> None:
@@ -151,7 +161,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(saved):
     for step in (1, 2, 3):
         flip(files_of(saved, step)[0])
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="every checkpoint is damaged; restore one or use a new run_dir"):
+        with pytest.raises(
+            CheckpointError, match="every checkpoint is damaged; restore one or use a new run_dir"
+        ):
             opened(saved)
 
 
@@ -172,6 +184,8 @@ def test_what_cannot_be_written_is_one_line(saved, monkeypatch):
 
     with opened(saved) as checkpoints:
         monkeypatch.setattr(checkpoints._manager, "save", no_room)
-        with pytest.raises(CheckpointError, match=r"checkpoint 4 cannot be written \(.* No space left") as raised:
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint 4 cannot be written \(.* No space left"
+        ) as raised:
             checkpoints.save(make_state(4), make_host_state(4))
     assert "\n" not in str(raised.value)

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.training.conftest import Values, assert_same_run, data_values, merged, metrics_of, run_values, state_of
+from tests.training.conftest import (
+    Values,
+    assert_same_run,
+    data_values,
+    merged,
+    metrics_of,
+    run_values,
+    state_of,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 600
@@ -73,10 +81,19 @@ def test_an_error_is_one_line_and_status_2(tmp_path, cache):
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_a_platform_that_is_not_here_is_one_line(script, inputs, tmp_path):
     config = write(tmp_path, run_values(inputs, tmp_path / "run"))
-    arguments = [config] if script == "train.py" else ["--model", str(tmp_path), "--prompt-ids", "1"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cuda" if importlib.util.find_spec("jax_plugins") is None else "rocm"}
+    arguments = (
+        [config] if script == "train.py" else ["--model", str(tmp_path), "--prompt-ids", "1"]
+    )
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cuda" if importlib.util.find_spec("jax_plugins") is None else "rocm",
+    }
     done = subprocess.run(
-        [sys.executable, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, script, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: JAX_PLATFORMS is '") and done.stderr.count("\n") == 1
@@ -99,7 +116,9 @@ def finish(process: subprocess.Popen) -> tuple[str, str]:
 def undisturbed(inputs, cache, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("undisturbed")
     out, err = finish(start(write(directory, long_values(inputs, directory / "run")), cache=cache))
-    assert f"step {STEPS}/{STEPS} loss" in out and "held-out nelbo" in out and "finished, model" in err
+    assert (
+        f"step {STEPS}/{STEPS} loss" in out and "held-out nelbo" in out and "finished, model" in err
+    )
     return directory / "run"
 
 

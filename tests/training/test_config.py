@@ -26,18 +26,36 @@ from tests.training.conftest import merged
 # What is changed in a good file, and what the error must say.
 BAD_VALUES = {
     "unknown key": ({"step": 3}, r"step is unknown; did you mean steps\?"),
-    "unknown nested key": ({"optimizer": {"lr": 1}}, r"optimizer\.lr is unknown; use one of learning_rate"),
-    "unknown key in a list": ({"data": {"sources": [{"file": "x"}]}}, r"data\.sources\.0\.file is unknown"),
+    "unknown nested key": (
+        {"optimizer": {"lr": 1}},
+        r"optimizer\.lr is unknown; use one of learning_rate",
+    ),
+    "unknown key in a list": (
+        {"data": {"sources": [{"file": "x"}]}},
+        r"data\.sources\.0\.file is unknown",
+    ),
     "text for a number": ({"steps": "many"}, r"steps is 'many'; give a whole number"),
     "fraction for a count": ({"steps": 1.5}, r"steps is 1\.5; give a whole number"),
     "truth for a count": ({"steps": True}, r"steps is True; give a whole number"),
-    "text for a rate": ({"optimizer": {"learning_rate": "fast"}}, r"optimizer\.learning_rate is 'fast'; give a number"),
+    "text for a rate": (
+        {"optimizer": {"learning_rate": "fast"}},
+        r"optimizer\.learning_rate is 'fast'; give a number",
+    ),
     "number for a truth": ({"tensorboard": 1}, r"tensorboard is 1; give true or false"),
     "number for text": ({"run_dir": 5}, r"run_dir is 5; give text"),
     "list for a section": ({"optimizer": [1]}, r"optimizer is \[1\]; give a mapping"),
-    "mapping for a list": ({"data": {"sources": {"path": "x"}}}, r"data\.sources is .*; give a list"),
-    "too short a list": ({"objective": {"corruption": {"beta": [1.0]}}}, r"objective\.corruption\.beta .* list of 2"),
-    "unknown choice": ({"optimizer": {"schedule": "linear"}}, r"optimizer\.schedule is 'linear'; give one of constant"),
+    "mapping for a list": (
+        {"data": {"sources": {"path": "x"}}},
+        r"data\.sources is .*; give a list",
+    ),
+    "too short a list": (
+        {"objective": {"corruption": {"beta": [1.0]}}},
+        r"objective\.corruption\.beta .* list of 2",
+    ),
+    "unknown choice": (
+        {"optimizer": {"schedule": "linear"}},
+        r"optimizer\.schedule is 'linear'; give one of constant",
+    ),
     "unknown remat": ({"remat": "some"}, r"remat is 'some'; give one of none, dots, full"),
     "nothing where something is needed": ({"data": None}, r"data is None; give a mapping"),
     "no warm-up": ({"optimizer": {"warmup": None}}, r"optimizer\.warmup is None; give a number"),
@@ -46,39 +64,78 @@ BAD_VALUES = {
     "no epochs": ({"steps": None, "epochs": 0}, r"epochs is 0; give at least 1"),
     "steps and epochs": ({"epochs": 2}, r"steps and epochs given; give one of steps and epochs"),
     "neither steps nor epochs": ({"steps": None}, r"neither given; give one of steps and epochs"),
-    "epochs twice": ({"steps": None, "epochs": 2, "data": {"epochs": 2}}, r"epochs is 2 and data\.epochs 2; leave"),
+    "epochs twice": (
+        {"steps": None, "epochs": 2, "data": {"epochs": 2}},
+        r"epochs is 2 and data\.epochs 2; leave",
+    ),
     "epochs of shards": (
         {"steps": None, "epochs": 2, "data": {"shards": 2}},
         r"epochs is 2 and data\.shards 2, .* steps",
     ),
-    "unknown export": ({"export_dtype": "int8"}, r"export_dtype is 'int8'; give one of float32, bfloat16"),
+    "unknown export": (
+        {"export_dtype": "int8"},
+        r"export_dtype is 'int8'; give one of float32, bfloat16",
+    ),
     "empty run_dir": ({"run_dir": ""}, r"run_dir is ''; give a directory"),
     "negative seed": ({"seed": -1}, r"seed is -1; give"),
-    "negative rate": ({"optimizer": {"learning_rate": -1.0}}, r"optimizer: learning_rate is -1\.0; give a finite"),
-    "rate that is no number": ({"optimizer": {"learning_rate": ".nan"}}, r"optimizer\.learning_rate is '\.nan'"),
-    "infinite rate": ({"optimizer": {"learning_rate": float("inf")}}, r"optimizer: learning_rate is inf"),
-    "beta of 1": ({"optimizer": {"beta2": 1.0}}, r"optimizer: beta2 is 1\.0; give a number in \[0, 1\)"),
+    "negative rate": (
+        {"optimizer": {"learning_rate": -1.0}},
+        r"optimizer: learning_rate is -1\.0; give a finite",
+    ),
+    "rate that is no number": (
+        {"optimizer": {"learning_rate": ".nan"}},
+        r"optimizer\.learning_rate is '\.nan'",
+    ),
+    "infinite rate": (
+        {"optimizer": {"learning_rate": float("inf")}},
+        r"optimizer: learning_rate is inf",
+    ),
+    "beta of 1": (
+        {"optimizer": {"beta2": 1.0}},
+        r"optimizer: beta2 is 1\.0; give a number in \[0, 1\)",
+    ),
     "negative decay": ({"optimizer": {"weight_decay": -0.1}}, r"optimizer: weight_decay is -0\.1"),
     "clip at nothing": (
         {"optimizer": {"clip_norm": 0.0}},
         r"optimizer: clip_norm is 0\.0; give a finite number",
     ),
-    "part of a step": ({"optimizer": {"warmup": 2.5}}, r"optimizer: warmup is 2\.5; give a share .* or a whole number"),
+    "part of a step": (
+        {"optimizer": {"warmup": 2.5}},
+        r"optimizer: warmup is 2\.5; give a share .* or a whole number",
+    ),
     "rising cosine": ({"optimizer": {"final_fraction": 1.5}}, r"optimizer: final_fraction is 1\.5"),
-    "warm-up longer than the run": ({"optimizer": {"warmup": 7}}, r"warmup and optimizer\.decay take 7 of 6 steps"),
+    "warm-up longer than the run": (
+        {"optimizer": {"warmup": 7}},
+        r"warmup and optimizer\.decay take 7 of 6 steps",
+    ),
     "no room for the decay": (
         {"optimizer": {"schedule": "wsd", "warmup": 3, "decay": 4}},
         r"warmup and optimizer\.decay take 7 of 6 steps",
     ),
-    "no checkpoint interval": ({"checkpoint": {"every": 0}}, r"checkpoint: every is 0; give at least 1"),
+    "no checkpoint interval": (
+        {"checkpoint": {"every": 0}},
+        r"checkpoint: every is 0; give at least 1",
+    ),
     "no checkpoint kept": ({"checkpoint": {"keep": 0}}, r"checkpoint: keep is 0; give at least 1"),
     "average of nothing": ({"ema_decay": 1.0}, r"ema_decay is 1\.0; give a number between 0 and 1"),
-    "micro-batch that does not divide": ({"micro_batch_size": 3}, r"micro_batch_size is 3; give a divisor of .*, 4"),
+    "micro-batch that does not divide": (
+        {"micro_batch_size": 3},
+        r"micro_batch_size is 3; give a divisor of .*, 4",
+    ),
     "no peak": ({"peak_flops": 0.0}, r"peak_flops is 0\.0; give a finite number above 0"),
-    "two models": ({"model": {"preset": "qwen3-0.6b"}}, r"model: preset and shape given; give one of"),
-    "no model": ({"model": {"shape": None}}, r"model: none given; give one of init_from, preset and shape"),
+    "two models": (
+        {"model": {"preset": "qwen3-0.6b"}},
+        r"model: preset and shape given; give one of",
+    ),
+    "no model": (
+        {"model": {"shape": None}},
+        r"model: none given; give one of init_from, preset and shape",
+    ),
     "no tokenizer": ({"model": {"tokenizer": None}}, r"model: tokenizer is None"),
-    "shape that cannot be": ({"model": {"shape": {"num_heads": 3, "num_kv_heads": 2}}}, r"model\.shape: num_heads 3"),
+    "shape that cannot be": (
+        {"model": {"shape": {"num_heads": 3, "num_kv_heads": 2}}},
+        r"model\.shape: num_heads 3",
+    ),
     "eval without data": ({"eval": {"every": 5}}, r"eval\.data missing; add"),
     "corruption that cannot be": (
         {"objective": {"corruption": {"t_min": 0.0}}},
@@ -141,7 +198,11 @@ def test_a_config_survives_being_written(make_config):
         (["--data.shuffle", "False"], lambda c: c.data.shuffle, False),
         (["--data.sources.0.weight", "2"], lambda c: c.data.sources[0].weight, 2.0),
         (["--model.shape.hidden_size", "24"], lambda c: c.model.shape.hidden_size, 24),
-        (["--objective.corruption.level", "block"], lambda c: c.objective.corruption.level, "block"),
+        (
+            ["--objective.corruption.level", "block"],
+            lambda c: c.objective.corruption.level,
+            "block",
+        ),
         (["--data.batch_size", "9", "--micro_batch_size", "3"], lambda c: c.micro_batch_size, 3),
     ],
 )
@@ -152,8 +213,14 @@ def test_the_command_line_changes_fields(arguments, read, value, values, write_y
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimizer.learning_rate", "fast"], "optimizer.learning_rate: could not convert string to float: 'fast'"),
-        (["--optimizer.learning_rate", "-1"], "learning_rate is -1.0; give a finite number above 0"),
+        (
+            ["--optimizer.learning_rate", "fast"],
+            "optimizer.learning_rate: could not convert string to float: 'fast'",
+        ),
+        (
+            ["--optimizer.learning_rate", "-1"],
+            "learning_rate is -1.0; give a finite number above 0",
+        ),
         (["--optimizer.lr", "1"], "Unrecognized options: --optimizer.lr, 1"),
         (["--optimizer.schedule", "linear"], "'linear' .* Expected one of"),
         (["--steps"], "Missing value for argument '--steps'"),
@@ -169,7 +236,9 @@ def test_a_bad_option_is_one_line(arguments, message, values, write_yaml, capsys
 
 
 def test_without_a_file_the_usage_is_said():
-    with pytest.raises(ConfigError, match=re.escape("train.py CONFIG.yaml [--field.path value ...]")):
+    with pytest.raises(
+        ConfigError, match=re.escape("train.py CONFIG.yaml [--field.path value ...]")
+    ):
         read_command_line(["--steps", "5"])
 
 
@@ -181,8 +250,17 @@ def test_help_explains_every_field(given, values, write_yaml, capsys):
     said = capsys.readouterr().out
     assert stopped.value.code == 0
     assert "--optimizer.learning_rate" in said and "The highest learning rate" in said
-    sections = {"": TrainConfig, "model.": InitConfig, "model.shape.": ModelConfig, "eval.": EvalConfig}
-    sections |= {"eval.data.": DataConfig, "eval.data.sources.0.": SourceConfig, "optimizer.": OptimizerConfig}
+    sections = {
+        "": TrainConfig,
+        "model.": InitConfig,
+        "model.shape.": ModelConfig,
+        "eval.": EvalConfig,
+    }
+    sections |= {
+        "eval.data.": DataConfig,
+        "eval.data.sources.0.": SourceConfig,
+        "optimizer.": OptimizerConfig,
+    }
     options = set(re.findall(r"--([a-z_.0-9]+)", said))
     for path, kind in sections.items():
         for name, hint in get_type_hints(kind).items():
@@ -190,8 +268,21 @@ def test_help_explains_every_field(given, values, write_yaml, capsys):
             assert parts or f"{path}{name}" in options, f"{path}{name}"
 
 
-HELD_OUT = {"sources.0.path": "held.jsonl", "sources.0.format": "jsonl", "sequence_length": "16", "batch_size": "4"}
-SHAPE = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+HELD_OUT = {
+    "sources.0.path": "held.jsonl",
+    "sources.0.format": "jsonl",
+    "sequence_length": "16",
+    "batch_size": "4",
+}
+SHAPE = dict(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+)
 
 
 def options(path: str, fields: dict) -> list[str]:
@@ -204,7 +295,9 @@ def test_a_section_that_the_file_lacks_is_given_by_options(values, write_yaml):
     data = DataConfig((SourceConfig("held.jsonl", "jsonl"),), sequence_length=16, batch_size=4)
     assert found.eval == EvalConfig(data, every=7)
     started = write_yaml(merged(values, {"model": {"shape": None, "init_from": "base"}}))
-    found = read_command_line([started, "--model.init-from", "None", *options("model.shape", SHAPE)])
+    found = read_command_line(
+        [started, "--model.init-from", "None", *options("model.shape", SHAPE)]
+    )
     assert found.model.shape == ModelConfig(**SHAPE) and found.model.init_from is None
 
 
@@ -228,7 +321,9 @@ def test_a_section_is_left_out_by_none(off, values, write_yaml):
     with_eval = write_yaml({**values, "eval": {"data": values["data"], "every": 3}})
     assert read_command_line([with_eval]).eval is not None
     assert read_command_line([with_eval, *off, "--steps", "9"]).eval is None
-    given = read_command_line([with_eval, "--model.shape", "None", "--model.preset", "qwen3-0.6b"]).model
+    given = read_command_line(
+        [with_eval, "--model.shape", "None", "--model.preset", "qwen3-0.6b"]
+    ).model
     assert (given.shape, given.preset) == (None, "qwen3-0.6b")
 
 
@@ -271,18 +366,23 @@ def test_steps_or_epochs(values, write_yaml):
 @pytest.mark.parametrize("place", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
 def test_a_run_dir_in_a_bucket_is_refused_at_once(place, make_config):
     with pytest.raises(
-        ConfigError, match=f"run_dir is '{place}'; give a directory of this machine, where a bucket may"
+        ConfigError,
+        match=f"run_dir is '{place}'; give a directory of this machine, where a bucket may",
     ):
         make_config(run_dir=place)
 
 
 def test_home_is_expanded_wherever_a_field_is_a_path(make_config, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = make_config(run_dir="~/run", model={"shape": None, "init_from": "~/base", "tokenizer": "~"})
+    config = make_config(
+        run_dir="~/run", model={"shape": None, "init_from": "~/base", "tokenizer": "~"}
+    )
     assert config.run_dir == f"{tmp_path}/run"
     assert (config.model.init_from, config.model.tokenizer) == (f"{tmp_path}/base", str(tmp_path))
     assert make_config(run_dir="a~b/~").run_dir == "a~b/~"
-    with pytest.raises(ConfigError, match="run_dir is '~nobody-of-that-name/x'; give the home directory of someone"):
+    with pytest.raises(
+        ConfigError, match="run_dir is '~nobody-of-that-name/x'; give the home directory of someone"
+    ):
         make_config(run_dir="~nobody-of-that-name/x")
 
 
@@ -294,7 +394,9 @@ def test_variables_are_a_part_of_the_config(values, write_yaml):
     assert config.data.sources[0].chat_template_kwargs == variables
     assert from_values(type(config), json.loads(json.dumps(to_values(config)))) == config
     assert read_command_line([path, "--steps", "9"]).data == config.data
-    changed = read_command_line([path, "--data.sources.0.chat_template_kwargs", '{"enable_thinking": true}'])
+    changed = read_command_line(
+        [path, "--data.sources.0.chat_template_kwargs", '{"enable_thinking": true}']
+    )
     assert changed.data.sources[0].chat_template_kwargs == {"enable_thinking": True}
     for text in ("enable_thinking", "[1]"):
         with pytest.raises(ConfigError, match=r"chat_template_kwargs: .*give a JSON object"):
@@ -304,12 +406,17 @@ def test_variables_are_a_part_of_the_config(values, write_yaml):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("[enable_thinking]", r"chat_template_kwargs is \['enable_thinking'\]; give a mapping of names"),
+        (
+            "[enable_thinking]",
+            r"chat_template_kwargs is \['enable_thinking'\]; give a mapping of names",
+        ),
         ("{1: x}", r"chat_template_kwargs is \{1: 'x'\}; give a mapping of names"),
         ("{date_string: 2024-01-01}", r"date_string is datetime.*; give text \(quote a date\)"),
     ],
 )
 def test_variables_that_no_config_can_hold(given, message, values, write_yaml):
-    values["data"]["sources"] = [{"path": "x", "format": "chat", "chat_template_kwargs": yaml.safe_load(given)}]
+    values["data"]["sources"] = [
+        {"path": "x", "format": "chat", "chat_template_kwargs": yaml.safe_load(given)}
+    ]
     with pytest.raises(ConfigError, match=message):
         read_config(write_yaml(values))

@@ -44,7 +44,9 @@ def test_the_formula_counts_the_matmuls_of_forward_and_backward(outputs):
     batch = plain_batch()
     masked = dataclasses.replace(SHAPE, objective="masked_diffusion")
     inputs = make_inputs(batch, jax.random.key(0), ObjectiveConfig(), masked)
-    inputs = inputs._replace(targets=inputs.targets[:, :outputs], weights=inputs.weights[:, :outputs])
+    inputs = inputs._replace(
+        targets=inputs.targets[:, :outputs], weights=inputs.weights[:, :outputs]
+    )
 
     def loss(model, embedded):
         # From the embeddings on: the gradient of the lookup is no matmul.
@@ -92,9 +94,13 @@ def test_a_large_autoregressive_model_needs_six_flops_a_weight_and_token():
     batch = Batch(ones, ones, ones.astype(bool))
     done = count_tokens(make_inputs(batch, jax.random.key(0), ObjectiveConfig(), config))
     assert done.pairs == pytest.approx(pairs, rel=1e-6)
-    weights = 8.19e9 - config.vocab_size * config.hidden_size  # all but the embedding, which is looked up
+    weights = (
+        8.19e9 - config.vocab_size * config.hidden_size
+    )  # all but the embedding, which is looked up
     attention = 12 * config.num_layers * config.num_heads * config.head_dim * pairs
-    assert training_flops(config, done) == pytest.approx(6 * weights * tokens + attention, rel=0.005)
+    assert training_flops(config, done) == pytest.approx(
+        6 * weights * tokens + attention, rel=0.005
+    )
 
 
 @pytest.mark.parametrize(

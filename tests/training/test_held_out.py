@@ -21,14 +21,21 @@ SHAPE = ModelConfig(32, 16, 32, 1, 2, 1, 8, block_size=1, mask_token_id=20)
 def held_out(inputs, model: ModelConfig, rows: int, **changes):
     """Short documents that lie in rows with padding, of answers that count."""
     source = SourceConfig(str(inputs / "held-out.jsonl"), "jsonl", prompt_field="question")
-    config = DataConfig((source,), 24, 2, packing="fit", loss="response", epochs=1, num_threads=0, **changes)
-    return EvalConfig(config, rows=rows, samples=2), open_dataset(config, load_tokenizer(inputs / "tokenizer"), model)
+    config = DataConfig(
+        (source,), 24, 2, packing="fit", loss="response", epochs=1, num_threads=0, **changes
+    )
+    return EvalConfig(config, rows=rows, samples=2), open_dataset(
+        config, load_tokenizer(inputs / "tokenizer"), model
+    )
 
 
 def whole(inputs, model: ModelConfig, batches: int) -> dict[str, np.ndarray]:
     data = held_out(inputs, model, 1)[1]
     parts = [next(data) for _ in range(batches)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in ("tokens", "segment_ids", "loss_mask")}
+    return {
+        name: np.concatenate([part[name] for part in parts])
+        for name in ("tokens", "segment_ids", "loss_mask")
+    }
 
 
 @pytest.mark.parametrize("rows", [4, 3])
@@ -38,7 +45,9 @@ def test_batches_make_up_the_whole_exact_nll(rows, inputs):
     found = held_out_likelihood(*held_out(inputs, SHAPE, rows))(model, 0)
     rows_in_all = whole(inputs, SHAPE, 2)
     assert set(found) == {"nll"}
-    assert found["nll"] == pytest.approx(autoregressive_nll(model, rows_in_all.pop("tokens"), **rows_in_all), rel=1e-6)
+    assert found["nll"] == pytest.approx(
+        autoregressive_nll(model, rows_in_all.pop("tokens"), **rows_in_all), rel=1e-6
+    )
 
 
 def test_batches_make_up_the_whole_bound(inputs):
@@ -58,7 +67,9 @@ def test_the_error_of_the_bound_shrinks_with_the_rows(inputs):
     evaluation, data = held_out(inputs, config, 10)
     found = held_out_likelihood(replace(evaluation, samples=32), data)(model, 0)
     rows_in_all = whole(inputs, config, 5)
-    mean, error = nelbo(model, rows_in_all.pop("tokens"), block_size=None, samples=32, seed=5, **rows_in_all)
+    mean, error = nelbo(
+        model, rows_in_all.pop("tokens"), block_size=None, samples=32, seed=5, **rows_in_all
+    )
     assert abs(found["nelbo"] - mean) < 5 * np.hypot(error, found["nelbo_se"])
     assert 0.5 < found["nelbo_se"] / error < 2
 

@@ -35,17 +35,23 @@ def test_cosine_ends_where_it_is_told_to():
     share = np.clip((np.arange(1, STEPS + 1) - 8) / (STEPS - 8), 0, 1)
     cosine = 0.1 + 0.9 * (1 + np.cos(math.pi * share)) / 2
     expected = np.where(np.arange(1, STEPS + 1) <= 8, np.arange(1, STEPS + 1) / 8, cosine)
-    np.testing.assert_allclose(rates(schedule="cosine", warmup=8, final_fraction=0.1), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        rates(schedule="cosine", warmup=8, final_fraction=0.1), expected, rtol=1e-5
+    )
 
 
 def test_wsd_is_flat_and_then_falls_in_its_last_steps():
     steps = np.arange(1, STEPS + 1)
     falling = 1 - 0.75 * np.clip((steps - 30) / 10, 0, 1)
     expected = np.minimum(steps / 4, falling)
-    np.testing.assert_allclose(rates(schedule="wsd", warmup=4, decay=10, final_fraction=0.25), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        rates(schedule="wsd", warmup=4, decay=10, final_fraction=0.25), expected, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("amount", "steps"), [(0.03, 2), (0.0, 0), (0.999, 40), (1, 1), (12, 12), (1.0, 1)])
+@pytest.mark.parametrize(
+    ("amount", "steps"), [(0.03, 2), (0.0, 0), (0.999, 40), (1, 1), (12, 12), (1.0, 1)]
+)
 def test_a_length_is_a_share_or_a_number_of_steps(amount, steps):
     assert whole_steps(amount, STEPS) == steps
 
@@ -69,7 +75,9 @@ def test_the_update_is_adamws():
     ours, schedule = adamw(config), learning_rate(config, 5)
     theirs = optax.chain(
         optax.clip_by_global_norm(0.5),
-        optax.adamw(lambda count: schedule(count + 1), 0.8, 0.9, 1e-3, weight_decay=0.3, mask=is_decayed),
+        optax.adamw(
+            lambda count: schedule(count + 1), 0.8, 0.9, 1e-3, weight_decay=0.3, mask=is_decayed
+        ),
     )
     mine = yours = {"qkv": jnp.arange(6.0), "final_norm": jnp.ones(3)}
     my_state, your_state = ours.init(mine), theirs.init(yours)

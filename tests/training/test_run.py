@@ -21,7 +21,14 @@ from sdar_jax.training.extensions import Extensions
 from sdar_jax.training.resume import check_same_for_all, check_unchanged
 from sdar_jax.training.run_dir import occupied
 from sdar_jax.training.step import model_weights
-from tests.training.conftest import assert_same_run, data_values, merged, metrics_of, run_values, state_of
+from tests.training.conftest import (
+    assert_same_run,
+    data_values,
+    merged,
+    metrics_of,
+    run_values,
+    state_of,
+)
 
 # Every part of a state is at work, and steps 1, 3 and 5 lie between two lines and two checkpoints.
 CHANGES = {
@@ -33,7 +40,9 @@ CHANGES = {
 
 def config_in(inputs: Path, run_dir: Path, **changes) -> TrainConfig:
     held_out = data_values(inputs / "held-out.jsonl", epochs=1)
-    values = merged(merged(run_values(inputs, run_dir), CHANGES), {"eval": {"data": held_out, "every": 3}})
+    values = merged(
+        merged(run_values(inputs, run_dir), CHANGES), {"eval": {"data": held_out, "every": 3}}
+    )
     return from_values(TrainConfig, merged(values, changes))
 
 
@@ -120,29 +129,50 @@ def test_a_finished_run_does_nothing(undisturbed, inputs, caplog):
         ({"seed": 1}, r"seed \(was 0, is 1\)"),
         ({"data": {"batch_size": 8}}, r"data\.batch_size \(was 4, is 8\)"),
         ({"data": {"shards": 2}}, r"data\.shards \(was 1, is 2\)"),
-        ({"optimizer": {"learning_rate": 0.02}}, r"optimizer\.learning_rate \(was 0\.01, is 0\.02\)"),
+        (
+            {"optimizer": {"learning_rate": 0.02}},
+            r"optimizer\.learning_rate \(was 0\.01, is 0\.02\)",
+        ),
         ({"model": {"shape": {"num_layers": 3}}}, r"model\.shape\.num_layers \(was 1, is 3\)"),
         ({"ema_decay": None}, r"ema_decay \(was 0\.5, is null\)"),
         ({"compute_dtype": "bfloat16"}, r"compute_dtype \(was \"auto\", is \"bfloat16\"\)"),
-        ({"objective": {"normalizer": "masked"}}, r"objective\.normalizer \(was \"response\", is \"masked\"\)"),
+        (
+            {"objective": {"normalizer": "masked"}},
+            r"objective\.normalizer \(was \"response\", is \"masked\"\)",
+        ),
     ],
 )
 def test_a_run_does_not_go_on_with_another_config(change, named, undisturbed, inputs):
     with pytest.raises(ConfigError, match=named) as raised:
         run(config_in(inputs, undisturbed, **change), TOTAL_WEIGHT)
-    assert "restore these, or use a new run_dir" in str(raised.value) and "\n" not in str(raised.value)
+    assert "restore these, or use a new run_dir" in str(raised.value) and "\n" not in str(
+        raised.value
+    )
 
 
 @pytest.mark.parametrize(
     ("rounding", "changes"),
     [
-        (False, {"log_every": 1, "checkpoint": {"every": 5, "keep": 1}, "eval": None, "tensorboard": True}),
-        (False, {"peak_flops": 1e12, "data": {"num_threads": 0}, "eval": {"every": 1, "samples": 9}}),
+        (
+            False,
+            {
+                "log_every": 1,
+                "checkpoint": {"every": 5, "keep": 1},
+                "eval": None,
+                "tensorboard": True,
+            },
+        ),
+        (
+            False,
+            {"peak_flops": 1e12, "data": {"num_threads": 0}, "eval": {"every": 1, "samples": 9}},
+        ),
         pytest.param(True, {"micro_batch_size": None}, marks=pytest.mark.slow),
         pytest.param(True, {"remat": "full"}, marks=pytest.mark.slow),
     ],
 )
-def test_what_does_not_change_the_result_may_change(rounding, changes, undisturbed, inputs, tmp_path):
+def test_what_does_not_change_the_result_may_change(
+    rounding, changes, undisturbed, inputs, tmp_path
+):
     """Half of the run with one config and half with the other, in another place."""
     run(config_in(inputs, tmp_path / "run"), at_evaluation(1, terminate))
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -155,7 +185,15 @@ def test_what_does_not_change_the_result_may_change(rounding, changes, undisturb
 def test_lines_have_the_step_the_averages_and_the_evaluation(undisturbed):
     lines = metrics_of(undisturbed)
     assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
-    assert set(lines[0]) == {"step", "loss", "nll", "accuracy", "grad_norm", "learning_rate", "tokens"}
+    assert set(lines[0]) == {
+        "step",
+        "loss",
+        "nll",
+        "accuracy",
+        "grad_norm",
+        "learning_rate",
+        "tokens",
+    }
     assert set(lines[1]) == {"step", "eval_nelbo", "eval_nelbo_se", "eval_weight"}
     assert [line["tokens"] for line in lines if "tokens" in line] == [2 * 64, 4 * 64, 6 * 64]
     assert lines[3]["learning_rate"] == 0
@@ -166,9 +204,16 @@ def test_lines_have_the_step_the_averages_and_the_evaluation(undisturbed):
 def test_the_moving_average_is_what_is_evaluated_and_exported(undisturbed, inputs):
     state = state_of(undisturbed)[1]
     model = load_pretrained(undisturbed / "model")
-    assert (model.config.objective, model.config.block_size, model.config.mask_token_id) == ("block_diffusion", 4, 15)
+    assert (model.config.objective, model.config.block_size, model.config.mask_token_id) == (
+        "block_diffusion",
+        4,
+        15,
+    )
     tokenizer = load_tokenizer(undisturbed / "model")
-    assert model.config.eos_token_id == tokenizer.eos_token_id and tokenizer.decode(tokenizer.encode("1+2=")) == "1+2="
+    assert (
+        model.config.eos_token_id == tokenizer.eos_token_id
+        and tokenizer.decode(tokenizer.encode("1+2=")) == "1+2="
+    )
     weights, _ = model_weights(stack_layers(model))
     jax.tree.map(np.testing.assert_array_equal, weights, state["ema"])
     assert any((state["ema"][name] != state["weights"][name]).any() for name in weights)
@@ -197,9 +242,16 @@ def test_numbers_that_are_not_finite_stop_the_run_and_name_the_batch(inputs, tmp
         run(config)
     message = str(raised.value)
     assert message.startswith("step 2: loss ") and "\n" not in message
-    assert "sums.jsonl:" in message and f"the last good checkpoint is {run_dir / 'checkpoints' / '1'}" in message
+    assert (
+        "sums.jsonl:" in message
+        and f"the last good checkpoint is {run_dir / 'checkpoints' / '1'}" in message
+    )
     listed = (run_dir / "records-of-step-2.txt").read_text().splitlines()
-    assert len(listed) > 5 and all("sums.jsonl:" in line for line in listed) and "records-of-step-2.txt" in message
+    assert (
+        len(listed) > 5
+        and all("sums.jsonl:" in line for line in listed)
+        and "records-of-step-2.txt" in message
+    )
     step, state = state_of(run_dir)
     assert step == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert [line["step"] for line in metrics_of(run_dir)] == []
@@ -229,13 +281,18 @@ def test_a_process_with_another_config_is_noticed(inputs, tmp_path, monkeypatch)
     check_same_for_all(config)
     first = to_values(config_in(inputs, tmp_path / "run", seed=3))
     monkeypatch.setattr("sdar_jax.devices.processes.broadcast", lambda make: first)
-    with pytest.raises(ConfigError, match=r"not process 0's: seed \(3 in process 0, 0 here\); give all"):
+    with pytest.raises(
+        ConfigError, match=r"not process 0's: seed \(3 in process 0, 0 here\); give all"
+    ):
         check_same_for_all(config)
 
 
 def test_two_jobs_do_not_share_a_run_dir(inputs, tmp_path):
     config = config_in(inputs, tmp_path / "run")
-    with occupied(tmp_path / "run"), pytest.raises(ConfigError, match="run_dir '.*' is in use by another job"):
+    with (
+        occupied(tmp_path / "run"),
+        pytest.raises(ConfigError, match="run_dir '.*' is in use by another job"),
+    ):
         run(config, TOTAL_WEIGHT)
     with occupied(tmp_path / "run"):
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

@@ -66,15 +66,25 @@ def test_loaded_weights_are_float32_and_stay_autoregressive(base, tokenizer):
 @pytest.mark.parametrize("objective", ["block_diffusion", "masked_diffusion"])
 def test_an_autoregressive_model_is_converted(objective, base, tokenizer):
     """Untied, its mask in the first row that the tokenizer leaves free, started at the mean of the others."""
-    model = start(tokenizer, init_from=str(base), objective=objective, block_size=8, block_origin="response")
+    model = start(
+        tokenizer, init_from=str(base), objective=objective, block_size=8, block_origin="response"
+    )
     config = model.config
     assert (config.objective, config.block_size, config.block_origin) == (objective, 8, "response")
     assert config.mask_token_id == len(tokenizer) == 15 and model.head is not None
-    np.testing.assert_allclose(model.embedding[15], model.embedding[:15].mean(axis=0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        model.embedding[15], model.embedding[:15].mean(axis=0), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_the_masks_row_and_its_start_can_be_chosen(base, tokenizer):
-    model = start(tokenizer, init_from=str(base), objective="masked_diffusion", mask_token_id=20, mask_init="zeros")
+    model = start(
+        tokenizer,
+        init_from=str(base),
+        objective="masked_diffusion",
+        mask_token_id=20,
+        mask_init="zeros",
+    )
     assert model.config.mask_token_id == 20 and not model.embedding[20].any()
     drawn = start(tokenizer, init_from=str(base), objective="masked_diffusion", mask_init="normal")
     assert drawn.embedding[15].std() > 0
@@ -87,7 +97,9 @@ def test_a_diffusion_model_may_take_another_block_size(base, tokenizer, tmp_path
     second = start(tokenizer, init_from=str(tmp_path / "converted"), block_size=16)
     assert second.config == replace(first.config, block_size=16)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(first), jax.tree.leaves(second))
-    with pytest.raises(ConfigError, match="model.objective is 'autoregressive' and the weights are block_diffusion"):
+    with pytest.raises(
+        ConfigError, match="model.objective is 'autoregressive' and the weights are block_diffusion"
+    ):
         start(tokenizer, init_from=str(tmp_path / "converted"), objective="autoregressive")
 
 
@@ -114,7 +126,9 @@ def with_holes(directory: Path, ids: dict[str, int], **named: str) -> PreTrained
     """A tokenizer of words at ids of their own."""
     raw = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1} | ids, unk_token="<unk>"))
     raw.add_special_tokens(["<eos>", *named.values()])
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", **named).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>", **named).save_pretrained(
+        directory
+    )
     return load_tokenizer(directory)
 
 
@@ -123,10 +137,14 @@ def test_the_mask_is_past_the_largest_id_of_a_tokenizer_with_gaps(tmp_path, base
     assert len(tokenizer) == 4
     model = start(tokenizer, init_from=str(base), objective="masked_diffusion")
     assert model.config.mask_token_id == 10
-    np.testing.assert_allclose(model.embedding[10], model.embedding[:10].mean(axis=0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        model.embedding[10], model.embedding[:10].mean(axis=0), rtol=1e-5, atol=1e-7
+    )
 
 
-@pytest.mark.parametrize(("mask", "rows"), [(5, 32), (20, 32), (32, 33)], ids=["between", "behind", "appended"])
+@pytest.mark.parametrize(
+    ("mask", "rows"), [(5, 32), (20, 32), (32, 33)], ids=["between", "behind", "appended"]
+)
 def test_a_mask_token_of_the_tokenizers_own_is_the_mask(tmp_path, base, mask, rows):
     tokenizer = with_holes(tmp_path, {"a": 2, "b": 9, "<mask>": mask}, mask_token="<mask>")
     model = start(tokenizer, init_from=str(base), objective="masked_diffusion")
@@ -136,16 +154,23 @@ def test_a_mask_token_of_the_tokenizers_own_is_the_mask(tmp_path, base, mask, ro
 
 
 def test_ids_past_the_vocabulary_are_refused_with_advice_that_helps(tmp_path, base, inputs):
-    large, small = with_holes(tmp_path / "large", {"z": 32}), with_holes(tmp_path / "small", {"z": 31})
+    large, small = (
+        with_holes(tmp_path / "large", {"z": 32}),
+        with_holes(tmp_path / "small", {"z": 31}),
+    )
     past = r"the tokenizer has ids up to 32 \('z'\), the model's vocabulary ends at 31; "
     with pytest.raises(ConfigError, match=past + "give model.shape a vocab_size of 33 or more"):
         start(large, shape=SHAPE)
     assert start(large, shape=replace(SHAPE, vocab_size=33)).config.vocab_size == 33
-    with pytest.raises(ConfigError, match=past + "leave model.tokenizer out, which takes the model's own"):
+    with pytest.raises(
+        ConfigError, match=past + "leave model.tokenizer out, which takes the model's own"
+    ):
         start(large, init_from=str(base))
     own = InitConfig(init_from=str(base))
     start(load_tokenizer(tokenizer_directory(own)), init_from=str(base), tokenizer=None)
-    with pytest.raises(ConfigError, match=past + "resize its embeddings .* or give .* as model.tokenizer"):
+    with pytest.raises(
+        ConfigError, match=past + "resize its embeddings .* or give .* as model.tokenizer"
+    ):
         start(large, init_from=str(base), tokenizer=None)
     start(small, init_from=str(base), tokenizer="small")
     config = DataConfig((SourceConfig(str(inputs / "sums.jsonl"), "jsonl"),), 16, 2)
@@ -157,11 +182,18 @@ def test_ids_past_the_vocabulary_are_refused_with_advice_that_helps(tmp_path, ba
 def test_a_mask_that_is_in_use_is_refused_or_told(tmp_path, base, caplog):
     tokenizer = with_holes(tmp_path, {"a": 2}, mask_token="<eos>")
     options = {"init_from": str(base), "objective": "masked_diffusion"}
-    with pytest.raises(ConfigError, match="the mask's id 0 is the end-of-text token's; set model.mask_token_id"):
+    with pytest.raises(
+        ConfigError, match="the mask's id 0 is the end-of-text token's; set model.mask_token_id"
+    ):
         start(tokenizer, **options)
-    assert start(tokenizer, mask_token_id=3, **options).config.mask_token_id == 3 and not caplog.text
+    assert (
+        start(tokenizer, mask_token_id=3, **options).config.mask_token_id == 3 and not caplog.text
+    )
     start(tokenizer, mask_token_id=2, **options)
-    assert "mask_token_id 2 is the tokenizer's 'a', which texts may hold; a spare id is safe" in caplog.text
+    assert (
+        "mask_token_id 2 is the tokenizer's 'a', which texts may hold; a spare id is safe"
+        in caplog.text
+    )
 
 
 def test_a_directory_that_is_none_is_refused(tokenizer, tmp_path):
@@ -178,7 +210,9 @@ def test_rows_are_laid_out_for_the_models_blocks(inputs, tokenizer):
     """Padded to blocks with the model's end-of-text token, which wins over the tokenizer's."""
     sums = SourceConfig(str(inputs / "sums.jsonl"), "jsonl", prompt_field="question")
     config = DataConfig((sums,), 16, 2, packing="fit", pad_to_block=True, num_threads=0)
-    model = replace(SHAPE, objective="block_diffusion", block_size=8, mask_token_id=20, eos_token_id=3)
+    model = replace(
+        SHAPE, objective="block_diffusion", block_size=8, mask_token_id=20, eos_token_id=3
+    )
     batch = next(open_dataset(config, tokenizer, model))
     lengths = (batch["segment_ids"] == 1).sum(axis=1)
     assert (lengths % 8 == 0).all() and (batch["tokens"][0, lengths[0] - 1] == 3)

@@ -55,7 +55,14 @@ def nothing_to_learn(batch: Batch) -> Batch:
     return batch._replace(loss_mask=jnp.zeros((ROWS, LENGTH), bool))
 
 
-def fresh(model: ModelConfig, objective: ObjectiveConfig = PLAIN, dtype=jnp.float32, *, micro=ROWS, ema_decay=None):
+def fresh(
+    model: ModelConfig,
+    objective: ObjectiveConfig = PLAIN,
+    dtype=jnp.float32,
+    *,
+    micro=ROWS,
+    ema_decay=None,
+):
     """State and step of a model with random weights; `micro` rows are computed at once."""
     weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), dtype)))
     step = make_step(
@@ -67,7 +74,9 @@ def fresh(model: ModelConfig, objective: ObjectiveConfig = PLAIN, dtype=jnp.floa
         micro_batches=ROWS // micro,
         ema_decay=ema_decay,
     )
-    return initial_state(adamw(OPTIMIZER), weights, jax.random.key(1), averaged=ema_decay is not None), step
+    return initial_state(
+        adamw(OPTIMIZER), weights, jax.random.key(1), averaged=ema_decay is not None
+    ), step
 
 
 def host(tree):
@@ -75,7 +84,10 @@ def host(tree):
 
 
 def largest_difference(a, b) -> float:
-    return max(float(np.max(np.abs(x - y), initial=0)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+    return max(
+        float(np.max(np.abs(x - y), initial=0))
+        for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    )
 
 
 @pytest.mark.xla_defaults
@@ -96,7 +108,14 @@ def test_micro_batches_make_the_plain_step_of_the_whole_batch(objective, views, 
     o = OPTIMIZER
     optimizer = optax.chain(
         optax.clip_by_global_norm(0.1),
-        optax.adamw(lambda n: RATE(n + 1), o.beta1, o.beta2, o.eps, weight_decay=o.weight_decay, mask=is_decayed),
+        optax.adamw(
+            lambda n: RATE(n + 1),
+            o.beta1,
+            o.beta2,
+            o.eps,
+            weight_decay=o.weight_decay,
+            mask=is_decayed,
+        ),
     )
     moments, average = optimizer.init(weights), weights
 
@@ -146,8 +165,15 @@ def test_accumulation_changes_nothing(objective, views, x64):
 
 def test_an_moe_s_losses_are_the_mean_of_its_micro_batches(x64):
     """Weighted by count, each with the statistics of its own tokens, and reported beside the loss they are part of."""
-    experts = {"num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8, "initializer_range": 0.5}
-    model = dataclasses.replace(SHAPE, architecture="qwen3_moe", objective="autoregressive", **experts)
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "moe_intermediate_size": 8,
+        "initializer_range": 0.5,
+    }
+    model = dataclasses.replace(
+        SHAPE, architecture="qwen3_moe", objective="autoregressive", **experts
+    )
     config = ObjectiveConfig(router_balance=0.5, router_z=0.25)
     weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), jnp.float64)))
 
@@ -158,7 +184,9 @@ def test_an_moe_s_losses_are_the_mean_of_its_micro_batches(x64):
         for part in (slice(0, 4), slice(4, 8)):
             own = jax.tree.map(lambda x, part=part: x[part], inputs)
             _, sums = rebuild(weights).hidden_and_routing(own.tokens, own.positions, own.ranges)
-            router = jnp.stack([balance_loss(sums), z_loss(sums), max_load(sums)]) * own.normalizer.sum()
+            router = (
+                jnp.stack([balance_loss(sums), z_loss(sums), max_load(sums)]) * own.normalizer.sum()
+            )
             total += weighted_loss(rebuild(weights), own)[0] + 0.5 * router[0] + 0.25 * router[1]
             routers += router
         return total / inputs.normalizer.sum(), routers
@@ -200,7 +228,9 @@ def test_a_bad_number_is_never_applied(bad, diffusion_step):
     before = host(state)
     state, metrics = step(state, random_batch())
     assert not metrics.finite
-    jax.tree.map(np.testing.assert_array_equal, host(state._replace(step=0)), before._replace(step=0))
+    jax.tree.map(
+        np.testing.assert_array_equal, host(state._replace(step=0)), before._replace(step=0)
+    )
 
 
 def test_the_state_is_donated(diffusion_step):
@@ -214,7 +244,9 @@ def test_frozen_weights_are_read_and_stay_the_caller_s():
     """The step is that of all weights, but for what it moves: the same loss, and moments of the trained ones alone."""
     model = shape("block_diffusion")
     weights, _rebuild = model_weights(stack_layers(Model(model, jax.random.key(0))))
-    trained = {name: jnp.copy(weight) for name, weight in weights.items() if name.startswith("layers")}
+    trained = {
+        name: jnp.copy(weight) for name, weight in weights.items() if name.startswith("layers")
+    }
     frozen = {name: weight for name, weight in weights.items() if name not in trained}
     state, step = fresh(model)
     _, expected = step(state, random_batch())
@@ -227,7 +259,10 @@ def test_frozen_weights_are_read_and_stay_the_caller_s():
 
 
 def test_remat_and_compute_dtype_reach_the_model():
-    batch, model = random_batch(), dataclasses.replace(SHAPE, objective="block_diffusion", num_layers=2)
+    batch, model = (
+        random_batch(),
+        dataclasses.replace(SHAPE, objective="block_diffusion", num_layers=2),
+    )
     programs = {}
     for remat, dtype in [
         ("none", "auto"),
@@ -245,7 +280,9 @@ def test_remat_and_compute_dtype_reach_the_model():
             remat=remat,
             compute_dtype=dtype,
         )
-        step = configured_step(config, model, model_weights(stack_layers(Model(model, jax.random.key(0))))[1])
+        step = configured_step(
+            config, model, model_weights(stack_layers(Model(model, jax.random.key(0))))[1]
+        )
         programs[remat, dtype] = step.lower(fresh(model)[0], batch).as_text()
     plain = programs["none", "auto"]
     dots = {name: text.count("dot_general") for name, text in programs.items()}
@@ -258,7 +295,9 @@ def test_remat_and_compute_dtype_reach_the_model():
 def test_weights_have_names_and_go_back():
     model = stack_layers(Model(dataclasses.replace(SHAPE, num_layers=3), jax.random.key(0)))
     weights, rebuild = model_weights(model)
-    assert {"embedding", "head", "final_norm", "layers.body.qkv", "layers.last.down"} <= set(weights)
+    assert {"embedding", "head", "final_norm", "layers.body.qkv", "layers.last.down"} <= set(
+        weights
+    )
     doubled = rebuild({name: 2 * weights[name] for name in reversed(list(weights))})
     assert jax.tree.structure(doubled) == jax.tree.structure(model)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), doubled, model)

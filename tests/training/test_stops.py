@@ -35,13 +35,18 @@ LLAMA2 = (
     "{%- else -%}{{- ' ' + m.content + ' <|endoftext|>' -}}{%- endif -%}{%- endfor -%}"
 )
 ONE_EXCHANGE = CHATML.replace(
-    "{%- for", "{%- if messages | length > 2 -%}{{ raise_exception('one question alone') }}{%- endif -%}{%- for", 1
+    "{%- for",
+    "{%- if messages | length > 2 -%}{{ raise_exception('one question alone') }}{%- endif -%}{%- for",
+    1,
 )
 PLAIN = (
     "{%- for m in messages -%}{{- m.role + ': ' + m.content + '\n\n' -}}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'assistant: ' -}}{%- endif -%}"
 )
-SYSTEM_FIRST = "{%- if messages[0].role != 'system' -%}{{ raise_exception('no system') }}{%- endif -%}" + CHATML
+SYSTEM_FIRST = (
+    "{%- if messages[0].role != 'system' -%}{{ raise_exception('no system') }}{%- endif -%}"
+    + CHATML
+)
 REFUSING = "{{ raise_exception('not today') }}"
 SPELLED = PLAIN.replace("'\n\n'", "'</turn>\n'")
 
@@ -64,8 +69,12 @@ SPELLED = PLAIN.replace("'\n\n'", "'</turn>\n'")
 )
 def test_turn_ends_of_a_template(template, expected, caplog):
     assert turn_ends(make_byte_tokenizer(template)) == expected
-    assert ("turns end with '</turn>', for which there is no token" in caplog.text) == (template == SPELLED)
-    assert ("where turns end is not known (the chat template refuses" in caplog.text) == (template == REFUSING)
+    assert ("turns end with '</turn>', for which there is no token" in caplog.text) == (
+        template == SPELLED
+    )
+    assert ("where turns end is not known (the chat template refuses" in caplog.text) == (
+        template == REFUSING
+    )
     assert len(caplog.records) == (template in (SPELLED, REFUSING))
 
 
@@ -83,7 +92,9 @@ def test_turn_ends_of_a_template(template, expected, caplog):
 )
 def test_a_model_stops_at_what_it_learned_and_at_its_own(sources, own, expected, caplog):
     with caplog.at_level(logging.INFO, "sdar_jax"):
-        found = with_learned_stops(replace(SHAPE, stop_token_ids=own), make_byte_tokenizer(), sources)
+        found = with_learned_stops(
+            replace(SHAPE, stop_token_ids=own), make_byte_tokenizer(), sources
+        )
     assert found == replace(SHAPE, stop_token_ids=expected)
     said = ", ".join(f"{SPECIAL[token]} ({token})" for token in expected)
     assert caplog.text.count(f"the exported model will stop at {said}") == (own != expected)
@@ -93,9 +104,17 @@ def test_a_run_exports_where_its_conversations_end(inputs, tmp_path):
     make_byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     (tmp_path / "chat.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 8)
-    data = {"sources": [{"path": str(tmp_path / "chat.jsonl"), "format": "chat"}], "loss": "response"}
-    changes = {"steps": 1, "model": {"tokenizer": str(tmp_path / "tokenizer"), "shape": {"vocab_size": 264}}}
-    values = merged(run_values(inputs, tmp_path / "run"), {**changes, "data": {**data, "sequence_length": 64}})
+    data = {
+        "sources": [{"path": str(tmp_path / "chat.jsonl"), "format": "chat"}],
+        "loss": "response",
+    }
+    changes = {
+        "steps": 1,
+        "model": {"tokenizer": str(tmp_path / "tokenizer"), "shape": {"vocab_size": 264}},
+    }
+    values = merged(
+        run_values(inputs, tmp_path / "run"), {**changes, "data": {**data, "sequence_length": 64}}
+    )
     assert run(from_values(TrainConfig, values)).finished
     saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [TURN, END]
@@ -104,8 +123,12 @@ def test_a_run_exports_where_its_conversations_end(inputs, tmp_path):
 
 def test_the_end_of_text_is_the_models_or_the_tokenizers():
     tokenizer = make_byte_tokenizer()
-    assert with_learned_stops(replace(SHAPE, eos_token_id=BOS), tokenizer, (TEXT,)).stop_token_ids == (BOS,)
-    assert with_learned_stops(replace(SHAPE, eos_token_id=None), tokenizer, (TEXT,)).stop_token_ids == (END,)
+    assert with_learned_stops(
+        replace(SHAPE, eos_token_id=BOS), tokenizer, (TEXT,)
+    ).stop_token_ids == (BOS,)
+    assert with_learned_stops(
+        replace(SHAPE, eos_token_id=None), tokenizer, (TEXT,)
+    ).stop_token_ids == (END,)
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="neither model nor tokenizer has an end-of-text token"):
         with_learned_stops(replace(SHAPE, eos_token_id=None), tokenizer, (TEXT,))

@@ -21,7 +21,9 @@ from sdar_jax.training.trackers import Meter, Trackers
 SHAPE = ModelConfig(32, 16, 32, 2, 2, 1, 8)
 
 
-def metrics(loss: float, count: float, nll: float, correct: float, asked: float, norm: float) -> StepMetrics:
+def metrics(
+    loss: float, count: float, nll: float, correct: float, asked: float, norm: float
+) -> StepMetrics:
     as_array = lambda *values: tuple(np.float32(value) for value in values)
     done = TokenCounts(*as_array(64, 64, 300, 300, asked))
     scores = LossMetrics(*as_array(nll, correct, asked))
@@ -42,7 +44,11 @@ def test_a_line_weighs_each_step_by_its_count():
     meter.add(metrics(2, 12, 1, 4, 5, 4.0), tokens=50)
     line = meter.line()
     assert line["loss"] == 12 / 16 and line["nll"] == 7 / 8 and line["accuracy"] == 5 / 8
-    assert line["grad_norm"] == 3.0 and line["learning_rate"] == np.float32(1e-3) and line["tokens"] == 110
+    assert (
+        line["grad_norm"] == 3.0
+        and line["learning_rate"] == np.float32(1e-3)
+        and line["tokens"] == 110
+    )
     meter.add(metrics(3, 1, 1, 1, 1, 1.0), tokens=10)
     assert meter.line()["loss"] == 3 and "mfu" not in line
 
@@ -75,7 +81,12 @@ def test_a_line_without_a_predicted_token_has_no_averages():
     meter = Meter(SHAPE, None)
     meter.add(metrics(0, 0, 0, 0, 0, 0), tokens=0)
     line = meter.line()
-    assert line["loss"] is None and line["nll"] is None and line["accuracy"] is None and line["grad_norm"] == 0
+    assert (
+        line["loss"] is None
+        and line["nll"] is None
+        and line["accuracy"] is None
+        and line["grad_norm"] == 0
+    )
 
 
 def test_speed_leaves_out_compilation_and_evaluation(clock):
@@ -131,13 +142,31 @@ def test_lines_behind_the_checkpoint_are_dropped(tmp_path):
 def test_damaged_lines_are_set_aside(tmp_path, caplog):
     """A power cut leaves NULs, a person a note; some lines are JSON and none of a run's."""
     file = tmp_path / "metrics.jsonl"
-    damage = [b"\0" * 64, b"# a note", b"\xff\xfe", b"[1]", b'{"loss": 1}', b'{"step": "2"}', b"[" * 99999]
-    lines = [b'{"step": 1, "loss": 1.0}', *damage, b'{"step": 2, "loss": 2.0}', b'{"step": 9, "loss": 9.0}']
+    damage = [
+        b"\0" * 64,
+        b"# a note",
+        b"\xff\xfe",
+        b"[1]",
+        b'{"loss": 1}',
+        b'{"step": "2"}',
+        b"[" * 99999,
+    ]
+    lines = [
+        b'{"step": 1, "loss": 1.0}',
+        *damage,
+        b'{"step": 2, "loss": 2.0}',
+        b'{"step": 9, "loss": 9.0}',
+    ]
     file.write_bytes(b"".join(line + b"\n" for line in lines))
-    with caplog.at_level("WARNING"), Trackers(tmp_path, step=2, steps=6, tensorboard=False) as outputs:
+    with (
+        caplog.at_level("WARNING"),
+        Trackers(tmp_path, step=2, steps=6, tensorboard=False) as outputs,
+    ):
         outputs.train(3, {"loss": 3.0})
     assert read_lines(file) == [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
-    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == b"".join(line + b"\n" for line in damage)
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == b"".join(
+        line + b"\n" for line in damage
+    )
     assert "7 damaged lines are now in" in caplog.text
 
 
@@ -147,7 +176,10 @@ def test_a_full_disk_at_the_log_stops_no_run(tmp_path, caplog, capsys, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     file = tmp_path / "metrics.jsonl"
-    with caplog.at_level("WARNING"), Trackers(tmp_path, step=0, steps=99, tensorboard=True) as outputs:
+    with (
+        caplog.at_level("WARNING"),
+        Trackers(tmp_path, step=0, steps=99, tensorboard=True) as outputs,
+    ):
         outputs.train(1, {"loss": 1.0})
         file.rename(tmp_path / "kept")
         file.symlink_to("/dev/full")
@@ -169,17 +201,28 @@ def test_a_full_disk_at_the_log_stops_no_run(tmp_path, caplog, capsys, monkeypat
 def test_a_log_that_cannot_be_opened_stops_no_run(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()
     (tmp_path / "tensorboard").write_text("")
-    with caplog.at_level("WARNING"), Trackers(tmp_path, step=0, steps=9, tensorboard=True) as outputs:
+    with (
+        caplog.at_level("WARNING"),
+        Trackers(tmp_path, step=0, steps=9, tensorboard=True) as outputs,
+    ):
         outputs.train(1, {"loss": 1.0})
-    assert [Path(record.message.split()[0]).name for record in caplog.records] == ["metrics.jsonl", "tensorboard"]
+    assert [Path(record.message.split()[0]).name for record in caplog.records] == [
+        "metrics.jsonl",
+        "tensorboard",
+    ]
 
 
 def test_without_a_terminal_each_line_is_printed(tmp_path, capsys):
     with Trackers(tmp_path, step=0, steps=9, tensorboard=False) as outputs:
-        outputs.train(3, {"loss": 1.25, "accuracy": None, "tokens_per_second": 1234.5, "mfu": 0.415})
+        outputs.train(
+            3, {"loss": 1.25, "accuracy": None, "tokens_per_second": 1234.5, "mfu": 0.415}
+        )
         outputs.evaluation(3, {"nelbo": 2.0, "nelbo_se": 0.01})
     said = capsys.readouterr().out
-    assert said == "step 3/9 loss 1.2500 1234 tok/s MFU 41.5%\nstep 3: held-out nelbo 2.0000, nelbo_se 0.0100\n"
+    assert (
+        said
+        == "step 3/9 loss 1.2500 1234 tok/s MFU 41.5%\nstep 3: held-out nelbo 2.0000, nelbo_se 0.0100\n"
+    )
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
@@ -189,7 +232,9 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     found = {}
     for file in (tmp_path / "tensorboard").iterdir():
         for event in read_events(file.read_bytes()):
-            found.update({value.tag: (event.step, value.simple_value) for value in event.summary.value})
+            found.update(
+                {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+            )
     assert found == {"train/loss": (3, 1.25), "eval/nelbo": (3, 2.0)}
 
 

@@ -88,7 +88,10 @@ def test_block_causal(segment_ids, block_size):
 
 @given(packed_rows)
 def test_causal_and_bidirectional(segment_ids):
-    seen, seen_causally = dense(bidirectional(segment_ids), LENGTH), dense(causal(segment_ids), LENGTH)
+    seen, seen_causally = (
+        dense(bidirectional(segment_ids), LENGTH),
+        dense(causal(segment_ids), LENGTH),
+    )
     for row, ids in enumerate(segment_ids):
         at = places(ids, None)
         together = np.array([[same_document(q, k) for k in at] for q in at])
@@ -138,7 +141,9 @@ def test_the_drawn_hybrid():
 def test_all_noisy_indices_are_no_noisy_index():
     segment_ids = pack([5, 3, -2], [1, 9], length=10)
     every = np.tile(np.arange(10, dtype=np.int32), (2, 1))
-    np.testing.assert_array_equal(dense(hybrid(segment_ids, 4, every), 20), dense(hybrid(segment_ids, 4), 20))
+    np.testing.assert_array_equal(
+        dense(hybrid(segment_ids, 4, every), 20), dense(hybrid(segment_ids, 4), 20)
+    )
 
 
 @given(packed_rows)
@@ -156,7 +161,10 @@ def test_segments(segment_ids):
 def test_nothing_has_a_query_and_a_key_axis():
     length = 512
     index = jnp.arange(length, dtype=jnp.int32)[None]
-    for make in (lambda ids: visibility.hybrid(ids, 4), lambda ids: visibility.hybrid(ids, 4, index)):
+    for make in (
+        lambda ids: visibility.hybrid(ids, 4),
+        lambda ids: visibility.hybrid(ids, 4, index),
+    ):
         assert largest_array(make, jnp.ones((1, length), jnp.int32)) <= 8 * length
 
 

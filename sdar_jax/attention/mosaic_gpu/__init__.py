@@ -58,7 +58,13 @@ def forward(
     """
     _check_scale(scale)
     return outputs(
-        q, k, v, ranges, scale=scale, tile_sizes=tile_sizes or _tile_sizes("forward", q), interpret=interpret
+        q,
+        k,
+        v,
+        ranges,
+        scale=scale,
+        tile_sizes=tile_sizes or _tile_sizes("forward", q),
+        interpret=interpret,
     )
 
 
@@ -87,7 +93,9 @@ def backward(
     tile_sizes = tile_sizes or {kernel: _tile_sizes(kernel, q) for kernel in ("dq", "dkv")}
     operands = (q, k, v, ranges, Residuals.of(out, logsumexp, d_out), d_out)
     dq = query_gradient(*operands, scale=scale, tile_sizes=tile_sizes["dq"], interpret=interpret)
-    return dq, *key_gradients(*operands, scale=scale, tile_sizes=tile_sizes["dkv"], interpret=interpret)
+    return dq, *key_gradients(
+        *operands, scale=scale, tile_sizes=tile_sizes["dkv"], interpret=interpret
+    )
 
 
 def _tile_sizes(kernel: str, q: Array) -> TileSizes:
@@ -97,4 +105,6 @@ def _tile_sizes(kernel: str, q: Array) -> TileSizes:
 def _check_scale(scale: float) -> None:
     # The largest score of a row is found before scaling.
     if scale <= 0:
-        raise ConfigError(f"scale is {scale}; the mosaic_gpu kernels need a positive one, or use 'chunked'")
+        raise ConfigError(
+            f"scale is {scale}; the mosaic_gpu kernels need a positive one, or use 'chunked'"
+        )

@@ -43,7 +43,14 @@ class _Own(NamedTuple):
 
 
 def outputs(
-    q: Array, k: Array, v: Array, ranges: Ranges, *, scale: float, tile_sizes: TileSizes, interpret: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    ranges: Ranges,
+    *,
+    scale: float,
+    tile_sizes: TileSizes,
+    interpret: bool,
 ) -> tuple[Array, Array]:
     """Computes the output [B, Q, H, D] and float32 logsumexp [B, Q, H]."""
     problem = Problem.of(q, k)
@@ -58,9 +65,19 @@ def outputs(
     )
     out, logsumexp = launch(
         partial(_kernel, problem=problem, tile_sizes=tile_sizes, list_rows=lists.rows, scale=scale),
-        (problem.fold_heads(q), k, v, problem.row_bounds(ranges, lists.rows), lists.order, lists.entries, lists.count),
         (
-            jax.ShapeDtypeStruct((problem.batch, problem.folded_heads, problem.rows, problem.dim), q.dtype),
+            problem.fold_heads(q),
+            k,
+            v,
+            problem.row_bounds(ranges, lists.rows),
+            lists.order,
+            lists.entries,
+            lists.count,
+        ),
+        (
+            jax.ShapeDtypeStruct(
+                (problem.batch, problem.folded_heads, problem.rows, problem.dim), q.dtype
+            ),
             jax.ShapeDtypeStruct((problem.batch, problem.folded_heads, rows), jnp.float32),
         ),
         (own, KeyTiles.scratch(tile_sizes, problem.dim, k.dtype)),
@@ -123,7 +140,9 @@ def _attend(mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes: TileSi
 
         scores = pl.run_scoped(score, plgpu.WGMMAAccumulatorRef(shape))
         plgpu.barrier_arrive(tiles.k_free.at[slot])
-        scores = masked_unless_full(scores, entry, (entry >> 1) * tile_sizes.key_tile, mine.bounds, 0)
+        scores = masked_unless_full(
+            scores, entry, (entry >> 1) * tile_sizes.key_tile, mine.bounds, 0
+        )
         peak = jnp.maximum(largest, scores.max(axis=1) * scale)
         # Rows that have seen nothing yet must not compute inf - inf.
         finite = jnp.where(peak == -jnp.inf, 0.0, peak)

@@ -81,10 +81,15 @@ class _Program(NamedTuple):
     tiles_a_head: int
 
     @classmethod
-    def of(cls, order, entries, count, problem: Problem, tile_sizes: TileSizes, list_rows: int) -> "_Program":
+    def of(
+        cls, order, entries, count, problem: Problem, tile_sizes: TileSizes, list_rows: int
+    ) -> "_Program":
         batch, head, program = (lax.axis_index(name) for name in ("batch", "head", "tile"))
         which = order[batch, program]
-        heads, tiles_a_head = problem.folded_heads // problem.kv_heads, list_rows // tile_sizes.query_tile
+        heads, tiles_a_head = (
+            problem.folded_heads // problem.kv_heads,
+            list_rows // tile_sizes.query_tile,
+        )
         steps = count[batch, which] * (heads * tiles_a_head)
         return cls(batch, head, which, entries.at[batch, which], steps, heads, tiles_a_head)
 
@@ -143,7 +148,9 @@ def _kernel(
         plgpu.copy_gmem_to_smem(k.at[batch, keys, head], mine.k, mine.ready)
         plgpu.copy_gmem_to_smem(v.at[batch, keys, head], mine.v, mine.ready)
         plgpu.barrier_wait(mine.ready)
-        k_gradient, v_gradient = _differentiate(mine, tiles, program, tile_sizes, first_key, scale * LOG2E)
+        k_gradient, v_gradient = _differentiate(
+            mine, tiles, program, tile_sizes, first_key, scale * LOG2E
+        )
         mine.k[...] = (k_gradient * scale).astype(k.dtype)
         mine.v[...] = v_gradient.astype(v.dtype)
         plgpu.commit_smem()
@@ -165,13 +172,20 @@ def _kernel(
             ready = tiles.q_ready.at[slot]
             plgpu.copy_gmem_to_smem(q.at[batch, from_head, rows], tiles.q.at[slot], ready)
             plgpu.copy_gmem_to_smem(bounds.at[batch, :, rows], tiles.bounds.at[slot], ready)
-            plgpu.copy_gmem_to_smem(residuals.at[batch, from_head, :, rows], tiles.residuals.at[slot], ready)
+            plgpu.copy_gmem_to_smem(
+                residuals.at[batch, from_head, :, rows], tiles.residuals.at[slot], ready
+            )
 
     roles(consume, produce)
 
 
 def _differentiate(
-    mine: _Own, tiles: _RowTiles, program: _Program, tile_sizes: TileSizes, first_key: Array, scale: float
+    mine: _Own,
+    tiles: _RowTiles,
+    program: _Program,
+    tile_sizes: TileSizes,
+    first_key: Array,
+    scale: float,
 ):
     """Computes dK / scale and dV of a consumer's keys, float32 [64, D]; `scale` takes scores to base 2."""
     shape = (WARPGROUP_ROWS, tile_sizes.query_tile)
@@ -179,11 +193,15 @@ def _differentiate(
     def visit(step, carry):
         k_gradient, v_gradient = carry
         slot = lax.rem(step, tile_sizes.stages)
-        residual = lambda i: along(plgpu.load(tiles.residuals.at[slot, i], layout=COLUMNS), shape, 1)
+        residual = lambda i: along(
+            plgpu.load(tiles.residuals.at[slot, i], layout=COLUMNS), shape, 1
+        )
         plgpu.barrier_wait(tiles.q_ready.at[slot])
         # What is subtracted from a product is where its sum starts: a value a column takes registers only there.
         scores = plus_product(residual(0), mine.k, tiles.q.at[slot].T)
-        scores = masked_unless_full(scores, program.entry(step), first_key, tiles.bounds.at[slot], 1)
+        scores = masked_unless_full(
+            scores, program.entry(step), first_key, tiles.bounds.at[slot], 1
+        )
         weights = jnp.exp2(scores * scale)
         plgpu.barrier_wait(tiles.d_out_ready.at[slot])
         # One product at a time: more operands and sums in flight are more than the registers.

@@ -66,7 +66,9 @@ class Problem(NamedTuple):
     def unfold_heads(self, x: Array) -> Array:
         """Unfolds [B, H / fold, rows, ...] into [B, Q, H, ...], cutting what was padded."""
         trailing = x.shape[3:]
-        x = x[:, :, : self.rows].reshape(self.batch, self.folded_heads, self.queries, self.fold, *trailing)
+        x = x[:, :, : self.rows].reshape(
+            self.batch, self.folded_heads, self.queries, self.fold, *trailing
+        )
         return jnp.moveaxis(x, 1, 2).reshape(self.batch, self.queries, self.heads, *trailing)
 
     def row_bounds(self, ranges: Ranges, tile: int) -> Array:
@@ -79,7 +81,9 @@ class Problem(NamedTuple):
         start, end = (jnp.where(empty, _PAST_EVERY_KEY, x) for x in ranges)
         order = jnp.argsort(start, axis=-1, stable=True)
         bounds = jnp.stack([jnp.take_along_axis(x, order, axis=-1) for x in (start, end)], axis=-1)
-        rows = jnp.repeat(bounds.reshape(self.batch, self.queries, 4).swapaxes(1, 2), self.fold, axis=2)
+        rows = jnp.repeat(
+            bounds.reshape(self.batch, self.queries, 4).swapaxes(1, 2), self.fold, axis=2
+        )
         missing = self.padded_rows(tile) - self.rows
         return jnp.pad(rows, [(0, 0), (0, 0), (0, missing)], constant_values=_PAST_EVERY_KEY)
 

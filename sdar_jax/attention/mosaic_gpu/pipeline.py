@@ -51,7 +51,16 @@ class KeyTiles(NamedTuple):
         free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile_sizes.stages)
         return cls(tiles, tiles, ready, ready, free, free)
 
-    def fill(self, k, v, program: RowProgram, problem: Problem, tile_sizes: TileSizes, *, values_first: bool) -> None:
+    def fill(
+        self,
+        k,
+        v,
+        program: RowProgram,
+        problem: Problem,
+        tile_sizes: TileSizes,
+        *,
+        values_first: bool,
+    ) -> None:
         """Runs the producer of a row program. Of a key and a value tile, it loads first the one that is released
         first."""
         kv_head = lax.div(program.head * problem.fold, problem.heads // problem.kv_heads)
@@ -63,10 +72,14 @@ class KeyTiles(NamedTuple):
             keys = pl.ds((program.entries[step] >> 1) * tile_sizes.key_tile, tile_sizes.key_tile)
             for source, tiles, ready, free in reversed(both) if values_first else both:
                 wait_until_free(free, step, tile_sizes.stages)
-                plgpu.copy_gmem_to_smem(source.at[program.batch, keys, kv_head], tiles.at[slot], ready.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    source.at[program.batch, keys, kv_head], tiles.at[slot], ready.at[slot]
+                )
 
 
-def masked_unless_full(scores: Array, entry: Array, first_key: Array, bounds, query_axis: int) -> Array:
+def masked_unless_full(
+    scores: Array, entry: Array, first_key: Array, bounds, query_axis: int
+) -> Array:
     """Puts -inf where a query does not see a key; skipped where the list's entry says that each sees them all."""
     return lax.cond(
         (entry & 1) == 1,

@@ -47,7 +47,9 @@ class Residuals(NamedTuple):
         """Folds both into [B, H / fold, 2, rows padded to `tile`], times their factors."""
         scaled = [x * factor for x, factor in zip(self, factors, strict=True)]
         rows = problem.fold_heads(jnp.stack(scaled, axis=-1)).swapaxes(2, 3)
-        return jnp.pad(rows, [(0, 0), (0, 0), (0, 0), (0, problem.padded_rows(tile) - problem.rows)])
+        return jnp.pad(
+            rows, [(0, 0), (0, 0), (0, 0), (0, problem.padded_rows(tile) - problem.rows)]
+        )
 
 
 class _Own(NamedTuple):
@@ -90,7 +92,9 @@ def query_gradient(
     dq = launch(
         partial(_kernel, problem=problem, tile_sizes=tile_sizes, list_rows=lists.rows, scale=scale),
         operands,
-        jax.ShapeDtypeStruct((problem.batch, problem.folded_heads, problem.rows, problem.dim), q.dtype),
+        jax.ShapeDtypeStruct(
+            (problem.batch, problem.folded_heads, problem.rows, problem.dim), q.dtype
+        ),
         (own, KeyTiles.scratch(tile_sizes, problem.dim, k.dtype)),
         {"batch": problem.batch, "head": problem.folded_heads, "tile": tiles},
         "range_attention_dq",
@@ -123,7 +127,9 @@ def _kernel(
     roles(consume, lambda: tiles.fill(k, v, program, problem, tile_sizes, values_first=True))
 
 
-def _differentiate(mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes: TileSizes, scale: float) -> Array:
+def _differentiate(
+    mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes: TileSizes, scale: float
+) -> Array:
     """Computes dQ / scale of a consumer's rows, float32 [64, D]; `scale` takes scores to base 2."""
     shape = (WARPGROUP_ROWS, tile_sizes.key_tile)
     logsumexp, delta = (plgpu.load(mine.residuals.at[i], layout=ROWS) for i in (0, 1))
@@ -139,7 +145,9 @@ def _differentiate(mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes:
             plgpu.wgmma(d_weights, mine.d_out, tiles.v.at[slot].T)
             # The softmax runs beside the second product.
             scores = plgpu.wgmma_accumulator_load(scores, wait_n=1)
-            scores = masked_unless_full(scores, entry, (entry >> 1) * tile_sizes.key_tile, mine.bounds, 0)
+            scores = masked_unless_full(
+                scores, entry, (entry >> 1) * tile_sizes.key_tile, mine.bounds, 0
+            )
             return jnp.exp2(scores * scale - along(logsumexp, shape, 0)), d_weights[...]
 
         accumulator = plgpu.WGMMAAccumulatorRef(shape)
@@ -150,4 +158,6 @@ def _differentiate(mine: _Own, tiles: KeyTiles, program: RowProgram, tile_sizes:
         plgpu.barrier_arrive(tiles.k_free.at[slot])
         return gradient
 
-    return lax.fori_loop(0, program.count, visit, filled(0.0, (WARPGROUP_ROWS, mine.q.shape[-1]), TILE))
+    return lax.fori_loop(
+        0, program.count, visit, filled(0.0, (WARPGROUP_ROWS, mine.q.shape[-1]), TILE)
+    )

@@ -33,7 +33,9 @@ def unsupported(q: Array, k: Array, v: Array) -> str | None:
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"types {q.dtype}, {k.dtype}, {v.dtype} are not supported; use bfloat16 or float32 for all three"
     layouts = [_layout(q, k, kernel) for kernel in ("forward", "dq", "dkv")]
-    if any(layout.batch * max(layout.query_tiles, layout.key_tiles) > MAX_TILES for layout in layouts):
+    if any(
+        layout.batch * max(layout.query_tiles, layout.key_tiles) > MAX_TILES for layout in layouts
+    ):
         return f"batch {q.shape[0]} of {q.shape[1]} queries has more than {MAX_TILES} tiles; use a smaller batch"
     return None
 
@@ -100,13 +102,17 @@ def _layout(q: Array, k: Array, kernel: str) -> Layout:
     return Layout.of(q, k, _tile_sizes(q, kernel, None))
 
 
-def _rows(layout: Layout, q: Array, d_out: Array, logsumexp: Array, delta: Array) -> tuple[Array, Array, Array, Array]:
+def _rows(
+    layout: Layout, q: Array, d_out: Array, logsumexp: Array, delta: Array
+) -> tuple[Array, Array, Array, Array]:
     # Padding is what a row that sees nothing is.
     statistics = layout.to_rows(logsumexp, jnp.inf), layout.to_rows(delta, 0.0)
     return layout.to_queries(q), layout.to_queries(d_out), *statistics
 
 
-def _query_gradient(q, k, v, ranges, logsumexp, delta, d_out, tile_sizes: TileSizes, scale: float, interpret: bool):
+def _query_gradient(
+    q, k, v, ranges, logsumexp, delta, d_out, tile_sizes: TileSizes, scale: float, interpret: bool
+):
     layout = Layout.of(q, k, tile_sizes)
     clipped = layout.clip(ranges)
     dq = _backward.query_gradient(
@@ -124,7 +130,9 @@ def _query_gradient(q, k, v, ranges, logsumexp, delta, d_out, tile_sizes: TileSi
     return layout.from_queries(dq)
 
 
-def _key_gradients(q, k, v, ranges, logsumexp, delta, d_out, tile_sizes: TileSizes, scale: float, interpret: bool):
+def _key_gradients(
+    q, k, v, ranges, logsumexp, delta, d_out, tile_sizes: TileSizes, scale: float, interpret: bool
+):
     layout = Layout.of(q, k, tile_sizes)
     clipped = layout.clip(ranges)
     dk, dv = _backward.key_gradients(

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from sdar_jax.attention.mosaic_tpu import visit_list
-from sdar_jax.attention.mosaic_tpu.common import LOG2_E, Specs, folded, hide, looped, matmul, part, pipelined, walk
+from sdar_jax.attention.mosaic_tpu.common import (
+    LOG2_E,
+    Specs,
+    folded,
+    hide,
+    looped,
+    matmul,
+    part,
+    pipelined,
+    walk,
+)
 from sdar_jax.attention.mosaic_tpu.layout import LANES, Layout
 from sdar_jax.attention.mosaic_tpu.visit_list import VisitList
 
@@ -99,7 +109,9 @@ def key_gradients(
     return dk, dv
 
 
-def _query_kernel(words, bounds, q, d_out, logsumexp, delta, k, k_transposed, v, dq, acc, *, scale, ahead):
+def _query_kernel(
+    words, bounds, q, d_out, logsumexp, delta, k, k_transposed, v, dq, acc, *, scale, ahead
+):
     visit = visit_list.read(words, pl.program_id(1))
     _zero_first(visit.first, acc)
 
@@ -107,14 +119,24 @@ def _query_kernel(words, bounds, q, d_out, logsumexp, delta, k, k_transposed, v,
         _, d_scores = _differentiate(products, logsumexp, delta)
         acc[...] += matmul(k_transposed[0, :, part(index)], d_scores.astype(q.dtype), (1, 0))
 
-    _visit(visit, bounds, partial(_products, q, d_out, k, v, scale), add, k.shape[1], ahead, visit.inner)
+    _visit(
+        visit,
+        bounds,
+        partial(_products, q, d_out, k, v, scale),
+        add,
+        k.shape[1],
+        ahead,
+        visit.inner,
+    )
 
     @pl.when(visit.last)
     def _finish():
         dq[0] = (acc[...] * scale).T.astype(dq.dtype).reshape(dq.shape[1:])
 
 
-def _key_kernel(words, bounds, q, d_out, logsumexp, delta, k, v, dk, dv, dk_acc, dv_acc, *, scale, ahead):
+def _key_kernel(
+    words, bounds, q, d_out, logsumexp, delta, k, v, dk, dv, dk_acc, dv_acc, *, scale, ahead
+):
     visit = visit_list.read(words, pl.program_id(1))
     _zero_first(visit.first, dk_acc, dv_acc)
 
@@ -123,7 +145,15 @@ def _key_kernel(words, bounds, q, d_out, logsumexp, delta, k, v, dk, dv, dk_acc,
         dv_acc[part(index)] += matmul(probs.astype(q.dtype), folded(d_out), (1, 0))
         dk_acc[part(index)] += matmul(d_scores.astype(q.dtype), folded(q), (1, 0))
 
-    _visit(visit, bounds, partial(_products, q, d_out, k, v, scale), add, k.shape[1], ahead, visit.outer)
+    _visit(
+        visit,
+        bounds,
+        partial(_products, q, d_out, k, v, scale),
+        add,
+        k.shape[1],
+        ahead,
+        visit.outer,
+    )
 
     @pl.when(visit.last)
     def _finish():

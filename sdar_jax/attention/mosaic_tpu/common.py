@@ -47,7 +47,9 @@ def folded(ref) -> Array:
 
 def part(index) -> pl.Slice:
     """Slices the keys of a sub-block."""
-    return pl.ds(index * LANES if isinstance(index, int) else pl.multiple_of(index * LANES, LANES), LANES)
+    return pl.ds(
+        index * LANES if isinstance(index, int) else pl.multiple_of(index * LANES, LANES), LANES
+    )
 
 
 def pipelined(count: int, ahead: int, produce: Callable, consume: Callable) -> None:
@@ -72,7 +74,9 @@ def looped(low: Array, high: Array, ahead: int, produce: Callable, consume: Call
     single = low + groups * _GROUP
 
     def run(index, count):
-        pipelined(count, ahead, lambda i: produce(index + i), lambda i, made: consume(index + i, made))
+        pipelined(
+            count, ahead, lambda i: produce(index + i), lambda i, made: consume(index + i, made)
+        )
 
     lax.fori_loop(0, groups, lambda i, _: run(low + i * _GROUP, _GROUP), None)
     lax.fori_loop(single, high, lambda i, _: run(i, 1), None)
@@ -87,14 +91,20 @@ class Specs:
 
     def queries(self) -> pl.BlockSpec:
         block = (1, self._layout.groups, self._layout.query_tile, self._layout.head_dim)
-        return pl.BlockSpec(block, lambda head, visit, words: (head, 0, self._query(words, visit), 0))
+        return pl.BlockSpec(
+            block, lambda head, visit, words: (head, 0, self._query(words, visit), 0)
+        )
 
     def rows(self) -> pl.BlockSpec:
         block = (1, 1, 1, self._layout.rows)
-        return pl.BlockSpec(block, lambda head, visit, words: (head, self._query(words, visit), 0, 0))
+        return pl.BlockSpec(
+            block, lambda head, visit, words: (head, self._query(words, visit), 0, 0)
+        )
 
     def bounds(self) -> pl.BlockSpec:
-        return pl.BlockSpec((1, 4, self._layout.rows), lambda head, visit, words: (self._query(words, visit), 0, 0))
+        return pl.BlockSpec(
+            (1, 4, self._layout.rows), lambda head, visit, words: (self._query(words, visit), 0, 0)
+        )
 
     def keys(self) -> pl.BlockSpec:
         block = (1, self._layout.key_tile, self._layout.head_dim)

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from sdar_jax.attention.mosaic_tpu import visit_list
-from sdar_jax.attention.mosaic_tpu.common import LOG2_E, Specs, folded, hide, looped, matmul, part, pipelined, walk
+from sdar_jax.attention.mosaic_tpu.common import (
+    LOG2_E,
+    Specs,
+    folded,
+    hide,
+    looped,
+    matmul,
+    part,
+    pipelined,
+    walk,
+)
 from sdar_jax.attention.mosaic_tpu.layout import LANES, Layout
 from sdar_jax.attention.mosaic_tpu.visit_list import VisitList
 
@@ -68,7 +78,9 @@ def _kernel(words, bounds, q, k, v_transposed, out, logsumexp, peak, total, acc,
 
     def add(index, scores, running):
         running, shrink, probs = _softmax(scores, running)
-        acc[...] = acc[...] * shrink + matmul(v_transposed[0, :, part(index)], probs.astype(q.dtype), (1, 0))
+        acc[...] = acc[...] * shrink + matmul(
+            v_transposed[0, :, part(index)], probs.astype(q.dtype), (1, 0)
+        )
         return running
 
     @pl.when(visit.full)
@@ -103,7 +115,9 @@ def _kernel(words, bounds, q, k, v_transposed, out, logsumexp, peak, total, acc,
         logsumexp[0, 0] = jnp.where(empty, jnp.inf, peak[...] * math.log(2) + jnp.log(sums))
 
 
-def _softmax(scores: Array, running: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array, Array]:
+def _softmax(
+    scores: Array, running: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], Array, Array]:
     """Does one step: gives the new (peak, sums), what to shrink the accumulator by, and the probabilities [keys,
     rows]."""
     peak, total = running

@@ -75,8 +75,12 @@ class Layout(NamedTuple):
         return x.reshape(self.kv_heads, self.groups, -1, x.shape[-1])
 
     def from_queries(self, x: Array) -> Array:
-        x = x.reshape(self.kv_heads, self.groups, self.batch, -1, x.shape[-1]).transpose(2, 3, 0, 1, 4)
-        return x.reshape(self.batch, -1, self.kv_heads * self.groups, x.shape[-1])[:, : self.queries]
+        x = x.reshape(self.kv_heads, self.groups, self.batch, -1, x.shape[-1]).transpose(
+            2, 3, 0, 1, 4
+        )
+        return x.reshape(self.batch, -1, self.kv_heads * self.groups, x.shape[-1])[
+            :, : self.queries
+        ]
 
     def to_keys(self, x: Array) -> Array:
         """Lays out [B, K, G, D] as [kv heads, B * padded K, D]."""

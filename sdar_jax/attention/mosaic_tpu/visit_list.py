@@ -55,14 +55,18 @@ def read(words, index) -> Visit:
     flags = words[2 * index + 1]
     bit = lambda at: (flags >> at) & 1 == 1
     low, high = ((flags >> at) & (2**_BITS - 1) for at in (_LOW, _HIGH))
-    return Visit(outer(words, index), inner(words, index), bit(_FIRST), bit(_LAST), bit(_FULL), low, high)
+    return Visit(
+        outer(words, index), inner(words, index), bit(_FIRST), bit(_LAST), bit(_FULL), low, high
+    )
 
 
 def visit_lists(clipped: Ranges, layout: Layout, *, by_key: bool) -> list[VisitList]:
     """Visits in the order of the outer tiles, which are key tiles if `by_key`; one list for each call."""
     keys_outer = jnp.arange(layout.batch, dtype=jnp.int32)[:, None, None] * layout.key_tiles
     key = keys_outer + jnp.arange(layout.key_tiles, dtype=jnp.int32)
-    query = jnp.arange(layout.batch * layout.query_tiles, dtype=jnp.int32).reshape(layout.batch, -1, 1)
+    query = jnp.arange(layout.batch * layout.query_tiles, dtype=jnp.int32).reshape(
+        layout.batch, -1, 1
+    )
     flags = _flags(clipped, layout)
     grids = jnp.broadcast_arrays(query, key, flags)
     if by_key:
@@ -70,7 +74,10 @@ def visit_lists(clipped: Ranges, layout: Layout, *, by_key: bool) -> list[VisitL
     query, key, flags = (x.reshape(-1, x.shape[2]) for x in grids)
     tiles = key * MAX_TILES + query if by_key else query * MAX_TILES + key
     at_once = max(MAX_VISITS // tiles.shape[1], 1)
-    return [_flat(tiles[at : at + at_once], flags[at : at + at_once]) for at in range(0, len(tiles), at_once)]
+    return [
+        _flat(tiles[at : at + at_once], flags[at : at + at_once])
+        for at in range(0, len(tiles), at_once)
+    ]
 
 
 def _flags(clipped: Ranges, layout: Layout) -> Array:

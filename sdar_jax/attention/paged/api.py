@@ -70,7 +70,9 @@ def paged_attention(
     inputs = (q, k_pages, v_pages, page_table, visible)
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     local = partial(_local, scale=factor, implementation=implementation)
-    return over_heads(local, inputs, heads_at=(2, 1, 1, None, None), out_at=2, kv_heads=k_pages.shape[1])
+    return over_heads(
+        local, inputs, heads_at=(2, 1, 1, None, None), out_at=2, kv_heads=k_pages.shape[1]
+    )
 
 
 def _local(*inputs: Array, scale: float, implementation: PagedImplementation | None) -> Array:
@@ -79,14 +81,18 @@ def _local(*inputs: Array, scale: float, implementation: PagedImplementation | N
     return forward(*inputs, scale=scale)
 
 
-def _check_shapes(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
+def _check_shapes(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array
+) -> None:
     rows, window, heads, dim = q.shape
     if k_pages.shape != v_pages.shape or k_pages.shape[3] != dim:
         raise ConfigError(
             f"pages {k_pages.shape} and {v_pages.shape} do not fit queries {q.shape}; all have one head_dim, {dim} here"
         )
     if heads % k_pages.shape[1]:
-        raise ConfigError(f"{heads} query heads do not divide over {k_pages.shape[1]} key-value heads; use a multiple")
+        raise ConfigError(
+            f"{heads} query heads do not divide over {k_pages.shape[1]} key-value heads; use a multiple"
+        )
     if page_table.shape[0] != rows or visible.shape != (rows, window):
         raise ConfigError(
             f"page_table {page_table.shape} and visible {visible.shape} do not fit queries {q.shape}; "

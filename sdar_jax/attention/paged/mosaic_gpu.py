@@ -50,7 +50,9 @@ _TILES_A_PART = 4
 _Shaped = Array | jax.ShapeDtypeStruct
 
 
-def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> str | None:
+def unsupported(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array
+) -> str | None:
     """Says why these inputs cannot be taken, and what would do; None if they can."""
     if not q.dtype == k_pages.dtype == v_pages.dtype == jnp.bfloat16:
         return f"takes bfloat16, not {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
@@ -77,16 +79,30 @@ class _Problem(NamedTuple):
     parts: int
 
     @classmethod
-    def of(cls, q: _Shaped, k_pages: _Shaped, page_table: _Shaped, tile_sizes: TileSizes | None) -> "_Problem":
+    def of(
+        cls, q: _Shaped, k_pages: _Shaped, page_table: _Shaped, tile_sizes: TileSizes | None
+    ) -> "_Problem":
         batch, window, heads, dim = q.shape
         _, kv_heads, page, _ = k_pages.shape
         rows = heads // kv_heads * window
-        tile_sizes = tile_sizes or tile_sizes_for(_NAME, _NARROW if rows <= WARPGROUP_ROWS else _WIDE, dim)
+        tile_sizes = tile_sizes or tile_sizes_for(
+            _NAME, _NARROW if rows <= WARPGROUP_ROWS else _WIDE, dim
+        )
         consumers = tile_sizes.query_tile // WARPGROUP_ROWS
         programs = batch * kv_heads * pl.cdiv(rows, consumers * WARPGROUP_ROWS)
         longest = pl.cdiv(page_table.shape[1] * page, tile_sizes.key_tile)
         parts = max(1, min(_SMS // programs, longest // _TILES_A_PART))
-        return cls(batch, kv_heads, rows, dim, page, tile_sizes.key_tile, tile_sizes.stages, consumers, parts)
+        return cls(
+            batch,
+            kv_heads,
+            rows,
+            dim,
+            page,
+            tile_sizes.key_tile,
+            tile_sizes.stages,
+            consumers,
+            parts,
+        )
 
     @property
     def row_tile(self) -> int:
@@ -157,7 +173,9 @@ def _merged(out: Array, logsumexp: Array) -> Array:
     return (out * weight[..., None]).sum(axis=0) / jnp.where(total == 0, 1, total)[..., None]
 
 
-def _call(problem: _Problem, operands: tuple[Array, ...], scale: float, interpret: bool) -> tuple[Array, Array]:
+def _call(
+    problem: _Problem, operands: tuple[Array, ...], scale: float, interpret: bool
+) -> tuple[Array, Array]:
     parts, batch, kv_heads, dim = problem.parts, problem.batch, problem.kv_heads, problem.dim
     dtype = jnp.bfloat16
     out_dtype = dtype if parts == 1 else jnp.float32
@@ -189,7 +207,12 @@ def _call(problem: _Problem, operands: tuple[Array, ...], scale: float, interpre
             jax.ShapeDtypeStruct((parts, batch, kv_heads, problem.padded_rows), jnp.float32),
         ),
         (shared, barriers),
-        {"sequence": batch, "head": kv_heads, "part": parts, "tile": problem.padded_rows // problem.row_tile},
+        {
+            "sequence": batch,
+            "head": kv_heads,
+            "part": parts,
+            "tile": problem.padded_rows // problem.row_tile,
+        },
         "paged_attention",
         interpret,
         consumers,
@@ -200,7 +223,9 @@ def _kernel(
     q_ref, k_pages, v_pages, table_ref, limit_ref, longest_ref, out_ref, logsumexp_ref, shared, barriers,
     *, problem: _Problem, scale: float,
 ):  # fmt: skip
-    sequence, head, part, tile = (lax.axis_index(name) for name in ("sequence", "head", "part", "tile"))
+    sequence, head, part, tile = (
+        lax.axis_index(name) for name in ("sequence", "head", "part", "tile")
+    )
     longest = longest_ref[sequence]
     tiles = pl.cdiv(longest, jnp.int32(problem.key_tile))
     tiles_a_part = pl.cdiv(tiles, jnp.int32(problem.parts))
@@ -209,7 +234,9 @@ def _kernel(
 
     def consume(warpgroup):
         rows = pl.ds(tile * problem.row_tile + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        mine = _Shared(shared.q.at[warpgroup], shared.k, shared.v, *(x.at[warpgroup] for x in shared[3:]))
+        mine = _Shared(
+            shared.q.at[warpgroup], shared.k, shared.v, *(x.at[warpgroup] for x in shared[3:])
+        )
         ready = barriers.q_ready.at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[sequence, head, rows], mine.q, ready)
         plgpu.copy_gmem_to_smem(limit_ref.at[sequence, rows], mine.limit, ready)
@@ -234,7 +261,10 @@ def _kernel(
         @pl.loop(0, count)
         def _(step):
             slot = lax.rem(step, problem.stages)
-            pieces = [_piece(table_ref, sequence, last_page, first + step, i, problem) for i in range(problem.copies)]
+            pieces = [
+                _piece(table_ref, sequence, last_page, first + step, i, problem)
+                for i in range(problem.copies)
+            ]
             for source, smem, ready, free in sources:
                 wait_until_free(free, step, problem.stages)
                 for i, (page, keys) in enumerate(pieces):
@@ -269,7 +299,13 @@ def _zero_unseen(v_smem, barrier, seen: Array) -> None:
 
 
 def _attend(
-    shared: _Shared, barriers: _Barriers, problem: _Problem, first: Array, count: Array, longest: Array, scale: float
+    shared: _Shared,
+    barriers: _Barriers,
+    problem: _Problem,
+    first: Array,
+    count: Array,
+    longest: Array,
+    scale: float,
 ):
     """Computes the unnormalised output [64, D], largest score in units of log 2 and sum of exponentials [64] of the
     rows."""
@@ -286,7 +322,9 @@ def _attend(
 
         scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape))
         plgpu.barrier_arrive(barriers.k_free.at[slot])
-        keys = (first + step) * problem.key_tile + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=TILE)
+        keys = (first + step) * problem.key_tile + plgpu.broadcasted_iota(
+            jnp.int32, shape, 1, layout=TILE
+        )
         limit = along(plgpu.load(shared.limit, layout=ROWS), shape, 0)
         scores = jnp.where(keys < limit, scores * scale, -jnp.inf)
         peak = jnp.maximum(largest, scores.max(axis=1))

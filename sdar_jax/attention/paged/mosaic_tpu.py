@@ -28,7 +28,9 @@ _VMEM = 64 * 2**20
 _ROWS_TOGETHER = 512
 
 
-def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> str | None:
+def unsupported(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array
+) -> str | None:
     """Says why these inputs cannot be taken, and what would do; None if they can."""
     if not q.dtype == k_pages.dtype == v_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 or float32, all alike, not {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
@@ -79,7 +81,18 @@ def forward(
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, missing), (0, 0)))
     limit = jnp.pad(jnp.tile(visible, (1, heads // kv_heads)), ((0, 0), (0, missing)))[..., None]
     plan = _plan(page_table, visible, page, step_pages, cores)
-    out = _call(rows, limit, k_pages, v_pages, page_table[:, None], plan, cores, step_pages, scale, interpret)
+    out = _call(
+        rows,
+        limit,
+        k_pages,
+        v_pages,
+        page_table[:, None],
+        plan,
+        cores,
+        step_pages,
+        scale,
+        interpret,
+    )
     return unfolded(out[:, :, : rows.shape[2] - missing], window)
 
 
@@ -130,7 +143,9 @@ def _call(rows, limit, k_pages, v_pages, page_table, plan, cores, step_pages, sc
         partial(_kernel, scale=scale, per_core=per_core, step_pages=step_pages),
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct(rows.shape, rows.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+        ),
         interpret=pltpu.InterpretParams(detect_races=True) if interpret else False,
         name="paged_attention",
     )(*plan, page_table, rows, limit, k_pages, v_pages)
@@ -151,7 +166,9 @@ class _Copies(NamedTuple):
 
         def one(i, _):
             page = page_of(i)
-            for kind, (pages, buffer) in enumerate(((self.k_pages, self.k_buffer), (self.v_pages, self.v_buffer))):
+            for kind, (pages, buffer) in enumerate(
+                ((self.k_pages, self.k_buffer), (self.v_pages, self.v_buffer))
+            ):
                 semaphore = self.semaphores.at[kind, self.slot]
                 act(pltpu.make_async_copy(pages.at[page], buffer.at[self.slot, i], semaphore))
             return _
@@ -229,7 +246,9 @@ def _kernel(
         def _():
             _zero_unseen(v_buffer, slot, jnp.max(limit_ref[...]) - i * step_pages * page)
 
-        _attend(q_ref, limit_ref, k_buffer, v_buffer, acc_ref, largest_ref, total_ref, slot, i, scale)
+        _attend(
+            q_ref, limit_ref, k_buffer, v_buffer, acc_ref, largest_ref, total_ref, slot, i, scale
+        )
         return _
 
     jax.lax.fori_loop(0, steps, step, None)
@@ -250,7 +269,9 @@ def _zero_unseen(v_buffer, slot, seen):
     jax.lax.fori_loop(jax.lax.div(seen, page), step_pages, one, None)
 
 
-def _attend(q_ref, limit_ref, k_buffer, v_buffer, acc_ref, largest_ref, total_ref, slot, step, scale):
+def _attend(
+    q_ref, limit_ref, k_buffer, v_buffer, acc_ref, largest_ref, total_ref, slot, step, scale
+):
     """Computes the online softmax over one step's keys.
 
     With few rows a head's products and reductions wait for each other, so several heads go through together.
@@ -271,7 +292,10 @@ def _attend(q_ref, limit_ref, k_buffer, v_buffer, acc_ref, largest_ref, total_re
         heads = range(first, min(first + together, kv_heads))
         scores = [scores_of(head) for head in heads]
         before = [largest_ref[head, :, :1] for head in heads]
-        largest = [jnp.maximum(b, jnp.max(s, axis=1, keepdims=True)) for b, s in zip(before, scores, strict=True)]
+        largest = [
+            jnp.maximum(b, jnp.max(s, axis=1, keepdims=True))
+            for b, s in zip(before, scores, strict=True)
+        ]
         exps = [jnp.exp(s - peak) for s, peak in zip(scores, largest, strict=True)]
         updates = [
             dot(exp.astype(v_buffer.dtype), of_head(v_buffer, head), (((1,), (0,)), ((), ())))

@@ -33,7 +33,9 @@ def write_pages(
     """
     operands = (k_pages, v_pages, k, v, page_table, start, count)
     heads_at = (1, 1, 2, 2, None, None, None)
-    return over_heads(_write_both, operands, heads_at=heads_at, out_at=(1, 1), kv_heads=k_pages.shape[1])
+    return over_heads(
+        _write_both, operands, heads_at=heads_at, out_at=(1, 1), kv_heads=k_pages.shape[1]
+    )
 
 
 def _write_both(k_pages, v_pages, k, v, page_table, start, count):
@@ -71,7 +73,9 @@ def _write_in_turns(pages: Array, new: Array, rows: Array) -> Array:
     return pages
 
 
-def _destinations(pages: Array, window: int, page_table: Array, start: Array, count: Array) -> Int[Array, "N W G"]:
+def _destinations(
+    pages: Array, window: int, page_table: Array, start: Array, count: Array
+) -> Int[Array, "N W G"]:
     """Finds where each key of the windows goes among the P * G * page of the pages; past all of them if nowhere.
 
     All different, which saves XLA sorting them.
@@ -105,6 +109,9 @@ def gathered(pages: Pages, ids: Int[Array, "N M"]) -> Float[Array, "N G keys D"]
     """Gathers pages by id, joined along the keys; ids outside [0, P) read some page or other, never past the array."""
     total, kv_heads, page, dim = pages.shape
     # Head by head, so that what is found need not be transposed.
-    at = jnp.clip(ids, 0, total - 1)[:, None] * kv_heads + jnp.arange(kv_heads, dtype=ids.dtype)[:, None]
+    at = (
+        jnp.clip(ids, 0, total - 1)[:, None] * kv_heads
+        + jnp.arange(kv_heads, dtype=ids.dtype)[:, None]
+    )
     found = pages.reshape(-1, page, dim).at[at].get(mode="promise_in_bounds")
     return found.reshape(*found.shape[:2], -1, dim)

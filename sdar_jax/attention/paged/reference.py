@@ -7,11 +7,15 @@ from sdar_jax.attention.nonfinite import poisoned
 from sdar_jax.attention.paged.pages import folded, gathered, unfolded
 
 
-def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
+def unsupported(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array
+) -> None:
     """Accepts everything."""
 
 
-def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, *, scale: float) -> Array:
+def forward(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, *, scale: float
+) -> Array:
     """Computes `paged_attention` with O(N H W M page) memory."""
     window = q.shape[1]
     kv_heads = k_pages.shape[1]

@@ -22,11 +22,15 @@ _KEYS = 256
 _SCORES = 2**22
 
 
-def unsupported(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array) -> None:
+def unsupported(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array
+) -> None:
     """Accepts everything."""
 
 
-def forward(q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, *, scale: float) -> Array:
+def forward(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, visible: Array, *, scale: float
+) -> Array:
     """Computes `paged_attention`, reading and holding a few pages per row at a time."""
     window, kv_heads, page = q.shape[1], k_pages.shape[1], k_pages.shape[2]
     pages = min(max(1, _KEYS // page), page_table.shape[1])
@@ -88,7 +92,9 @@ def _attend(k_pages: Array, v_pages: Array, pages: int, scale: float, rows: _Row
         largest = jnp.maximum(state.largest, scores.max(axis=-1, keepdims=True))
         exp = jnp.exp(scores - largest)
         shrink = jnp.exp(state.largest - largest)
-        update = jnp.einsum("ngrk,ngkd->ngrd", exp.astype(v.dtype), v, preferred_element_type=accumulate)
+        update = jnp.einsum(
+            "ngrk,ngkd->ngrd", exp.astype(v.dtype), v, preferred_element_type=accumulate
+        )
         # A sum over the last axis would round by how many rows there are.
         total = jnp.einsum("ngrk,ngko->ngro", exp, jnp.ones((*exp.shape[:2], keys, 1), accumulate))
         return _State(state.out * shrink + update, largest, state.total * shrink + total)

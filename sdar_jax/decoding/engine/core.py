@@ -35,7 +35,12 @@ class EngineCore:
     """
 
     def __init__(
-        self, inputs: InputProcessor, scheduler: Scheduler, runner: ModelRunner, tokenizer: Any, steps_per_call: int
+        self,
+        inputs: InputProcessor,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        tokenizer: Any,
+        steps_per_call: int,
     ):
         self.requests: dict[int, Request] = {}
         self._inputs = inputs
@@ -73,7 +78,9 @@ class EngineCore:
         """The request of an id. Raises DecodingError for one that is not known, or whose result was taken."""
         self.recover()
         if request_id not in self.requests:
-            raise DecodingError(f"request {request_id!r} is unknown, or its result was taken; use an id from submit")
+            raise DecodingError(
+                f"request {request_id!r} is unknown, or its result was taken; use an id from submit"
+            )
         return self.requests[request_id]
 
     def recover(self) -> None:
@@ -135,7 +142,9 @@ class EngineCore:
             self._admit()
             running = self._scheduler.running
             if not running:
-                assert not self._scheduler.waiting, "a request that was accepted must fit when it is alone"
+                assert not self._scheduler.waiting, (
+                    "a request that was accepted must fit when it is alone"
+                )
                 return
             # Where no request can decode yet it is one step, so that the time of reading prompts is known.
             alone = all(self._scheduler.unread(request) for request in running)
@@ -208,7 +217,9 @@ class EngineCore:
             self._runner.end(slot)
         return sequence
 
-    def _finish(self, request: Request, sequence: SequenceState, reason: FinishReason | None) -> None:
+    def _finish(
+        self, request: Request, sequence: SequenceState, reason: FinishReason | None
+    ) -> None:
         """Makes the completion of a request that has left its slot."""
         request.sequence = sequence
         request.result = ended(request, sequence, reason, self._tokenizer)

@@ -178,7 +178,9 @@ class Engine:
         with self._lock:
             self._core.recover()
             if (count := self._core.queued) >= self._max_queue:
-                raise DecodingError(f"the queue holds {count} requests, its max_queue; take a result first")
+                raise DecodingError(
+                    f"the queue holds {count} requests, its max_queue; take a result first"
+                )
             return self._core.enqueue(request)
 
     def _accept(self, prompt: Prompt, config: DecodingConfig, **options) -> Request:
@@ -222,7 +224,9 @@ class Engine:
         ids = []
         try:
             for index, prompt in enumerate(prompts):
-                request = self._accept(prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options)
+                request = self._accept(
+                    prompt, config, max_new_tokens=max_new_tokens, seed=seed + index, **options
+                )
                 ids.append(self._enqueue_when_there_is_room(request))
             return [self.result(request_id) for request_id in ids]
         except BaseException:
@@ -310,10 +314,14 @@ def _check_positive(**values: int) -> None:
 
 def _check_top_logprobs(top_logprobs: int, vocab_size: int) -> None:
     if not is_int(top_logprobs) or not 0 <= top_logprobs <= vocab_size:
-        raise DecodingError(f"top_logprobs is {top_logprobs!r}; give an integer of 0 to {vocab_size}")
+        raise DecodingError(
+            f"top_logprobs is {top_logprobs!r}; give an integer of 0 to {vocab_size}"
+        )
 
 
-def _sequence_shape(sizes: EngineSizes, block_size: int, slots: int, top_logprobs: int) -> SequenceShape:
+def _sequence_shape(
+    sizes: EngineSizes, block_size: int, slots: int, top_logprobs: int
+) -> SequenceShape:
     # One block more than is asked for may be open.
     pages = -(-(sizes.max_length + block_size) // sizes.page_size)
     return SequenceShape(

@@ -90,14 +90,21 @@ class InputProcessor:
 
     def idle(self) -> SequenceState:
         """The state of an empty slot: a sequence that is done."""
-        return self._sequence(np.zeros(0, np.int32), own_config(self._model, self._shape.block_size), 0, (), 0)
+        return self._sequence(
+            np.zeros(0, np.int32), own_config(self._model, self._shape.block_size), 0, (), 0
+        )
 
     def stop_reader(self, strings: Sequence[str]) -> TextReader | None:
         """Finds stop strings in an output as it grows."""
         return TextReader(self._tokenizer.decode, strings) if strings else None
 
     def _sequence(
-        self, ids: np.ndarray, config: DecodingConfig, max_new_tokens: int, stops: Sequence[int], seed: int
+        self,
+        ids: np.ndarray,
+        config: DecodingConfig,
+        max_new_tokens: int,
+        stops: Sequence[int],
+        seed: int,
     ) -> SequenceState:
         return make_sequence(
             ids,
@@ -123,16 +130,22 @@ class InputProcessor:
         """Raises DecodingError for a config that reads the model in another way than this engine."""
         size, served = self._shape.block_size, self._config.paradigm
         if config.block_size not in (None, size):
-            raise DecodingError(f"block_size is {config.block_size}, the engine's {size}; leave it None")
+            raise DecodingError(
+                f"block_size is {config.block_size}, the engine's {size}; leave it None"
+            )
         config = replace(config, block_size=size)
         asked = config.strategy_text(self._model)
         if config.strategy_for(self._model).fills_masks and not served.masks:
-            raise DecodingError(f"{asked} is not for an autoregressive model's engine; use strategy='autoregressive'")
+            raise DecodingError(
+                f"{asked} is not for an autoregressive model's engine; use strategy='autoregressive'"
+            )
         paradigm = config.paradigm(self._model)
         if not paradigm.cached:
             raise DecodingError(f"{asked} has no cache to share; use sdar_jax.generate")
         if paradigm != served:
-            raise DecodingError(f"{asked} is not for a diffusion model's engine; use sdar_jax.generate for it")
+            raise DecodingError(
+                f"{asked} is not for a diffusion model's engine; use sdar_jax.generate for it"
+            )
         config.resolve_block_size(self._model)
 
     def _check_lengths(self, ids: np.ndarray, max_new_tokens: int) -> None:
@@ -150,7 +163,9 @@ class InputProcessor:
                 f"{max_length} per request: ask for less, or give Engine(...) a larger {limit}"
             )
 
-    def _check_options(self, config: DecodingConfig, stops: Sequence[int], max_new_tokens: int) -> None:
+    def _check_options(
+        self, config: DecodingConfig, stops: Sequence[int], max_new_tokens: int
+    ) -> None:
         shape = self._shape
         if len(stops) > shape.stops:
             raise DecodingError(f"{len(stops)} stop tokens are given; use at most {shape.stops}")
@@ -167,7 +182,9 @@ class InputProcessor:
 
 def own_config(model: ModelConfig, block_size: int | None) -> DecodingConfig:
     """The config that an engine of this model is made for: in blocks, whatever else the model could do."""
-    return DecodingConfig(block_size, "low_confidence_dynamic" if fills_masks(model.objective) else None)
+    return DecodingConfig(
+        block_size, "low_confidence_dynamic" if fills_masks(model.objective) else None
+    )
 
 
 def float_type_of(dtype: Any) -> np.dtype:

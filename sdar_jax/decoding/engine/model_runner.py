@@ -56,9 +56,13 @@ class ModelRunner:
     def reset(self) -> None:
         """Builds the state anew: every slot and every page is empty."""
         # The old pages go before there are new ones.
-        self.state = DecodeState(jax.tree.map(jnp.asarray, self._idle), [], jax.device_put(self._banned))
+        self.state = DecodeState(
+            jax.tree.map(jnp.asarray, self._idle), [], jax.device_put(self._banned)
+        )
         dtype, mesh = self.model.embedding.dtype, mesh_of(self.model)
-        self.state = self.state._replace(cache=empty_pages(self.model.config, *self._pages, dtype, mesh))
+        self.state = self.state._replace(
+            cache=empty_pages(self.model.config, *self._pages, dtype, mesh)
+        )
         if mesh is None:
             # Committed as the weights are, and as the state comes back from a call, or that would be compiled twice.
             self.state = jax.device_put(self.state, jax.tree.leaves(self.model)[0].sharding)
@@ -74,7 +78,9 @@ class ModelRunner:
             self.state = self.state._replace(cache=copy_page(self.state.cache, *admission.copy))
         slot = admission.request.slot
         assert slot is not None
-        self.state = self.state._replace(batch=put_sequence(self.state.batch, slot, admission.sequence))
+        self.state = self.state._replace(
+            batch=put_sequence(self.state.batch, slot, admission.sequence)
+        )
 
     def end(self, slot: int) -> None:
         """Empties a slot whose sequence had not ended."""

@@ -46,7 +46,15 @@ class Request:
     result: Completion | None = None
 
 
-def ended(request: Request, sequence: SequenceState, reason: FinishReason | None, tokenizer: Any) -> Completion:
+def ended(
+    request: Request, sequence: SequenceState, reason: FinishReason | None, tokenizer: Any
+) -> Completion:
     """Its completion: what `sequence` has without a gap, ended for `reason`, if there is one, or by a stop string."""
-    done = completion(sequence, tokenizer, request.stop_strings)._replace(prompt_logprobs=request.prompt_logprobs)
-    return done if reason is None or isinstance(done.stop_reason, str) else done._replace(finish_reason=reason)
+    done = completion(sequence, tokenizer, request.stop_strings)._replace(
+        prompt_logprobs=request.prompt_logprobs
+    )
+    return (
+        done
+        if reason is None or isinstance(done.stop_reason, str)
+        else done._replace(finish_reason=reason)
+    )

@@ -63,7 +63,14 @@ class Scheduler:
         slots: the request in each, or None.
     """
 
-    def __init__(self, pool: PagePool, slots: int, config: BufferConfig, shape: SequenceShape, steps_per_call: int):
+    def __init__(
+        self,
+        pool: PagePool,
+        slots: int,
+        config: BufferConfig,
+        shape: SequenceShape,
+        steps_per_call: int,
+    ):
         self.pool = pool
         self.waiting: deque[Request] = deque()
         self.slots: list[Request | None] = [None] * slots
@@ -110,7 +117,9 @@ class Scheduler:
         request.forwards_before = int(request.sequence.progress.denoising_forwards)
         self.slots[request.slot] = request
         table, end = self._page_table(request)
-        sequence = request.sequence.with_progress(cached=np.asarray(prefix.length, np.int32)).with_inputs(
+        sequence = request.sequence.with_progress(
+            cached=np.asarray(prefix.length, np.int32)
+        ).with_inputs(
             page_table=table, pages_end=end, admitted=np.asarray(request.admitted, np.int32)
         )
         own = request.pages[len(prefix.pages) :]

@@ -69,5 +69,10 @@ class Counters:
 
     def stats(self, *, queued: int, running: int, pages_available: int, evictions: int) -> Stats:
         """These counts, with what the queue and the pages are now."""
-        now = {"queued": queued, "running": running, "pages_available": pages_available, "evictions": evictions}
+        now = {
+            "queued": queued,
+            "running": running,
+            "pages_available": pages_available,
+            "evictions": evictions,
+        }
         return Stats(**now, **dataclasses.asdict(self))
