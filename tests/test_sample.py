@@ -124,6 +124,8 @@ def test_prompt_ids_in_words(cli, model_dir):
         assert part in result.err
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_prompt_and_decoding_options(cli, model_dir):
     options = (
         "--confidence-threshold",
@@ -152,6 +154,8 @@ def test_prompt_and_decoding_options(cli, model_dir):
     assert result.records[0]["tokens"] == wanted.tokens and result.records[0]["text"] == wanted.text
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_options_of_decoding_are_flags(cli, model_dir):
     """More new tokens at least than the small requests have that compile; likeliest tokens, as many as asked for."""
     flags = ("--min-new-tokens", 5, "--suppress-token-ids", 7, 8, "--eos-last", "--top-logprobs", 2)
@@ -477,6 +481,8 @@ def test_chat_remembers(cli, model_dir):
         assert record["tokens"] == expected(model_dir, [ids], max_new_tokens=5)[0].tokens
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_a_chat_that_outgrows_its_engine_goes_on(model_dir, monkeypatch, capsys):
     """A larger engine reads all of it again."""
     lengths, prepare = [], sample.Sampler.prepare
@@ -862,6 +868,8 @@ def answers(cli, tmp_path):
     return target, lambda *more: cli(*options, *more)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_answers_of_other_settings_are_not_added_to(answers, cli, tmp_path):
     target, again = answers
     before = target.read_bytes()

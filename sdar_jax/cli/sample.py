@@ -163,6 +163,11 @@ class Sampler:
             else self.tokenizer.decode(list(tokens))
         )
 
+    @property
+    def known_token(self) -> int:
+        """A token that may stand in a prompt."""
+        return 1 if self.model.config.mask_token_id == 0 else 0
+
     def request(self, prompt: Prompt, seed: int, max_new_tokens: int | None = None) -> Request:
         """Raises DecodingError for one that cannot be served."""
         new = self.config.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -187,6 +192,9 @@ class Sampler:
             steps_per_call=1 if self.config.watch else 8,
             top_logprobs=self.config.decoding.top_logprobs,
         )
+        # What no request may ask for is refused before anything is compiled.
+        least = max(1, self.config.decoding.min_new_tokens)
+        self.engine.cancel(self.submit(Request([self.known_token], least, 0)))
         self.engine.warm_up(self.config.decoding)
         print(f"compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
 

@@ -59,7 +59,7 @@ request_like = st.tuples(
 )
 
 
-@pytest.mark.parametrize("pages", [14, 7])
+@pytest.mark.parametrize("pages", [pytest.param(14, marks=[pytest.mark.slow, pytest.mark.ci]), 7])
 @given(
     traffic=st.lists(request_like, min_size=3, max_size=7),
     steps_per_call=st.sampled_from([1, 3, 50]),
@@ -264,6 +264,8 @@ def test_autoregressive_models_are_served_too(x64):
         served.submit(LONG[:3], DecodingConfig(strategy="low_confidence_dynamic"), max_new_tokens=1)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_engines_block_size_is_every_requests(x64):
     """Where it is not the model's own, too."""
     served = Engine(tiny_model(), batch_slots=1, pages=8, page_size=8, block_size=8)

@@ -68,6 +68,8 @@ def test_what_cannot_be_served_is_refused(x64):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_the_longest_that_fits_is_served(x64):
     """Prompt and output that fill all pages there are, alone and beside others that want them too."""
     small = served()

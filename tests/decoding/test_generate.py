@@ -351,6 +351,8 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_mixed_configs_in_one_batch_equal_each_alone(x64):
     for chosen in ([0, 1, 2, 3], [4, 3, 2, 0]):
         together = run(

@@ -51,6 +51,8 @@ def together(*work: Callable[[], None]) -> None:
         raise raised[0]
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_results_from_several_threads(whole):
     """More requests than the queue holds, so that threads run the engine for room, too."""
     one, got = served(max_queue=2), {}

@@ -97,6 +97,8 @@ def check_oracle(model, request: Request, wanted) -> None:
     np.testing.assert_allclose(wanted.logprobs, logprobs, rtol=1e-8)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_nothing_is_compiled_after_warm_up(x64):
     """Not one program, large or small: other lengths, configs, cancels, shared prefixes, page pressure."""
     random, model = np.random.default_rng(0), model_of("two rows", 1)

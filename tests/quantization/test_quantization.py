@@ -56,6 +56,8 @@ def test_forwards_use_what_the_integers_stand_for(x64, tied):
     np.testing.assert_allclose(*bounds, rtol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.ci
 def test_decoding_uses_what_the_integers_stand_for(x64):
     """In `generate`, and in an engine with more prompts than rows, whose pages one after another uses."""
     model, options = quantize(tiny_model(num_layers=1)), {"window_slots": 1}
