@@ -131,8 +131,11 @@ def make_step(
             loss_of_weights, state.weights, inputs, micro_batches
         )
         normalizer = inputs.normalizer.sum()
-        divisor = jnp.where(normalizer > 0, normalizer, 1)
-        gradients = jax.tree.map(lambda g: g / divisor.astype(g.dtype), gradients)
+
+        def mean(gradient: Array) -> Array:
+            return gradient / jnp.where(normalizer > 0, normalizer, 1).astype(gradient.dtype)
+
+        gradients = jax.tree.map(mean, gradients)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
         lr = jnp.asarray(learning_rate(state.step + 1))
