@@ -101,26 +101,35 @@ class PagePool:
 
     def match(self, tokens: Sequence[int]) -> Prefix:
         """The longest recorded prefix, in whole blocks, of a sequence. Takes nothing; see `share`."""
-        found: list[int] = []
-        parent, length = None, 0
+        # Requests that read the same prefix at once each have pages of it, and any of these may be continued.
+        chains: list[tuple[int, ...]] = [()]
         while True:
+            length = len(chains[0]) * self.page_size
             rest = tuple(tokens[length : length + self.page_size])
-            page, same = self._longest(parent, rest)
-            if page is None or same < self.page_size:
-                return Prefix(tuple(found), page, same, length + same)
-            found.append(page)
-            parent, length = page, length + same
+            found = [
+                (self._same(page, rest), chain, page)
+                for chain in chains
+                for page in self._candidates(chain, rest)
+            ]
+            full = [(*chain, page) for same, chain, page in found if same == self.page_size]
+            if not full:
+                break
+            chains = full
+        same, chain, partial = max(found, key=lambda each: each[0], default=(0, chains[0], None))
+        if not same:
+            return Prefix(chains[0], None, 0, length)
+        return Prefix(chain, partial, same, length + same)
 
-    def _longest(self, parent: int | None, tokens: Tokens) -> tuple[int | None, int]:
-        """The page below `parent` that shares most whole blocks with `tokens`, and how many positions that is."""
-        best, most = None, 0
-        for page in sorted(self._first_block.get((parent, tokens[: self.block_size]), ())):
-            pairs = zip(self._pages[page].tokens, tokens, strict=False)
-            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            same -= same % self.block_size
-            if same > most:
-                best, most = page, same
-        return best, most
+    def _candidates(self, chain: tuple[int, ...], tokens: Tokens) -> list[int]:
+        """The pages that follow a chain of full ones and begin with the first block of `tokens`."""
+        parent = chain[-1] if chain else None
+        return sorted(self._first_block.get((parent, tokens[: self.block_size]), ()))
+
+    def _same(self, page: int, tokens: Tokens) -> int:
+        """How many positions of a page hold the beginning of `tokens`, in whole blocks."""
+        pairs = zip(self._pages[page].tokens, tokens, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return same - same % self.block_size
 
     def share(self, pages: Sequence[int]) -> None:
         """One more user for each, which `release` takes back; none of them is evicted meanwhile."""

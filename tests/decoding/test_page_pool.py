@@ -89,6 +89,17 @@ def filled(pool: PagePool, tokens: list[int]) -> list[int]:
     return pages
 
 
+def test_a_prefix_that_two_requests_read_at_once_is_found_where_it_goes_on():
+    """Both have a first page of it, and only the second one's is continued."""
+    pool = PagePool(COUNT, PAGE, BLOCK)
+    first, second = pool.allocate(1), pool.allocate(2)
+    pool.record(first, [1, 1, 1, 1])
+    pool.record(second, [1, 1, 1, 1, 0, 0])
+    found = pool.match([1, 1, 1, 1, 0, 0])
+    assert (found.pages, found.partial, found.length) == ((second[0],), second[1], 6)
+    assert pool.match([1, 1, 1, 1, 1, 1]).pages == tuple(first)
+
+
 def test_least_recently_used_goes_first():
     pool = PagePool(3, 2, 2)
     old, new = filled(pool, [1, 1]), filled(pool, [2, 2])
