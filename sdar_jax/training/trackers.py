@@ -1,5 +1,6 @@
 """Metrics of a run: averages over steps, to the console, to metrics.jsonl and to TensorBoard."""
 
+import abc
 import contextlib
 import errno
 import json
@@ -224,7 +225,7 @@ class NullTracker(Trackers):
         pass
 
 
-class _Output:
+class _Output(abc.ABC):
     """A file of metrics after `step`; where it cannot be written, one warning says so, until it can again."""
 
     _tries_again = True
@@ -239,7 +240,7 @@ class _Output:
     def write(self, step: int, line: Line) -> None:
         self._attempt(step, line)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most hold nothing open)
         pass
 
     def _attempt(self, *line: Any) -> None:
@@ -261,11 +262,13 @@ class _Output:
                 )
             self._warned = True
 
+    @abc.abstractmethod
     def _open(self) -> None:
-        raise NotImplementedError
+        """Makes the file ready, without what an earlier attempt wrote after the step."""
 
+    @abc.abstractmethod
     def _append(self, step: int, line: Line) -> None:
-        raise NotImplementedError
+        """Writes one line, whole or not at all; raises OSError."""
 
 
 class _Lines(_Output):
