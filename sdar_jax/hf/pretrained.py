@@ -1,7 +1,7 @@
 """Hugging Face model directories in and out: `load_pretrained` and `save_pretrained`.
 
-Both go through the weights one by one with one table of names (`_PARTS`), so that host memory holds a weight and the
-tensor being read into it or written from it, and never a second model.
+Both go through the weights one by one with one table of names (tensor_names.py), so that host memory holds a weight and
+the tensor being read into it or written from it, and never a second model.
 """
 
 import json
@@ -40,54 +40,18 @@ from sdar_jax.hf.tensor_files import (
     listed,
     write_tensors,
 )
+from sdar_jax.hf.tensor_names import ALL, LAYOUTS, Layout
 from sdar_jax.model import Model
 from sdar_jax.model.axes import check_mesh, shardings
 from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.hf_config import family_of
 from sdar_jax.model.hf_fields import GENERATION_HARMLESS, unread_fields
 from sdar_jax.model.quantization import is_quantized, quantize_weight
 
 log = logging.getLogger(__name__)
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Which tensors of theirs make up each weight of ours, and where in it they lie (shapes: see transformer.py).
-_ALL, _QUERIES, _KEY, _VALUE = np.s_[...], np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
-_GATE, _UP = np.s_[..., 0, :], np.s_[..., 1, :]
-_PARTS = {
-    "embedding": {_EMBEDDING: _ALL},
-    "final_norm": {"model.norm.weight": _ALL},
-    "head": {_HEAD: _ALL},
-    "attention_norm": {"input_layernorm.weight": _ALL},
-    "qkv": {
-        "self_attn.q_proj.weight": _QUERIES,
-        "self_attn.k_proj.weight": _KEY,
-        "self_attn.v_proj.weight": _VALUE,
-    },
-    "qkv_bias": {
-        "self_attn.q_proj.bias": _QUERIES,
-        "self_attn.k_proj.bias": _KEY,
-        "self_attn.v_proj.bias": _VALUE,
-    },
-    "q_norm": {"self_attn.q_norm.weight": _ALL},
-    "k_norm": {"self_attn.k_norm.weight": _ALL},
-    "output": {"self_attn.o_proj.weight": _ALL},
-    "output_bias": {"self_attn.o_proj.bias": _ALL},
-    "mlp_norm": {"post_attention_layernorm.weight": _ALL},
-    "gate_up": {"mlp.gate_proj.weight": _GATE, "mlp.up_proj.weight": _UP},
-    "gate_up_bias": {"mlp.gate_proj.bias": _GATE, "mlp.up_proj.bias": _UP},
-    "down": {"mlp.down_proj.weight": _ALL},
-    "down_bias": {"mlp.down_proj.bias": _ALL},
-    "router": {"mlp.gate.weight": _ALL},
-    # One tensor for each expert: its number goes where the braces are, and indexes the first axis of ours.
-    "experts_gate_up": {
-        "mlp.experts.{}.gate_proj.weight": _GATE,
-        "mlp.experts.{}.up_proj.weight": _UP,
-    },
-    "experts_down": {"mlp.experts.{}.down_proj.weight": _ALL},
-}
-# The layout that transformers 5 computes in: all experts in one tensor, which it saves on request.
-_FUSED = {"experts_gate_up": "mlp.experts.gate_up_proj", "experts_down": "mlp.experts.down_proj"}
 # How many leading axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
 _INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1, "head": 1, "router": 1}
-_INPUT_AXES |= dict.fromkeys(_FUSED, 1)
+_INPUT_AXES |= {"experts_gate_up": 1, "experts_down": 1}
 
 _ROWS_AT_ONCE = 1024
 # Buffers that old Llama checkpoints carry; they follow from the config.
@@ -126,10 +90,9 @@ def load_pretrained(
     int8 = dtype in ("int8", jnp.int8)
     float_dtype = _resolved("auto" if int8 else dtype, mesh)
     with TensorReader(directory) as tensors:
-        if config.tie_embeddings and _has_own_head(tensors):
-            wrong = (
-                f"tie_word_embeddings is true, and {_HEAD} is there and differs from the embedding"
-            )
+        layout = _layout(config)
+        if config.tie_embeddings and _has_own_head(tensors, layout):
+            wrong = f"tie_word_embeddings is true, and {layout.head} is there and differs from the embedding"
             log.warning("%s: %s; both are kept: set it to false in config.json", directory, wrong)
             config = replace(config, tie_embeddings=False)
         skeleton = jax.eval_shape(partial(Model, config, jax.random.key(0), float_dtype))
@@ -138,7 +101,7 @@ def load_pretrained(
         if mesh is not None:
             places = jax.tree.leaves(shardings(skeleton, mesh))
         weights = _weights(skeleton)
-        _check(tensors, weights)
+        _check(tensors, weights, layout)
         load = _load_int8 if int8 else _load
         arrays = [
             load(tensors, weight, place) for weight, place in zip(weights, places, strict=True)
@@ -247,12 +210,14 @@ class _Weight(NamedTuple):
         prefix: of its tensors' names.
         field: its name in `Model` or `Layer`.
         array: a jax.Array, or a jax.ShapeDtypeStruct where the model is abstract.
+        layout: the naming of its tensors.
         stacked_at: its layer's index in a stacked array, None where it is not stacked.
     """
 
     prefix: str
     field: str
     array: Any
+    layout: Layout
     stacked_at: int | None = None
 
     @property
@@ -261,13 +226,13 @@ class _Weight(NamedTuple):
 
     def parts(self, found: Container[str] = ()) -> list[_Part]:
         """Lists its tensors by full name; a fused one is taken for the experts if it is among those `found`."""
-        names = _PARTS[self.field]
-        if self.field not in _FUSED:
+        names = self.layout.parts[self.field]
+        if self.field not in self.layout.fused:
             return [_Part(self.prefix + name, index) for name, index in names.items()]
-        fused = self.prefix + _FUSED[self.field]
+        fused = self.prefix + self.layout.fused[self.field]
         experts = range(self.shape[0])
         if fused in found:
-            return [_Part(fused, _ALL, expert, fused=True) for expert in experts]
+            return [_Part(fused, ALL, expert, fused=True) for expert in experts]
         parts = []
         for expert in experts:
             for name, index in names.items():
@@ -285,18 +250,24 @@ class _Weight(NamedTuple):
 
 def _weights(model: Model) -> list[_Weight]:
     """Lists a model's weights, in the order of `jax.tree.leaves` where layers are not stacked."""
+    layout = _layout(model.config)
     found = []
     for path, leaf in jax.tree.leaves_with_path(model):
         names = [getattr(key, "name", getattr(key, "idx", None)) for key in path]
-        field = next(name for name in reversed(names) if name in _PARTS)
+        field = str(next(name for name in reversed(names) if name in layout.parts))
         if names[0] != "layers":
-            found.append(_Weight("", field, leaf))
+            found.append(_Weight("", field, leaf, layout))
         elif names[1] == "body":
-            found += [_Weight(f"model.layers.{i}.", field, leaf, i) for i in range(len(leaf))]
+            prefixes = [layout.layer.format(i) for i in range(len(leaf))]
+            found += [_Weight(name, field, leaf, layout, i) for i, name in enumerate(prefixes)]
         else:
             index = model.config.num_layers - 1 if names[1] == "last" else names[1]
-            found.append(_Weight(f"model.layers.{index}.", field, leaf))
+            found.append(_Weight(layout.layer.format(index), field, leaf, layout))
     return found
+
+
+def _layout(config: ModelConfig) -> Layout:
+    return LAYOUTS[family_of(config)[1].tensors]
 
 
 def _their_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
@@ -369,20 +340,20 @@ def _read_config(directory: Path, given: dict[str, int | None]) -> ModelConfig:
     return replace(config, **changes)
 
 
-def _has_own_head(tensors: TensorReader) -> bool:
+def _has_own_head(tensors: TensorReader, layout: Layout) -> bool:
     """Returns whether there is an output head that differs from the embedding. Reads a part of both at a time."""
-    if not tensors.names() >= {_EMBEDDING, _HEAD}:
+    if not tensors.names() >= {layout.embedding, layout.head}:
         return False
-    shape, dtype = tensors.describe(_EMBEDDING)
-    head_shape, head_dtype = tensors.describe(_HEAD)
+    shape, dtype = tensors.describe(layout.embedding)
+    head_shape, head_dtype = tensors.describe(layout.head)
     if head_shape != shape or not {dtype, head_dtype} <= set(SUPPORTED_DTYPES.values()):
         # What does not fit is named where all tensors are checked.
         return True
     for start in range(0, shape[0], _ROWS_AT_ONCE):
         rows = slice(start, min(start + _ROWS_AT_ONCE, shape[0]))
         # Types may differ; float64 holds the values of all.
-        embedding = tensors.read(_EMBEDDING, rows).astype(np.float64)
-        head = tensors.read(_HEAD, rows).astype(np.float64)
+        embedding = tensors.read(layout.embedding, rows).astype(np.float64)
+        head = tensors.read(layout.head, rows).astype(np.float64)
         if not np.array_equal(embedding, head):
             return True
     return False
@@ -425,7 +396,7 @@ def _supported(dtype: DTypeLike) -> np.dtype:
     return resolved
 
 
-def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
+def _check(tensors: TensorReader, weights: list[_Weight], layout: Layout) -> None:
     """Checks the tensors' names, shapes and types against what the config implies; one error names all that is
     wrong."""
     found = set(tensors.names())
@@ -433,7 +404,7 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
         part.name: weight.their_shape(part) for weight in weights for part in weight.parts(found)
     }
     # A tied model may carry its head as well.
-    ignored = {name for name in found if _DERIVED.search(name)} | {_HEAD}
+    ignored = {name for name in found if _DERIVED.search(name)} | {layout.head}
     shapes = []
     types = []
     for name in sorted(found & set(wanted)):
@@ -453,7 +424,7 @@ def _check(tensors: TensorReader, weights: list[_Weight]) -> None:
         # A file of a tied model without the flag lacks this one tensor.
         tied = (
             ""
-            if problems["missing"] != [_HEAD]
+            if problems["missing"] != [layout.head]
             else ", or set tie_word_embeddings to true if it has no such head"
         )
         raise CheckpointError(
@@ -515,7 +486,7 @@ def _target(
         buffer = buffer[part.expert - region[0].start]
         region = region[1:]
     index = [slice(axis.start, axis.stop) for axis in region]
-    if part.index is not _ALL:
+    if part.index is not ALL:
         # The axis that parts lie along is never split.
         index[-2:-1] = [] if isinstance(part.index[-2], int) else [slice(None)]
     return buffer[part.index], tuple(index)

@@ -1,180 +1,18 @@
 """`ModelConfig`: the shape of a Qwen3-like decoder, and what it was trained to predict.
 
-Field names are the field's; `from_hf` and `to_hf` translate to and from Hugging Face's config.json.
+Field names are the field's; `from_hf` and `to_hf` translate to and from Hugging Face's config.json (hf_config.py).
 """
 
 import dataclasses
-import json
-import logging
-import math
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from sdar_jax.errors import CheckpointError, ConfigError, check_choices, is_int, is_number
-from sdar_jax.model.hf_fields import (
-    HARMLESS,
-    ROPE_HARMLESS,
-    SUPPORTED_AT,
-    is_harmless,
-    unread_fields,
-)
-from sdar_jax.paradigm import BlockOrigin, Objective, Paradigm, fills_masks, has_blocks, paradigm_of
+from sdar_jax.errors import ConfigError, check_choices, is_int, is_number
+from sdar_jax.model import hf_config
+from sdar_jax.model.hf_config import Architecture
+from sdar_jax.model.rope_config import RopeConfig
+from sdar_jax.paradigm import BlockOrigin, Objective, Paradigm, has_blocks, paradigm_of
 from sdar_jax.visibility import check_block_size
-
-Architecture = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
-RopeType = Literal["default", "linear", "llama3", "yarn"]
-
-log = logging.getLogger(__name__)
-# A run reads the same config.json more than once.
-_warn_once = cache(log.warning)
-
-# What Hugging Face calls each RoPE parameter is what we call it, so one list serves reading and writing.
-_ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor",
-        "beta_fast",
-        "beta_slow",
-        "original_max_position_embeddings",
-        "attention_factor",
-    ),
-}
-_ROPE_REQUIRED = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
-# A type that is named does not use the parameters of another, which are left behind when a type is changed.
-_ROPE_UNUSED = {**{name: () for names in _ROPE_FIELDS.values() for name in names}, **ROPE_HARMLESS}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding: base `theta`, and how its frequencies are scaled, with Hugging Face's parameter names."""
-
-    theta: float = 1_000_000.0
-    rope_type: RopeType = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-
-    def __post_init__(self):
-        if self.rope_type not in _ROPE_FIELDS:
-            raise ConfigError(
-                f"rope_type {self.rope_type!r} is not supported; use one of {list(_ROPE_FIELDS)}"
-            )
-        if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
-            raise ConfigError(
-                "rope_type 'llama3' needs original_max_position_embeddings; add it to rope_scaling"
-            )
-        for name in (
-            "theta",
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "beta_fast",
-            "beta_slow",
-        ):
-            if not is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ConfigError(f"rope {name} is {getattr(self, name)!r}; give a positive number")
-        if self.attention_factor is not None and not is_number(self.attention_factor):
-            raise ConfigError(
-                f"rope attention_factor is {self.attention_factor!r}; give a number, or leave it out"
-            )
-        original = self.original_max_position_embeddings
-        if original is not None and not (is_int(original) and original > 0):
-            raise ConfigError(
-                f"rope original_max_position_embeddings is {original!r}; give a positive integer"
-            )
-        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            factors = f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
-            raise ConfigError(f"rope {factors}; give a lower one")
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "RopeConfig":
-        """Reads `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`.
-
-        Where both are there, `rope_scaling` was added by hand and is what counts, as in transformers 5.
-        """
-        written = _rope_table(config, "rope_parameters")
-        added = _rope_table(config, "rope_scaling")
-        scaling = added or written
-        rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
-        if added and written.get("rope_type", "default") not in ("default", rope_type):
-            _warn_once(
-                "config.json: rope_scaling is read and rope_parameters, which says otherwise, is ignored"
-            )
-        thetas = (
-            scaling.get("rope_theta"),
-            config.get("rope_theta"),
-            written.get("rope_theta"),
-            10_000.0,
-        )
-        theta = next(theta for theta in thetas if theta is not None)
-        if rope_type not in _ROPE_FIELDS:
-            raise ConfigError(
-                f"rope_type {rope_type!r} is not supported; use one of {list(_ROPE_FIELDS)}"
-            )
-        given = {
-            name: scaling[name] for name in _ROPE_FIELDS[rope_type] if scaling.get(name) is not None
-        }
-        if rope_type == "yarn":
-            scaling, given = _with_mscale(scaling, given)
-        unread = {
-            name
-            for name in set(scaling) - set(given)
-            if not is_harmless(name, scaling[name], _ROPE_UNUSED)
-        }
-        if unread:
-            raise ConfigError(
-                f"rope_scaling of type {rope_type!r} has unsupported fields {sorted(unread)}; remove them, or give the "
-                "rope_type that they belong to"
-            )
-        lacking = [name for name in _ROPE_REQUIRED.get(rope_type, ()) if name not in given]
-        if lacking:
-            raise ConfigError(
-                f"rope_scaling of type {rope_type!r} lacks {', '.join(lacking)}; add what the model had"
-            )
-        return cls(theta=theta, rope_type=rope_type, **given)
-
-    def to_hf(self) -> dict[str, Any]:
-        """Writes the classic keys, which every transformers version reads."""
-        if self.rope_type == "default":
-            return {"rope_theta": self.theta}
-        values = {name: getattr(self, name) for name in _ROPE_FIELDS[self.rope_type]}
-        given = {name: value for name, value in values.items() if value is not None}
-        return {"rope_theta": self.theta, "rope_scaling": {"rope_type": self.rope_type, **given}}
-
-
-def _rope_table(config: dict[str, Any], name: str) -> dict[str, Any]:
-    table = config.get(name) or {}
-    if not isinstance(table, dict):
-        raise ConfigError(
-            f"{name} is {table!r}; give an object such as {{'rope_type': 'yarn', 'factor': 4.0}}"
-        )
-    # transformers 5 may write a table for each kind of attention; other kinds are refused by layer_types.
-    return table.get("full_attention", table)
-
-
-def _with_mscale(
-    scaling: dict[str, Any], given: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Derives YaRN's attention factor from DeepSeek's two scales, where both are there, and takes these out."""
-    names = ("mscale", "mscale_all_dim")
-    scales = [scaling.get(name, 0) for name in names]
-    factor = given.get("factor", 0)
-    if not all(is_number(value) and value > 0 for value in (*scales, factor)):
-        return scaling, given
-    numerator, denominator = (0.1 * scale * math.log(max(factor, 1)) + 1.0 for scale in scales)
-    rest = {name: value for name, value in scaling.items() if name not in names}
-    return rest, {"attention_factor": numerator / denominator, **given}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +67,8 @@ class ModelConfig:
     """As in `Paradigm`."""
     bidirectional_prompt: bool = False
     """As in `Paradigm`."""
+    model_type: str | None = None
+    """Hugging Face's `model_type`, where the architecture and the objective do not tell it."""
     stop_token_ids: tuple[int, ...] = ()
     """The tokens that end a generation: generation_config.json's list."""
 
@@ -257,6 +97,9 @@ class ModelConfig:
                 f"stop_token_ids is {self.stop_token_ids!r}; give a tuple of token ids"
             )
         check_choices(self)
+        if self.model_type is not None and self.model_type not in hf_config.FAMILIES:
+            known = list(hf_config.FAMILIES)
+            raise ConfigError(f"model_type {self.model_type!r} is unknown; use one of {known}")
         for name in ("shifted", "causal_clean", "bidirectional_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give true or false")
@@ -319,58 +162,14 @@ class ModelConfig:
         """Reads a config.json: its dict, its path, or the directory that holds it.
 
         Raises:
-            CheckpointError: no such file, or not JSON. ConfigError: an architecture or option that is not supported.
+            CheckpointError: no such file, or not JSON. ConfigError: a family or option that is not supported.
         """
-        config = source if isinstance(source, dict) else _read_config(Path(source))
-        model_type = config.get("model_type")
-        if model_type in _CONVERTED:
-            defaults = {"objective": "block_diffusion"}
-            architecture = config.get("base_model_type", _CONVERTED[model_type])
-        else:
-            defaults = {"objective": "autoregressive"}
-            architecture = model_type
-        if architecture not in get_args(Architecture):
-            supported = ", ".join((*_CONVERTED, *get_args(Architecture)))
-            raise ConfigError(f"model_type {model_type!r} is not supported; supported: {supported}")
-        _refuse_unsupported(config, architecture)
-        if unread := _unread(config, architecture):
-            file = "config.json" if isinstance(source, dict) else str(source)
-            _warn_once(
-                f"{file}: unknown fields are ignored: {', '.join(unread)}; if they change what the model computes, its "
-                "results here are wrong"
-            )
-        purpose = {
-            name: config.get(name, default) for name, default in {**_PURPOSE, **defaults}.items()
-        }
-        return cls(**_shape(config, architecture), **purpose)
+        return cls(**hf_config.read(source))
 
     def to_hf(self) -> dict[str, Any]:
         """Makes the config.json: its architecture's own for an AR model; once converted, `model_type` sdar or
-        sdar_moe."""
-        model_type: str = self.architecture
-        if fills_masks(self.objective):
-            model_type = "sdar_moe" if self.num_experts else "sdar"
-        config = {
-            "architectures": [_HF_CLASS[model_type]],
-            "model_type": model_type,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "use_cache": True,
-            **{theirs: getattr(self, ours) for ours, theirs in _HF_NAMES.items()},
-            **self.rope.to_hf(),
-        }
-        if self.architecture != "qwen2":
-            config["attention_bias"] = self.qkv_bias
-        if self.architecture == "llama":
-            config["mlp_bias"] = self.mlp_bias
-        if self.num_experts:
-            config |= {theirs: getattr(self, ours) for ours, theirs in _HF_EXPERTS.items()}
-            config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-        if _CONVERTED.get(model_type, self.architecture) != self.architecture:
-            config["base_model_type"] = self.architecture
-        purpose = {name: getattr(self, name) for name in _PURPOSE}
-        changed = {name: value for name, value in purpose.items() if value != _PURPOSE[name]}
-        return {**config, **changed}
+        sdar_moe; and that of a family which has its own, such as LLaDA."""
+        return hf_config.write(self)
 
 
 _SIZES = (
@@ -383,197 +182,6 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-_PURPOSE = {
-    "objective": "autoregressive",
-    "block_size": None,
-    "mask_token_id": None,
-    "block_origin": "sequence",
-    "shifted": False,
-    "causal_clean": False,
-    "bidirectional_prompt": False,
-}
-# Model types of converted models, and the architecture that each has unless its config says otherwise.
-_CONVERTED = {"sdar": "qwen3", "sdar_moe": "qwen3_moe"}
-_HF_CLASS = {
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "sdar": "SDARForCausalLM",
-    "sdar_moe": "SDARMoeForCausalLM",
-}
-_HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "rms_norm_eps",
-    "tie_embeddings": "tie_word_embeddings",
-    "max_position_embeddings": "max_position_embeddings",
-    "initializer_range": "initializer_range",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-}
-_HF_EXPERTS = {
-    "num_experts": "num_experts",
-    "num_experts_per_token": "num_experts_per_tok",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "norm_topk_prob": "norm_topk_prob",
-    "router_aux_loss_coef": "router_aux_loss_coef",
-}
-_HF_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_HF_READ = {
-    *_HF_NAMES.values(),
-    *_PURPOSE,
-    "model_type",
-    "base_model_type",
-    "attention_bias",
-    "mlp_bias",
-}
-_HF_READ |= {"rope_theta", "rope_scaling", "rope_parameters", "layer_types", "use_sliding_window"}
-_HF_READ_OF_EXPERTS = {
-    *_HF_EXPERTS.values(),
-    "num_local_experts",
-    "decoder_sparse_step",
-    "mlp_only_layers",
-}
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file}: no such file; give a Hugging Face model directory"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not JSON ({error}); restore the file") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: not a JSON object; restore the file")
-    return config
-
-
-def _refuse_unsupported(config: dict[str, Any], architecture: Any) -> None:
-    for name, values in SUPPORTED_AT.items():
-        value = config.get(name)
-        if value not in (None, {}, [], *values):
-            fix = f"only {values[0]!r} is" if values else "use a model without it"
-            raise ConfigError(f"{name} {repr(value)[:60]} is not supported; {fix}")
-    if config.get("use_sliding_window"):
-        raise ConfigError("use_sliding_window is true; only full attention is supported")
-    if other := set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise ConfigError(
-            f"layer_types holds {', '.join(sorted(other))}; only full_attention is supported"
-        )
-    if config.get("mlp_bias") and architecture != "llama":
-        raise ConfigError(
-            f"mlp_bias is true; model_type {config['model_type']!r} has none, set it to false"
-        )
-    missing = [name for name in _HF_REQUIRED if name not in config]
-    if missing:
-        raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
-    for name in _HF_REQUIRED:
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise ConfigError(f"{name} is {config[name]!r}; give a positive integer")
-
-
-def _unread(config: dict[str, Any], architecture: Any) -> list[str]:
-    """Lists the fields that are neither read nor known to change nothing."""
-    read = _HF_READ | set(SUPPORTED_AT)
-    if architecture == "qwen3_moe":
-        read |= _HF_READ_OF_EXPERTS
-    if "use_sliding_window" in config or config.get("sliding_window") is None:
-        read |= {"sliding_window", "max_window_layers"}
-    return unread_fields(
-        {name: value for name, value in config.items() if name not in read}, HARMLESS
-    )
-
-
-def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
-    """Reads the shape's fields, with the defaults that transformers gives each architecture."""
-    heads = config["num_attention_heads"]
-    rope = RopeConfig.from_hf(config)
-    bias = config.get("attention_bias", False)
-    eos = config.get("eos_token_id")
-    stops = eos if isinstance(eos, list) else [eos]
-    if eos is None:
-        stops = []
-    if not all(map(is_int, stops)):
-        raise ConfigError(f"eos_token_id is {eos!r}; give a token id, or a list of them")
-    return {
-        "vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim")
-        or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
-        **(_experts(config) if architecture == "qwen3_moe" else {}),
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope": rope,
-        "qk_norm": architecture in ("qwen3", "qwen3_moe"),
-        "qkv_bias": architecture == "qwen2" or bias,
-        "output_bias": architecture != "qwen2" and bias,
-        "mlp_bias": architecture == "llama" and config.get("mlp_bias", False),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
-        "max_position_embeddings": _context_length(
-            config.get("max_position_embeddings", 32768), rope
-        ),
-        "initializer_range": config.get("initializer_range", 0.02),
-        "architecture": architecture,
-        "bos_token_id": config.get("bos_token_id"),
-        "eos_token_id": stops[0] if stops else None,
-        "stop_token_ids": tuple(stops),
-    }
-
-
-def _context_length(stated: Any, rope: RopeConfig) -> Any:
-    """Computes what YaRN reaches, `factor` times the original length; files leave max_position_embeddings as it was."""
-    if rope.rope_type != "yarn" or not is_int(stated):
-        return stated
-    if rope.original_max_position_embeddings is None:
-        _warn_once(
-            "config.json: rope_scaling of type 'yarn' lacks original_max_position_embeddings; "
-            f"max_position_embeddings {stated} is taken for it, and the context stays that long"
-        )
-        return stated
-    return max(stated, round(rope.factor * rope.original_max_position_embeddings))
-
-
-def _experts(config: dict[str, Any]) -> dict[str, Any]:
-    """Reads the experts' fields of an MoE that has experts in every layer."""
-    step = config.get("decoder_sparse_step", 1)
-    dense = config.get("mlp_only_layers") or []
-    if step != 1:
-        raise ConfigError(
-            f"decoder_sparse_step is {step!r}; only 1 is supported, experts in every layer"
-        )
-    if dense:
-        raise ConfigError(
-            f"mlp_only_layers is {dense!r}; only an empty list is supported, experts in every layer"
-        )
-    # Transformers 5 writes num_local_experts.
-    found = {
-        "num_experts": config.get("num_local_experts"),
-        "norm_topk_prob": False,
-        "router_aux_loss_coef": 0.001,
-    }
-    found |= {theirs: config[theirs] for theirs in _HF_EXPERTS.values() if theirs in config}
-    missing = [theirs for theirs in _HF_EXPERTS.values() if found.get(theirs) is None]
-    if missing:
-        raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
-    return {ours: found[theirs] for ours, theirs in _HF_EXPERTS.items()}
 
 
 def _qwen3(

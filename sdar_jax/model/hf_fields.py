@@ -3,8 +3,13 @@
 Each table maps a field to the values at which it changes nothing; null and what is empty never do.
 """
 
+import logging
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
+
+# A run reads the same config.json more than once.
+warn_once = cache(logging.getLogger(__name__).warning)
 
 Harmless = Mapping[str, tuple[Any, ...]]
 

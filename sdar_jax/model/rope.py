@@ -5,7 +5,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from sdar_jax.model.config import ModelConfig, RopeConfig
+from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.rope_config import RopeConfig
 
 
 def rotate(x: Float[Array, "B T H K"], cos: Array, sin: Array) -> Float[Array, "B T H K"]:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from sdar_jax.errors import CheckpointError, ConfigError
-from sdar_jax.model import Model
-from sdar_jax.model import config as config_module
+from sdar_jax.model import Model, hf_fields, rope_config
 from sdar_jax.model.config import PRESETS, ModelConfig, RopeConfig
 from sdar_jax.model.hf_fields import SUPPORTED_AT
 from sdar_jax.model.rope import rope_frequencies
@@ -251,7 +250,7 @@ def test_unknown_preset() -> None:
 @pytest.fixture(autouse=True)
 def every_warning_is_new() -> None:
     """Warnings are said once a process; here, once a test."""
-    config_module._warn_once.cache_clear()
+    hf_fields.warn_once.cache_clear()
 
 
 # Of a hosted SDAR, and what other tools leave in a config.json.
@@ -477,9 +476,7 @@ def test_rope_fields_that_change_nothing(scaling: dict, caplog: pytest.LogCaptur
     read = RopeConfig.from_hf({"rope_theta": 1e6, "rope_scaling": scaling})
     assert read.rope_type in (scaling.get("rope_type"), scaling.get("type"))
     kept = {
-        name: scaling[name]
-        for name in config_module._ROPE_FIELDS[read.rope_type]
-        if name in scaling
+        name: scaling[name] for name in rope_config.ROPE_FIELDS[read.rope_type] if name in scaling
     }
     plain = {"rope_type": read.rope_type, **kept}
     assert (

@@ -1,0 +1,75 @@
+"""What other software calls the tensors of each weight, a table for each naming (`LAYOUTS`)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Layout(NamedTuple):
+    """The names of a family's tensors.
+
+    Attributes:
+        parts: of each weight of ours (shapes: see transformer.py), the tensors that make it up and where in it they
+            lie. Where experts have tensors of their own, the number of one goes where the braces are, and indexes the
+            first axis of ours.
+        layer: what precedes the names of a layer's tensors, with its number where the braces are.
+        fused: weights that may also lie in one tensor with all experts.
+    """
+
+    parts: Mapping[str, Mapping[str, Any]]
+    layer: str
+    fused: Mapping[str, str]
+
+    @property
+    def embedding(self) -> str:
+        """The name of the embedding's tensor."""
+        return next(iter(self.parts["embedding"]))
+
+    @property
+    def head(self) -> str:
+        """The name of the output head's tensor."""
+        return next(iter(self.parts["head"]))
+
+
+ALL = np.s_[...]
+_QUERIES, _KEY, _VALUE = np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
+_GATE, _UP = np.s_[..., 0, :], np.s_[..., 1, :]
+_LLAMA = {
+    "embedding": {"model.embed_tokens.weight": ALL},
+    "final_norm": {"model.norm.weight": ALL},
+    "head": {"lm_head.weight": ALL},
+    "attention_norm": {"input_layernorm.weight": ALL},
+    "qkv": {
+        "self_attn.q_proj.weight": _QUERIES,
+        "self_attn.k_proj.weight": _KEY,
+        "self_attn.v_proj.weight": _VALUE,
+    },
+    "qkv_bias": {
+        "self_attn.q_proj.bias": _QUERIES,
+        "self_attn.k_proj.bias": _KEY,
+        "self_attn.v_proj.bias": _VALUE,
+    },
+    "q_norm": {"self_attn.q_norm.weight": ALL},
+    "k_norm": {"self_attn.k_norm.weight": ALL},
+    "output": {"self_attn.o_proj.weight": ALL},
+    "output_bias": {"self_attn.o_proj.bias": ALL},
+    "mlp_norm": {"post_attention_layernorm.weight": ALL},
+    "gate_up": {"mlp.gate_proj.weight": _GATE, "mlp.up_proj.weight": _UP},
+    "gate_up_bias": {"mlp.gate_proj.bias": _GATE, "mlp.up_proj.bias": _UP},
+    "down": {"mlp.down_proj.weight": ALL},
+    "down_bias": {"mlp.down_proj.bias": ALL},
+    "router": {"mlp.gate.weight": ALL},
+    "experts_gate_up": {
+        "mlp.experts.{}.gate_proj.weight": _GATE,
+        "mlp.experts.{}.up_proj.weight": _UP,
+    },
+    "experts_down": {"mlp.experts.{}.down_proj.weight": ALL},
+}
+# The layout that transformers 5 computes in: all experts in one tensor, which it saves on request.
+_LLAMA_FUSED = {
+    "experts_gate_up": "mlp.experts.gate_up_proj",
+    "experts_down": "mlp.experts.down_proj",
+}
+
+LAYOUTS = {"llama": Layout(_LLAMA, "model.layers.{}.", _LLAMA_FUSED)}
