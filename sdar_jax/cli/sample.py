@@ -37,7 +37,7 @@ from sdar_jax.decoding.terminal import BlockText, watching
 from sdar_jax.devices.chips import check_backend
 from sdar_jax.errors import DataError, DecodingError, SdarError, is_int
 from sdar_jax.hf.model_files import fingerprint
-from sdar_jax.hf.pretrained import model_directory
+from sdar_jax.hf.released import model_directory
 from sdar_jax.model import Model
 
 LEAST_LENGTH = 256  # An engine's requests may have this many tokens, at least; in a chat, more.

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import logging
 
 from sdar_jax.errors import CheckpointError, DataError
-from sdar_jax.hf.pretrained import model_directory
+from sdar_jax.hf.released import model_directory
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:

@@ -18,21 +18,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import snapshot_download
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
 from sdar_jax.devices import processes
-from sdar_jax.errors import CheckpointError, ConfigError, is_int
+from sdar_jax.errors import CheckpointError, ConfigError
 from sdar_jax.hf.model_files import (
-    CARRIED_FILES,
     GENERATION_FILE,
     carried_files,
     check_replaceable,
     replacing,
 )
+from sdar_jax.hf.released import model_directory, read_json, read_model_config
 from sdar_jax.hf.tensor_files import (
-    INDEX_FILE,
     SUPPORTED_DTYPES,
     Tensor,
     TensorReader,
@@ -45,7 +43,6 @@ from sdar_jax.model import Model
 from sdar_jax.model.axes import check_mesh, shardings
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.hf_config import family_of
-from sdar_jax.model.hf_fields import GENERATION_HARMLESS, unread_fields
 from sdar_jax.model.quantization import is_quantized, quantize_weight
 
 log = logging.getLogger(__name__)
@@ -68,15 +65,17 @@ def load_pretrained(
 ) -> Model:
     """Loads a model from a directory or the Hugging Face hub, its layers one by one.
 
-    Of `model_type` qwen3, qwen3_moe, qwen2, llama, sdar or sdar_moe. A warning names what the files say and is not
-    followed: fields of config.json and generation_config.json that are not read, and a second set of weights. A head
-    unlike the embedding is kept where config.json ties the two, as in transformers 5, and a warning says so.
+    Of a `model_type` of docs/checkpoints.md: Qwen, Llama, SDAR, LLaDA, Dream and others. What a released config.json
+    does not say of block size and mask is taken from the tokenizer's files, the model's name and its family, and a
+    warning says so once (`read_model_config`). Another names what generation_config.json says and is not followed, or a
+    second set of weights. A head unlike the embedding is kept where config.json ties the two, as in transformers 5, and
+    a warning says so.
 
     Args:
         dtype: of the weights: a name or type, or "auto": bfloat16 on GPU and TPU, float32 on CPU. "int8" is for
             decoding: matmul weights as integers (quantization.py), each as it is read, and the rest as "auto".
         mesh: places every weight as `shardings` says; the default device if None.
-        block_size, mask_token_id: override, or supply, what config.json says.
+        block_size, mask_token_id: override, or supply, what the files say.
 
     Raises:
         CheckpointError: a file that is missing, cut short or not what config.json describes, with all that is wrong
@@ -84,7 +83,7 @@ def load_pretrained(
             or a mesh that does not divide the model.
     """
     directory = model_directory(path_or_hub_id)
-    config = _read_config(directory, {"block_size": block_size, "mask_token_id": mask_token_id})
+    config = read_model_config(directory, block_size=block_size, mask_token_id=mask_token_id)
     if mesh is not None:
         check_mesh(mesh, config)
     int8 = dtype in ("int8", jnp.int8)
@@ -120,9 +119,10 @@ def save_pretrained(
     """Writes a directory that `load_pretrained` and transformers read; layers stacked or not.
 
     An AR model becomes a qwen3, qwen3_moe, qwen2 or llama directory; a converted one has `model_type` sdar or sdar_moe
-    and its block_size and mask_token_id. Tensor names are the released ones in both, with a tensor for each matrix of
-    an expert. The directory is complete or absent: it is written under another name next to `path` first, and what
-    `path` held is replaced only then. What a killed save left there is removed by the next one.
+    and its block_size and mask_token_id; one of another family, such as LLaDA, keeps its own. Tensor names are the
+    released ones in all, with a tensor for each matrix of an expert. The directory is complete or absent: it is written
+    under another name next to `path` first, and what `path` held is replaced only then. What a killed save left there
+    is removed by the next one.
 
     Of a model on a mesh of several processes all call this: each tensor is gathered in turn, and the first process
     writes it.
@@ -289,57 +289,6 @@ def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...]) -> np.ndarr
     return theirs.T.reshape(shape) if field in _INPUT_AXES else theirs.reshape(shape)
 
 
-def model_directory(path_or_hub_id: str | Path, *, weights: bool = True) -> Path:
-    """Finds a model on this machine; a hub id is fetched, without its weights if they are not wanted.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(
-            f"{path}: is a file; give the directory that holds it and its config.json"
-        )
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_hub_id)):
-        raise CheckpointError(
-            f"{path}: no such directory; give a Hugging Face model directory, or a hub id (org/name)"
-        )
-    try:
-        patterns = ["config.json", *CARRIED_FILES]
-        patterns += ["*.safetensors", INDEX_FILE] if weights else []
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(
-            f"{path}: no such directory, and the Hugging Face hub did not provide it ({reason}); check the name and "
-            "the connection"
-        ) from None
-
-
-def _read_config(directory: Path, given: dict[str, int | None]) -> ModelConfig:
-    config = ModelConfig.from_hf(directory)
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    file = directory / GENERATION_FILE
-    generation = _read_json(file)
-    if unread := unread_fields(generation, GENERATION_HARMLESS):
-        log.warning(
-            "%s: not applied: %s; say what decoding needs of them in DecodingConfig",
-            file,
-            ", ".join(unread),
-        )
-    stop = generation.get("eos_token_id")
-    if stop is not None:
-        stops = stop if isinstance(stop, list) else [stop]
-        if not all(map(is_int, stops)):
-            raise CheckpointError(
-                f"{file}: eos_token_id is {stop!r}; give a token id, or a list of them"
-            )
-        changes["stop_token_ids"] = tuple(stops)
-    return replace(config, **changes)
-
-
 def _has_own_head(tensors: TensorReader, layout: Layout) -> bool:
     """Returns whether there is an output head that differs from the embedding. Reads a part of both at a time."""
     if not tensors.names() >= {layout.embedding, layout.head}:
@@ -357,19 +306,6 @@ def _has_own_head(tensors: TensorReader, layout: Layout) -> bool:
         if not np.array_equal(embedding, head):
             return True
     return False
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; an empty one where there is no file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); restore or remove the file") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: not a JSON object; restore or remove the file")
-    return values
 
 
 def _resolved(dtype: DTypeLike, mesh: Mesh | None) -> np.dtype:
@@ -517,7 +453,7 @@ def _reader(weight: _Weight, part: _Part) -> Callable[[], np.ndarray]:
 def _write_configs(directory: Path, config: ModelConfig, dtype: np.dtype) -> None:
     files = {"config.json": {**config.to_hf(), "torch_dtype": dtype.name}}
     if config.stop_token_ids:
-        carried = _read_json(directory / GENERATION_FILE)
+        carried = read_json(directory / GENERATION_FILE)
         files[GENERATION_FILE] = {**carried, "eos_token_id": list(config.stop_token_ids)}
     for name, values in files.items():
         (directory / name).write_text(json.dumps(values, indent=2) + "\n")

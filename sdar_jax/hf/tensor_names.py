@@ -72,4 +72,19 @@ _LLAMA_FUSED = {
     "experts_down": "mlp.experts.down_proj",
 }
 
-LAYOUTS = {"llama": Layout(_LLAMA, "model.layers.{}.", _LLAMA_FUSED)}
+_OLMO = {
+    "embedding": {"model.transformer.wte.weight": ALL},
+    "final_norm": {"model.transformer.ln_f.weight": ALL},
+    "head": {"model.transformer.ff_out.weight": ALL},
+    "attention_norm": {"attn_norm.weight": ALL},
+    "qkv": {"q_proj.weight": _QUERIES, "k_proj.weight": _KEY, "v_proj.weight": _VALUE},
+    "output": {"attn_out.weight": ALL},
+    "mlp_norm": {"ff_norm.weight": ALL},
+    "gate_up": {"ff_proj.weight": _GATE, "up_proj.weight": _UP},
+    "down": {"ff_out.weight": ALL},
+}
+
+LAYOUTS = {
+    "llama": Layout(_LLAMA, "model.layers.{}.", _LLAMA_FUSED),
+    "olmo": Layout(_OLMO, "model.transformer.blocks.{}.", {}),
+}

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sdar_jax.errors import CheckpointError, ConfigError, is_int
-from sdar_jax.model.hf_fields import HARMLESS, SUPPORTED_AT, Harmless, unread_fields, warn_once
+from sdar_jax.model.hf_fields import (
+    HARMLESS,
+    LLADA_HARMLESS,
+    SUPPORTED_AT,
+    Harmless,
+    unread_fields,
+    warn_once,
+)
 from sdar_jax.model.rope_config import RopeConfig
 from sdar_jax.paradigm import fills_masks
 
@@ -30,7 +37,12 @@ class Family:
         hf_class: what config.json gives as `architectures`.
         purpose: what its models are for, where config.json does not say: values other than those of `_PURPOSE`.
         converted: the `model_type` of its models once they fill masks; None: they keep this one.
+        block_size: in what blocks its models are decoded, where neither config.json nor their name says it.
+        named: purposes that its config.json does not tell apart, each by the part of a released name that does.
+        one_class: whether other models, which `architectures` tells apart, go by the same `model_type`.
         renamed: fields that config.json has under other names, each to the name that most give it.
+        written: fields that are always written, and with what.
+        not_written: fields that its config.json does not have.
         supported_at: more fields that change the computation, as `SUPPORTED_AT`.
         harmless: more fields that change nothing, as `HARMLESS`.
         tensors: which table of hf/tensor_names.py has its tensors' names.
@@ -40,16 +52,86 @@ class Family:
     hf_class: str
     purpose: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     converted: str | None = None
+    block_size: int | None = None
+    named: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    one_class: bool = True
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    not_written: tuple[str, ...] = ()
     supported_at: Harmless = dataclasses.field(default_factory=dict)
     harmless: Harmless = dataclasses.field(default_factory=dict)
     tensors: str = "llama"
 
+    def usual(self, objective: str | None) -> dict[str, Any]:
+        """Returns what its models are for where their config.json says no more than this objective."""
+        named = (each for each in self.named.values() if each["objective"] == objective)
+        return {**_PURPOSE, **next(named, self.purpose)}
+
 
 _SDAR = {"objective": "block_diffusion"}
+_CANVAS = {"objective": "masked_diffusion", "block_origin": "response"}
+# dllm's conversions: one model_type for what was trained with either of its objectives.
+_A2D = {
+    "purpose": _CANVAS,
+    "block_size": 32,
+    "named": {"bd3lm": {"objective": "block_diffusion"}, "mdlm": _CANVAS},
+}
+# OLMo's fields. Those that change the computation are as they are in a Llama.
+_LLADA_NAMES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "intermediate_size",
+    "embedding_size": "vocab_size",
+    "weight_tying": "tie_word_embeddings",
+    "max_sequence_length": "max_position_embeddings",
+    "init_std": "initializer_range",
+}
+_LLADA_FIXED = {
+    "activation_type": "silu",
+    "attention_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "rope": True,
+    "scale_logits": False,
+}
 FAMILIES = {
-    "sdar": Family("qwen3", "SDARForCausalLM", _SDAR),
-    "sdar_moe": Family("qwen3_moe", "SDARMoeForCausalLM", _SDAR),
+    "sdar": Family("qwen3", "SDARForCausalLM", _SDAR, block_size=4),
+    "sdar_moe": Family("qwen3_moe", "SDARMoeForCausalLM", _SDAR, block_size=4),
+    "a2d-qwen3": Family("qwen3", "A2DQwen3LMHeadModel", **_A2D),
+    "a2d-qwen2": Family("qwen2", "A2DQwen2LMHeadModel", **_A2D),
+    "a2d-llama": Family("llama", "A2DLlamaLMHeadModel", **_A2D),
+    "llada": Family(
+        "llama",
+        "LLaDAModelLM",
+        _CANVAS,
+        block_size=32,
+        one_class=False,
+        renamed=_LLADA_NAMES,
+        written=_LLADA_FIXED,
+        not_written=("attention_bias", "bos_token_id", "head_dim", "hidden_act", "mlp_bias"),
+        supported_at={
+            **{name: (value,) for name, value in _LLADA_FIXED.items()},
+            "bias_for_layer_norm": (False,),
+            "multi_query_attention": (False,),
+        },
+        harmless=LLADA_HARMLESS,
+        tensors="olmo",
+    ),
+    "Dream": Family(
+        "qwen2",
+        "DreamModel",
+        {**_CANVAS, "shifted": True},
+        block_size=32,
+        one_class=False,
+        not_written=("head_dim",),
+    ),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", converted="sdar"),
     "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", converted="sdar_moe"),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", converted="sdar"),
@@ -128,16 +210,21 @@ def read(source: "dict[str, Any] | str | Path") -> dict[str, Any]:
         raise ConfigError(
             f"base_model_type {architecture!r} is not supported; supported: {', '.join(get_args(Architecture))}"
         )
-    config = {family.renamed.get(name, name): value for name, value in config.items()}
+    named = config.get("architectures") or [family.hf_class]
+    if not family.one_class and named != [family.hf_class]:
+        raise ConfigError(
+            f"architectures {named} of model_type {model_type!r} are not supported; only {family.hf_class!r} is"
+        )
+    config = _classic(config, family)
     _refuse_unsupported(config, family, architecture)
     if unread := _unread(config, family, architecture):
         file = "config.json" if isinstance(source, dict) else str(source)
-        warn_once(
-            f"{file}: unknown fields are ignored: {', '.join(unread)}; if they change what the model computes, its "
-            "results here are wrong"
+        raise ConfigError(
+            f"{file}: {', '.join(unread)} may change what the model computes and is not known here; remove what does "
+            "not change it, or use another model"
         )
-    defaults = {**_PURPOSE, **family.purpose}
-    purpose = {name: config.get(name, default) for name, default in defaults.items()}
+    usual = family.usual(config.get("objective"))
+    purpose = {name: config.get(name, default) for name, default in usual.items()}
     told = (architecture, FAMILIES[architecture].converted)
     own = {} if model_type in told else {"model_type": model_type}
     return {**_shape(config, architecture), **purpose, **own}
@@ -151,7 +238,8 @@ def write(config: "ModelConfig") -> dict[str, Any]:
         "model_type": model_type,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
-        "use_cache": True,
+        # Released code of canvases refuses a cache.
+        "use_cache": not fills_masks(config.objective),
         **{theirs: getattr(config, ours) for ours, theirs in _NAMES.items()},
         **config.rope.to_hf(),
     }
@@ -164,11 +252,16 @@ def write(config: "ModelConfig") -> dict[str, Any]:
         values |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     if family.architecture != config.architecture:
         values["base_model_type"] = config.architecture
-    usual = {**_PURPOSE, **family.purpose}
+    usual = family.usual(config.objective)
+    if family.named:
+        # A name would tell it, and the directory's may be any.
+        del usual["objective"]
     purpose = {name: getattr(config, name) for name in _PURPOSE}
-    values |= {name: value for name, value in purpose.items() if value != usual[name]}
-    theirs = {classic: name for name, classic in family.renamed.items()}
-    return {theirs.get(name, name): value for name, value in values.items()}
+    values |= {n: value for n, value in purpose.items() if n not in usual or value != usual[n]}
+    values |= {theirs: values[classic] for theirs, classic in family.renamed.items()}
+    # The tokenizer's size beside the table's; here they are one.
+    unused = {*family.not_written, *family.renamed.values()} - {"vocab_size"}
+    return {n: value for n, value in values.items() if n not in unused} | dict(family.written)
 
 
 def family_of(config: "ModelConfig") -> tuple[str, Family]:
@@ -195,6 +288,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _classic(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Gives the fields of a family the names that most give them; its own name for one counts where it has both."""
+    others = {name: value for name, value in config.items() if name not in family.renamed}
+    given = {name: config[name] for name in family.renamed if config.get(name) is not None}
+    return {**others, **{family.renamed[name]: value for name, value in given.items()}}
+
+
 def _refuse_unsupported(config: dict[str, Any], family: Family, architecture: Any) -> None:
     for name, values in {**SUPPORTED_AT, **family.supported_at}.items():
         value = config.get(name)
@@ -211,12 +311,15 @@ def _refuse_unsupported(config: dict[str, Any], family: Family, architecture: An
         raise ConfigError(
             f"mlp_bias is true; model_type {config['model_type']!r} has none, set it to false"
         )
-    missing = [name for name in _REQUIRED if name not in config]
+    theirs = {classic: name for name, classic in family.renamed.items()}
+    missing = [theirs.get(name, name) for name in _REQUIRED if name not in config]
     if missing:
         raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
     for name in _REQUIRED:
         if not isinstance(config[name], int) or config[name] < 1:
-            raise ConfigError(f"{name} is {config[name]!r}; give a positive integer")
+            raise ConfigError(
+                f"{theirs.get(name, name)} is {config[name]!r}; give a positive integer"
+            )
 
 
 def _unread(config: dict[str, Any], family: Family, architecture: Any) -> list[str]:

@@ -84,10 +84,8 @@ HARMLESS: Harmless = {
         "output_router_logits pretraining_tp return_dict skip_checkpoint tf_legacy_loss torchscript"
     ),
     **_any_value("use_bfloat16 use_cache use_deepep use_liger_kernel"),
-    "attention_dropout": (0,),
-    "hidden_dropout": (0,),
-    "embd_pdrop": (0,),
-    "resid_pdrop": (0,),
+    # Of training, in which nothing is dropped here.
+    **_any_value("attention_dropout hidden_dropout embd_pdrop resid_pdrop neftune_noise_alpha"),
     # Heads of other tasks, and encoders.
     **_any_value(
         "cross_attention_hidden_size decoder_start_token_id id2label is_decoder label2id pad_token_id prefix"
@@ -108,6 +106,12 @@ HARMLESS: Harmless = {
     ),
     **_any_value("return_dict_in_generate suppress_tokens temperature top_k top_p typical_p"),
 }
+
+# Of LLaDA's config.json, in OLMo's words: how it was made, run and first drawn.
+LLADA_HARMLESS: Harmless = _any_value(
+    "alibi_bias_max attention_layer_norm_with_affine embedding_dropout flash_attention init_cutoff_factor init_device "
+    "init_fn mlp_ratio precision residual_dropout rope_full_precision train_max_sequence_length"
+)
 
 # Of rope_scaling, whatever its type.
 ROPE_HARMLESS: Harmless = {

@@ -98,6 +98,8 @@ class RopeConfig:
             10_000.0,
         )
         theta = next(theta for theta in thetas if theta is not None)
+        # Files write 1000000, without a point.
+        theta = float(theta) if is_int(theta) else theta
         if rope_type not in ROPE_FIELDS:
             raise ConfigError(
                 f"rope_type {rope_type!r} is not supported; use one of {list(ROPE_FIELDS)}"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdar_jax.errors import ConfigError
+from sdar_jax.hf import read_model_config
 from sdar_jax.model.config import PRESETS, ModelConfig
 from sdar_jax.model.conversion import with_purpose
 from sdar_jax.paradigm import fills_masks
@@ -29,7 +30,7 @@ def starting_shape(config: InitConfig) -> ModelConfig:
         return config.shape or ModelConfig.preset(config.preset or "")
     source = Path(config.init_from)
     if (source / "config.json").is_file():
-        return ModelConfig.from_hf(source)
+        return read_model_config(source)
     recipe = "/".join(source.parts[1:-1])
     if source == Path("runs", recipe, "model") and recipe in recipe_names():
         return trained_shape(read_config(recipe).model)

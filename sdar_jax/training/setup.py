@@ -19,7 +19,8 @@ from sdar_jax.devices import processes
 from sdar_jax.devices.chips import peak_flops
 from sdar_jax.devices.sharding import batch_sharding, make_mesh
 from sdar_jax.errors import ConfigError, DataError
-from sdar_jax.hf.pretrained import load_pretrained, model_directory
+from sdar_jax.hf.pretrained import load_pretrained
+from sdar_jax.hf.released import model_directory, read_model_config
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.axes import check_mesh, shardings
 from sdar_jax.model.config import ModelConfig
@@ -312,11 +313,18 @@ def _first_state(
 def _starting_shape(config: InitConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
     """Reads the shape of the model that training starts from, before it is converted."""
     if config.init_from is not None:
-        return ModelConfig.from_hf(model_directory(config.init_from))
+        return read_model_config(config.init_from, **_told(config))
     shape = config.shape or ModelConfig.preset(config.preset or "")
     if shape.eos_token_id is None:
         shape = replace(shape, eos_token_id=tokenizer.eos_token_id)
     return shape
+
+
+def _told(config: InitConfig) -> dict[str, int | None]:
+    """Returns what the run's config says in place of the files of a model that fills masks already."""
+    own = ModelConfig.from_hf(model_directory(config.init_from or ""))
+    names = ("block_size", "mask_token_id") if fills_masks(own.objective) else ()
+    return {name: getattr(config, name) for name in names}
 
 
 def initial_model(
@@ -335,7 +343,8 @@ def initial_model(
     ids = token_ids(tokenizer)
     _check_vocabulary(config, shape, tokenizer, ids)
     if config.init_from is not None:
-        model = load_pretrained(config.init_from, dtype=jnp.float32, mesh=mesh)
+        told = _told(config)
+        model = load_pretrained(config.init_from, dtype=jnp.float32, mesh=mesh, **told)
     else:
         places = shardings(_abstract_model(shape), mesh)
         model = jax.jit(partial(Model, shape, stacked=True), out_shardings=places)(weights_key)

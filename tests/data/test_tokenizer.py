@@ -15,7 +15,7 @@ from sdar_jax.data import DataConfig, SourceConfig, load_tokenizer, make_dataset
 from sdar_jax.data.tokenizer import Encoder, TokenIds, token_ids
 from sdar_jax.decoding.prompts import to_ids
 from sdar_jax.errors import CheckpointError, DataError, DecodingError
-from sdar_jax.hf import pretrained
+from sdar_jax.hf import released
 from tests.data.conftest import EOS, SPECIAL, make_byte_tokenizer
 
 BYTES = len(make_byte_tokenizer())
@@ -292,7 +292,7 @@ def test_a_hub_ids_tokenizer_comes_without_the_weights(tmp_path, monkeypatch):
         asked[repo] = allow_patterns
         return str(save(tmp_path))
 
-    monkeypatch.setattr(pretrained, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(released, "snapshot_download", snapshot_download)
     assert len(load_tokenizer("org/name")) == BYTES
     assert (
         "tokenizer.json" in asked["org/name"]

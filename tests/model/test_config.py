@@ -300,29 +300,56 @@ def test_what_transformers_itself_writes_is_known(
     assert [record for record in caplog.records if "original_max" not in record.message] == []
 
 
-def test_other_fields_are_named_in_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    values = {
-        **SMALL.to_hf(),
-        "zeta_gain": 2.0,
-        "bd_size": 32,
-        "attention_dropout": 0.1,
-        "sliding_window": 8,
-    }
+def test_other_fields_are_refused_in_one_line(tmp_path: Path) -> None:
+    values = {**SMALL.to_hf(), "zeta_gain": 2.0, "bd_size": 32, "sliding_window": 8}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    for _ in range(2):
-        assert ModelConfig.from_hf(tmp_path) == SMALL
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert (
-        "attention_dropout, bd_size, sliding_window, zeta_gain;" in said and str(tmp_path) in said
-    )
-    assert "\n" not in said
+    named = "bd_size, sliding_window, zeta_gain may change what the model computes"
+    with pytest.raises(ConfigError, match=f"^{tmp_path}: {named}.*; remove") as raised:
+        ModelConfig.from_hf(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
-def test_experts_of_a_dense_model_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    ModelConfig.from_hf({**SMALL.to_hf(), "num_experts": 8, "num_experts_per_tok": 2})
-    assert "num_experts, num_experts_per_tok;" in caplog.text
+def test_a_dense_model_with_experts_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_experts, num_experts_per_tok may change"):
+        ModelConfig.from_hf({**SMALL.to_hf(), "num_experts": 8, "num_experts_per_tok": 2})
+
+
+LLADA = {
+    "model_type": "llada",
+    "d_model": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "mlp_hidden_size": 24,
+    "vocab_size": 39,
+    "embedding_size": 40,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["LLaDAMoEModelLM"]}, "architectures ['LLaDAMoEModelLM'] of model_type"),
+        ({"mlp_hidden_size": None}, "config.json lacks mlp_hidden_size"),
+        ({"n_heads": 0}, "n_heads is 0"),
+        ({"block_type": "sequential"}, "block_type 'sequential' is not supported; only 'llama' is"),
+        ({"rope": False}, "rope False is not supported"),
+        ({"scale_logits": True}, "scale_logits True is not supported"),
+        ({"include_qkv_bias": True}, "include_qkv_bias True is not supported"),
+        ({"attention_layer_norm": True}, "attention_layer_norm True is not supported"),
+        ({"input_emb_norm": True}, "input_emb_norm True is not supported"),
+        ({"layer_norm_type": "default"}, "layer_norm_type 'default' is not supported"),
+    ],
+)
+def test_what_a_llada_may_not_be_is_named_as_its_file_does(change: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        ModelConfig.from_hf({**LLADA, **change})
+    assert ModelConfig.from_hf(LLADA).vocab_size == 40
+
+
+def test_a_dream_of_another_class_is_refused() -> None:
+    values = {**SMALL.to_hf(), "model_type": "Dream", "architectures": ["DreamForCausalLM"]}
+    with pytest.raises(ConfigError, match="DreamForCausalLM.*; only 'DreamModel' is"):
+        ModelConfig.from_hf(values)
 
 
 UNSUPPORTED = {

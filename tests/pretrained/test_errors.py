@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sdar_jax.errors import CheckpointError, ConfigError, SdarError
-from sdar_jax.hf import pretrained
+from sdar_jax.hf import pretrained, released
 from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
@@ -94,7 +94,7 @@ def test_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*arguments: object, **options: object) -> str:
         raise ConnectionError("Name or service not known\nand a second line")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", offline)
+    monkeypatch.setattr(released, "snapshot_download", offline)
     match = (
         r"org/model: no such directory, and .*hub.*\(Name or service not known\); check the name"
     )

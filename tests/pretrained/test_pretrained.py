@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from sdar_jax.data import load_tokenizer
 from sdar_jax.errors import CheckpointError
-from sdar_jax.hf import pretrained, tensor_files
+from sdar_jax.hf import pretrained, released, tensor_files
 from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.config import ModelConfig
@@ -541,7 +541,7 @@ def test_hub_ids_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         )
         return str(FIXTURES / "qwen3")
 
-    monkeypatch.setattr(pretrained, "snapshot_download", download)
+    monkeypatch.setattr(released, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     assert_same(load_pretrained("org/a-model.v2"), load_pretrained(FIXTURES / "qwen3"))
     assert asked == [("org/a-model.v2", True, True)]
