@@ -21,10 +21,19 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from sdar_jax import DecodingConfig, Engine, generate, load_pretrained, save_pretrained
+from sdar_jax import (
+    DecodingConfig,
+    Engine,
+    generate,
+    load_pretrained,
+    load_tokenizer,
+    save_pretrained,
+)
 from sdar_jax.cli import sample
 from sdar_jax.decoding.terminal import MASKED, BlockText
+from sdar_jax.model.hf_fields import warn_once
 from tests.data.conftest import CHATML, make_byte_tokenizer
+from tests.released import write_released
 from tests.tiny import tiny_model
 
 SCRIPT = str(Path(__file__).parents[1] / "sample.py")
@@ -295,9 +304,32 @@ def test_autoregressive_models(monkeypatch, tmp_path):
     assert run(monkeypatch, *options).records == result.records
     assert_one_line(
         run(monkeypatch, *options, "--strategy", "sequential"),
-        "block_size",
-        "strategy='autoregressive'",
+        "--block-size",
+        "use --strategy autoregressive",
     )
+
+
+def test_a_released_directory_answers(monkeypatch, tmp_path):
+    """README's first example: no flag for what its config.json leaves out, which is said once."""
+    directory = write_released(tmp_path, "SDAR-1.7B-Chat")
+    warn_once.cache_clear()
+    options = ("--prompt", "The capital", "--max-new-tokens", 6)
+    result = run(monkeypatch, "--model", directory, *options)
+    tokenizer = load_tokenizer(directory)
+    (wanted,) = generate(
+        load_pretrained(directory), ["The capital"], max_new_tokens=6, tokenizer=tokenizer
+    )
+    assert result.code == 0 and result.out == wanted.text + "\n"
+    said = [line for line in result.err.splitlines() if line.startswith("SDAR-1.7B-Chat: ")]
+    assert len(said) == 1 and said[0].endswith("give --block-size, --mask-token-id")
+
+
+def test_a_diffusion_model_without_a_mask_anywhere(monkeypatch, tmp_path):
+    directory = write_released(tmp_path, "SDAR-1.7B-Chat")
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (directory / file).unlink()
+    result = run(monkeypatch, "--model", directory, "--prompt-ids", "5", "--block-size", 4)
+    assert_one_line(result, "needs --mask-token-id and the model has none", "with --mask-token-id")
 
 
 CONVERSATION = {"messages": [{"role": "user", "content": "1+1"}]}
@@ -674,20 +706,20 @@ BAD_FLAGS = [
     (["--prompt-ids", "999"], "token id 999", "0 to 263"),
     (["--prompt-ids", "5", "--stop-token-ids", "a"], "'a'", "5,9,12"),
     (["--prompt-ids", "5", "--stop-token-ids", "999"], "[999]", "0 to 263"),
-    (["--prompt-ids", "5", "--max-new-tokens", "-1"], "max_new_tokens is -1", ">= 0"),
+    (["--prompt-ids", "5", "--max-new-tokens", "-1"], "--max-new-tokens is -1", ">= 0"),
     (
         ["--prompt-ids", "5", "--max-new-tokens", "300"],
-        "max_new_tokens is 300",
+        "--max-new-tokens is 300",
         "max_position_embeddings 300",
     ),
     (["--prompt-ids", "5", "--batch-size", "0"], "--batch-size is 0", "positive integer"),
-    (["--prompt-ids", "5", "--denoising-steps", "5"], "denoising_steps 5", "block_size 4"),
-    (["--prompt-ids", "5", "--top-p", "2"], "top_p is 2.0", "(0, 1]"),
-    (["--prompt-ids", "5", "--temperature", "-1"], "temperature is -1.0", "0 (greedy)"),
-    (["--prompt-ids", "5", "--mask-token-id", "999"], "mask_token_id is 999", "0 to 263"),
-    (["--prompt-ids", "5", "--block-size", "0"], "block_size is 0", "positive integer"),
+    (["--prompt-ids", "5", "--denoising-steps", "5"], "--denoising-steps 5", "--block-size 4"),
+    (["--prompt-ids", "5", "--top-p", "2"], "--top-p is 2.0", "(0, 1]"),
+    (["--prompt-ids", "5", "--temperature", "-1"], "--temperature is -1.0", "0 (greedy)"),
+    (["--prompt-ids", "5", "--mask-token-id", "999"], "--mask-token-id is 999", "0 to 263"),
+    (["--prompt-ids", "5", "--block-size", "0"], "--block-size is 0", "positive integer"),
     (["--prompt-ids", "5", "--dtype", "int4"], "'int4'", "float32"),
-    (["--prompt-ids", "5", "--seed", "99999999999"], "seed is 99999999999", "31 bits"),
+    (["--prompt-ids", "5", "--seed", "99999999999"], "--seed is 99999999999", "31 bits"),
     (["--prompt", "a\udcff"], "lone surrogate at character 1", "valid Unicode"),
     (["--input", "in.jsonl"], "--input needs --output", "name the file"),
     (

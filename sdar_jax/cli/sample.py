@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from sdar_jax import Completion, DecodingConfig, Engine, generate, load_pretrained
+from sdar_jax.cli.flags import Flags, warnings_in
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
@@ -100,6 +101,15 @@ class SampleConfig:
     dtype: str = "auto"
     mask_token_id: int | None = None
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = DecodingFlags()
+
+
+_FLAGS = Flags(
+    {
+        field.name: "--" + field.name.replace("_", "-")
+        for config in (SampleConfig, DecodingFlags)
+        for field in dataclasses.fields(config)
+    }
+)
 
 
 class Request(NamedTuple):
@@ -446,17 +456,19 @@ def _as_prompt(record: dict[str, Any], sampler: Sampler) -> Prompt:
 def main(arguments: Sequence[str], program: str = "sdar-jax sample") -> int:
     """Decodes; returns the exit status."""
     try:
-        return run(
-            tyro.cli(
-                SampleConfig,
-                prog=program,
-                args=arguments,
-                description=(__doc__ or "").replace("sdar-jax sample", program),
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+        config = tyro.cli(
+            SampleConfig,
+            prog=program,
+            args=arguments,
+            description=(__doc__ or "").replace("sdar-jax sample", program),
+            config=(tyro.conf.FlagCreatePairsOff,),
         )
+        with warnings_in(_FLAGS):
+            return run(config)
     except SdarError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What a line of a file has is in that file's words.
+        told = str(error) if isinstance(error, DataError) else _FLAGS(str(error))
+        print(f"error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

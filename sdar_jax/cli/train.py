@@ -13,18 +13,25 @@ Started once a process under SLURM, Open MPI, on a TPU pod, or with JAX_COORDINA
 JAX_PROCESS_ID set, the processes are one job (docs/scaling.md). They end together; 1: one of them was lost.
 """
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
 
+from sdar_jax.cli.flags import Flags
 from sdar_jax.devices import processes
 from sdar_jax.errors import SdarError
 from sdar_jax.training import TrainConfig, read_command_line, run, tiny
+from sdar_jax.training.config import InitConfig
+
+# As in the file, and on the command line behind "--".
+_FLAGS = Flags({field.name: f"model.{field.name}" for field in dataclasses.fields(InitConfig)})
 
 
 def main(arguments: Sequence[str], program: str = "sdar-jax train") -> int:
     """Trains; returns the exit status."""
     logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger().handlers[0].addFilter(_FLAGS)
     logging.getLogger("sdar_jax").setLevel(logging.INFO)
     # Orbax logs what it also raises, a page of it, from several threads.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -34,7 +41,7 @@ def main(arguments: Sequence[str], program: str = "sdar-jax train") -> int:
                 logging.getLogger("sdar_jax").setLevel(logging.WARNING)
             outcome = run(_config(arguments, program))
     except SdarError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_FLAGS(str(error))}", file=sys.stderr)
         return 2
     return 128 + outcome.signal if outcome.signal else 0
 
