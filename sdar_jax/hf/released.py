@@ -151,7 +151,8 @@ def _tokenizers_mask(directory: Path) -> int | None:
 
 def _added_tokens(directory: Path, settings: dict[str, Any]) -> Iterator[dict[str | None, Any]]:
     """Yields the ids of added tokens as each of the tokenizer's files has them; the largest is read last."""
-    decoder = settings.get("added_tokens_decoder") or {}
+    decoder = settings.get("added_tokens_decoder")
+    decoder = decoder if isinstance(decoder, dict) else {}
     yield {_content(token): int(number) for number, token in decoder.items() if number.isdecimal()}
     yield {**read_json(directory / "added_tokens.json")}
     tokenizer = read_json(directory / "tokenizer.json")
