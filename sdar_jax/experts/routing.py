@@ -1,13 +1,15 @@
-"""Routing as transformers' Qwen3-MoE has it, and the losses that keep it even.
+"""Routing as transformers' Qwen3-MoE has it, or as DeepSeek-V3 and LLaDA2 do, and the losses that keep it even.
 
 Shapes: N tokens, E experts, k of them for each token, D hidden.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+Scoring = Literal["softmax", "sigmoid"]
 
 
 class Routing(NamedTuple):
@@ -15,7 +17,7 @@ class Routing(NamedTuple):
 
     Attributes:
         logits: float32 [N, E] (or wider).
-        experts: int32 [N, k], those with the highest probability.
+        experts: int32 [N, k], those that are wanted most, the first most.
         gates: [N, k], their weights, in the tokens' dtype.
     """
 
@@ -44,21 +46,84 @@ def route(
     x: Float[Array, "N D"], router: Float[Array, "D E"], *, top_k: int, renormalise: bool
 ) -> Routing:
     """Takes the `top_k` highest of a float32 softmax over all experts, scaled to a sum of one if `renormalise`."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.einsum("nd,de->ne", x, router.astype(x.dtype), preferred_element_type=wide)
+    logits = _logits(x, router)
     gates, experts = jax.lax.top_k(jax.nn.softmax(logits), top_k)
     if renormalise:
         gates = gates / gates.sum(axis=-1, keepdims=True)
     return Routing(logits, experts, gates.astype(x.dtype))
 
 
-def router_sums(routing: Routing, counted: Bool[Array, " N"]) -> RouterSums:
-    """Sums up the routing of the tokens that are `counted`, whatever the others' logits are."""
+def route_by_sigmoid(
+    x: Float[Array, "N D"],
+    router: Float[Array, "D E"],
+    bias: Float[Array, " E"],
+    *,
+    top_k: int,
+    renormalise: bool,
+    groups: int = 1,
+    groups_per_token: int = 1,
+    scale: float = 1.0,
+) -> Routing:
+    """Takes the `top_k` highest of sigmoid scores plus a bias, out of the best groups of experts.
+
+    Section 2.1.2 of DeepSeek-V3 (arXiv 2412.19437), and LLaDA2's public code. A group's worth is the sum of its two
+    highest biased scores. The bias decides who is chosen and nothing else: it has no gradient.
+
+    Args:
+        x: [N, D].
+        router: [D, E].
+        bias: [E].
+        top_k: k, of one token.
+        renormalise: whether scores of the chosen are divided by their sum; the score of a single one never is.
+        groups: how many the experts are split into, one after another; each has at least two.
+        groups_per_token: of how many of these a token's experts are.
+        scale: on the gates, after that.
+    """
+    logits = _logits(x, router)
+    scores = jax.nn.sigmoid(logits)
+    wanted = jax.lax.stop_gradient(scores + bias.astype(scores.dtype))
+    if groups_per_token < groups:
+        wanted = _of_best_groups(wanted, groups, groups_per_token)
+    _, experts = jax.lax.top_k(wanted, top_k)
+    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    if renormalise and top_k > 1:
+        # Scores may all underflow to zero, where a softmax's largest cannot.
+        gates = gates / (gates.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(logits, experts, (scale * gates).astype(x.dtype))
+
+
+def _logits(x: Array, router: Array) -> Array:
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("nd,de->ne", x, router.astype(x.dtype), preferred_element_type=wide)
+
+
+def _of_best_groups(wanted: Float[Array, "N E"], groups: int, best: int) -> Float[Array, "N E"]:
+    """Puts -inf where an expert is not of one of the `best` groups."""
+    members = wanted.reshape(len(wanted), groups, -1)
+    worth = jax.lax.top_k(members, 2)[0].sum(axis=-1)
+    _, chosen = jax.lax.top_k(worth, best)
+    is_best = (chosen[:, :, None] == jnp.arange(groups)).any(axis=1)
+    return jnp.where(is_best[:, :, None], members, -jnp.inf).reshape(wanted.shape)
+
+
+def router_sums(
+    routing: Routing, counted: Bool[Array, " N"], scoring: Scoring = "softmax"
+) -> RouterSums:
+    """Sums up the routing of the tokens that are `counted`, whatever the others' logits are.
+
+    Args:
+        scoring: what makes probabilities of logits: a softmax, or sigmoids divided by their sum (DeepSeek-V3's
+            equation 19).
+    """
     # Selected, not multiplied: 0 * NaN is NaN.
     logits = jnp.where(counted[:, None], routing.logits, 0)
     counted = counted.astype(logits.dtype)
     chosen = jax.nn.one_hot(routing.experts, logits.shape[-1], dtype=counted.dtype).sum(axis=1)
-    probability = jax.nn.softmax(logits)
+    if scoring == "sigmoid":
+        scores = jax.nn.sigmoid(logits)
+        probability = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
+    else:
+        probability = jax.nn.softmax(logits)
     squares = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     return RouterSums(
         slots=counted @ chosen,

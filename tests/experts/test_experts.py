@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdar_jax.experts import balance_loss, expert_mlp, max_load, route, router_sums, z_loss
+from sdar_jax.experts import (
+    balance_loss,
+    expert_mlp,
+    max_load,
+    route,
+    route_by_sigmoid,
+    router_sums,
+    z_loss,
+)
 from sdar_jax.experts.grouped import grouped_dot
 from sdar_jax.experts.mlp import mlp
 from sdar_jax.experts.routing import Routing
@@ -127,6 +135,56 @@ def test_routing_is_softmax_then_top_k(renormalise: bool, x64: None) -> None:
     assert half.gates.dtype == jnp.bfloat16 and half.logits.dtype == jnp.float32
 
 
+SIGMOID = {"top_k": 3, "renormalise": True, "groups": 4, "groups_per_token": 2, "scale": 2.5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"renormalise": False},
+        {"groups": 2, "groups_per_token": 1},
+        {"groups": 1, "groups_per_token": 1},
+        {"groups_per_token": 4, "scale": 1.0},
+        {"top_k": 1},
+    ],
+    ids=str,
+)
+def test_routing_by_sigmoid_is_the_loop(changes: dict, x64: None) -> None:
+    """Biases as large as scores, so that they choose others than the scores alone would."""
+    random = np.random.default_rng(5)
+    x, router, bias = (random.normal(size=shape) for shape in ((50, D), (D, 12), (12,)))
+    options = SIGMOID | changes
+    routing = route_by_sigmoid(jnp.asarray(x), jnp.asarray(router), jnp.asarray(bias), **options)
+    experts, gates = oracle.gates_by_sigmoid(x @ router, bias, **options)
+    np.testing.assert_array_equal(routing.experts, experts)
+    assert_same((routing.logits, routing.gates), (x @ router, gates), 1e-12)
+    without, _ = oracle.gates_by_sigmoid(x @ router, 0 * bias, **options)
+    assert (np.sort(experts) != np.sort(without)).any(axis=1).mean() > 0.3
+
+
+def test_a_bias_chooses_and_has_no_gradient(x64: None) -> None:
+    random = np.random.default_rng(6)
+    x, router, bias = (jnp.asarray(random.normal(size=shape)) for shape in ((9, D), (D, 8), (8,)))
+
+    def total(router, bias):
+        return (route_by_sigmoid(x, router, bias, **SIGMOID).gates ** 2).sum()
+
+    d_router, d_bias = jax.grad(total, argnums=(0, 1))(router, bias)
+    assert not d_bias.any() and d_router.any()
+    # Central differences, in float64; choices do not change on the way.
+    step = 1e-6 * jnp.asarray(random.normal(size=router.shape))
+    slope = (total(router + step, bias) - total(router - step, bias)) / 2
+    np.testing.assert_allclose((d_router * step).sum(), slope, rtol=1e-6)
+    half = route_by_sigmoid(*(part.astype(jnp.bfloat16) for part in (x, router)), bias, **SIGMOID)
+    assert half.gates.dtype == jnp.bfloat16 and half.logits.dtype == jnp.float32
+
+
+def test_no_group_is_left_where_all_scores_underflow() -> None:
+    routing = route_by_sigmoid(jnp.ones((1, 1)), jnp.full((1, 8), -200.0), jnp.zeros(8), **SIGMOID)
+    assert not routing.gates.any()
+
+
 def test_statistics_leave_padding_out(x64: None) -> None:
     """And the losses over two layers are those of one long row of their tokens."""
     random = np.random.default_rng(4)
@@ -150,6 +208,16 @@ def test_statistics_leave_padding_out(x64: None) -> None:
     assert max_load(sums) == pytest.approx(busiest) and sums.tokens.sum() == counted.sum()
     nothing = jax.tree.map(jnp.zeros_like, sums)
     assert balance_loss(nothing) == z_loss(nothing) == max_load(nothing) == 0
+
+
+def test_statistics_of_sigmoids_are_their_shares(x64: None) -> None:
+    random = np.random.default_rng(7)
+    logits = random.normal(size=(9, 4))
+    experts, gates = oracle.gates_of(logits, 2, True)
+    routing = Routing(*map(jnp.asarray, (logits, experts, gates)))
+    sums = router_sums(routing, jnp.arange(9) < 7, "sigmoid")
+    scores = 1 / (1 + np.exp(-logits[:7]))
+    assert_same(sums.probability, (scores / scores.sum(-1, keepdims=True)).sum(0))
 
 
 def test_an_even_load_has_the_balance_loss_k(x64: None) -> None:
