@@ -38,6 +38,7 @@ StrategyName = Literal[
     "low_confidence_dynamic",
     "entropy_bounded",
     "factor",
+    "sub_blocks",
     "autoregressive",
     "semi_autoregressive",
 ]
@@ -137,6 +138,24 @@ def factor(
     return rank <= jnp.max(jnp.where(passes, rank, 0), axis=-1, keepdims=True)
 
 
+def sub_blocks(
+    proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams
+) -> Bool[Array, "N S"]:
+    """Of the leftmost sub-block that is not full, all above the threshold and always the best (Fast-dLLM v2).
+
+    A block's first position comes alone. What predicts it in a shifted model, the finished text before the block, does
+    not change as the block fills, and all others are to see it: Fast-dLLM v2 takes it from the forward that finishes
+    the block before.
+    """
+    index = jnp.arange(masked.shape[-1])
+    sub_block = index // parameters.sub_block_size[:, None]
+    leftmost = jnp.min(jnp.where(masked, sub_block, len(index)), axis=-1, keepdims=True)
+    in_turn = masked & (sub_block == leftmost)
+    sure = above_threshold(proposal, in_turn, parameters)
+    chosen = sure | (in_turn & (_rank(proposal.score, in_turn) == 0))
+    return jnp.where(masked[:, :1], index == 0, chosen)
+
+
 def everything(
     proposal: Proposal, masked: Array, step: Array, parameters: SamplingParams
 ) -> Bool[Array, "N S"]:
@@ -183,6 +202,7 @@ STRATEGIES: dict[str, Strategy] = {
     "low_confidence_dynamic": Strategy(_by_score(low_confidence_dynamic), _in_blocks),
     "entropy_bounded": Strategy(CommitRule(entropy_bounded), _in_blocks),
     "factor": Strategy(_by_score(factor), _in_blocks),
+    "sub_blocks": Strategy(_by_score(sub_blocks), _in_blocks),
     "autoregressive": Strategy(_by_score(everything), _next_token, fills_masks=False),
     "semi_autoregressive": Strategy(_by_score(low_confidence_static), _on_canvas),
 }

@@ -48,9 +48,11 @@ class DecodingConfig:
             "low_confidence_dynamic": all above `confidence_threshold` if they are at least n_k, else the n_k best;
             "entropy_bounded": by ascending entropy while the running sum stays within `entropy_bound`, at least one;
             "factor": the largest n with n-th confidence >= 1 - factor / (n + 1), at least one (Fast-dLLM);
+            "sub_blocks": a block's first position, then of its leftmost `sub_block_size` positions that are not all
+            filled all above `confidence_threshold`, and always the best (Fast-dLLM v2);
             "autoregressive": causal next-token decoding, one token a forward, for AR models;
             "semi_autoregressive": the whole canvas bidirectional, blocks left to right, static, no cache (LLaDA).
-        confidence_threshold: tau of the dynamic strategy.
+        confidence_threshold: tau of the dynamic strategy, and of "sub_blocks".
         denoising_steps: T, at most S; None is S, one token a step.
         schedule: n_k over T steps: "released" is S // T and one more in the first S mod T steps, "paper" ceil(S / T).
         repetition_penalty: logits of tokens in the prompt and committed so far are divided by it where positive and
@@ -65,6 +67,7 @@ class DecodingConfig:
         entropy_rule: "eb_sampler" counts the entropies before each token (sum <= epsilon), "jetengine" its own
             too (sum < epsilon).
         factor: f of the "factor" strategy.
+        sub_block_size: positions of each sub-block of "sub_blocks"; a block's last may have fewer.
         add_threshold: tau_add: where the window has room for one more block, it opens once this share of the last open
             block is decoded. 1, the default, opens blocks one after another.
         activate_threshold: tau_act: a block commits by the strategy once this share of the block before it is decoded;
@@ -97,6 +100,7 @@ class DecodingConfig:
     entropy_bound: float = 0.1
     entropy_rule: EntropyRule = "eb_sampler"
     factor: float = 1.0
+    sub_block_size: int = 8
     add_threshold: float = 1.0
     activate_threshold: float = 1.0
     min_new_tokens: int = 0
@@ -147,6 +151,10 @@ class DecodingConfig:
         )
         _require(
             is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]"
+        )
+        size = self.sub_block_size
+        _require(
+            is_int(size) and 1 <= size < 2**31, "sub_block_size", size, "a positive integer"
         )
         cool = self.temperature
         _require(
@@ -319,6 +327,7 @@ def sampling_params(
         "top_k": integer(min(config.top_k, np.iinfo(np.int32).max)),
         "min_new_tokens": integer(config.min_new_tokens),
         "eos_last": integer(config.eos_last),
+        "sub_block_size": integer(config.sub_block_size),
         "top_logprobs": integer(config.top_logprobs),
         "schedule": commit_schedule(block_size, config.denoising_steps, config.schedule),
         "suppress_token_ids": integer(ids + (-1,) * (width - len(ids))),

@@ -26,7 +26,8 @@ class SamplingParams(NamedTuple):
         post_filter: int32, 1 where confidence is "post_filter", else 0.
         schedule: int32 [S], n_k of each step of a block (`commit_schedule`).
         suppress_token_ids: int32, padded with -1.
-        seed, top_k, min_new_tokens, eos_last, top_logprobs: int32, and all others float32: as the config has them.
+        seed, top_k, min_new_tokens, eos_last, top_logprobs, sub_block_size: int32, and all others float32: as the
+            config has them.
     """
 
     rule: _Code
@@ -39,6 +40,7 @@ class SamplingParams(NamedTuple):
     min_new_tokens: _Code
     eos_last: _Code
     top_logprobs: _Code
+    sub_block_size: _Code
     schedule: Int[Array, "*B S"]
     suppress_token_ids: Int[Array, "*B W"]
     top_p: _Number

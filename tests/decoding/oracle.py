@@ -81,6 +81,12 @@ def pick(config: DecodingConfig, score, entropy, masked: list[int], wanted: int)
     if config.strategy == "factor":
         passing = [n for n, i in enumerate(best, 1) if score[i] >= 1 - config.factor / (n + 1)]
         return best[: max(passing, default=1)]
+    if config.strategy == "sub_blocks":
+        if masked[0] == 0:
+            return [0]
+        first = masked[0] // config.sub_block_size
+        turn = [i for i in best if i // config.sub_block_size == first]
+        return [i for i in turn if i == turn[0] or score[i] > config.confidence_threshold]
     taken, total = [], 0.0
     for i in sorted(masked, key=lambda i: (score[i] == -math.inf, entropy[i], i)):
         after = total + entropy[i]

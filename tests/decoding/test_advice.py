@@ -46,6 +46,7 @@ CONFIGS = [
     ({"repetition_penalty": 1e4}, "1 (off) or 1e-3 to 1e3", {"repetition_penalty": 1e3}),
     ({"entropy_bound": -1}, ">= 0", {"entropy_bound": 0.0}),
     ({"factor": -1}, ">= 0", {"factor": 0.0}),
+    ({"sub_block_size": 0.5}, "a positive integer", {"sub_block_size": 1}),
     ({"add_threshold": 2}, "[0, 1]", {"add_threshold": 0.0}),
     ({"activate_threshold": 2}, "[0, 1]", {"activate_threshold": 1.0}),
     ({"confidence_threshold": 2}, "[0, 1]", {"confidence_threshold": 1.0}),

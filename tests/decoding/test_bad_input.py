@@ -42,6 +42,7 @@ CONFIGS = [
     ({"add_threshold": 1.1}, "add_threshold is 1.1", "[0, 1]"),
     ({"activate_threshold": -0.1}, "activate_threshold is -0.1", "[0, 1]"),
     ({"factor": nan}, "factor is nan", "finite"),
+    ({"sub_block_size": 0}, "sub_block_size is 0", "a positive integer"),
 ]
 
 

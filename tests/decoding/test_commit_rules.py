@@ -92,6 +92,9 @@ CONFIGS = [
     DecodingConfig(strategy="entropy_bounded", entropy_bound=0.0),
     DecodingConfig(strategy="factor", factor=1.5),
     DecodingConfig(strategy="factor", factor=0.0),
+    DecodingConfig(strategy="sub_blocks", sub_block_size=2, confidence_threshold=0.5),
+    DecodingConfig(strategy="sub_blocks", sub_block_size=3, confidence_threshold=1.0),
+    DecodingConfig(strategy="sub_blocks", confidence_threshold=0.25),
 ]
 
 
@@ -142,3 +145,7 @@ def test_what_each_strategy_does():
     # c_(n) >= 1 - f / (n + 1): at f = 1.5, 0.9 >= 0.25, 0.9 >= 0.5, 0.6 < 0.625, 0.3 < 0.7.
     assert pick(every, 1, strategy="factor", factor=1.5) == [1, 2]
     assert pick(every, 1, strategy="factor", factor=0.0) == [1]
+    halves = partial(pick, wanted=1, strategy="sub_blocks", sub_block_size=2)
+    assert halves(every) == [0] and halves([1, 2, 3]) == [1]
+    assert halves([2, 3], confidence_threshold=0.5) == [2, 3]
+    assert halves([2, 3], confidence_threshold=0.9) == [2]

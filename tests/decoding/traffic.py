@@ -19,6 +19,7 @@ STRATEGIES = (
     "low_confidence_dynamic",
     "entropy_bounded",
     "factor",
+    "sub_blocks",
 )
 
 
@@ -43,6 +44,7 @@ def random_config(random: np.random.Generator, size: int) -> DecodingConfig:
         entropy_bound=float(3 * random.random()),
         entropy_rule=pick("eb_sampler", "jetengine"),
         factor=float(2 * random.random()),
+        sub_block_size=pick(2, 3, 8),
         temperature=pick(0.0, 0.0, 0.7, 1.5),
         top_k=pick(0, 5),
         top_p=pick(1.0, 0.8),
