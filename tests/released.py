@@ -176,6 +176,74 @@ DREAM = {
     "pad_token_id": 0,
     "use_mrope": False,
 }
+FAST_DLLM = {
+    **QWEN,
+    "architectures": ["Fast_dLLM_QwenForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration.Fast_dLLM_QwenConfig",
+        "AutoModel": "modeling.Fast_dLLM_QwenModel",
+        "AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM",
+    },
+    "bd_size": 32,
+    "conplemenrary_mask": True,
+    "layer_types": ["full_attention"] * LAYERS,
+    "model_type": "Fast_dLLM_Qwen",
+    "pad_token_id": 0,
+}
+LLADA2 = {
+    "architectures": ["LLaDA2MoeModelLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+    },
+    "embedding_dropout": 0.0,
+    "first_k_dense_replace": 1,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": HIDDEN,
+    "initializer_range": 0.02,
+    "intermediate_size": FFN,
+    "max_position_embeddings": 256,
+    "max_window_layers": 28,
+    "model_type": "llada2_moe",
+    "moe_intermediate_size": 12,
+    "moe_router_enable_expert_bias": True,
+    "n_group": 4,
+    "norm_head": False,
+    "norm_softmax": False,
+    "norm_topk_prob": True,
+    "num_attention_heads": HEADS,
+    "num_experts": 12,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": KV_HEADS,
+    "num_shared_experts": 1,
+    "output_dropout": 0.0,
+    "output_router_logits": False,
+    "pad_token_id": 0,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 600000,
+    "rotary_dim": 8,
+    "routed_scaling_factor": 2.5,
+    "router_dtype": "fp32",
+    "score_function": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "torch_dtype": "float32",
+    "transformers_version": "4.52.3",
+    "use_bias": False,
+    "use_cache": False,
+    "use_qk_norm": True,
+    "use_qkv_bias": False,
+    "use_rmsnorm": True,
+    "use_sliding_window": False,
+    "using_split_qkv_in_self_attention": False,
+    "vocab_size": VOCAB,
+}
 # Names that hub ids end in, as the names themselves tell something.
 RELEASED: dict[str, dict[str, Any]] = {
     "SDAR-1.7B-Chat": SDAR,
@@ -188,6 +256,8 @@ RELEASED: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B-diffusion-bd3lm": A2D_LLAMA,
     "LLaDA-8B-Instruct": LLADA,
     "Dream-v0-Instruct-7B": DREAM,
+    "Fast_dLLM_v2_7B": FAST_DLLM,
+    "LLaDA2.0-mini": LLADA2,
 }
 
 
@@ -255,12 +325,32 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             for i in range(LAYERS)
             for name, shape in layer.items()
         }
-    found = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    table = "word_embeddings" if config["model_type"] == "llada2_moe" else "embed_tokens"
+    found = {f"model.{table}.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
     if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = (VOCAB, HIDDEN)
-    for i in range(LAYERS):
-        found |= {f"model.layers.{i}.{name}": shape for name, shape in _layer(config).items()}
+    for i in range(config["num_hidden_layers"]):
+        layer = _llada2_layer(config, i) if table == "word_embeddings" else _layer(config)
+        found |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return found
+
+
+def _llada2_layer(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
+    head_dim, width = config["head_dim"], config["moe_intermediate_size"]
+    found: dict[str, tuple[int, ...]] = {
+        "attention.query_key_value.weight": ((HEADS + 2 * KV_HEADS) * head_dim, HIDDEN),
+        "attention.dense.weight": (HIDDEN, HEADS * head_dim),
+    }
+    found |= {f"attention.{name}_layernorm.weight": (head_dim,) for name in ("query", "key")}
+    norms = ("input_layernorm", "post_attention_layernorm")
+    found |= {f"{name}.weight": (HIDDEN,) for name in norms}
+    if index < config["first_k_dense_replace"]:
+        return found | _feed_forward("mlp", FFN)
+    found["mlp.gate.weight"] = (config["num_experts"], HIDDEN)
+    found["mlp.gate.expert_bias"] = (config["num_experts"],)
+    for expert in range(config["num_experts"]):
+        found |= _feed_forward(f"mlp.experts.{expert}", width)
+    return found | _feed_forward("mlp.shared_experts", config["num_shared_experts"] * width)
 
 
 def _layer(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -271,7 +361,7 @@ def _layer(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         f"self_attn.{name}_proj.weight": (size, HIDDEN) for name, size in heads.items()
     }
     found["self_attn.o_proj.weight"] = (HIDDEN, heads["q"])
-    if kind in ("Dream", "a2d-qwen2"):
+    if kind in ("Dream", "Fast_dLLM_Qwen", "a2d-qwen2"):
         found |= {f"self_attn.{name}_proj.bias": (size,) for name, size in heads.items()}
     if kind in ("sdar", "sdar_moe", "a2d-qwen3"):
         found |= {f"self_attn.{name}_norm.weight": (head_dim,) for name in "qk"}

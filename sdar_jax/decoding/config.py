@@ -153,9 +153,7 @@ class DecodingConfig:
             is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]"
         )
         size = self.sub_block_size
-        _require(
-            is_int(size) and 1 <= size < 2**31, "sub_block_size", size, "a positive integer"
-        )
+        _require(is_int(size) and 1 <= size < 2**31, "sub_block_size", size, "a positive integer")
         cool = self.temperature
         _require(
             is_number(cool) and (cool == 0 or 1e-6 <= cool <= 1e6),

@@ -48,7 +48,7 @@ from sdar_jax.model.quantization import is_quantized, quantize_weight
 log = logging.getLogger(__name__)
 # How many leading axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
 _INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1, "head": 1, "router": 1}
-_INPUT_AXES |= {"experts_gate_up": 1, "experts_down": 1}
+_INPUT_AXES |= {"experts_gate_up": 1, "experts_down": 1, "shared_gate_up": 1, "shared_down": 1}
 
 _ROWS_AT_ONCE = 1024
 # Buffers that old Llama checkpoints carry; they follow from the config.
@@ -229,15 +229,19 @@ class _Weight(NamedTuple):
         names = self.layout.parts[self.field]
         if self.field not in self.layout.fused:
             return [_Part(self.prefix + name, index) for name, index in names.items()]
-        fused = self.prefix + self.layout.fused[self.field]
-        experts = range(self.shape[0])
-        if fused in found:
-            return [_Part(fused, ALL, expert, fused=True) for expert in experts]
+        fused = self.layout.fused[self.field]
+        if is_fused := all(self.prefix + name in found for name in fused):
+            names = fused
         parts = []
-        for expert in experts:
+        for expert in range(self.shape[0]):
             for name, index in names.items():
-                parts.append(_Part((self.prefix + name).format(expert), index, expert))
+                full = (self.prefix + name).format(expert)
+                parts.append(_Part(full, index, expert, is_fused))
         return parts
+
+    @property
+    def joined(self) -> bool:
+        return self.field in self.layout.joined
 
     def our_shape(self, part: _Part) -> tuple[int, ...]:
         shape = self.shape if part.expert is None else self.shape[1:]
@@ -257,8 +261,9 @@ def _weights(model: Model) -> list[_Weight]:
         field = str(next(name for name in reversed(names) if name in layout.parts))
         if names[0] != "layers":
             found.append(_Weight("", field, leaf, layout))
-        elif names[1] == "body":
-            prefixes = [layout.layer.format(i) for i in range(len(leaf))]
+        elif names[1] in ("first", "body"):
+            start = model.config.num_dense_layers if names[1] == "body" else 0
+            prefixes = [layout.layer.format(start + i) for i in range(len(leaf))]
             found += [_Weight(name, field, leaf, layout, i) for i, name in enumerate(prefixes)]
         else:
             index = model.config.num_layers - 1 if names[1] == "last" else names[1]
@@ -280,13 +285,23 @@ def _their_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
     return num_outputs, math.prod(shape[:inputs])
 
 
-def _to_theirs(ours: np.ndarray, field: str) -> np.ndarray:
-    theirs = _their_shape(ours.shape, field)
-    return ours.reshape(theirs[::-1]).T if field in _INPUT_AXES else ours.reshape(theirs)
+def _to_theirs(ours: np.ndarray, field: str, joined: bool) -> np.ndarray:
+    shape = _their_shape(ours.shape, field)
+    theirs = ours.reshape(shape[::-1]).T if field in _INPUT_AXES else ours.reshape(shape)
+    return theirs[np.argsort(_joined_rows(ours.shape))] if joined else theirs
 
 
-def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...]) -> np.ndarray:
+def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...], joined: bool) -> np.ndarray:
+    theirs = theirs[_joined_rows(shape)] if joined else theirs
     return theirs.T.reshape(shape) if field in _INPUT_AXES else theirs.reshape(shape)
+
+
+def _joined_rows(shape: tuple[int, ...]) -> np.ndarray:
+    """Finds each row of our [..., G, R + 2, K], as one axis, among all queries, then all keys, then all values."""
+    groups, heads, size = shape[-3:]
+    ends = np.cumsum([groups * (heads - 2) * size, groups * size])
+    parts = np.split(np.arange(groups * heads * size), ends)
+    return np.concatenate([part.reshape(groups, -1, size) for part in parts], axis=1).reshape(-1)
 
 
 def _has_own_head(tensors: TensorReader, layout: Layout) -> bool:
@@ -404,7 +419,7 @@ def _read(tensors: TensorReader, weight: _Weight, regions: list[_Region]) -> lis
         if not targets:
             continue
         tensor = tensors.read(part.name, part.expert if part.fused else None)
-        ours = _to_ours(tensor, weight.field, weight.our_shape(part))
+        ours = _to_ours(tensor, weight.field, weight.our_shape(part), weight.joined)
         for target, index in targets:
             with np.errstate(over="ignore"):
                 target[...] = ours[index]
@@ -445,7 +460,8 @@ def _reader(weight: _Weight, part: _Part) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         array = weight.array[at] if at else weight.array
         # A JAX array keeps the host copy that is made of it: a device copy is read, and freed with it.
-        return _to_theirs(processes.on_host(jnp.copy(array))[part.index], weight.field)
+        ours = processes.on_host(jnp.copy(array))[part.index]
+        return _to_theirs(ours, weight.field, weight.joined)
 
     return read
 

@@ -56,7 +56,7 @@ def read_model_config(
     """Reads the config of a directory or hub id, with the stop tokens of its generation_config.json.
 
     Released configs of models that fill masks leave out what their users have to know. The mask is then the tokenizer's
-    `mask_token`, by its id; the block size the N of a name that ends in -bN, else the usual one of its family
+    `mask_token`, by its id; the block size the N of a name that ends in -bN; either else the usual one of its family
     (`FAMILIES`); and where one `model_type` stands for two objectives, the name tells which. One warning says what was
     taken. What is given counts, and is not spoken of.
 
@@ -131,7 +131,10 @@ def _mask(
     if mask_token_id is not None or config.mask_token_id is not None:
         return {}
     mask = _tokenizers_mask(directory)
-    return {} if mask is None else {"mask_token_id": (mask, "the tokenizer's mask_token")}
+    if mask is not None:
+        return {"mask_token_id": (mask, "the tokenizer's mask_token")}
+    usual = family_of(config)[1].mask_token_id
+    return {} if usual is None else {"mask_token_id": (usual, "the usual one")}
 
 
 def _tokenizers_mask(directory: Path) -> int | None:

@@ -14,12 +14,14 @@ class Layout(NamedTuple):
             lie. Where experts have tensors of their own, the number of one goes where the braces are, and indexes the
             first axis of ours.
         layer: what precedes the names of a layer's tensors, with its number where the braces are.
-        fused: weights that may also lie in one tensor with all experts.
+        fused: tensors that may also hold a weight's parts of all experts, and where in that of one they lie.
+        joined: weights whose one tensor has all queries, then all keys, then all values.
     """
 
     parts: Mapping[str, Mapping[str, Any]]
     layer: str
-    fused: Mapping[str, str]
+    fused: Mapping[str, Mapping[str, Any]]
+    joined: tuple[str, ...] = ()
 
     @property
     def embedding(self) -> str:
@@ -68,8 +70,8 @@ _LLAMA = {
 }
 # The layout that transformers 5 computes in: all experts in one tensor, which it saves on request.
 _LLAMA_FUSED = {
-    "experts_gate_up": "mlp.experts.gate_up_proj",
-    "experts_down": "mlp.experts.down_proj",
+    "experts_gate_up": {"mlp.experts.gate_up_proj": ALL},
+    "experts_down": {"mlp.experts.down_proj": ALL},
 }
 
 _OLMO = {
@@ -84,7 +86,31 @@ _OLMO = {
     "down": {"ff_out.weight": ALL},
 }
 
+# Ant's Bailing (Ling), and LLaDA2 after it.
+_BAILING = {
+    **_LLAMA,
+    "embedding": {"model.word_embeddings.weight": ALL},
+    "qkv": {"attention.query_key_value.weight": ALL},
+    "qkv_bias": {"attention.query_key_value.bias": ALL},
+    "q_norm": {"attention.query_layernorm.weight": ALL},
+    "k_norm": {"attention.key_layernorm.weight": ALL},
+    "output": {"attention.dense.weight": ALL},
+    "output_bias": {"attention.dense.bias": ALL},
+    "expert_bias": {"mlp.gate.expert_bias": ALL},
+    "shared_gate_up": {
+        "mlp.shared_experts.gate_proj.weight": _GATE,
+        "mlp.shared_experts.up_proj.weight": _UP,
+    },
+    "shared_down": {"mlp.shared_experts.down_proj.weight": ALL},
+}
+# As dFactory merges them to train.
+_BAILING_FUSED = {
+    "experts_gate_up": {"mlp.experts.gate_proj": _GATE, "mlp.experts.up_proj": _UP},
+    "experts_down": {"mlp.experts.down_proj": ALL},
+}
+
 LAYOUTS = {
+    "bailing": Layout(_BAILING, "model.layers.{}.", _BAILING_FUSED, ("qkv", "qkv_bias")),
     "llama": Layout(_LLAMA, "model.layers.{}.", _LLAMA_FUSED),
     "olmo": Layout(_OLMO, "model.transformer.blocks.{}.", {}),
 }

@@ -41,7 +41,10 @@ WEIGHTS = {
     "gate_up_bias": (None, "mlp"),
     "down": ("mlp", "embed"),
     "down_bias": (),
+    "shared_gate_up": ("embed", None, "mlp"),
+    "shared_down": ("mlp", "embed"),
     "router": ("embed", None),
+    "expert_bias": (),
     "experts_gate_up": ("expert", "embed", None, "mlp"),
     "experts_down": ("expert", "mlp", "embed"),
 }
@@ -63,13 +66,14 @@ def check_mesh(
     check_rules(mesh)
     heads = model.num_kv_heads
     experts = model.num_experts
-    width = "moe_intermediate_size" if experts else "intermediate_size"
-    size = getattr(model, width)
+    widths = model.mlp_widths
+    size = math.gcd(*widths.values())
     # What each axis has to divide, and why.
     totals = {
         "tensor": (
             math.gcd(heads, size),
-            f"the model has {heads} key-value heads and {width} {size}",
+            f"the model has {heads} key-value heads and "
+            + ", ".join(f"{name} {width}" for name, width in widths.items()),
         ),
         "fsdp": (model.hidden_size, f"the model has hidden_size {model.hidden_size}"),
         "expert": (experts or 1, f"the model has {experts} experts"),
@@ -190,4 +194,4 @@ def _weight_axes(path: tuple, rank: int) -> tuple[str | None, ...]:
     if field is None:
         return ()
     axes = WEIGHTS[field]
-    return (None, *axes) if "body" in names else axes
+    return (None, *axes) if {"first", "body"} & set(names) else axes

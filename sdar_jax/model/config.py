@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_jax.errors import ConfigError, check_choices, is_int, is_number
+from sdar_jax.experts import Scoring
 from sdar_jax.model import hf_config
 from sdar_jax.model.hf_config import Architecture
 from sdar_jax.model.rope_config import RopeConfig
@@ -19,7 +20,8 @@ from sdar_jax.visibility import check_block_size
 class ModelConfig:
     """Shape and purpose of a model; hashable, saved with it and read back.
 
-    An MoE (`num_experts` > 0, architecture "qwen3_moe") has experts in every layer.
+    An MoE (`num_experts` > 0, architecture "qwen3_moe" or "llada2_moe") has experts in every layer after the first
+    `num_dense_layers`, which only a "llada2_moe" has, as it has shared experts and groups of experts.
 
     Raises:
         ConfigError: a field out of its range, or fields that contradict each other.
@@ -28,7 +30,7 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Width of the dense feed-forward; an MoE only carries it."""
+    """Width of the dense feed-forward; an MoE without dense layers only carries it."""
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -48,9 +50,21 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     """Width of each expert's feed-forward."""
     norm_topk_prob: bool = True
-    """Whether the gates of a token's experts add up to one."""
+    """Whether the gates of a token's experts add up to one, before `routed_scaling_factor`."""
     router_aux_loss_coef: float = 0.001
     """Coefficient of the balance loss in training."""
+    num_dense_layers: int = 0
+    """How many of the first layers have a dense feed-forward in place of experts (`first_k_dense_replace`)."""
+    num_shared_experts: int = 0
+    """How many experts' width every token passes through besides its own."""
+    score_function: Scoring = "softmax"
+    """What makes scores of the router's logits; "sigmoid" comes with a bias for each expert, which is not trained."""
+    num_expert_groups: int = 1
+    """Into how many groups the experts are split, one after another (`n_group`)."""
+    groups_per_token: int = 1
+    """Of how many groups a token's experts are (`topk_group`)."""
+    routed_scaling_factor: float = 1.0
+    """On the gates."""
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     objective: Objective = "autoregressive"
@@ -83,6 +97,12 @@ class ModelConfig:
             raise ConfigError(f"{heads}; change either")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
+        rotary_dim = self.rope.rotary_dim(self.head_dim)
+        if rotary_dim % 2 or not rotary_dim:
+            part = f"partial_rotary_factor {self.rope.partial_rotary_factor} of head_dim {self.head_dim}"
+            raise ConfigError(
+                f"{part} rotates {rotary_dim} dimensions; give an even number of them"
+            )
         if not is_number(self.rms_norm_eps) or self.rms_norm_eps <= 0:
             raise ConfigError(f"rms_norm_eps is {self.rms_norm_eps!r}; give a positive number")
         if self.block_size is not None:
@@ -127,10 +147,24 @@ class ModelConfig:
             "bidirectional_prompt": self.bidirectional_prompt,
         }
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward of this layer, counted from 0, is of experts."""
+        return self.num_experts > 0 and layer >= self.num_dense_layers
+
+    @property
+    def mlp_widths(self) -> dict[str, int]:
+        """The widths of the feed-forwards that there are, by what they are."""
+        widths = {}
+        if not self.num_experts or self.num_dense_layers:
+            widths["intermediate_size"] = self.intermediate_size
+        if self.num_experts:
+            widths["moe_intermediate_size"] = self.moe_intermediate_size
+        return widths
+
     def _check_experts(self) -> None:
         names = ("num_experts", "num_experts_per_token", "moe_intermediate_size")
         sizes = {name: getattr(self, name) for name in names}
-        sparse = self.architecture == "qwen3_moe"
+        sparse = self.architecture in ("qwen3_moe", "llada2_moe")
         if not sparse and any(size != 0 for size in sizes.values()):
             raise ConfigError(
                 f"architecture {self.architecture!r} has no experts; leave out {', '.join(sizes)}"
@@ -138,7 +172,7 @@ class ModelConfig:
         for name, size in sizes.items():
             if sparse and (not is_int(size) or size < 1):
                 raise ConfigError(
-                    f"{name} is {size!r}; architecture 'qwen3_moe' needs a positive integer"
+                    f"{name} is {size!r}; architecture {self.architecture!r} needs a positive integer"
                 )
         if self.num_experts_per_token > self.num_experts:
             chosen = f"num_experts_per_token {self.num_experts_per_token} is more than num_experts {self.num_experts}"
@@ -148,6 +182,57 @@ class ModelConfig:
         if not is_number(self.router_aux_loss_coef) or self.router_aux_loss_coef < 0:
             raise ConfigError(
                 f"router_aux_loss_coef is {self.router_aux_loss_coef!r}; give a number >= 0"
+            )
+        self._check_sigmoid_router()
+
+    def _check_sigmoid_router(self) -> None:
+        """Checks what only a "llada2_moe" has."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        own = {name: getattr(self, name) for name in _LLADA2_FIELDS}
+        changed = [name for name in own if own[name] != defaults[name]]
+        if self.architecture != "llada2_moe":
+            if changed:
+                raise ConfigError(
+                    f"architecture {self.architecture!r} has no {', '.join(changed)}; leave them out"
+                )
+            return
+        if self.score_function != "sigmoid":
+            raise ConfigError(
+                f"score_function is {self.score_function!r}; architecture 'llada2_moe' needs 'sigmoid'"
+            )
+        for name, least in (
+            ("num_dense_layers", 0),
+            ("num_shared_experts", 0),
+            ("groups_per_token", 1),
+        ):
+            if not is_int(own[name]) or own[name] < least:
+                raise ConfigError(f"{name} is {own[name]!r}; give an integer of {least} or more")
+        if self.num_dense_layers >= self.num_layers:
+            raise ConfigError(
+                f"num_dense_layers {self.num_dense_layers} leaves no layer of {self.num_layers} experts; give fewer"
+            )
+        groups, experts = self.num_expert_groups, self.num_experts
+        if (
+            not is_int(groups)
+            or groups < 1
+            or experts % groups
+            or (groups > 1 and experts < 2 * groups)
+        ):
+            raise ConfigError(
+                f"num_expert_groups is {groups!r}; give a divisor of num_experts {experts} that leaves two for each"
+            )
+        if self.groups_per_token > groups:
+            raise ConfigError(
+                f"groups_per_token {self.groups_per_token} is more than num_expert_groups {groups}; give at most that"
+            )
+        if self.num_experts_per_token > self.groups_per_token * experts // groups:
+            raise ConfigError(
+                f"num_experts_per_token {self.num_experts_per_token} is more than {self.groups_per_token} of {groups} "
+                f"groups of {experts} experts hold; give fewer, or more groups_per_token"
+            )
+        if not is_number(self.routed_scaling_factor) or self.routed_scaling_factor <= 0:
+            raise ConfigError(
+                f"routed_scaling_factor is {self.routed_scaling_factor!r}; give a positive number"
             )
 
     @classmethod
@@ -181,6 +266,14 @@ _SIZES = (
     "num_kv_heads",
     "head_dim",
     "max_position_embeddings",
+)
+_LLADA2_FIELDS = (
+    "num_dense_layers",
+    "num_shared_experts",
+    "score_function",
+    "num_expert_groups",
+    "groups_per_token",
+    "routed_scaling_factor",
 )
 
 

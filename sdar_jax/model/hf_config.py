@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from sdar_jax.errors import CheckpointError, ConfigError, is_int
 from sdar_jax.model.hf_fields import (
     HARMLESS,
+    LLADA2_HARMLESS,
     LLADA_HARMLESS,
     SUPPORTED_AT,
     Harmless,
@@ -25,7 +26,7 @@ from sdar_jax.paradigm import fills_masks
 if TYPE_CHECKING:
     from sdar_jax.model.config import ModelConfig
 
-Architecture = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
+Architecture = Literal["qwen3", "qwen3_moe", "qwen2", "llama", "llada2_moe"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,11 @@ class Family:
         purpose: what its models are for, where config.json does not say: values other than those of `_PURPOSE`.
         converted: the `model_type` of its models once they fill masks; None: they keep this one.
         block_size: in what blocks its models are decoded, where neither config.json nor their name says it.
+        mask_token_id: their mask, where neither config.json nor the tokenizer's files say it.
         named: purposes that its config.json does not tell apart, each by the part of a released name that does.
         one_class: whether other models, which `architectures` tells apart, go by the same `model_type`.
         renamed: fields that config.json has under other names, each to the name that most give it.
+        reads: more fields that are read, whatever `SUPPORTED_AT` says of them.
         written: fields that are always written, and with what.
         not_written: fields that its config.json does not have.
         supported_at: more fields that change the computation, as `SUPPORTED_AT`.
@@ -53,9 +56,11 @@ class Family:
     purpose: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     converted: str | None = None
     block_size: int | None = None
+    mask_token_id: int | None = None
     named: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     one_class: bool = True
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    reads: tuple[str, ...] = ()
     written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     not_written: tuple[str, ...] = ()
     supported_at: Harmless = dataclasses.field(default_factory=dict)
@@ -101,6 +106,44 @@ _LLADA_FIXED = {
     "rope": True,
     "scale_logits": False,
 }
+_LLADA2_EXPERTS = {
+    "num_experts": "num_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_dense_layers": "first_k_dense_replace",
+    "num_shared_experts": "num_shared_experts",
+    "num_expert_groups": "n_group",
+    "groups_per_token": "topk_group",
+    "routed_scaling_factor": "routed_scaling_factor",
+}
+_LLADA2_FIXED = {
+    "moe_router_enable_expert_bias": True,
+    "norm_head": False,
+    "norm_softmax": False,
+    "score_function": "sigmoid",
+    "use_rmsnorm": True,
+    "using_split_qkv_in_self_attention": False,
+}
+_LLADA2 = {
+    "purpose": {"objective": "block_diffusion"},
+    "block_size": 32,
+    "mask_token_id": 156895,
+    "reads": (
+        *_LLADA2_EXPERTS.values(),
+        "norm_topk_prob",
+        "partial_rotary_factor",
+        "rotary_dim",
+        "router_aux_loss_coef",
+        "use_bias",
+        "use_qk_norm",
+        "use_qkv_bias",
+    ),
+    "written": _LLADA2_FIXED,
+    "not_written": ("attention_bias", "decoder_sparse_step", "mlp_only_layers"),
+    "supported_at": {name: (value,) for name, value in _LLADA2_FIXED.items()},
+    "harmless": LLADA2_HARMLESS,
+    "tensors": "bailing",
+}
 FAMILIES = {
     "sdar": Family("qwen3", "SDARForCausalLM", _SDAR, block_size=4),
     "sdar_moe": Family("qwen3_moe", "SDARMoeForCausalLM", _SDAR, block_size=4),
@@ -131,6 +174,22 @@ FAMILIES = {
         block_size=32,
         one_class=False,
         not_written=("head_dim",),
+    ),
+    "Fast_dLLM_Qwen": Family(
+        "qwen2",
+        "Fast_dLLM_QwenForCausalLM",
+        {"objective": "block_diffusion", "shifted": True},
+        block_size=32,
+        mask_token_id=151665,
+        renamed={"bd_size": "block_size"},
+        not_written=("head_dim",),
+        # Spelled so; its masks are an objective's to choose.
+        harmless={"conplemenrary_mask": ()},
+    ),
+    "llada2_moe": Family("llada2_moe", "LLaDA2MoeModelLM", **_LLADA2),
+    # dFactory's, with the experts' tensors merged; saved as released.
+    "llada2_moe_veomni": Family(
+        "llada2_moe", "LLaDA2MoeModelLM", converted="llada2_moe", **_LLADA2
     ),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", converted="sdar"),
     "qwen3_moe": Family("qwen3_moe", "Qwen3MoeForCausalLM", converted="sdar_moe"),
@@ -226,7 +285,8 @@ def read(source: "dict[str, Any] | str | Path") -> dict[str, Any]:
     usual = family.usual(config.get("objective"))
     purpose = {name: config.get(name, default) for name, default in usual.items()}
     told = (architecture, FAMILIES[architecture].converted)
-    own = {} if model_type in told else {"model_type": model_type}
+    is_told = model_type in told or family.converted == architecture
+    own = {} if is_told else {"model_type": model_type}
     return {**_shape(config, architecture), **purpose, **own}
 
 
@@ -249,6 +309,15 @@ def write(config: "ModelConfig") -> dict[str, Any]:
         values["mlp_bias"] = config.mlp_bias
     if config.num_experts:
         values |= {theirs: getattr(config, ours) for ours, theirs in _EXPERTS.items()}
+    if config.architecture == "llada2_moe":
+        values |= {theirs: getattr(config, ours) for ours, theirs in _LLADA2_EXPERTS.items()}
+        values |= {
+            "rotary_dim": config.rope.rotary_dim(config.head_dim),
+            "use_bias": config.output_bias,
+            "use_qk_norm": config.qk_norm,
+            "use_qkv_bias": config.qkv_bias,
+        }
+    elif config.num_experts:
         values |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     if family.architecture != config.architecture:
         values["base_model_type"] = config.architecture
@@ -258,7 +327,7 @@ def write(config: "ModelConfig") -> dict[str, Any]:
         del usual["objective"]
     purpose = {name: getattr(config, name) for name in _PURPOSE}
     values |= {n: value for n, value in purpose.items() if n not in usual or value != usual[n]}
-    values |= {theirs: values[classic] for theirs, classic in family.renamed.items()}
+    values |= {n: values[classic] for n, classic in family.renamed.items() if classic in values}
     # The tokenizer's size beside the table's; here they are one.
     unused = {*family.not_written, *family.renamed.values()} - {"vocab_size"}
     return {n: value for n, value in values.items() if n not in unused} | dict(family.written)
@@ -297,7 +366,7 @@ def _classic(config: dict[str, Any], family: Family) -> dict[str, Any]:
 
 def _refuse_unsupported(config: dict[str, Any], family: Family, architecture: Any) -> None:
     for name, values in {**SUPPORTED_AT, **family.supported_at}.items():
-        value = config.get(name)
+        value = None if name in family.reads else config.get(name)
         if value not in (None, {}, [], *values):
             fix = f"only {values[0]!r} is" if values else "use a model without it"
             raise ConfigError(f"{name} {repr(value)[:60]} is not supported; {fix}")
@@ -324,7 +393,7 @@ def _refuse_unsupported(config: dict[str, Any], family: Family, architecture: An
 
 def _unread(config: dict[str, Any], family: Family, architecture: Any) -> list[str]:
     """Lists the fields that are neither read nor known to change nothing."""
-    read = _READ | set(SUPPORTED_AT) | set(family.supported_at)
+    read = _READ | set(SUPPORTED_AT) | set(family.supported_at) | set(family.reads)
     if architecture == "qwen3_moe":
         read |= _READ_OF_EXPERTS
     if "use_sliding_window" in config or config.get("sliding_window") is None:
@@ -355,7 +424,6 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim")
         or (128 if architecture == "qwen3" else config["hidden_size"] // heads),
-        **(_experts(config) if architecture == "qwen3_moe" else {}),
         "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
         "rope": rope,
         "qk_norm": architecture in ("qwen3", "qwen3_moe"),
@@ -371,6 +439,31 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "bos_token_id": config.get("bos_token_id"),
         "eos_token_id": stops[0] if stops else None,
         "stop_token_ids": tuple(stops),
+        **(_experts(config) if architecture == "qwen3_moe" else {}),
+        **(_llada2(config, rope) if architecture == "llada2_moe" else {}),
+    }
+
+
+def _llada2(config: dict[str, Any], rope: RopeConfig) -> dict[str, Any]:
+    """Reads what LLaDA2 has otherwise than Qwen3."""
+    theirs = (*_LLADA2_EXPERTS.values(), "partial_rotary_factor")
+    if missing := [name for name in theirs if config.get(name) is None]:
+        raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rotary_dim = config.get("rotary_dim")
+    if rotary_dim not in (None, rope.rotary_dim(head_dim)):
+        raise ConfigError(
+            f"rotary_dim is {rotary_dim!r} and partial_rotary_factor {rope.partial_rotary_factor} of head_dim "
+            f"{head_dim} is not; make them agree"
+        )
+    return {
+        **{ours: config[name] for ours, name in _LLADA2_EXPERTS.items()},
+        "score_function": "sigmoid",
+        "norm_topk_prob": config.get("norm_topk_prob", True),
+        "router_aux_loss_coef": config.get("router_aux_loss_coef", 0.0),
+        "qk_norm": config.get("use_qk_norm", True),
+        "qkv_bias": config.get("use_qkv_bias", False),
+        "output_bias": config.get("use_bias", False),
     }
 
 

@@ -113,6 +113,9 @@ LLADA_HARMLESS: Harmless = _any_value(
     "init_fn mlp_ratio precision residual_dropout rope_full_precision train_max_sequence_length"
 )
 
+# Of LLaDA2's config.json: how it was trained, and the dtype of the router, float32 here too.
+LLADA2_HARMLESS: Harmless = _any_value("embedding_dropout output_dropout router_dtype")
+
 # Of rope_scaling, whatever its type.
 ROPE_HARMLESS: Harmless = {
     **_any_value("rope_type type rope_theta finetuned"),

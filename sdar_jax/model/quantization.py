@@ -25,6 +25,8 @@ _OUTPUTS = {
     "output": (3,),
     "gate_up": (1, 2),
     "down": (1,),
+    "shared_gate_up": (1, 2),
+    "shared_down": (1,),
     "head": (1,),
 }
 
@@ -58,7 +60,7 @@ def quantize[Tree](model: Tree) -> Tree:
     """
     flat, structure = jax.tree.flatten_with_path(model)
     names = [[str(getattr(key, "name", "")) for key in path] for path, _ in flat]
-    if any("body" in each for each in names):
+    if any({"first", "body"} & set(each) for each in names):
         raise ConfigError("the layers are stacked for training; quantize unstack_layers(model)")
     leaves = []
     for (_, leaf), path_names in zip(flat, names, strict=True):

@@ -10,31 +10,36 @@ from sdar_jax.model.rope_config import RopeConfig
 
 
 def rotate(x: Float[Array, "B T H K"], cos: Array, sin: Array) -> Float[Array, "B T H K"]:
-    """Applies rotary embedding to the two halves of the head dimension, as Hugging Face lays them out."""
-    first, second = jnp.split(x, 2, axis=-1)
+    """Applies rotary embedding to the two halves of the head dimension, as Hugging Face lays them out.
+
+    Where the tables are for fewer dimensions, to the two halves of as many first ones; the rest stay as they are.
+    """
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     cos = cos[:, :, None]
     sin = sin[:, :, None]
     rotated = [first * cos - second * sin, second * cos + first * sin]
+    if rest.shape[-1]:
+        rotated.append(rest)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def rope_tables(
     config: ModelConfig, positions: Int[Array, "B T"], dtype: DTypeLike
 ) -> tuple[Array, Array]:
-    """Computes cos and sin [B, T, K / 2], float32 or wider, with the attention factor of YaRN folded in."""
-    frequencies, factor = rope_frequencies(
-        config.rope, config.head_dim, config.max_position_embeddings
-    )
+    """Computes cos and sin [B, T, rotary_dim / 2], float32 or wider, with the attention factor of YaRN folded in."""
+    rotary_dim = config.rope.rotary_dim(config.head_dim)
+    frequencies, factor = rope_frequencies(config.rope, rotary_dim, config.max_position_embeddings)
     angles = positions[..., None].astype(jnp.promote_types(dtype, jnp.float32)) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rope_frequencies(
-    rope: RopeConfig, head_dim: int, max_positions: int
+    rope: RopeConfig, rotary_dim: int, max_positions: int
 ) -> tuple[np.ndarray, float]:
-    """Computes inverse frequencies [K / 2] and the factor on cos and sin, as transformers' modeling_rope_utils has
-    them."""
-    frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
+    """Computes inverse frequencies [rotary_dim / 2] and the factor on cos and sin, as transformers'
+    modeling_rope_utils has them."""
+    frequencies = 1.0 / rope.theta ** (np.arange(0, rotary_dim, 2) / rotary_dim)
     if rope.rope_type == "linear":
         return (frequencies / rope.factor).astype(np.float32), 1.0
     if rope.rope_type == "llama3":

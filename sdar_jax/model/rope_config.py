@@ -33,7 +33,10 @@ _ROPE_UNUSED = {**{name: () for names in ROPE_FIELDS.values() for name in names}
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: base `theta`, and how its frequencies are scaled, with Hugging Face's parameter names."""
+    """Rotary embedding: base `theta`, and how its frequencies are scaled, with Hugging Face's parameter names.
+
+    `partial_rotary_factor` is the share of each head's dimensions, the first ones, that are rotated.
+    """
 
     theta: float = 1_000_000.0
     rope_type: RopeType = "default"
@@ -44,6 +47,7 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     original_max_position_embeddings: int | None = None
+    partial_rotary_factor: float = 1.0
 
     def __post_init__(self):
         if self.rope_type not in ROPE_FIELDS:
@@ -72,6 +76,11 @@ class RopeConfig:
         if original is not None and not (is_int(original) and original > 0):
             raise ConfigError(
                 f"rope original_max_position_embeddings is {original!r}; give a positive integer"
+            )
+        part = self.partial_rotary_factor
+        if not is_number(part) or not 0 < part <= 1:
+            raise ConfigError(
+                f"rope partial_rotary_factor is {part!r}; give a number above 0, and 1 at most"
             )
         if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
             factors = f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
@@ -124,15 +133,24 @@ class RopeConfig:
             raise ConfigError(
                 f"rope_scaling of type {rope_type!r} lacks {', '.join(lacking)}; add what the model had"
             )
-        return cls(theta=theta, rope_type=rope_type, **given)
+        parts = (table.get("partial_rotary_factor") for table in (scaling, config))
+        part = next((part for part in parts if part is not None), 1.0)
+        return cls(theta=theta, rope_type=rope_type, partial_rotary_factor=part, **given)
 
     def to_hf(self) -> dict[str, Any]:
         """Writes the classic keys, which every transformers version reads."""
+        whole = self.partial_rotary_factor == 1
+        table = {} if whole else {"partial_rotary_factor": self.partial_rotary_factor}
+        table["rope_theta"] = self.theta
         if self.rope_type == "default":
-            return {"rope_theta": self.theta}
+            return table
         values = {name: getattr(self, name) for name in ROPE_FIELDS[self.rope_type]}
         given = {name: value for name, value in values.items() if value is not None}
-        return {"rope_theta": self.theta, "rope_scaling": {"rope_type": self.rope_type, **given}}
+        return {**table, "rope_scaling": {"rope_type": self.rope_type, **given}}
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Counts the dimensions of a head that are rotated, the first ones."""
+        return int(head_dim * self.partial_rotary_factor)
 
 
 def _rope_table(config: dict[str, Any], name: str) -> dict[str, Any]:

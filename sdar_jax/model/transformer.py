@@ -9,14 +9,18 @@ dimension, F feed-forward, V vocabulary, E experts.
     gate_up  [D, 2, F]
     down     [F, D]
 
-An MoE has, in every layer, instead of the last two:
+An MoE has, in every layer but the first few dense ones of some, instead of the last two:
 
     router           [D, E]
+    expert_bias      [E]           of a router by sigmoids
     experts_gate_up  [E, D, 2, F]
     experts_down     [E, F, D]
+    shared_gate_up   [D, 2, F]     of shared experts, side by side
+    shared_down      [F, D]
 
-Training stacks the layers and scans them (`stack_layers`): all but the last, which may compute fewer outputs than
-inputs. Decoding holds them one by one, as a scan would copy each layer's weights out of the stack.
+Training stacks the layers and scans them (`stack_layers`), those of one shape at once: all but the last, which may
+compute fewer outputs than inputs. Decoding holds them one by one, as a scan would copy each layer's weights out of the
+stack.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +40,14 @@ from sdar_jax.attention import attention
 from sdar_jax.attention.paged import paged_attention, write_pages
 from sdar_jax.devices.sharding import HIDDEN_STATES, PAGES, constrain, current_mesh, named
 from sdar_jax.errors import ConfigError
-from sdar_jax.experts import RouterSums, Routing, expert_mlp, route, router_sums
+from sdar_jax.experts import (
+    RouterSums,
+    Routing,
+    expert_mlp,
+    route,
+    route_by_sigmoid,
+    router_sums,
+)
 from sdar_jax.model.axes import gathered, not_gathered
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.embedding import embed
@@ -79,13 +90,13 @@ class Windows(NamedTuple):
 class Layer(nnx.Module):
     """One decoder layer. Weights that its config has no use for are None: biases, norms, experts or the dense MLP."""
 
-    def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike):
+    def __init__(self, config: ModelConfig, key: jax.Array, dtype: DTypeLike, *, sparse: bool):
         c = config
         groups = c.num_heads // c.num_kv_heads
-        dense = c.num_experts == 0
-        sparse = not dense
+        dense = not sparse
+        shared = sparse and c.num_shared_experts > 0
         normal = partial(_normal, scale=c.initializer_range, dtype=dtype)
-        keys = jax.random.split(key, 5 if sparse else 4)
+        keys = jax.random.split(key, 4 + sparse + 2 * shared)
 
         def ones(size: int) -> nnx.Param:
             return nnx.Param(jnp.ones(size, dtype))
@@ -99,6 +110,10 @@ class Layer(nnx.Module):
         self.eps = c.rms_norm_eps
         self.top_k = c.num_experts_per_token
         self.renormalise = c.norm_topk_prob
+        self.score_function = c.score_function
+        self.expert_groups = c.num_expert_groups
+        self.groups_per_token = c.groups_per_token
+        self.routed_scale = c.routed_scaling_factor
         self.attention_norm = ones(c.hidden_size)
         self.qkv = normal(keys[0], c.hidden_size, c.num_kv_heads, groups + 2, c.head_dim)
         self.qkv_bias = zeros(c.qkv_bias, c.num_kv_heads, groups + 2, c.head_dim)
@@ -112,9 +127,16 @@ class Layer(nnx.Module):
         self.down = matrix(dense, keys[3], c.intermediate_size, c.hidden_size)
         self.down_bias = zeros(c.mlp_bias, c.hidden_size)
         width = c.moe_intermediate_size
-        self.router = matrix(sparse, keys[-1], c.hidden_size, c.num_experts)
+        self.router = matrix(sparse, keys[4 if sparse else 0], c.hidden_size, c.num_experts)
+        # Who is chosen may turn on small differences: float32, whatever the rest is.
+        biased = sparse and c.score_function == "sigmoid"
+        wide = jnp.promote_types(dtype, jnp.float32)
+        self.expert_bias = nnx.Param(jnp.zeros(c.num_experts, wide)) if biased else None
         self.experts_gate_up = matrix(sparse, keys[2], c.num_experts, c.hidden_size, 2, width)
         self.experts_down = matrix(sparse, keys[3], c.num_experts, width, c.hidden_size)
+        width *= c.num_shared_experts
+        self.shared_gate_up = matrix(shared, keys[-2], c.hidden_size, 2, width)
+        self.shared_down = matrix(shared, keys[-1], width, c.hidden_size)
 
     def __call__(
         self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None
@@ -180,28 +202,46 @@ class Layer(nnx.Module):
     def mlp(self, x: Array) -> tuple[Array, Routing | None]:
         """Computes the feed-forward of [B, T, D], dense or of experts, and the routing of the latter."""
         if self.gate_up is None or self.down is None:
-            return self.moe(x)
-        gate_up = _bias(dot("btd,dcf->btcf", x, self.gate_up), self.gate_up_bias)
-        hidden = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return _bias(dot("btf,fd->btd", hidden, self.down), self.down_bias), None
+            mixed, routing = self.moe(x)
+            if self.shared_gate_up is not None and self.shared_down is not None:
+                mixed = mixed + _swiglu(x, self.shared_gate_up, self.shared_down)
+            return mixed, routing
+        return _swiglu(x, self.gate_up, self.down, self.gate_up_bias, self.down_bias), None
 
     def moe(self, x: Array) -> tuple[Array, Routing]:
-        """Computes the experts' feed-forward of [B, T, D], and the routing of its B * T tokens."""
+        """Computes what each token's own experts add up to, of [B, T, D], and the routing of its B * T tokens."""
         held = (self.router, self.experts_gate_up, self.experts_down)
         router, gate_up, down = (
             weight[...].astype(x.dtype) for weight in held if weight is not None
         )
-        routing = route(
-            x.reshape(-1, x.shape[-1]), router, top_k=self.top_k, renormalise=self.renormalise
-        )
+        rows = x.reshape(-1, x.shape[-1])
+        chosen = {"top_k": self.top_k, "renormalise": self.renormalise}
+        if self.expert_bias is None:
+            routing = route(rows, router, **chosen)
+        else:
+            routing = route_by_sigmoid(
+                rows,
+                router,
+                self.expert_bias[...],
+                **chosen,
+                groups=self.expert_groups,
+                groups_per_token=self.groups_per_token,
+                scale=self.routed_scale,
+            )
         return expert_mlp(x, routing.experts, routing.gates, gate_up, down), routing
 
 
 class Stack(nnx.Module):
-    """The layers for training: `body` holds all but the last on a leading axis (None for one layer), `last` the
-    last."""
+    """The layers for training, those of one shape on a leading axis.
 
-    def __init__(self, body: Layer | None, last: Layer):
+    Attributes:
+        first: the dense layers that an MoE begins with; None if there are none.
+        body: all others but the last; None if there are none.
+        last: the last.
+    """
+
+    def __init__(self, first: Layer | None, body: Layer | None, last: Layer):
+        self.first = nnx.data(first)
         self.body = nnx.data(body)
         self.last = last
 
@@ -229,14 +269,19 @@ class Model(nnx.Module):
         self.config = config
         self.embedding = normal(keys[0], config.vocab_size, config.hidden_size)
 
-        def layer(key: jax.Array) -> Layer:
-            return Layer(config, key, dtype)
+        def layer(key: jax.Array, sparse: bool) -> Layer:
+            return Layer(config, key, dtype, sparse=sparse)
+
+        def several(keys: jax.Array, sparse: bool) -> Layer | None:
+            return jax.vmap(partial(layer, sparse=sparse))(keys) if len(keys) else None
 
         if stacked:
-            body = jax.vmap(layer)(keys[2:-1]) if config.num_layers > 1 else None
-            self.layers: nnx.List | Stack = Stack(body, layer(keys[-1]))
+            sparse, dense = config.num_experts > 0, 2 + config.num_dense_layers
+            first, body = several(keys[2:dense], False), several(keys[dense:-1], sparse)
+            self.layers: nnx.List | Stack = Stack(first, body, layer(keys[-1], sparse))
         else:
-            self.layers = nnx.List([layer(key) for key in keys[2:]])
+            kinds = [config.has_experts(i) for i in range(config.num_layers)]
+            self.layers = nnx.List([layer(*each) for each in zip(keys[2:], kinds, strict=True)])
         self.final_norm = nnx.Param(jnp.ones(config.hidden_size, dtype))
         self.head = (
             None
@@ -287,20 +332,21 @@ class Model(nnx.Module):
         last = _rematerialised(partial(_layer_forward, outputs=outputs), remat)
         sums = []
         if isinstance(self.layers, Stack):
-            if self.layers.body is not None:
-                x, body_sums = jax.lax.scan(
-                    lambda x, layer: inner(layer, x, rope, ranges), x, self.layers.body
-                )
-                sums.append(body_sums)
+            for part in (self.layers.first, self.layers.body):
+                if part is not None:
+                    x, part_sums = jax.lax.scan(
+                        lambda x, layer: inner(layer, x, rope, ranges), x, part
+                    )
+                    sums.append(part_sums)
             x, last_sums = last(self.layers.last, x, rope, ranges)
             sums.append(jax.tree.map(lambda leaf: leaf[None], last_sums))
-            routing = jax.tree.map(lambda *parts: jnp.concatenate(parts), *sums)
+            routing = _joined(jnp.concatenate, sums)
         else:
             for layer in list(self.layers)[:-1]:
                 x, layer_sums = inner(layer, x, rope, ranges)
                 sums.append(layer_sums)
             x, last_sums = last(self.layers[-1], x, rope, ranges)
-            routing = jax.tree.map(lambda *parts: jnp.stack(parts), *sums, last_sums)
+            routing = _joined(jnp.stack, [*sums, last_sums])
         return rms_norm(x, self.final_norm, self.config.rms_norm_eps), routing
 
     def hidden_paged(
@@ -388,21 +434,23 @@ def stack_layers(model: Model) -> Model:
     """Stacks a model's layers for training. Donates: the given model's layer weights are freed."""
     if isinstance(model.layers, Stack):
         return model
-    layers = list(model.layers)
-    body = jax.tree.map(_stack_donated, *layers[:-1]) if len(layers) > 1 else None
-    return _with_layers(model, Stack(body, layers[-1]))
+    layers, dense = list(model.layers), model.config.num_dense_layers
+    first, body = (
+        jax.tree.map(_stack_donated, *part) if part else None
+        for part in (layers[:dense], layers[dense:-1])
+    )
+    return _with_layers(model, Stack(first, body, layers[-1]))
 
 
 def unstack_layers(model: Model, *, donate: bool = False) -> Model:
     """Splits a model's layers into single ones for decoding; `donate` frees the stacked weights on the way."""
     if not isinstance(model.layers, Stack):
         return model
-    count = model.config.num_layers - 1
     layers = []
-    if count:
-        leaves, tree = jax.tree.flatten(model.layers.body)
-        parts = [_split_stacked(leaf, count, donate) for leaf in leaves]
-        layers = [jax.tree.unflatten(tree, list(part)) for part in zip(*parts, strict=True)]
+    for stacked in (model.layers.first, model.layers.body):
+        leaves, tree = jax.tree.flatten(stacked)
+        parts = [_split_stacked(leaf, donate) for leaf in leaves]
+        layers += [jax.tree.unflatten(tree, list(part)) for part in zip(*parts, strict=True)]
     return _with_layers(model, nnx.List([*layers, model.layers.last]))
 
 
@@ -420,8 +468,8 @@ def _stack_donated(*parts: Array) -> Array:
     return stacked
 
 
-def _split_stacked(leaf: Array, count: int, donate: bool) -> list[Array]:
-    parts = jax.block_until_ready([leaf[i] for i in range(count)])
+def _split_stacked(leaf: Array, donate: bool) -> list[Array]:
+    parts = jax.block_until_ready([leaf[i] for i in range(len(leaf))])
     if donate:
         leaf.delete()
     return parts
@@ -464,7 +512,15 @@ def _layer_forward(
     if routing is None:
         return x, None
     sees_anything = (seen.end > seen.start).any(axis=-1)
-    return x, router_sums(routing, sees_anything.reshape(-1))
+    return x, router_sums(routing, sees_anything.reshape(-1), layer.score_function)
+
+
+def _joined(
+    join: Callable[[list[Array]], Array], sums: list[RouterSums | None]
+) -> RouterSums | None:
+    """Puts the statistics of layers together; dense ones have none."""
+    found = [each for each in sums if each is not None]
+    return jax.tree.map(lambda *parts: join(list(parts)), *found) if found else None
 
 
 def _attend_paged(
@@ -518,6 +574,15 @@ def _normal(key: jax.Array, *shape: int, scale: float, dtype: DTypeLike) -> nnx.
 def _repeat_then(repeated: Array, times: int, last: Array) -> Array:
     """Stacks the first vector so many times, then the other: [times + 1, K]."""
     return jnp.concatenate([jnp.broadcast_to(repeated, (times, *repeated.shape)), last[None]])
+
+
+def _swiglu(
+    x: Array, gate_up: Any, down: Any, gate_up_bias: Any = None, down_bias: Any = None
+) -> Array:
+    """Computes the feed-forward of [B, T, D] with gate_up [D, 2, F] and down [F, D]."""
+    both = _bias(dot("btd,dcf->btcf", x, gate_up), gate_up_bias)
+    hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
+    return _bias(dot("btf,fd->btd", hidden, down), down_bias)
 
 
 def _bias(x: Array, bias: nnx.Param | Array | None) -> Array:

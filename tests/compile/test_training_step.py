@@ -34,7 +34,7 @@ config = TrainConfig("unwritten", 10, init, data, compute_dtype="bfloat16", rema
 def stacked():
     model = Model(shape, jax.random.key(0))
     *body, last = model.layers
-    model.layers = Stack(jax.tree.map(lambda *parts: jnp.stack(parts), *body), last)
+    model.layers = Stack(None, jax.tree.map(lambda *parts: jnp.stack(parts), *body), last)
     return model
 
 weights, rebuild = model_weights(jax.eval_shape(stacked))
