@@ -212,7 +212,9 @@ def own_strategy(model: ModelConfig) -> StrategyName:
     """The strategy that a model is decoded by when none is asked for."""
     if not fills_masks(model.objective):
         return "autoregressive"
-    return "low_confidence_dynamic" if has_blocks(model.objective) else "semi_autoregressive"
+    if not has_blocks(model.objective):
+        return "semi_autoregressive"
+    return "sub_blocks" if model.shifted else "low_confidence_dynamic"
 
 
 def strategy_of(asked: StrategyName | CommitFunction | None, model: ModelConfig) -> Strategy:

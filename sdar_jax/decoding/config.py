@@ -42,7 +42,8 @@ class DecodingConfig:
         block_size: S; None is the model's own.
         strategy: which proposals a step commits; a name, a commit rule (`sdar_jax.decoding.commit_rules` says what
             that is), or None for the model's own: "autoregressive", "semi_autoregressive" for a masked-diffusion model,
-            and "low_confidence_dynamic" for a block-diffusion model. With n_k from `schedule`:
+            "sub_blocks" for a shifted block-diffusion model, and "low_confidence_dynamic" for another. With n_k from
+            `schedule`:
             "sequential": the leftmost n_k masked;
             "low_confidence_static": the n_k most confident;
             "low_confidence_dynamic": all above `confidence_threshold` if they are at least n_k, else the n_k best;
