@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from sdar_jax import ModelConfig
 from sdar_jax.model import Model
+from sdar_jax.model.config import RopeConfig
 
 VOCAB = 23
 MASK = VOCAB - 1
@@ -68,6 +69,35 @@ def tiny_moe(dtype: DTypeLike = jnp.float64, **changes) -> Model:
         "moe_intermediate_size": 12,
     }
     return tiny_model.__wrapped__(dtype, **(experts | changes))
+
+
+# A dense layer and two of experts: two of eight, in two of four groups, and a shared one.
+LLADA2 = {
+    "architecture": "llada2_moe",
+    "num_layers": 3,
+    "rope": RopeConfig(partial_rotary_factor=0.5),
+    "num_experts": 8,
+    "num_experts_per_token": 2,
+    "moe_intermediate_size": 12,
+    "num_dense_layers": 1,
+    "num_shared_experts": 1,
+    "score_function": "sigmoid",
+    "num_expert_groups": 4,
+    "groups_per_token": 2,
+    "routed_scaling_factor": 2.5,
+    "router_aux_loss_coef": 0.0,
+}
+
+
+@cache
+def tiny_llada2(dtype: DTypeLike = jnp.float64, **changes) -> Model:
+    """As `tiny_model`, of the shape `LLADA2`, with biases of experts as large as scores differ."""
+    model = tiny_model.__wrapped__(dtype, **(LLADA2 | changes))
+    with jax.ensure_compile_time_eval():
+        for i, layer in enumerate(model.layers):
+            if layer.expert_bias is not None:
+                layer.expert_bias[...] = 0.3 * jax.random.normal(jax.random.key(i), (8,), dtype)
+    return model
 
 
 @st.composite

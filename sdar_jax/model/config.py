@@ -304,6 +304,32 @@ PRESETS = {
         moe_intermediate_size=768,
     ),
 }
+PRESETS["llada2-mini"] = ModelConfig(
+    vocab_size=157184,
+    hidden_size=2048,
+    intermediate_size=5120,
+    num_layers=20,
+    num_heads=16,
+    num_kv_heads=4,
+    head_dim=128,
+    rope=RopeConfig(theta=600_000.0, partial_rotary_factor=0.5),
+    architecture="llada2_moe",
+    num_experts=256,
+    num_experts_per_token=8,
+    moe_intermediate_size=512,
+    router_aux_loss_coef=0.0,
+    num_dense_layers=1,
+    num_shared_experts=1,
+    score_function="sigmoid",
+    num_expert_groups=8,
+    groups_per_token=4,
+    routed_scaling_factor=2.5,
+    eos_token_id=156892,
+    stop_token_ids=(156892,),
+    objective="block_diffusion",
+    block_size=32,
+    mask_token_id=156895,
+)
 PRESETS |= {
     f"sdar-{size}": _sdar(PRESETS[f"qwen3-{size}"]) for size in ("1.7b", "4b", "8b", "30b-a3b")
 }

@@ -44,21 +44,28 @@ def count_tokens(inputs: LossInputs) -> TokenCounts:
 def training_flops(config: ModelConfig, counts: TokenCounts) -> float:
     """Computes forward and backward FLOPs: 6 per matmul weight and position, 12 K per query head and visible pair.
 
-        6 [ (layers - 1) layer_weights + kv_weights ] positions + 6 (layer_weights - kv_weights) outputs
+        6 [ weights of all layers but the last + kv_weights ] positions + 6 (weights of the last - kv_weights) outputs
         + 6 D V num_loss_tokens + 12 H K [ (layers - 1) pairs + output_pairs ]
 
     In the last layer, positions that are no outputs (the clean copy of the hybrid layout) need keys and values alone.
-    Of an MoE's layers the experts that a token goes to are counted, and the router. What `remat` computes again is not.
+    Of an MoE's layers the experts that a token goes to are counted, shared ones too, and the router. What `remat` computes again is not.
     """
     c = config
     kv_weights = 2 * c.hidden_size * c.num_kv_heads * c.head_dim
-    width = (
-        c.num_experts_per_token * c.moe_intermediate_size if c.num_experts else c.intermediate_size
-    )
-    other_weights = c.hidden_size * (2 * c.num_heads * c.head_dim + 3 * width + c.num_experts)
+    other_weights = [_other_weights(c, layer) for layer in range(c.num_layers)]
     inner_layers = c.num_layers - 1
-    weights_of_positions = inner_layers * (kv_weights + other_weights) + kv_weights
-    matmuls = weights_of_positions * float(counts.positions) + other_weights * float(counts.outputs)
+    weights_of_positions = c.num_layers * kv_weights + sum(other_weights[:-1])
+    matmuls = weights_of_positions * float(counts.positions)
+    matmuls += other_weights[-1] * float(counts.outputs)
     head = c.hidden_size * c.vocab_size * float(counts.num_loss_tokens)
     pairs = inner_layers * float(counts.pairs) + float(counts.output_pairs)
     return 6 * (matmuls + head) + 12 * c.num_heads * c.head_dim * pairs
+
+
+def _other_weights(c: ModelConfig, layer: int) -> int:
+    """Counts a layer's matmul weights that a token meets, but those of keys and values."""
+    width, router = c.intermediate_size, 0
+    if c.has_experts(layer):
+        width = (c.num_experts_per_token + c.num_shared_experts) * c.moe_intermediate_size
+        router = c.num_experts
+    return c.hidden_size * (2 * c.num_heads * c.head_dim + 3 * width + router)

@@ -116,18 +116,22 @@ def _model(config: InitConfig, inputs: Path) -> InitConfig:
 
 def _shrunk(shape: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
     kv_heads = min(shape.num_kv_heads, _KV_HEADS)
+    layers, groups = min(shape.num_layers, _LAYERS), min(shape.num_expert_groups, 2)
     return replace(
         shape,
         vocab_size=_VOCABULARY,
         hidden_size=_WIDTH,
         intermediate_size=2 * _WIDTH,
-        num_layers=min(shape.num_layers, _LAYERS),
+        num_layers=layers,
         num_heads=kv_heads * min(shape.num_heads // shape.num_kv_heads, _GROUP),
         num_kv_heads=kv_heads,
         head_dim=_HEAD_DIM,
         num_experts=min(shape.num_experts, _EXPERTS),
         num_experts_per_token=min(shape.num_experts_per_token, _EXPERTS_PER_TOKEN),
         moe_intermediate_size=min(shape.moe_intermediate_size, _WIDTH),
+        num_dense_layers=min(shape.num_dense_layers, layers - 1),
+        num_expert_groups=groups,
+        groups_per_token=min(shape.groups_per_token, groups),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         stop_token_ids=(tokenizer.eos_token_id,),

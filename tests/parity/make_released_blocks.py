@@ -95,7 +95,9 @@ class FastDLLM(torch.nn.Module):
 
 
 def fast_dllm(config: dict, directory: Path) -> dict[str, np.ndarray]:
-    fields = {name: value for name, value in config.items() if name not in ("model_type", "auto_map")}
+    fields = {
+        name: value for name, value in config.items() if name not in ("model_type", "auto_map")
+    }
     qwen2 = transformers.Qwen2Config(**fields, attn_implementation="eager")
     model = load(transformers.Qwen2ForCausalLM(qwen2), directory)
     # It writes a docstring where Python has none to write to.
@@ -216,7 +218,9 @@ def main() -> None:
     found = {}
     for name, outputs in (("Fast_dLLM_v2_7B", fast_dllm), ("LLaDA2.0-mini", llada2)):
         directory = MODELS / name
-        for key, made in outputs(json.loads((directory / "config.json").read_text()), directory).items():
+        for key, made in outputs(
+            json.loads((directory / "config.json").read_text()), directory
+        ).items():
             if key.startswith("greedy"):
                 assert MASK not in made
                 made = np.asarray(made, np.int16)

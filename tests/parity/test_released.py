@@ -63,7 +63,7 @@ def greedy(model: Model, name: str, **changes) -> list[int]:
     return done.tokens
 
 
-@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.parametrize("name", DECODED)
 def test_logits_and_greedy_decodes_are_the_released_codes(
     name: str, directories: dict[str, Path]
 ) -> None:

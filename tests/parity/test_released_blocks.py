@@ -32,7 +32,9 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def models(directories: dict[str, Path]) -> dict[str, Model]:
-    return {name: sdar_jax.load_pretrained(directories[name], dtype="float32") for name in directories}
+    return {
+        name: sdar_jax.load_pretrained(directories[name], dtype="float32") for name in directories
+    }
 
 
 def logits(model: Model) -> np.ndarray:

@@ -15,7 +15,7 @@ from sdar_jax.model import Model, Remat
 from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, weighted_loss
-from tests.tiny import VOCAB, pack, tiny_model
+from tests.tiny import LLADA2, VOCAB, pack, tiny_model
 
 ROWS, LENGTH = 8, 24
 
@@ -95,6 +95,7 @@ def main(extent: str) -> None:
         return
     for case, sizes in itertools.product(ALL, [AXES + PRODUCTS]):
         check(case, sizes)
+    check(QUICK, [(1, 2, 2, 1, 2), (1, 1, 4, 2, 1)], **LLADA2)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,17 @@ def test_an_moe_computes_the_experts_that_are_chosen():
     assert training_flops(config, done) == pytest.approx(6 * active * 1000, rel=1e-9)
 
 
+def test_dense_layers_and_shared_experts_are_counted():
+    """The 1.4 billion weights that a token of LLaDA2.0-mini meets, by its model card, without the embedding."""
+    config = ModelConfig.preset("llada2-mini")
+    attention = 2 * 2048 * (16 + 4) * 128
+    active = 20 * attention + 3 * 2048 * 5120 + 19 * (2048 * 256 + 9 * 3 * 2048 * 512)
+    done = TokenCounts(*(jnp.float32(x) for x in (1000, 1000, 0, 0, 1000)))
+    wanted = 6 * (active + 2048 * 157184) * 1000
+    assert training_flops(config, done) == pytest.approx(wanted, rel=1e-9)
+    assert active + 2 * 2048 * 157184 == pytest.approx(1.4e9, rel=0.05)
+
+
 def test_a_large_autoregressive_model_needs_six_flops_a_weight_and_token():
     config = ModelConfig.preset("qwen3-8b")
     tokens = 4096
