@@ -44,11 +44,13 @@ def count_tokens(inputs: LossInputs) -> TokenCounts:
 def training_flops(config: ModelConfig, counts: TokenCounts) -> float:
     """Computes forward and backward FLOPs: 6 per matmul weight and position, 12 K per query head and visible pair.
 
-        6 [ weights of all layers but the last + kv_weights ] positions + 6 (weights of the last - kv_weights) outputs
+        6 [ weights of all layers but the last + kv_weights ] positions
+        + 6 (weights of the last - kv_weights) outputs
         + 6 D V num_loss_tokens + 12 H K [ (layers - 1) pairs + output_pairs ]
 
     In the last layer, positions that are no outputs (the clean copy of the hybrid layout) need keys and values alone.
-    Of an MoE's layers the experts that a token goes to are counted, shared ones too, and the router. What `remat` computes again is not.
+    Of an MoE's layers the experts that a token goes to are counted, shared ones too, and the router. What `remat`
+    computes again is not.
     """
     c = config
     kv_weights = 2 * c.hidden_size * c.num_kv_heads * c.head_dim

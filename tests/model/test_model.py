@@ -22,6 +22,7 @@ from sdar_jax.model import (
 )
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.visibility import Ranges, block_causal, hybrid
+from tests.tiny import tiny_llada2
 
 CONFIG = ModelConfig(40, 16, 24, 2, 4, 2, 8, qkv_bias=True, initializer_range=0.3)
 TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, 40, jnp.int32)
@@ -71,6 +72,30 @@ def test_stacked_equals_unstacked(num_layers: int) -> None:
         assert_trees_close(unstack_layers(gradient(stacked)), gradient(model))
     assert_trees_close(unstack_layers(stacked), model, rtol=0)
     assert stack_layers(stacked) is stacked and unstack_layers(model) is model
+
+
+LLADA2_MODELS = {"one dense": {}, "two dense": {"num_dense_layers": 2}, "four": {"num_layers": 4}}
+
+
+@pytest.mark.parametrize("changes", LLADA2_MODELS.values(), ids=LLADA2_MODELS)
+def test_layers_of_two_shapes_stack(changes: dict, x64: None) -> None:
+    """Dense ones first; `two dense` leaves no body between them and the last. Statistics are of layers with experts."""
+    model = tiny_llada2(**changes)
+    stacked = stack_layers(copy(model))
+    dense = model.config.num_dense_layers
+    assert (stacked.layers.body is None) == (dense == 2)
+    assert len(stacked.layers.first.down[...]) == dense
+    assert_trees_close(unstack_layers(stacked), model, rtol=0)
+    ours, theirs = (
+        run_whole(each, TOKENS % 22, POSITIONS, block_causal(ONES, 4)) for each in (stacked, model)
+    )
+    assert_trees_close(ours, theirs, rtol=1e-12)
+    assert ours[1].tokens.shape == (model.config.num_layers - dense,)
+    whole = Model(model.config, jax.random.key(1), jnp.float64, stacked=True)
+    assert jax.tree.structure(whole) == jax.tree.structure(stacked)
+
+
+run_whole = jax.jit(Model.hidden_and_routing)
 
 
 def test_stacking_frees_what_it_stacked() -> None:

@@ -3,9 +3,10 @@
     python -m tests.released MODELS
     python tests/parity/make_released_blocks.py CODE MODELS
 
-Written once to fixtures/released_blocks.npz, with torch 2.6 and transformers 4.52.4, which nothing else here needs. CODE
-holds public files: `fast_dllm/generation_functions.py` (v2/ of NVlabs/Fast-dLLM at d259b48, its loop) and
-`llada2_moe/{modeling,configuration}_llada2_moe.py` (models/llada2_moe/ of inclusionAI/dFactory at 92b6890, the network).
+Written once to fixtures/released_blocks.npz, with torch 2.6 and transformers 4.52.4, which nothing else here needs.
+CODE holds public files: `fast_dllm/generation_functions.py` (v2/ of NVlabs/Fast-dLLM at d259b48, its loop) and
+`llada2_moe/{modeling,configuration}_llada2_moe.py` (models/llada2_moe/ of inclusionAI/dFactory at 92b6890, the
+network).
 
 The network of Fast-dLLM v2 is transformers' Qwen2 under its mask and with its cache, which only a finished block is
 written to: what its hub's modeling file has besides compiles for a GPU. LLaDA2's loop is on the hub alone, and is

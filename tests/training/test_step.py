@@ -19,6 +19,7 @@ from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.optimizer import adamw, is_decayed, learning_rate
 from sdar_jax.training.setup import configured_step
 from sdar_jax.training.step import initial_state, make_step, model_weights
+from tests.tiny import tiny_llada2
 
 SHAPE = ModelConfig(32, 16, 32, 1, 2, 1, 8, block_size=4, mask_token_id=31)
 OBJECTIVES = ("autoregressive", "masked_diffusion", "block_diffusion")
@@ -290,6 +291,29 @@ def test_remat_and_compute_dtype_reach_the_model():
     assert programs["dots", "auto"] not in (plain, programs["full", "auto"])
     assert "bf16" in programs["none", "bfloat16"] and "bf16" not in plain
     assert programs["none", "float32"] == plain
+
+
+def test_biases_of_experts_are_held():
+    """No gradient, and no decay: they only choose. All else is trained."""
+    model = tiny_llada2(jnp.float32)
+    weights, rebuild = model_weights(stack_layers(jax.tree.map(jnp.copy, model)))
+    optimizer = dataclasses.replace(OPTIMIZER, weight_decay=0.5)
+    objective = ObjectiveConfig(router_balance=0.1)
+    step = make_step(
+        lambda batch, key: make_inputs(batch, key, objective, model.config),
+        partial(training_loss, config=objective),
+        rebuild,
+        adamw(optimizer),
+        RATE,
+    )
+    before = jax.tree.map(np.asarray, weights)
+    state = initial_state(adamw(optimizer), weights, jax.random.key(1))
+    batch = random_batch()._replace(tokens=random_batch().tokens % 22)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert metrics.loss > 0 and metrics.scores.router.balance > 0
+    same = {name for name in before if np.array_equal(before[name], state.weights[name])}
+    assert same == {"layers.body.expert_bias", "layers.last.expert_bias"}
 
 
 def test_weights_have_names_and_go_back():
