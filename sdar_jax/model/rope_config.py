@@ -133,8 +133,10 @@ class RopeConfig:
             raise ConfigError(
                 f"rope_scaling of type {rope_type!r} lacks {', '.join(lacking)}; add what the model had"
             )
-        parts = (table.get("partial_rotary_factor") for table in (scaling, config))
-        part = next((part for part in parts if part is not None), 1.0)
+        part = config.get("partial_rotary_factor")
+        part = 1.0 if part is None else part
+        # Files write 1, without a point.
+        part = float(part) if is_int(part) else part
         return cls(theta=theta, rope_type=rope_type, partial_rotary_factor=part, **given)
 
     def to_hf(self) -> dict[str, Any]:

@@ -31,13 +31,22 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_presets_have_the_released_sizes(name: str) -> None:
     config = ModelConfig.preset(name)
     model = jax.eval_shape(partial(Model, config, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == PARAMETERS[name]
     assert config.rope == RopeConfig(1e6) and config.rms_norm_eps == 1e-6 and config.head_dim == 128
     assert (config.objective == "block_diffusion") == name.startswith("sdar")
+
+
+def test_llada2_mini_has_16_billion_weights() -> None:
+    """As its model card says; the config is its published one."""
+    assert set(PRESETS) == {*PARAMETERS, "llada2-mini"}
+    config = ModelConfig.preset("llada2-mini")
+    model = jax.eval_shape(partial(Model, config, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == pytest.approx(16e9, rel=0.02)
+    assert ModelConfig.from_hf(config.to_hf()) == config
 
 
 YARN = RopeConfig(5e3, "yarn", 4.0, beta_fast=16.0, beta_slow=2.0, attention_factor=0.9)

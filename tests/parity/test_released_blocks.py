@@ -177,7 +177,7 @@ def test_merged_experts_are_read_and_saved_as_released(
 
 
 def test_int8_is_near(directories: dict[str, Path]) -> None:
-    """Shared experts and dense layers are quantised with the rest. A token may come to other experts by it, not many."""
+    """Shared experts and dense layers are quantised with the rest. Few tokens come to other experts by it."""
     model = sdar_jax.load_pretrained(directories[MINI], dtype="int8")
     assert isinstance(model.layers[1].shared_down[...], QArray)
     assert isinstance(model.layers[0].gate_up[...], QArray)
