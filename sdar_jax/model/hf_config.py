@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sdar_jax.errors import CheckpointError, ConfigError, is_int
+from sdar_jax.model import hf_llada2
 from sdar_jax.model.hf_fields import (
     HARMLESS,
     LLADA2_HARMLESS,
@@ -106,41 +107,14 @@ _LLADA_FIXED = {
     "rope": True,
     "scale_logits": False,
 }
-_LLADA2_EXPERTS = {
-    "num_experts": "num_experts",
-    "num_experts_per_token": "num_experts_per_tok",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "num_dense_layers": "first_k_dense_replace",
-    "num_shared_experts": "num_shared_experts",
-    "num_expert_groups": "n_group",
-    "groups_per_token": "topk_group",
-    "routed_scaling_factor": "routed_scaling_factor",
-}
-_LLADA2_FIXED = {
-    "moe_router_enable_expert_bias": True,
-    "norm_head": False,
-    "norm_softmax": False,
-    "score_function": "sigmoid",
-    "use_rmsnorm": True,
-    "using_split_qkv_in_self_attention": False,
-}
 _LLADA2 = {
     "purpose": {"objective": "block_diffusion"},
     "block_size": 32,
     "mask_token_id": 156895,
-    "reads": (
-        *_LLADA2_EXPERTS.values(),
-        "norm_topk_prob",
-        "partial_rotary_factor",
-        "rotary_dim",
-        "router_aux_loss_coef",
-        "use_bias",
-        "use_qk_norm",
-        "use_qkv_bias",
-    ),
-    "written": _LLADA2_FIXED,
-    "not_written": ("attention_bias", "decoder_sparse_step", "mlp_only_layers"),
-    "supported_at": {name: (value,) for name, value in _LLADA2_FIXED.items()},
+    "reads": hf_llada2.READ,
+    "written": hf_llada2.FIXED,
+    "not_written": ("attention_bias",),
+    "supported_at": {name: (value,) for name, value in hf_llada2.FIXED.items()},
     "harmless": LLADA2_HARMLESS,
     "tensors": "bailing",
 }
@@ -307,17 +281,10 @@ def write(config: "ModelConfig") -> dict[str, Any]:
         values["attention_bias"] = config.qkv_bias
     if config.architecture == "llama":
         values["mlp_bias"] = config.mlp_bias
-    if config.num_experts:
-        values |= {theirs: getattr(config, ours) for ours, theirs in _EXPERTS.items()}
     if config.architecture == "llada2_moe":
-        values |= {theirs: getattr(config, ours) for ours, theirs in _LLADA2_EXPERTS.items()}
-        values |= {
-            "rotary_dim": config.rope.rotary_dim(config.head_dim),
-            "use_bias": config.output_bias,
-            "use_qk_norm": config.qk_norm,
-            "use_qkv_bias": config.qkv_bias,
-        }
+        values |= hf_llada2.write(config)
     elif config.num_experts:
+        values |= {theirs: getattr(config, ours) for ours, theirs in _EXPERTS.items()}
         values |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     if family.architecture != config.architecture:
         values["base_model_type"] = config.architecture
@@ -440,30 +407,7 @@ def _shape(config: dict[str, Any], architecture: Any) -> dict[str, Any]:
         "eos_token_id": stops[0] if stops else None,
         "stop_token_ids": tuple(stops),
         **(_experts(config) if architecture == "qwen3_moe" else {}),
-        **(_llada2(config, rope) if architecture == "llada2_moe" else {}),
-    }
-
-
-def _llada2(config: dict[str, Any], rope: RopeConfig) -> dict[str, Any]:
-    """Reads what LLaDA2 has otherwise than Qwen3."""
-    theirs = (*_LLADA2_EXPERTS.values(), "partial_rotary_factor")
-    if missing := [name for name in theirs if config.get(name) is None]:
-        raise ConfigError(f"config.json lacks {', '.join(missing)}; restore the file")
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    rotary_dim = config.get("rotary_dim")
-    if rotary_dim not in (None, rope.rotary_dim(head_dim)):
-        raise ConfigError(
-            f"rotary_dim is {rotary_dim!r} and partial_rotary_factor {rope.partial_rotary_factor} of head_dim "
-            f"{head_dim} is not; make them agree"
-        )
-    return {
-        **{ours: config[name] for ours, name in _LLADA2_EXPERTS.items()},
-        "score_function": "sigmoid",
-        "norm_topk_prob": config.get("norm_topk_prob", True),
-        "router_aux_loss_coef": config.get("router_aux_loss_coef", 0.0),
-        "qk_norm": config.get("use_qk_norm", True),
-        "qkv_bias": config.get("use_qkv_bias", False),
-        "output_bias": config.get("use_bias", False),
+        **(hf_llada2.read(config, rope) if architecture == "llada2_moe" else {}),
     }
 
 

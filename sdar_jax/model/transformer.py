@@ -43,6 +43,7 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.experts import (
     RouterSums,
     Routing,
+    Scoring,
     expert_mlp,
     route,
     route_by_sigmoid,
@@ -110,7 +111,7 @@ class Layer(nnx.Module):
         self.eps = c.rms_norm_eps
         self.top_k = c.num_experts_per_token
         self.renormalise = c.norm_topk_prob
-        self.score_function = c.score_function
+        self.score_function: Scoring = c.score_function
         self.expert_groups = c.num_expert_groups
         self.groups_per_token = c.groups_per_token
         self.routed_scale = c.routed_scaling_factor
