@@ -20,7 +20,9 @@ from tests.released import MASK, write_released
 from tests.training.conftest import run_values
 
 
-@pytest.mark.parametrize("name", ["SDAR-8B-Chat-b8", "LLaDA-8B-Instruct", "Dream-v0-Instruct-7B"])
+@pytest.mark.parametrize(
+    "name", ["SDAR-8B-Chat-b8", "LLaDA-8B-Instruct", "Dream-v0-Instruct-7B", "LLaDA2.0-mini"]
+)
 def test_a_run_starts_as_the_model_is(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -51,7 +53,14 @@ def test_what_a_run_says_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize(
-    "name", ["LLaDA-8B-Instruct", "Dream-v0-Instruct-7B", "Qwen3-0.6B-diffusion-bd3lm-v0.1"]
+    "name",
+    [
+        "LLaDA-8B-Instruct",
+        "Dream-v0-Instruct-7B",
+        "Qwen3-0.6B-diffusion-bd3lm-v0.1",
+        "Fast_dLLM_v2_7B",
+        "LLaDA2.0-mini",
+    ],
 )
 def test_a_run_leaves_a_model_of_the_same_family(name: str, inputs: Path, tmp_path: Path) -> None:
     directory = write_released(tmp_path, name)
