@@ -6,6 +6,7 @@ takes the narrowest that holds its work.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,9 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import visibility
+from sdar_jax.arithmetic import ceil_div
 from sdar_jax.decoding.commit_rules import CommitRule
 from sdar_jax.decoding.decode_state import SequenceState, Window, take
-from sdar_jax.decoding.proposal import Alternatives, Proposal, propose
+from sdar_jax.decoding.proposal import Alternatives, Proposal, is_plain, propose
+from sdar_jax.decoding.sampling_params import SamplingParams
 from sdar_jax.model import LayerPages, Model, Windows
 from sdar_jax.paradigm import Paradigm
 
@@ -45,6 +48,8 @@ class BufferConfig:
             the work more closely, and take longer to compile: for CPUs, where a forward's time grows with its width.
         sequences_at_once: sequences that decode in one forward, the first admitted; the others are prefilled and wait
             for a decode slot: one begins when another ends, without waiting for the host. None is all.
+        samples: whether any sequence asks for more than the likeliest tokens and their probabilities
+            (`proposal.is_plain`); without, the program is much smaller.
         stops_early: whether `advance` returns when, of the sequences at once, an eighth have come to be missing: have
             ended or are out of pages, and no other is there.
     """
@@ -57,6 +62,7 @@ class BufferConfig:
     decodes_beside_prefill: bool = True
     many_widths: bool = False
     sequences_at_once: int | None = None
+    samples: bool = True
     stops_early: bool = True
 
     def at_once(self, sequences: int) -> int:
@@ -296,15 +302,17 @@ def propose_masked(
     size = masked.shape[-1]
     used = jnp.arange(packed.index.size) < packed.count
     order, count = _first(masked.reshape(-1, size)[packed.index] & used[:, None])
-    order = jnp.pad(order, (0, -order.size % _PROPOSALS))
+    # At most one block per sequence has masks, unless blocks open early.
+    at_once = config.at_once(masked.shape[0])
+    one_block, most = at_once * size, at_once * masked.shape[1] * size
+    part = min(one_block, _PROPOSALS)
+    order = jnp.pad(order, (0, max(most, _PROPOSALS)))
     alternatives = batch.output.top_token.shape[-1]
     none = _no_proposal(
         masked.size, jnp.promote_types(packed.hidden.dtype, jnp.float32), alternatives
     )
 
-    def head(width: int, proposal: Proposal, first: int | Array = 0) -> Proposal:
-        if width == 0:
-            return proposal
+    def head(width: int, plain: bool, proposal: Proposal, first: int | Array = 0) -> Proposal:
         used = first + jnp.arange(width) < count
         # What pads the list repeats its first entry, and so asks for nothing that no sequence asks for.
         source = jnp.where(used, jax.lax.dynamic_slice_in_dim(order, first, width), order[0])
@@ -314,8 +322,7 @@ def propose_masked(
         sampling = batch.inputs.sampling.at(sequence)
         positions = window.positions.reshape(-1)[place]
         stops = batch.inputs.stop_ids[sequence]
-        behind_prompt = positions - batch.inputs.prompt_length[sequence]
-        early = (behind_prompt >= 0) & (behind_prompt < sampling.min_new_tokens)
+        early = _before_stops(positions, batch.inputs.prompt_length[sequence], sampling)
         found = propose(
             logits,
             sampling,
@@ -328,22 +335,49 @@ def propose_masked(
                 [sampling.suppress_token_ids, jnp.where(early[:, None], stops, -1)], axis=1
             ),
             alternatives=alternatives,
+            plain=plain,
         )
         last = (sampling.eos_last == 1) & (found.token[:, None] == stops).any(axis=1)
         found = found._replace(score=jnp.where(last, -jnp.inf, found.score))
         to = jnp.where(used, place, masked.size)
         return jax.tree.map(lambda all, new: all.at[to].set(new, mode="drop"), proposal, found)
 
-    # At most one block per sequence has masks, unless blocks open early.
-    at_once = config.at_once(masked.shape[0])
-    one_block, most = at_once * size, at_once * masked.shape[1] * size
+    def in_parts(width: int, plain: bool, proposal: Proposal) -> Proposal:
+        one_part = lambda i, proposal: head(width, plain, proposal, i * width)
+        return jax.lax.fori_loop(0, ceil_div(count, width), one_part, proposal)
+
+    widths = [*_parts_of(one_block, (4, 8)), *([most] if most > one_block else [])]
     if most > _PROPOSALS:
-        one_part = lambda i, proposal: head(_PROPOSALS, proposal, i * _PROPOSALS)
-        proposal = jax.lax.fori_loop(0, -(-count // _PROPOSALS), one_part, none)
+        widths = [_PROPOSALS]
+        branches = [partial(in_parts, _PROPOSALS, True)]
     else:
-        widths = [0, *_parts_of(one_block, (4, 8)), *([most] if most > one_block else [])]
-        proposal = _switch(_narrowest(widths, count), [(width,) for width in widths], head, none)
+        branches = [partial(head, width, True) for width in widths]
+    branch = _narrowest([0, *widths[:-1]], count)
+    branches = [lambda proposal: proposal, *branches]
+    if config.samples:
+        # What samples is most of the operations of a step: it is compiled once, for parts of one width.
+        branches.append(partial(in_parts, part, False))
+        plain = _all_plain(batch, window, masked)
+        branch = jnp.where(plain | (count == 0), branch, len(branches) - 1)
+    proposal = jax.lax.switch(branch, branches, none)
     return jax.tree.map(lambda x: x.reshape(*masked.shape, *x.shape[1:]), proposal)
+
+
+def _before_stops(positions: Array, prompt_length: Array, sampling: SamplingParams) -> Array:
+    """Whether these positions are ones where no stop token may be proposed yet; the parameters of each."""
+    behind_prompt = positions - prompt_length
+    return (behind_prompt >= 0) & (behind_prompt < sampling.min_new_tokens)
+
+
+def _all_plain(batch: SequenceState, window: Window, masked: Bool[Array, "B K S"]) -> Array:
+    """Whether every masked position asks for no more than `proposal.is_plain`."""
+    sampling = batch.inputs.sampling
+    plain = is_plain(sampling) & (sampling.suppress_token_ids < 0).all(axis=-1)
+    last = batch.inputs.prompt_length + sampling.min_new_tokens
+    early = (window.positions < last[:, None, None]) & (batch.inputs.stop_ids >= 0).any(axis=-1)[
+        :, None, None
+    ]
+    return ~(masked & (early | ~plain[:, None, None])).any()
 
 
 def _no_proposal(length: int, dtype, alternatives: int) -> Proposal:

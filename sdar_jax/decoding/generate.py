@@ -33,6 +33,8 @@ from sdar_jax.decoding.prompts import (
     checked_stops,
     to_ids,
 )
+from sdar_jax.decoding.proposal import is_plain
+from sdar_jax.decoding.sampling_params import SamplingParams
 from sdar_jax.decoding.text import TextReader, unknown_ids
 from sdar_jax.decoding.transfers import end_sequence
 from sdar_jax.devices.sharding import mesh_of
@@ -263,10 +265,17 @@ def start_state(
         prefill_sequences=len(ids) if paradigm.cached else 0,
         prefill_tokens=chunk,
         decodes_beside_prefill=False,
+        samples=not _plain(batch.inputs.sampling),
         stops_early=False,
     )
     banned = jax.device_put(unknown_ids(tokenizer, model.config.vocab_size))
     return DecodeState(jax.device_put(batch), pool, banned), config
+
+
+def _plain(sampling: SamplingParams) -> bool:
+    """Whether every sequence of the batch, on the host, asks for the likeliest tokens alone."""
+    suppresses = (sampling.suppress_token_ids >= 0).any() | (sampling.min_new_tokens > 0).any()
+    return bool(is_plain(sampling).all()) and not suppresses
 
 
 def _bucket(length: int, multiple: int) -> int:

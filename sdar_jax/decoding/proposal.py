@@ -41,6 +41,7 @@ def propose(
     banned: Bool[Array, " V"] | None = None,
     suppressed: Int[Array, "L W"] | None = None,
     alternatives: int = 0,
+    plain: bool = False,
 ) -> Proposal:
     """Greedy or sampled tokens with their confidence (semantics: penalty, temperature, then top-k, then top-p).
 
@@ -53,18 +54,19 @@ def propose(
         banned: tokens that are never proposed; what others' probabilities are is not changed by that.
         suppressed: of each position, tokens that its proposal and its confidence are without; padded with -1.
         alternatives: A, the most that a row asks for.
+        plain: all rows are (`is_plain`), and nothing is suppressed: two passes over the logits, and few operations.
     """
     finite = jnp.isfinite(logits).all(axis=-1)
     if mask_token_id is not None:
         logits = logits.at[:, mask_token_id].set(-jnp.inf)
     allow = lambda x: x if banned is None else jnp.where(banned, -jnp.inf, x)
     suppressed = jnp.zeros((logits.shape[0], 0), jnp.int32) if suppressed is None else suppressed
-    token, score, entropy, logprob = jax.lax.cond(
-        _all_plain(parameters) & (suppressed < 0).all(),
-        lambda logits: _plain(logits, allow),
-        lambda logits: _general(logits, parameters, positions, step, seen, suppressed, allow),
-        logits,
-    )
+    if plain:
+        token, score, entropy, logprob = _plain(logits, allow)
+    else:
+        token, score, entropy, logprob = _general(
+            logits, parameters, positions, step, seen, suppressed, allow
+        )
     return Proposal(
         token, score, entropy, logprob, finite, _alternatives(logits, parameters, alternatives)
     )
@@ -83,12 +85,10 @@ def _alternatives(logits: Array, parameters: SamplingParams, count: int) -> Alte
     return Alternatives(*jax.lax.cond((parameters.top_logprobs > 0).any(), likeliest, none, logits))
 
 
-def _all_plain(parameters: SamplingParams) -> Array:
-    """Whether every row is greedy, without penalty, and ranks by probability: what costs two passes over the logits."""
+def is_plain(parameters: SamplingParams) -> Bool[Array, "*B"]:
+    """Whether a row is greedy, without penalty, and ranks by probability: no more than two passes over the logits."""
     greedy = (parameters.temperature == 0) & (parameters.repetition_penalty == 1)
-    return (
-        greedy & (parameters.score == SCORES["probability"]) & (parameters.reads_entropy == 0)
-    ).all()
+    return greedy & (parameters.score == SCORES["probability"]) & (parameters.reads_entropy == 0)
 
 
 def _plain(logits: Array, allow: Callable[[Array], Array]) -> tuple[Array, Array, Array, Array]:
