@@ -21,6 +21,7 @@ FLOORS = (
     "visibility",
     "paradigm",
     "corruption",
+    "verdicts",
     "gpu_kernels",
     "attention",
     "experts",
@@ -33,6 +34,7 @@ FLOORS = (
     "evaluation",
     "training",
     "planning",
+    "proof",
     "cli",
 )
 # What an objective or strategy is called: a comparison with one of these belongs in the place that defines it.

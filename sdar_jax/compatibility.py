@@ -5,7 +5,9 @@ Kernels, sharding and the rest use public names that are the same in all version
 
 from collections.abc import Container
 
+from jax._src import distributed
 from jax._src.clusters import ClusterEnv
+from jax.errors import JaxRuntimeError
 
 
 def cluster_name(known: Container[str]) -> str | None:
@@ -36,3 +38,16 @@ def cluster_place(
         int(index or 0),
         list(found_devices) if found_devices else None,
     )
+
+
+def share(key: str, text: str) -> None:
+    """Gives a text to all processes of the job, which need not wait for it, nor compute."""
+    distributed.global_state.client.key_value_set(key, text, allow_overwrite=True)
+
+
+def get_shared(key: str, timeout: float) -> str | None:
+    """Returns what another process shares, or will within so many seconds; None if none does."""
+    try:
+        return distributed.global_state.client.blocking_key_value_get(key, int(timeout * 1000))
+    except JaxRuntimeError:
+        return None

@@ -25,6 +25,10 @@ class DecodingError(SdarError):
     """A prompt or a decoding request that cannot be served."""
 
 
+class KernelError(SdarError):
+    """A kernel that holds a chip and cannot be stopped."""
+
+
 class TrainingError(SdarError):
     """A training run that cannot continue."""
 

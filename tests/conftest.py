@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Chips that tests only claim to have prove no kernels; tests/proof does, with kernels of its own.
+os.environ["SDAR_JAX_PROVE"] = "0"
 # Nearly all of a run is XLA compiling tiny programs once each: optimising their machine code costs more than it gives.
 # XLA_DEFAULTS=1 leaves XLA as users have it; CI runs the tests marked `xla_defaults` so as well.
 if not os.environ.get("XLA_DEFAULTS"):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array
 
+from sdar_jax import verdicts
 from sdar_jax.devices.chips import platform
 from sdar_jax.errors import ConfigError
 
@@ -55,10 +56,14 @@ class Implementations(NamedTuple):
         return choice
 
     def kernel(self, *inputs: Array) -> Choice | None:
-        """Returns the platform's kernel, if there is one and it takes these inputs."""
+        """Returns the platform's kernel, if there is one, it takes these inputs, and it is right on the chip here.
+
+        What is not known of it is found out, which takes seconds.
+        """
         if self.no_kernel(*inputs) is not None:
             return None
-        return Choice(_KERNELS[platform()])
+        name = _KERNELS[platform()]
+        return Choice(name) if verdicts.trusted(self.op, self._path(name)) else None
 
     def no_kernel(self, *inputs: Array) -> str | None:
         """Says why no kernel of the platform takes these inputs; None if one does."""
@@ -69,9 +74,16 @@ class Implementations(NamedTuple):
 
     def function(self, choice: Choice, name: str) -> Callable:
         """Returns the function `name` of the chosen module."""
-        function = getattr(self._module(choice.implementation), name)
+        function = getattr(self.module(choice), name)
         return partial(function, interpret=True) if choice.interpret else function
+
+    def module(self, choice: Choice) -> ModuleType:
+        """Returns the chosen module."""
+        return self._module(choice.implementation)
 
     def _module(self, name: str) -> ModuleType:
         # Imported when it is asked for: not every platform's jaxlib carries every compiler.
-        return importlib.import_module(f"{self.package}.{name}")
+        return importlib.import_module(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self.package}.{name}"

@@ -147,6 +147,11 @@ def compiling_for(device: Any) -> Iterator[None]:
         _target = before
 
 
+def is_compiling_for() -> bool:
+    """Returns whether what is traced is for a device that is not here."""
+    return _target is not None
+
+
 def platform() -> str:
     """Returns "cpu", "gpu" or "tpu": what to compute on, by which kernels and sizes are chosen."""
     return jax.default_backend() if _target is None else _target.platform

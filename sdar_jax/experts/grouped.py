@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sdar_jax.arithmetic import ceil_div
-from sdar_jax.devices.chips import not_hopper, platform
+from sdar_jax.attention.implementations import Implementations
+from sdar_jax.devices.chips import platform
+
+_OP = Implementations("experts", "sdar_jax.experts", ("mosaic_gpu",))
 
 # Rows multiplied at once where there is no grouped kernel: about as many as a group has, between these.
 _FEWEST_ROWS, _MOST_ROWS = 8, 128
@@ -64,33 +67,22 @@ grouped_dot.defvjp(_grouped_dot_fwd, _grouped_dot_bwd)
 
 def choose(x: Array, weights: Array) -> str:
     """Chooses what multiplies: "mosaic_gpu", "ragged_dot" (XLA's kernel on TPU), or "tiled", the scan."""
-    if no_kernel(x, weights) is not None:
-        return "tiled"
-    return "ragged_dot" if platform() == "tpu" else "mosaic_gpu"
+    if platform() == "tpu":
+        return "ragged_dot"
+    kernel = _OP.kernel(x, weights)
+    return "tiled" if kernel is None else kernel.implementation
 
 
 def no_kernel(x: Array, weights: Array) -> str | None:
     """Says why no kernel of this platform takes these operands; None if one does."""
-    if platform() == "tpu":
-        return None
-    if platform() != "gpu":
-        return f"there are kernels for gpu and tpu, none for {platform()}"
-    # Imported when it is asked for: not every platform's jaxlib carries its compiler.
-    from sdar_jax.experts import mosaic_gpu
-
-    if not mosaic_gpu.takes(x, weights):
-        columns = mosaic_gpu.COLUMNS
-        return f"takes bfloat16 or float16 and widths that {columns} divides, not {x.dtype} and {weights.shape[1:]}"
-    return not_hopper()
+    return None if platform() == "tpu" else _OP.no_kernel(x, weights)
 
 
 def _kernels(x: Array, weights: Array) -> ModuleType | None:
     """Returns the kernels for Hopper, where they are chosen."""
-    if choose(x, weights) != "mosaic_gpu":
+    if platform() == "tpu" or (choice := _OP.kernel(x, weights)) is None:
         return None
-    from sdar_jax.experts import mosaic_gpu
-
-    return mosaic_gpu
+    return _OP.module(choice)
 
 
 def _filled_dot(x: Array, weights: Array, sizes: Array) -> Array:

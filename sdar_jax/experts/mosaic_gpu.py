@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from sdar_jax.arithmetic import round_up
+from sdar_jax.devices.chips import not_hopper
 from sdar_jax.gpu_kernels import (
     CONSUMERS,
     TILE,
@@ -33,10 +34,13 @@ COLUMNS = 128
 DEPTH, STAGES = 64, 5
 
 
-def takes(x: Array, weights: Array) -> bool:
-    """Returns whether the operands are in half precision, and of widths that are full tiles of either product's."""
+def unsupported(x: Array, weights: Array) -> str | None:
+    """Says why these operands, or the GPU that is here, are not for these kernels; None if they are: they are in half
+    precision, and of widths that are full tiles of either product's."""
     half = x.dtype == weights.dtype and x.dtype in (jnp.bfloat16, jnp.float16)
-    return half and not any(width % COLUMNS for width in weights.shape[1:])
+    if not half or any(width % COLUMNS for width in weights.shape[1:]):
+        return f"takes bfloat16 or float16 and widths that {COLUMNS} divides, not {x.dtype} and {weights.shape[1:]}"
+    return not_hopper()
 
 
 def product(

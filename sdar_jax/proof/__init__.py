@@ -1,0 +1,9 @@
+"""Kernels prove themselves: each against float64 on the chip that is here, in a process that may crash or hang.
+
+    cases.py       what is computed, and the right results
+    check.py       a kernel on a case, and how far off it may be
+    speed.py       what `sdar-jax doctor --prove` measures besides
+    __main__.py    the process: writes what it finds, line by line
+
+`sdar_jax.verdicts` starts it and judges what it wrote.
+"""
