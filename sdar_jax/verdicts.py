@@ -1,12 +1,12 @@
 """Whether a kernel is right on the chip that is here: found out at its first use, and kept.
 
-No kernel of ours has run on every chip with every version of JAX. So where one is first chosen, a process of its own runs
-it on small cases (`sdar_jax.proof`), with a time limit, and the verdict is written into the user's cache folder. A kernel
-that was wrong, crashed or hung is said so in one line, and XLA computes its operation.
+Nobody has run every kernel on every chip with every version of JAX. So where one is first chosen, a process of its own
+runs it on small cases (`sdar_jax.proof`), with a time limit, and the verdict is written into the user's cache folder.
+Of a kernel that was wrong, crashed or hung one line is printed, and XLA computes its operation.
 
 A verdict is of a kernel, by its source, on a kind of chip, under versions of JAX and its plugin: where one of them is
-another, the kernel proves itself again. In a job of several processes, what process 0 found holds for all. A TPU is held
-by one process, this one: there the cases run in a thread; whatever of it is left unfinished counts as a crash.
+another, the kernel proves itself again. In a job of several processes, what process 0 found holds for all. A TPU is
+held by one process, this one: there the cases run in a thread; one that is left unfinished counts as a crash.
 
 Kernels that are asked for by name, and those that are compiled for chips that are not here, prove nothing.
 SDAR_JAX_PROVE=0 takes all of them as they are.
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +40,12 @@ from sdar_jax.devices.user_cache import user_cache_dir
 from sdar_jax.errors import KernelError
 
 SWITCH = "SDAR_JAX_PROVE"
-# Seconds: of a proof, from which on it hangs; after which it says that it runs; and that a killed process may take.
+# Seconds without a line of a proof, from which on it hangs; the same for its first line, before which JAX starts.
 LIMIT = 120.0
+_STARTING = 120.0
+# Seconds after which is said that it runs; between two looks at it; and that a killed process may take to end.
 _QUIET = 2.0
+_LOOKING = 0.05
 _DYING = 5.0
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -133,7 +136,8 @@ class Verdict(NamedTuple):
         if self.outcome == "unproved":
             return (
                 f"sdar-jax: the kernel {kernel} could not be checked on {self.place} ({self.reason}); XLA computes in "
-                f"its place; run `sdar-jax doctor --prove` where nothing else uses the chip, or set {SWITCH}=0 to trust it"
+                f"its place; run `sdar-jax doctor --prove` while nothing else uses the chip, or set {SWITCH}=0 to "
+                "trust it"
             )
         verb = "gives wrong results" if self.outcome == "wrong" else self.outcome
         file = self.place.file
@@ -207,10 +211,10 @@ def prove(place: Place, *, in_thread: bool = False) -> Verdict:
         report = Path(folder) / "events"
         arguments = [*place.kernel, str(report)]
         if in_thread:
-            end = _in_thread(place, arguments)
+            end = _in_thread(place, arguments, report)
         else:
             platform = _JAX_PLATFORMS[chips.platform()]
-            end = run_child(arguments, LIMIT, f"checking {_told(place)}", JAX_PLATFORMS=platform)
+            end = run_child(arguments, report, _doing(place.kernel), JAX_PLATFORMS=platform)
         events = read_events(report)
     outcome, reason = judge(events, end, place)
     return Verdict(place, outcome, reason, events, round(time.monotonic() - begun, 1))
@@ -232,12 +236,12 @@ def judge(events: list[Event], end: str | None, place: Place | None = None) -> t
     for event in events:
         if event.get("wrong"):
             return "wrong", f"{event['wrong']} in {event['case']!r}"
-        if "error" in event:
-            unproved = any(words in event["error"] for words in _NO_MEMORY)
-            return "unproved" if unproved else "crashes", f"{event['error']} in {event['begun']!r}"
+        if "failed" in event:
+            unproved = any(words in event["failed"] for words in _NO_MEMORY)
+            return "unproved" if unproved else "crashes", f"{event['failed']} in {event['at']!r}"
     at = next((event["begun"] for event in reversed(events) if "begun" in event), "its start")
     if end == "hangs":
-        return "hangs", f"no result after {LIMIT:.0f} s in {at!r}"
+        return "hangs", f"no result for {LIMIT:.0f} s in {at!r}"
     if end is not None:
         return "crashes", f"{end} in {at!r}"
     if not any("wrong" in event for event in events):
@@ -245,10 +249,11 @@ def judge(events: list[Event], end: str | None, place: Place | None = None) -> t
     return "right", ""
 
 
-def run_child(arguments: list[str], limit: float, doing: str, **environment: str) -> str | None:
-    """Runs `python -m sdar_jax.proof`, and kills it at the limit.
+def run_child(arguments: list[str], report: Path, doing: str, **environment: str) -> str | None:
+    """Runs `python -m sdar_jax.proof`, and kills it where it hangs.
 
     Args:
+        report: the file that it writes to.
         doing: what is said of it where it takes longer than two seconds.
         environment: variables of it alone.
 
@@ -278,13 +283,13 @@ def run_child(arguments: list[str], limit: float, doing: str, **environment: str
         except OSError as error:
             return str(error)
         try:
-            status = _wait(child, limit, doing)
-        except subprocess.TimeoutExpired:
-            return "hangs"
+            if not _ends(lambda: child.poll() is None, report, doing):
+                return "hangs"
         finally:
             _end(child)
         stderr.seek(0)
         told = stderr.read().decode(errors="replace").strip().splitlines()
+    status = child.returncode
     if status == 0:
         return None
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -338,14 +343,14 @@ def _holds_chip() -> bool:
     return chips.platform() == "tpu"
 
 
-def _in_thread(place: Place, arguments: list[str]) -> str | None:
+def _in_thread(place: Place, arguments: list[str], report: Path) -> str | None:
     """Runs the proof in a thread, where nothing is being traced; as `run_child`.
 
     A process that it takes down, or that had to be killed, leaves a mark behind.
     """
     mark = place.file.with_suffix(".begun")
     if _left_behind(mark):
-        _write(Path(arguments[-1]), json.dumps({"ready": place}))
+        _write(report, json.dumps({"ready": place}))
         mark.unlink(missing_ok=True)
         return "its process ended before it did"
     # By name: the proof stands above this room, and is a program of its own elsewhere.
@@ -354,15 +359,11 @@ def _in_thread(place: Place, arguments: list[str]) -> str | None:
     _write(mark, json.dumps([socket.gethostname(), os.getpid(), time.time()]))
     try:
         thread.start()
-        thread.join(_QUIET)
-        if thread.is_alive():
-            _say(f"sdar-jax: checking {_told(place)}, up to {LIMIT:.0f} s")
-            thread.join(LIMIT - _QUIET)
+        if _ends(thread.is_alive, report, _doing(place.kernel)):
+            return None
     finally:
         mark.unlink(missing_ok=True)
-    if not thread.is_alive():
-        return None
-    outcome, reason = judge(read_events(Path(arguments[-1])), "hangs")
+    outcome, reason = judge(read_events(report), "hangs")
     verdict = Verdict(place, outcome, reason, [], LIMIT)
     keep(verdict)
     raise KernelError(f"{verdict}; the chip is held by it: end this process and start again")
@@ -381,14 +382,22 @@ def _left_behind(mark: Path) -> bool:
         return False
 
 
-def _wait(child: subprocess.Popen, limit: float, doing: str) -> int:
-    try:
-        return child.wait(min(_QUIET, limit))
-    except subprocess.TimeoutExpired:
-        if limit <= _QUIET:
-            raise
-    _say(f"sdar-jax: {doing}, up to {limit:.0f} s")
-    return child.wait(limit - _QUIET)
+def _ends(runs: Callable[[], bool], report: Path, doing: str) -> bool:
+    """Waits until what `runs` does no longer, and returns True; or False when its report has not grown for too long."""
+    begun = heard = time.monotonic()
+    size, told = 0, False
+    while runs():
+        time.sleep(_LOOKING)
+        now = time.monotonic()
+        written = report.stat().st_size if report.exists() else 0
+        if written != size:
+            size, heard = written, now
+        if now - heard > (LIMIT if size else _STARTING):
+            return False
+        if not told and now - begun > _QUIET:
+            _say(f"sdar-jax: {doing}")
+            told = True
+    return True
 
 
 def _end(child: subprocess.Popen) -> None:
@@ -400,8 +409,8 @@ def _end(child: subprocess.Popen) -> None:
             child.wait(_DYING)
 
 
-def _told(place: Place) -> str:
-    return f"the kernel {place.kernel.name} on {place.device}, once"
+def _doing(kernel: Kernel) -> str:
+    return f"checking the kernel {kernel.name} on this chip, once"
 
 
 def _say(line: str) -> None:
@@ -438,13 +447,13 @@ def _source(module: str) -> str:
     """Hashes the sources of a kernel: its own, its room's, and what all share."""
     package = Path(__file__).parent
     spec = importlib.util.find_spec(module)
-    own = Path((spec and spec.origin) or "")
-    room = next(
-        folder for folder in (own, *own.parents) if folder.parent in (package, folder.parent)
-    )
-    found = {own, *(package / name for name in _SOURCES)}
-    if room.parent == package:
-        found |= {file for file in room.rglob("*") if file.suffix in (".py", ".toml")}
+    found = {package / name for name in _SOURCES}
+    if spec is not None and spec.origin is not None:
+        own = Path(spec.origin)
+        found.add(own)
+        if own.is_relative_to(package):
+            room = package / own.relative_to(package).parts[0]
+            found |= {file for file in room.rglob("*") if file.suffix in (".py", ".toml")}
     digest = hashlib.sha256()
     for file in sorted(found):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -1,7 +1,7 @@
 """The process in which a kernel proves itself: python -m sdar_jax.proof OPERATION MODULE REPORT [--full].
 
-Writes an event a line to the report: {"ready": place} when the chip computes, {"begun": case} before each case, and what
-came of it after. Whoever started it reads how far it came.
+Writes a line for each event to the report: {"ready": place} when the chip computes, {"begun": case} before each case
+and what came of it after, {"failed": error} where it ends. Whoever started it reads how far it came.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def _prove(report: TextIO, op: str, name: str, full: bool) -> None:
     # Whatever a compiler or a chip says of a kernel.
     except Exception as error:
         reason = " ".join(str(error).split())[:1000]
-        _write(report, {"begun": at, "error": f"{type(error).__name__}: {reason}"})
+        _write(report, {"failed": f"{type(error).__name__}: {reason}", "at": at})
 
 
 def _write(report: TextIO, event: dict[str, Any]) -> None:

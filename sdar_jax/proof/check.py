@@ -8,8 +8,8 @@ import numpy as np
 
 from sdar_jax.proof.cases import Case
 
-# How many times the roundings that a right kernel is expected to show in its worst row (they show a half); a key too many or too
-# few in one row shows as ten times that and more.
+# How many times its roundings the worst row of a right kernel may be off. In their interpreters all are below a half;
+# a key too many or too few in one row is ten and more.
 _SLACK = 2
 # XLA and the kernels sum and take exponentials in float32, some of them approximated.
 _FLOAT32 = 2.0**-15
@@ -41,7 +41,7 @@ def check(case: Case, module: Any) -> Found:
 
 
 def compare(case: Case, results: dict[str, np.ndarray]) -> tuple[dict[str, float], str | None]:
-    """Computes the largest error of a row (the last axis) of each result, and says what is wrong with the first bad one.
+    """Computes the largest error of a row (the last axis) of each result, and says what is wrong with a bad one.
 
     The error is |got - exact| / (|exact| + the root mean square of all rows' |exact|): an error shows where rows are
     small, and a row that is zero but for cancellation may have noise.
