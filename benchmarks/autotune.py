@@ -8,70 +8,26 @@ chip stay. Needs a GPU or TPU that the kernels support.
 """
 
 import argparse
-import itertools
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 
-from benchmarks.timing import seconds
-from sdar_jax import visibility
-from sdar_jax.attention import attention
-from sdar_jax.attention.tile_sizes import TABLE, Row, TileSizes, chip_here, tile_sizes_for, trial
+from sdar_jax.attention.tile_sizes import TABLE, Row, TileSizes, chip_here
+from sdar_jax.proof.tiles import KERNELS, measure
 
 IMPLEMENTATIONS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
-KERNELS = ("forward", "dq", "dkv")
-# Query rows, keys and stages to try: what compiles of them depends on kernel and chip.
-SHAPES = {
-    "mosaic_gpu": ((64, 128, 192), (64, 128), (2, 3, 4)),
-    "mosaic_tpu": ((256, 512, 1024, 2048), (512, 1024, 2048), (1, 2, 3)),
-}
-HEADS, KV_HEADS, BLOCK_SIZE = 32, 8, 4
-
-
-def candidates(implementation: str) -> Iterator[TileSizes]:
-    return itertools.starmap(TileSizes, itertools.product(*SHAPES[implementation]))
-
-
-def work(kernel: str, head_dim: int, length: int) -> tuple[Callable, tuple]:
-    """A function that is to be traced anew for each candidate, and its arguments: the forward, or the backward."""
-    ranges = visibility.hybrid(jnp.ones((1, length), jnp.int32), BLOCK_SIZE)
-    keys = jax.random.split(jax.random.key(0), 4)
-    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    shapes = [(1, 2 * length, count, head_dim) for count in heads]
-    q, k, v, d_out = (
-        jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)
-    )
-    attend = lambda q, k, v: attention(q, k, v, ranges)
-    if kernel == "forward":
-        return attend, (q, k, v)
-    _, pullback = jax.vjp(attend, q, k, v)
-    # Of the backward, only the kernel in question stays in the program.
-    asked = slice(0, 1) if kernel == "dq" else slice(1, 3)
-    return lambda pullback, d_out: pullback(d_out)[asked], (pullback, d_out)
-
-
-def measure(row: Row, tile_sizes: TileSizes, length: int) -> float | None:
-    """Seconds, or None if these tile sizes do not compile or run."""
-    with trial(row, tile_sizes):
-        function, args = work(row.kernel, row.head_dim, length)
-        try:
-            return seconds(jax.jit(function), *args)
-        except Exception as error:  # Whatever the compiler objects to, the next candidate may do.
-            print(
-                f"  {tuple(tile_sizes)}: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            )
-            return None
 
 
 def tune(row: Row, length: int) -> tuple[TileSizes, str] | None:
     """The fastest tile sizes and what was measured, or None if nothing ran."""
-    shipped = tile_sizes_for(row.implementation, row.kernel, row.head_dim)
-    times = {}
-    for tile_sizes in dict.fromkeys((shipped, *candidates(row.implementation))):
-        if (took := measure(row, tile_sizes, length)) is not None:
+    times: dict[TileSizes, float] = {}
+    shipped = None
+    for tile_sizes, took in measure(row, length):
+        shipped = shipped or tile_sizes
+        if isinstance(took, str):
+            print(f"  {tuple(tile_sizes)}: {took}", flush=True)
+        else:
             times[tile_sizes] = took
             print(f"  {tuple(tile_sizes)}: {1e3 * took:.3f} ms", flush=True)
     if not times:

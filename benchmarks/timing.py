@@ -11,25 +11,12 @@ from typing import NamedTuple, Self
 
 import jax
 
+from sdar_jax.proof.speed import seconds as seconds
+
 PEER = Path(__file__).with_name("torch_peer.py")
 
 # Both sides' threads spin for a while when their work is done; the other side is not to pay for that.
 SETTLE_SECONDS = 1.0
-
-
-def seconds(function: Callable, *args, calls: int = 10, repeats: int = 5) -> float:
-    """Median seconds a call of a jitted function, after one to warm up; `calls` at a time, so that launching hides."""
-    jax.block_until_ready(function(*args))
-
-    def once() -> float:
-        start = time.perf_counter()
-        out = None
-        for _ in range(calls):
-            out = function(*args)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - start) / calls
-
-    return statistics.median(once() for _ in range(repeats))
 
 
 class Measured(NamedTuple):

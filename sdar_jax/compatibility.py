@@ -4,6 +4,7 @@ Kernels, sharding and the rest use public names that are the same in all version
 """
 
 from collections.abc import Container
+from typing import Any
 
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv
@@ -42,12 +43,14 @@ def cluster_place(
 
 def share(key: str, text: str) -> None:
     """Gives a text to all processes of the job, which need not wait for it, nor compute."""
-    distributed.global_state.client.key_value_set(key, text, allow_overwrite=True)
+    client: Any = distributed.global_state.client
+    client.key_value_set(key, text, allow_overwrite=True)
 
 
 def get_shared(key: str, timeout: float) -> str | None:
     """Returns what another process shares, or will within so many seconds; None if none does."""
+    client: Any = distributed.global_state.client
     try:
-        return distributed.global_state.client.blocking_key_value_get(key, int(timeout * 1000))
+        return client.blocking_key_value_get(key, int(timeout * 1000))
     except JaxRuntimeError:
         return None

@@ -209,7 +209,7 @@ def prove(place: Place, *, in_thread: bool = False) -> Verdict:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "events"
-        arguments = [*place.kernel, str(report)]
+        arguments = ["check", str(report), *place.kernel]
         if in_thread:
             end = _in_thread(place, arguments, report)
         else:

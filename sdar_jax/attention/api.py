@@ -33,7 +33,7 @@ Implementation = Literal["reference", "chunked", "mosaic_gpu", "mosaic_tpu"]
 _DENSE_QUERIES = 16
 _DENSE_SCORES = 128 * 256
 
-_OP = Implementations("attention", "sdar_jax.attention", get_args(Implementation))
+OP = Implementations("attention", "sdar_jax.attention", get_args(Implementation))
 
 _override: Choice | None = None
 
@@ -118,35 +118,35 @@ def _local(
 def choose(q: Array, k: Array, v: Array, implementation: Implementation | None = None) -> Choice:
     """Chooses the named implementation, the override's, or the best of those that can; a named one that cannot
     raises."""
-    requested = _OP.requested(implementation, _override, q, k, v)
+    requested = OP.requested(implementation, _override, q, k, v)
     if requested is not None:
         return requested
     queries, keys = q.shape[1], k.shape[1]
     if queries <= _DENSE_QUERIES or queries * keys <= _DENSE_SCORES:
         return Choice("reference")
-    return _OP.kernel(q, k, v) or Choice("chunked")
+    return OP.kernel(q, k, v) or Choice("chunked")
 
 
 def no_kernel(q: Array, k: Array, v: Array) -> str | None:
     """Says why no kernel of this platform takes these inputs; None if one does."""
-    return _OP.no_kernel(q, k, v)
+    return OP.no_kernel(q, k, v)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(q: Array, k: Array, v: Array, ranges: Ranges, scale: float, choice: Choice) -> Array:
-    out, _ = _OP.function(choice, "forward")(q, k, v, ranges, scale=scale)
+    out, _ = OP.function(choice, "forward")(q, k, v, ranges, scale=scale)
     return out
 
 
 def _attend_fwd(q, k, v, ranges, scale, choice):
-    out, logsumexp = _OP.function(choice, "forward")(q, k, v, ranges, scale=scale)
+    out, logsumexp = OP.function(choice, "forward")(q, k, v, ranges, scale=scale)
     return out, (q, k, v, ranges, out, logsumexp)
 
 
 def _attend_bwd(scale, choice, residuals, d_out):
     q, k, v, ranges, out, logsumexp = residuals
     d_out = jnp.asarray(d_out, q.dtype)
-    backward = _OP.function(choice, "backward")
+    backward = OP.function(choice, "backward")
     dq, dk, dv = backward(q, k, v, ranges, out, logsumexp, d_out, scale=scale)
     return dq, dk, dv, None
 

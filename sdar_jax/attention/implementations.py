@@ -65,6 +65,11 @@ class Implementations(NamedTuple):
         name = _KERNELS[platform()]
         return Choice(name) if verdicts.trusted(self.op, self._path(name)) else None
 
+    def kernel_here(self) -> tuple[str, str] | None:
+        """Returns the op and the name of the module of the platform's kernel, if there is one."""
+        name = _KERNELS.get(platform())
+        return (self.op, self._path(name)) if name in self.names else None
+
     def no_kernel(self, *inputs: Array) -> str | None:
         """Says why no kernel of the platform takes these inputs; None if one does."""
         name = _KERNELS.get(platform())

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,12 +57,13 @@ class Accelerator(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """no_kernel: why none of the kernels computes it; None if one does."""
+    """no_kernel: why none of the kernels takes it; None if one does. proof: what is known of that kernel here."""
 
     operation: str
     inputs: str
     implementation: str
     no_kernel: str | None
+    proof: str | None
 
 
 class Problem(NamedTuple):
@@ -73,10 +74,19 @@ class Problem(NamedTuple):
 
 
 def main(arguments: Sequence[str], program: str = "sdar-jax doctor") -> int:
-    """Prints the report. Returns the exit status: 0, whatever was found."""
+    """Prints the report. Returns the exit status: 0, whatever was found; with --prove 1 if a kernel is not right."""
     parser = argparse.ArgumentParser(prog=program, description=__doc__, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="one JSON object; sizes are in bytes")
+    parser.add_argument(
+        "--prove",
+        action="store_true",
+        help="check every kernel for the chip that is here and time it, minutes; writes one file to send",
+    )
     options = parser.parse_args(arguments)
+    if options.prove:
+        from sdar_jax.cli.prove import prove
+
+        return prove(_without_devices())
     found = report()
     print(json.dumps(found, indent=1) if options.json else "\n".join(_lines(found)))
     return 0
@@ -87,9 +97,8 @@ def report(root: Path = Path("/")) -> Report:
     accelerators = {"gpu": _gpu(root), "tpu": _tpu(root)}
     devices, failure = _devices()
     return {
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in _PACKAGES},
-        "host": {"system": platform.platform(), "cpus": os.cpu_count(), "memory": _host_memory()},
+        "versions": _versions(),
+        "host": _host(),
         "devices": devices,
         "operations": [] if failure else [operation._asdict() for operation in _operations()],
         "compilation_cache": None if failure else _compilation_cache(),
@@ -100,6 +109,19 @@ def report(root: Path = Path("/")) -> Report:
         "compilers": None if failure else _compilers(),
         "problems": [problem._asdict() for problem in _problems(accelerators, devices, failure)],
     }
+
+
+def _without_devices() -> Report:
+    """What is known without starting JAX's devices, of which a TPU serves one process alone."""
+    return {"versions": _versions(), "host": _host()}
+
+
+def _versions() -> Report:
+    return {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+
+
+def _host() -> Report:
+    return {"system": platform.platform(), "cpus": os.cpu_count(), "memory": _host_memory()}
 
 
 def _version(package: str) -> str | None:
@@ -169,25 +191,41 @@ def _operations() -> Iterator[Operation]:
     dtype = jnp.float32 if backend() == "cpu" else jnp.bfloat16
     like = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
     q, k = like(1, 4096, 32, 128), like(1, 4096, 8, 128)
-    yield _operation("attention", attention.choose, attention.no_kernel, q, k, k)
+    yield _operation(attention, q, k, k)
     window, pages = like(8, 4, 32, 128), like(64, 8, 64, 128)
     table, visible = like(8, 8, dtype=jnp.int32), like(8, 4, dtype=jnp.int32)
-    yield _operation(
-        "paged attention", paged.choose, paged.no_kernel, window, pages, pages, table, visible
-    )
-    yield _operation(
-        "experts", grouped.choose, grouped.no_kernel, like(32768, 2048), like(128, 2048, 768)
-    )
+    yield _operation(paged, window, pages, pages, table, visible)
+    yield _operation(grouped, like(32768, 2048), like(128, 2048, 768))
 
 
-def _operation(name: str, choose: Callable, no_kernel: Callable, *inputs: Any) -> Operation:
+def _operation(door: Any, *inputs: Any) -> Operation:
     import jax
 
+    from sdar_jax import verdicts
+
     found: list[Any] = []
-    # Arrays as the operation sees them when it is compiled.
-    jax.eval_shape(lambda *arrays: found.extend((choose(*arrays), no_kernel(*arrays))), *inputs)
+    with verdicts.looking():
+        # Arrays as the operation sees them when it is compiled.
+        jax.eval_shape(
+            lambda *arrays: found.extend((door.choose(*arrays), door.no_kernel(*arrays))), *inputs
+        )
     implementation = getattr(found[0], "implementation", found[0])
-    return Operation(name, f"{inputs[0].dtype}{list(inputs[0].shape)}", implementation, found[1])
+    shape = f"{inputs[0].dtype}{list(inputs[0].shape)}"
+    proof = None if found[1] else _proof(door.OP.kernel_here())
+    return Operation(door.OP.op, shape, implementation, found[1], proof)
+
+
+def _proof(kernel: tuple[str, str] | None) -> str | None:
+    """What is known of a kernel on the chip that is here; None where it needs no proof."""
+    from sdar_jax import verdicts
+    from sdar_jax.devices.chips import is_compiling_for
+
+    if kernel is None or is_compiling_for():
+        return None
+    verdict = verdicts.read(verdicts.Place.here(verdicts.Kernel(*kernel)))
+    if verdict is None:
+        return "not checked here yet, the first use will; or sdar-jax doctor --prove"
+    return "checked here" if verdict.right else f"{verdict.outcome}: {verdict.reason}"
 
 
 def _compilation_cache() -> Report:
@@ -312,9 +350,8 @@ def _lines(found: Report) -> Iterator[str]:
             yield f"  no {name.upper()} is attached; where there is one: {accelerator['install']}"
     yield "\noperations"
     for each in found["operations"]:
-        yield f"  {each['operation']:16} {each['implementation']:12} {each['inputs']}" + _reason(
-            each["no_kernel"]
-        )
+        known = f"; {each['proof']}" if each["proof"] else _reason(each["no_kernel"])
+        yield f"  {each['operation']:16} {each['implementation']:12} {each['inputs']}{known}"
     yield "\ncaches and disk"
     cache: Report = found["compilation_cache"] or {"directory": None}
     told = (

@@ -65,6 +65,17 @@ _PEAK_FLOPS = {
     "TPU v6e": 918e12,
 }
 
+# The start of JAX's device_kind of each.
+_KINDS = {
+    "NVIDIA H200": "h200",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
 # What XLA asks of a Hopper GPU when none is there: a GpuTargetConfigProto.
 _HOPPER = """
 gpu_device_info {{
@@ -191,3 +202,9 @@ def peak_flops(device_kind: str) -> float | None:
     """Looks up the dense bfloat16 FLOP/s of a known accelerator, by its `jax.Device.device_kind`; None for any other
     device."""
     return next((peak for kind, peak in _PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Looks up the figures of a device by its `device_kind`; None for one that is not in `CHIPS`."""
+    names = (name for kind, name in _KINDS.items() if device_kind.startswith(kind))
+    return next((CHIPS[name] for name in names), None)

@@ -13,7 +13,7 @@ from sdar_jax.arithmetic import ceil_div
 from sdar_jax.attention.implementations import Implementations
 from sdar_jax.devices.chips import platform
 
-_OP = Implementations("experts", "sdar_jax.experts", ("mosaic_gpu",))
+OP = Implementations("experts", "sdar_jax.experts", ("mosaic_gpu",))
 
 # Rows multiplied at once where there is no grouped kernel: about as many as a group has, between these.
 _FEWEST_ROWS, _MOST_ROWS = 8, 128
@@ -41,7 +41,7 @@ def grouped_dot(
     kernels = _kernels(x, weights)
     if kernels is not None:
         return kernels.product(x, weights, sizes)
-    tiled = partial(_tiled_dot, skipping=partly_filled)
+    tiled = partial(tiled_dot, skipping=partly_filled)
     ragged = _filled_dot if partly_filled else jax.lax.ragged_dot
     return jax.lax.platform_dependent(x, weights, sizes, tpu=ragged, default=tiled)
 
@@ -69,20 +69,20 @@ def choose(x: Array, weights: Array) -> str:
     """Chooses what multiplies: "mosaic_gpu", "ragged_dot" (XLA's kernel on TPU), or "tiled", the scan."""
     if platform() == "tpu":
         return "ragged_dot"
-    kernel = _OP.kernel(x, weights)
+    kernel = OP.kernel(x, weights)
     return "tiled" if kernel is None else kernel.implementation
 
 
 def no_kernel(x: Array, weights: Array) -> str | None:
     """Says why no kernel of this platform takes these operands; None if one does."""
-    return None if platform() == "tpu" else _OP.no_kernel(x, weights)
+    return None if platform() == "tpu" else OP.no_kernel(x, weights)
 
 
 def _kernels(x: Array, weights: Array) -> ModuleType | None:
     """Returns the kernels for Hopper, where they are chosen."""
-    if platform() == "tpu" or (choice := _OP.kernel(x, weights)) is None:
+    if platform() == "tpu" or (choice := OP.kernel(x, weights)) is None:
         return None
-    return _OP.module(choice)
+    return OP.module(choice)
 
 
 def _filled_dot(x: Array, weights: Array, sizes: Array) -> Array:
@@ -107,13 +107,14 @@ class _Visit(NamedTuple):
     end: Int[Array, " V"]
 
 
-def _tiled_dot(
+def tiled_dot(
     x: Float[Array, "M K"],
     weights: Float[Array, "G K N"],
     sizes: Int[Array, " G"],
     *,
     skipping: bool,
 ) -> Float[Array, "M N"]:
+    """Computes `grouped_dot` by a scan; `skipping` visits without rows pays where most are."""
     size = _tile_size(len(x), len(sizes))
     tiles = _pad_to_tiles(x, size)
 
@@ -130,6 +131,15 @@ def _tiled_dot(
 def _tiled_dot_gradients(
     x: Array, weights: Array, sizes: Array, d_out: Array, *, skipping: bool
 ) -> tuple[Array, Array]:
+    d_weights = tiled_weight_gradient(x, d_out, sizes, skipping=skipping)
+    d_x = tiled_dot(d_out, weights.swapaxes(1, 2), sizes, skipping=skipping)
+    return d_x, d_weights.astype(weights.dtype)
+
+
+def tiled_weight_gradient(
+    x: Float[Array, "M K"], d_out: Float[Array, "M N"], sizes: Int[Array, " G"], *, skipping: bool
+) -> Float[Array, "G K N"]:
+    """Sums x_m^T d_m over the rows of each group, in float32 at least, by the same scan."""
     size = _tile_size(len(x), len(sizes))
     tiles = _pad_to_tiles(x, size)
     d_tiles = _pad_to_tiles(d_out, size)
@@ -142,10 +152,8 @@ def _tiled_dot_gradients(
         )
         return total.at[at.group].add(part)
 
-    total = jnp.zeros(weights.shape, wide)
-    d_weights = _scan(visit, total, _visits(sizes, len(x), size), skipping)
-    d_x = _tiled_dot(d_out, weights.swapaxes(1, 2), sizes, skipping=skipping)
-    return d_x, d_weights.astype(weights.dtype)
+    total = jnp.zeros((len(sizes), x.shape[1], d_out.shape[1]), wide)
+    return _scan(visit, total, _visits(sizes, len(x), size), skipping)
 
 
 def _scan(

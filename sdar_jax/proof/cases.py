@@ -106,13 +106,13 @@ def _attention(
         dq, dk, dv = module.backward(q, k, v, ranges, out, logsumexp, d_out, scale=scale)
         return {"out": out, "dq": dq, "dk": dk, "dv": dv}
 
-    name = f"{mask}, {heads[0]} heads over {heads[1]} of {dim}, {inputs[0].dtype}"
+    name = f"{mask}, {heads[0]} heads over {heads[1]} of {dim}, {q.dtype}"
     return Case(
         name,
-        (*inputs, ranges),
-        tuple(inputs[:3]),
+        (q, k, v, d_out, ranges),
+        (q, k, v),
         run,
-        lambda: exact_attention(*inputs, np.asarray(ranges.sees(jnp.arange(keys))), scale),
+        lambda: exact_attention(q, k, v, d_out, np.asarray(ranges.sees(jnp.arange(keys))), scale),
         # That of the result, as those of probabilities cancel; for q and k also that of a score's gradient and of the
         # output inside it, which weighs more as it is part of a difference.
         {"out": 1, "dq": 3, "dk": 3, "dv": 1},
@@ -192,19 +192,19 @@ def _paged(windows: _Windows, dtype: Any, seed: int) -> Case:
     visible = np.maximum(ends, 0).astype(np.int32)
     q = random.normal(size=(rows, window, heads, dim))
     floats = (jnp.asarray(x.astype(dtype)) for x in (q, k_pages, v_pages))
-    inputs = (*floats, jnp.asarray(page_table), jnp.asarray(visible))
+    inputs: tuple[Any, ...] = (*floats, jnp.asarray(page_table), jnp.asarray(visible))
 
     def run(module: Any, *inputs) -> dict[str, jax.Array]:
         return {"out": module.forward(*inputs, scale=dim**-0.5)}
 
     name = f"{rows} windows of {window}, {heads} heads over {kv_heads} of {dim}, pages of {page}, {inputs[0].dtype}"
-    exact = lambda: {"out": _exact_paged(*inputs, dim**-0.5)}
+    exact = lambda: {"out": _exact_paged(inputs, dim**-0.5)}
     return Case(name, inputs, inputs, run, exact, {"out": 1})
 
 
-def _exact_paged(q, k_pages, v_pages, page_table, visible, scale: float) -> np.ndarray:
-    q, k_pages, v_pages = (np.asarray(x, np.float64) for x in (q, k_pages, v_pages))
-    page_table, visible = np.asarray(page_table), np.asarray(visible)
+def _exact_paged(inputs: tuple[Any, ...], scale: float) -> np.ndarray:
+    q, k_pages, v_pages = (np.asarray(x, np.float64) for x in inputs[:3])
+    page_table, visible = map(np.asarray, inputs[3:])
     out = np.zeros(q.shape)
     kv_heads, page, dim = k_pages.shape[1:]
     group = q.shape[2] // kv_heads
@@ -236,11 +236,11 @@ def _expert_cases(tile: int, full: bool) -> Iterator[Case]:
             (2048, tuple(range(64)), 512, 384, jnp.float16),
         ]
     for seed, shape in enumerate(shapes):
-        yield _experts(*shape, seed)
+        yield _experts(seed, *shape)
 
 
 def _experts(
-    rows: int, sizes: tuple[int, ...], depth: int, columns: int, dtype: Any, seed: int
+    seed: int, rows: int, sizes: tuple[int, ...], depth: int, columns: int, dtype: Any
 ) -> Case:
     random = np.random.default_rng(seed)
     shapes = ((rows, depth), (len(sizes), depth, columns), (rows, columns))

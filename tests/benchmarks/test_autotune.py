@@ -10,6 +10,7 @@ from benchmarks import autotune
 from sdar_jax.attention import tile_sizes as tile_sizes_module
 from sdar_jax.attention.tile_sizes import TABLE, Row, TileSizes, tile_sizes_for, trial
 from sdar_jax.errors import ConfigError
+from sdar_jax.proof import tiles
 from tests.bad_input import refused
 
 ROW = Row("mosaic_gpu", "dq", 128, "NVIDIA H200")
@@ -49,21 +50,31 @@ def test_the_fastest_that_compiles_is_chosen(monkeypatch, capsys):
             raise ValueError("too much shared memory")
         return times[tile_sizes]
 
-    monkeypatch.setattr(autotune, "seconds", seconds)
-    monkeypatch.setattr(autotune, "work", lambda *_: (lambda: None, ()))
+    monkeypatch.setattr(tiles, "seconds", seconds)
+    monkeypatch.setattr(tiles, "work", lambda *_: (lambda: None, ()))
     monkeypatch.setattr(tile_sizes_module, "chip_here", lambda: ROW.chip)
     best = autotune.tune(ROW, 4096)
     assert best is not None and best[0] == TileSizes(64, 64, 3) and "1000.000 ms" in best[1]
     assert "too much shared memory" in capsys.readouterr().out
-    monkeypatch.setattr(autotune, "seconds", lambda *_: 1 / 0)
+    monkeypatch.setattr(tiles, "seconds", lambda *_: 1 / 0)
     assert autotune.tune(ROW, 4096) is None
+
+
+def test_one_that_gives_other_results_is_out(monkeypatch):
+    """However fast."""
+    monkeypatch.setattr(tiles, "seconds", lambda *_: 1.0)
+    monkeypatch.setattr(tiles, "candidates", lambda _: [TileSizes(1, 1, n) for n in (1, 2, 3)])
+    results = iter([1.0, 1.001, 1.1])
+    monkeypatch.setattr(tiles, "work", lambda *_: (lambda: jnp.full(3, next(results)), ()))
+    monkeypatch.setattr(tile_sizes_module, "chip_here", lambda: ROW.chip)
+    assert [took for _, took in tiles.measure(ROW, 4096)] == [1.0, 1.0, "other results"]
 
 
 @pytest.mark.parametrize("kernel, outputs", [("forward", 1), ("dq", 1), ("dkv", 2)])
 def test_the_work_is_what_the_kernel_makes(kernel, outputs, monkeypatch):
-    monkeypatch.setattr(autotune, "HEADS", 4)
-    monkeypatch.setattr(autotune, "KV_HEADS", 2)
-    function, args = autotune.work(kernel, 8, 32)
+    monkeypatch.setattr(tiles, "HEADS", 4)
+    monkeypatch.setattr(tiles, "KV_HEADS", 2)
+    function, args = tiles.work(kernel, 8, 32)
     out = function(*args)
     parts = out if isinstance(out, tuple) else (out,)
     assert len(parts) == outputs

@@ -38,7 +38,7 @@ def door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Door:
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("SDAR_JAX_CACHE_DIR", str(tmp_path / "cache"))
     op = implementations.Implementations("attention", "tests.proof.fakes", FAKES)
-    monkeypatch.setattr(api, "_OP", op)
+    monkeypatch.setattr(api, "OP", op)
     found = Door(monkeypatch, tmp_path / "cache")
     found.restart()
     return found

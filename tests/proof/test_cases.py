@@ -97,7 +97,7 @@ def test_kernels_for_hopper_pass(op, module, words):
 def test_what_is_found_wrong(fake, says, tmp_path):
     """As the process finds it, in this one."""
     report = tmp_path / "events"
-    main(["attention", f"tests.proof.fakes.{fake}", str(report)])
+    main(["check", str(report), "attention", f"tests.proof.fakes.{fake}"])
     outcome, reason = verdicts.judge(verdicts.read_events(report), None)
     assert (outcome, reason) == ("right", "") if says is None else says in reason
 
@@ -124,8 +124,8 @@ def test_one_key_in_one_row_shows(words, change):
 
 def rounded(found: Case, sees: np.ndarray) -> str | None:
     """What is wrong with the results of this mask, rounded once."""
-    *inputs, _ = found.inputs
-    results = exact_attention(*inputs, sees, inputs[0].shape[-1] ** -0.5)
+    q, k, v, d_out, _ = found.inputs
+    results = exact_attention(q, k, v, d_out, sees, q.shape[-1] ** -0.5)
     return compare(
         found, {name: np.asarray(jnp.asarray(x, found.dtype)) for name, x in results.items()}
     )[1]

@@ -47,7 +47,7 @@ def test_a_right_kernel_is_used_and_not_proved_again(door, monkeypatch, capsys):
     door.use("right")
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 200, 2, 8))
     ranges = visibility.causal(jnp.ones((1, 200), jnp.int32))
-    found = jax.jit(lambda *arrays: attention(*arrays, ranges))(q, k, v)
+    found = jax.jit(lambda q, k, v: attention(q, k, v, ranges))(q, k, v)
     np.testing.assert_array_equal(found, attention(q, k, v, ranges, implementation="chunked"))
     (kept,) = door.verdicts()
     verdict = json.loads(kept.read_text())

@@ -21,7 +21,7 @@ from sdar_jax.errors import ConfigError
 
 PagedImplementation = Literal["reference", "xla", "mosaic_gpu", "mosaic_tpu"]
 
-_OP = Implementations("paged attention", "sdar_jax.attention.paged", get_args(PagedImplementation))
+OP = Implementations("paged attention", "sdar_jax.attention.paged", get_args(PagedImplementation))
 # What `attention.api.override` names otherwise.
 _OVERRIDES = {"chunked": "xla"}
 
@@ -77,7 +77,7 @@ def paged_attention(
 
 def _local(*inputs: Array, scale: float, implementation: PagedImplementation | None) -> Array:
     """Computes one device's part, by an implementation chosen for the shapes that it has."""
-    forward = _OP.function(choose(*inputs, implementation=implementation), "forward")
+    forward = OP.function(choose(*inputs, implementation=implementation), "forward")
     return forward(*inputs, scale=scale)
 
 
@@ -106,9 +106,9 @@ def choose(*inputs: Array, implementation: PagedImplementation | None = None) ->
     if override is not None:
         name = override.implementation
         override = override._replace(implementation=_OVERRIDES.get(name, name))
-    return _OP.requested(implementation, override, *inputs) or _OP.kernel(*inputs) or Choice("xla")
+    return OP.requested(implementation, override, *inputs) or OP.kernel(*inputs) or Choice("xla")
 
 
 def no_kernel(*inputs: Array) -> str | None:
     """Says why no kernel of this platform takes these inputs; None if one does."""
-    return _OP.no_kernel(*inputs)
+    return OP.no_kernel(*inputs)
