@@ -13,7 +13,7 @@ import tomllib
 
 import jax
 
-from sdar_jax.attention.tile_sizes import TABLE, Row, TileSizes, chip_here
+from sdar_jax.attention.tile_sizes import TABLE, Row, TileSizes, chip_here, tile_sizes_for
 from sdar_jax.proof.tiles import KERNELS, measure
 
 IMPLEMENTATIONS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
@@ -22,9 +22,7 @@ IMPLEMENTATIONS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 def tune(row: Row, length: int) -> tuple[TileSizes, str] | None:
     """The fastest tile sizes and what was measured, or None if nothing ran."""
     times: dict[TileSizes, float] = {}
-    shipped = None
     for tile_sizes, took in measure(row, length):
-        shipped = shipped or tile_sizes
         if isinstance(took, str):
             print(f"  {tuple(tile_sizes)}: {took}", flush=True)
         else:
@@ -33,6 +31,7 @@ def tune(row: Row, length: int) -> tuple[TileSizes, str] | None:
     if not times:
         return None
     best = min(times, key=times.__getitem__)
+    shipped = tile_sizes_for(row.implementation, row.kernel, row.head_dim)
     before = f", {tuple(shipped)} took {1e3 * times[shipped]:.3f}" if shipped in times else ""
     return (
         best,

@@ -98,7 +98,9 @@ def _attention(
     batch, queries, _ = ranges.start.shape
     random = np.random.default_rng(seed)
     sizes = [(queries, heads[0]), (keys, heads[1]), (keys, heads[1]), (queries, heads[0])]
-    inputs = [jnp.asarray(random.normal(size=(batch, *size, dim)).astype(dtype)) for size in sizes]
+    q, k, v, d_out = (
+        jnp.asarray(random.normal(size=(batch, *size, dim)).astype(dtype)) for size in sizes
+    )
     scale = dim**-0.5
 
     def run(module: Any, q, k, v, d_out, ranges) -> dict[str, jax.Array]:

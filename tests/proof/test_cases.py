@@ -102,7 +102,10 @@ def test_what_is_found_wrong(fake, says, tmp_path):
     assert (outcome, reason) == ("right", "") if says is None else says in reason
 
 
-@pytest.mark.parametrize("words", ["hybrid", "scattered", ", float16", ", float32"])
+@pytest.mark.parametrize(
+    "words",
+    ["hybrid", ", float32", *(pytest.param(w, marks=SLOW) for w in ("scattered", ", float16"))],
+)
 @pytest.mark.parametrize("change", ["a key too many", "a key too few"])
 def test_one_key_in_one_row_shows(words, change):
     """However many keys the row sees, above the rounding of the results' type."""
@@ -145,6 +148,7 @@ def test_every_kernel_has_cases_that_it_takes():
 
 
 def test_more_cases_where_there_is_time():
-    for op in ("paged attention", "experts"):
-        quick, full = ([case.name for case in cases(op, 128, full=full)] for full in (False, True))
-        assert len(full) >= 2 * len(quick) and len(set(full)) == len(full)
+    quick, full = (
+        [case.name for case in cases("experts", 128, full=full)] for full in (False, True)
+    )
+    assert len(full) >= 2 * len(quick) and len(set(full)) == len(full)
