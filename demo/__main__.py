@@ -17,6 +17,7 @@ from demo.report import forming, plot, table
 from demo.tasks import build
 from demo.tokenizer import make_tokenizer
 from sdar_jax import load_pretrained
+from sdar_jax.cli.compilation import for_commands
 from sdar_jax.data.tokenizer import load_tokenizer
 from sdar_jax.errors import SdarError, TrainingError
 from sdar_jax.training import TrainConfig, read_config, run
@@ -128,7 +129,9 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("sdar_jax").setLevel(logging.INFO)
     try:
-        main(tyro.cli(DemoConfig, config=(tyro.conf.FlagCreatePairsOff,)))
+        chosen = tyro.cli(DemoConfig, config=(tyro.conf.FlagCreatePairsOff,))
+        with for_commands():
+            main(chosen)
     except SdarError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,6 +16,9 @@ if not os.environ.get("XLA_DEFAULTS"):
         f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     )
 
+# Commands that tests start keep what they compile beside what the tests do, and not in the home of who runs them.
+os.environ["SDAR_JAX_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "commands")
+
 import jax
 import pytest
 from hypothesis import HealthCheck, settings

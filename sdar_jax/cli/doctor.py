@@ -229,13 +229,13 @@ def _proof(kernel: tuple[str, str] | None) -> str | None:
 
 
 def _compilation_cache() -> Report:
-    import jax
+    """Where commands keep what they compile."""
+    from sdar_jax.cli.compilation import keep_programs
 
-    directory = jax.config.jax_compilation_cache_dir
-    files = (
-        [file for file in Path(directory or "").rglob("*") if file.is_file()] if directory else []
-    )
-    return {"directory": directory, "size": sum(file.stat().st_size for file in files)}
+    directory = keep_programs()
+    files = [file for file in directory.rglob("*") if file.is_file()] if directory else []
+    size = sum(file.stat().st_size for file in files)
+    return {"directory": None if directory is None else str(directory), "size": size}
 
 
 def _written_to() -> list[Path]:
@@ -357,7 +357,9 @@ def _lines(found: Report) -> Iterator[str]:
     told = (
         f"{cache['directory']}, {_gigabytes(cache['size'])}"
         if cache["directory"]
-        else ("none, every start compiles anew; JAX_COMPILATION_CACHE_DIR=DIR keeps one")
+        else (
+            "none, every start compiles anew; SDAR_JAX_CACHE_DIR=DIR keeps them in a folder that can be written"
+        )
     )
     yield f"  compiled programs: {told}"
     yield from (f"  {_gigabytes(disk['free'])} free in {disk['path']}" for disk in found["disk"])

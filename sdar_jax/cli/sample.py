@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from sdar_jax import Completion, DecodingConfig, Engine, generate, load_pretrained
+from sdar_jax.cli.compilation import for_commands
 from sdar_jax.cli.flags import Flags, warnings_in
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
@@ -463,7 +464,7 @@ def main(arguments: Sequence[str], program: str = "sdar-jax sample") -> int:
             description=(__doc__ or "").replace("sdar-jax sample", program),
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-        with warnings_in(_FLAGS):
+        with for_commands(), warnings_in(_FLAGS):
             return run(config)
     except SdarError as error:
         # What a line of a file has is in that file's words.

@@ -18,6 +18,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from sdar_jax.cli.compilation import for_commands
 from sdar_jax.cli.flags import Flags
 from sdar_jax.devices import processes
 from sdar_jax.errors import SdarError
@@ -37,9 +38,11 @@ def main(arguments: Sequence[str], program: str = "sdar-jax train") -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with processes.distributed():
-            if not processes.is_main_process():
+            main_process = processes.is_main_process()
+            if not main_process:
                 logging.getLogger("sdar_jax").setLevel(logging.WARNING)
-            outcome = run(_config(arguments, program))
+            with for_commands(quiet=not main_process):
+                outcome = run(_config(arguments, program))
     except SdarError as error:
         print(f"error: {_FLAGS(str(error))}", file=sys.stderr)
         return 2

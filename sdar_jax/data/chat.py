@@ -17,9 +17,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from sdar_jax.data.conversation import (
     REASONING,
     Conversation,
@@ -30,6 +27,7 @@ from sdar_jax.data.conversation import (
     unread_fields,
     wrong_variable,
 )
+from sdar_jax.data.tokenizer import PreTrainedTokenizerBase
 from sdar_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -234,6 +232,8 @@ class ChatRenderer:
 
     def _render(self, conversation: Conversation, prompt: bool = False) -> tuple[str, list[Span]]:
         """Renders the text, and finds the spans that the template itself marks as generated."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             template = self._template(conversation)
             marks = GENERATION.search(template) is not None

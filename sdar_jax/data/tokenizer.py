@@ -1,13 +1,16 @@
 """Tokenizers: read from a directory or the hub, and used in one way by training and decoding alike."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdar_jax.errors import CheckpointError, DataError
 from sdar_jax.hf.released import model_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+else:
+    # Imported when a tokenizer is loaded: transformers takes more than a second, and ids alone need none.
+    PreTrainedTokenizerBase = Any
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
@@ -19,9 +22,14 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is no tokenizer, or none that can be read.
     """
+    from transformers.utils import logging
+
     directory = model_directory(path_or_hub_id, weights=False)
     # By its model type AutoTokenizer may choose a class that puts a pre-tokenizer of its own in place of the file's.
-    kind = PreTrainedTokenizerFast if (directory / "tokenizer.json").is_file() else AutoTokenizer
+    if (directory / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast as kind  # noqa: N813
+    else:
+        from transformers import AutoTokenizer as kind  # noqa: N813
     # It would warn that it knows no `sdar` model; a tokenizer needs none.
     logging.set_verbosity_error()
     try:

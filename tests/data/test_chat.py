@@ -117,7 +117,7 @@ def test_marked_generation_is_rendered_by_one_thread_at_a_time(monkeypatch):
         finally:
             rendering.release()
 
-    monkeypatch.setattr("sdar_jax.data.chat.render_jinja_template", alone)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.render_jinja_template", alone)
     renderer = ChatRenderer(make_byte_tokenizer(TAGGED))
     records = [{"messages": [user("q" * n), assistant("a" * (20 - n))]} for n in range(20)]
     with ThreadPoolExecutor(4) as pool:
