@@ -7,7 +7,7 @@ takes the narrowest that holds its work.
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,8 +44,9 @@ class BufferConfig:
             that serves; 0 where none has any to read.
         prefill_tokens: of one prompt, the most that a forward reads; a multiple of S.
         decodes_beside_prefill: whether other sequences decode in forwards that read prompts, or all begin as one.
-        many_widths: whether forwards are compiled for many numbers of slots and prompt windows, or for few. Many fit
-            the work more closely, and take longer to compile: for CPUs, where a forward's time grows with its width.
+        widths: for how many numbers of slots and prompt windows forwards are compiled. "many" fit the work closely, and
+            take long to compile: for CPUs, where a forward's time grows with its width; "few" for GPUs and TPUs, where
+            it hardly does; "fewest" for models so small that compiling takes longer than many widths would save.
         sequences_at_once: sequences that decode in one forward, the first admitted; the others are prefilled and wait
             for a decode slot: one begins when another ends, without waiting for the host. None is all.
         samples: whether any sequence asks for more than the likeliest tokens and their probabilities
@@ -60,7 +61,7 @@ class BufferConfig:
     prefill_sequences: int = 0
     prefill_tokens: int = 0
     decodes_beside_prefill: bool = True
-    many_widths: bool = False
+    widths: Literal["many", "few", "fewest"] = "few"
     sequences_at_once: int | None = None
     samples: bool = True
     stops_early: bool = True
@@ -164,7 +165,7 @@ def paged_forward(
     branch = _narrowest(widths, count)
     if config.prefill_sequences:
         most = min(config.prefill_sequences, reads.size) * sizes.shape[1]
-        eighths = (1, 2, 3, 4, 6, 8) if config.many_widths else (4, 8)
+        eighths = {"many": (1, 2, 3, 4, 6, 8), "few": (4, 8), "fewest": (2, 8)}[config.widths]
         read_widths = _parts_of(most, eighths if config.decodes_beside_prefill else (8,))
         branches += [(few, width) for few in beside for width in read_widths]
         narrowest = _narrowest(read_widths, pieces_count) if len(read_widths) > 1 else 0
@@ -178,7 +179,7 @@ def paged_forward(
 def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int], list[int]]:
     """Numbers of slots that forwards are compiled for, alone and beside prompts."""
     most = batch * slots
-    if config.many_widths:
+    if config.widths == "many":
         # Sequences out of step have a few blocks more than there are sequences: there, widths are close.
         widths = sorted(
             {min(width, most) for width in _parts_of(batch, (2, 4, 8, 9, 10, 11, 12))} | {most}
@@ -186,7 +187,9 @@ def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int
     else:
         widths = _parts_of(most, (4, 8))
     # Beside prompts, decoding is as wide as most steps need, or as wide as it can be; or all begin.
-    return widths, _parts_of(most, (6, 8)) if config.decodes_beside_prefill else [batch]
+    if not config.decodes_beside_prefill:
+        return widths, [batch]
+    return widths, _parts_of(most, (8,) if config.widths == "fewest" else (6, 8))
 
 
 def _predicting(hidden: Float[Array, "N W D"], config: BufferConfig) -> Float[Array, "N S D"]:

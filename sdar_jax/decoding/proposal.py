@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax.decoding.sampling_params import SCORES, SamplingParams
@@ -85,7 +86,7 @@ def _alternatives(logits: Array, parameters: SamplingParams, count: int) -> Alte
     return Alternatives(*jax.lax.cond((parameters.top_logprobs > 0).any(), likeliest, none, logits))
 
 
-def is_plain(parameters: SamplingParams) -> Bool[Array, "*B"]:
+def is_plain(parameters: SamplingParams) -> Bool[Array | np.ndarray, "*B"]:
     """Whether a row is greedy, without penalty, and ranks by probability: no more than two passes over the logits."""
     greedy = (parameters.temperature == 0) & (parameters.repetition_penalty == 1)
     return greedy & (parameters.score == SCORES["probability"]) & (parameters.reads_entropy == 0)

@@ -116,7 +116,7 @@ def test_only_work_is_done(x64):
     with mock.patch.object(block_forward, "_narrowest", record):
         config = DecodingConfig(strategy="sequential")
         state, buffer = start([config] * 2, [PROMPTS[0], PROMPTS[0]], max_new_tokens=8)
-        buffer = dataclasses.replace(buffer, many_widths=True)
+        buffer = dataclasses.replace(buffer, widths="many")
         short = state.batch.with_inputs(limit=jnp.array([8, 4])).with_progress(
             end=jnp.array([8, 4])
         )
