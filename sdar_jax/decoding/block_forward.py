@@ -19,6 +19,7 @@ from sdar_jax.decoding.commit_rules import CommitRule
 from sdar_jax.decoding.decode_state import SequenceState, Window, take
 from sdar_jax.decoding.proposal import Alternatives, Proposal, is_plain, propose
 from sdar_jax.decoding.sampling_params import SamplingParams
+from sdar_jax.devices.chips import platform
 from sdar_jax.model import LayerPages, Model, Windows
 from sdar_jax.paradigm import Paradigm
 
@@ -28,6 +29,22 @@ _WINDOW = 128
 _PROPOSALS = 1024
 # Windows that a chunk of a prompt is read in beside decoding, so that a short prompt does not cost a whole chunk.
 _CHUNK_WINDOWS = 8
+# Slots of which a small model reads half in no less time than all.
+_FEW_SLOTS = 4
+
+
+# Bytes of layers below which a CPU's forward takes as long whatever its width, and compiling many takes minutes.
+_SMALL_MODEL = 2**25
+
+ForwardWidths = Literal["many", "few", "fewest"]
+
+
+def forward_widths(model: Model) -> ForwardWidths:
+    """The widths (`BufferConfig.widths`) that suit a model where it is decoded."""
+    if platform() != "cpu":
+        return "few"
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers))
+    return "many" if weights > _SMALL_MODEL else "fewest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +78,7 @@ class BufferConfig:
     prefill_sequences: int = 0
     prefill_tokens: int = 0
     decodes_beside_prefill: bool = True
-    widths: Literal["many", "few", "fewest"] = "few"
+    widths: ForwardWidths = "few"
     sequences_at_once: int | None = None
     samples: bool = True
     stops_early: bool = True
@@ -75,7 +92,7 @@ class BufferConfig:
     @property
     def prompt_window(self) -> int:
         """Positions of each window that prompts are read in: whole blocks."""
-        parts = _CHUNK_WINDOWS if self.decodes_beside_prefill else 1
+        parts = _CHUNK_WINDOWS if self.decodes_beside_prefill else 2 * _CHUNK_WINDOWS
         most = max(1, min(-(-self.prefill_tokens // parts), _WINDOW))
         return -(-most // self.block_size) * self.block_size
 
@@ -166,7 +183,7 @@ def paged_forward(
     if config.prefill_sequences:
         most = min(config.prefill_sequences, reads.size) * sizes.shape[1]
         eighths = {"many": (1, 2, 3, 4, 6, 8), "few": (4, 8), "fewest": (2, 8)}[config.widths]
-        read_widths = _parts_of(most, eighths if config.decodes_beside_prefill else (8,))
+        read_widths = _parts_of(most, eighths if config.decodes_beside_prefill else (1, 8))
         branches += [(few, width) for few in beside for width in read_widths]
         narrowest = _narrowest(read_widths, pieces_count) if len(read_widths) > 1 else 0
         # Behind the branches that decode alone: each width of decoding, and for each of them every width of reading.
@@ -185,7 +202,9 @@ def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int
             {min(width, most) for width in _parts_of(batch, (2, 4, 8, 9, 10, 11, 12))} | {most}
         )
     else:
-        widths = _parts_of(most, (4, 8))
+        widths = (
+            [most] if config.widths == "fewest" and most <= _FEW_SLOTS else _parts_of(most, (4, 8))
+        )
     # Beside prompts, decoding is as wide as most steps need, or as wide as it can be; or all begin.
     if not config.decodes_beside_prefill:
         return widths, [batch]

@@ -39,9 +39,9 @@ from sdar_jax.decoding.block_forward import (
 from sdar_jax.decoding.commit_rules import CommitRule, select
 from sdar_jax.decoding.decode_state import DecodeState, SequenceState, Window, take, window_of
 from sdar_jax.decoding.proposal import Proposal
-from sdar_jax.decoding.transfers import StepOutput, step_output
+from sdar_jax.decoding.transfers import Packed, StepOutput, pack, step_output, unpack
 from sdar_jax.devices.sharding import PAGES, activate_mesh, constrain, mesh_of
-from sdar_jax.model import Model
+from sdar_jax.model import Model, empty_pages
 
 
 def advance(
@@ -280,8 +280,8 @@ class Decoder:
 
     def __init__(self, model: Model, config: BufferConfig):
         # Flattened once: that takes milliseconds, a forward of a small model's time.
-        self._weights, structure = jax.tree.flatten(model)
-        self._program = _program(structure, config)
+        self._weights, self._structure = jax.tree.flatten(model)
+        self._config = config
         self._mesh = mesh_of(model)
 
     def __call__(
@@ -294,7 +294,48 @@ class Decoder:
             batch, banned = jax.device_put((state.batch, state.banned), replicated)
             state = state._replace(batch=batch, banned=banned)
         with activate_mesh(self._mesh):
-            return self._program(self._weights, state, steps)
+            return _program(self._structure, self._config)(self._weights, state, steps)
+
+    def to_end(
+        self, sequences: SequenceState, pages: tuple[int, int] | None, banned: Array | None
+    ) -> SequenceState:
+        """Decodes a batch of the host's to its end, over new pages; its state, on the host.
+
+        Little is sent and fetched, as each array that crosses takes time of its own.
+
+        Args:
+            sequences: numpy, [B, ...].
+            pages: how many, and positions of each; None where nothing is cached.
+            banned: bool [V], tokens that are never proposed.
+        """
+        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), sequences)
+        leaves, tree = jax.tree.flatten(rows)
+        program = _program_to_end(self._structure, self._config, tuple(leaves), tree, pages)
+        with activate_mesh(self._mesh):
+            found = program(self._weights, pack(sequences), banned)
+        changed = unpack(jax.device_get(found), (rows.progress, rows.output))
+        return SequenceState(sequences.inputs, *changed)
+
+
+@lru_cache(maxsize=64)
+def _program_to_end(
+    structure: Any,
+    config: BufferConfig,
+    rows: tuple[jax.ShapeDtypeStruct, ...],
+    tree: Any,
+    pages: tuple[int, int] | None,
+) -> Callable[[list[Array], Packed, Array | None], Packed]:
+    def run(weights: list[Array], packed: Packed, banned: Array | None) -> Packed:
+        model = jax.tree.unflatten(structure, weights)
+        batch = unpack(packed, jax.tree.unflatten(tree, rows))
+        cache = []
+        if pages is not None:
+            cache = empty_pages(model.config, *pages, model.embedding.dtype)
+        state = _placed(DecodeState(batch, cache, banned))
+        state = advance(model, state, jnp.iinfo(jnp.int32).max, config)
+        return pack((state.batch.progress, state.batch.output))
+
+    return jax.jit(run)
 
 
 @lru_cache(maxsize=64)

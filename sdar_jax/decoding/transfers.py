@@ -3,6 +3,7 @@
 Each change is compiled once.
 """
 
+import math
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from sdar_jax.decoding.decode_state import (
 from sdar_jax.model import LayerPages
 
 _Index = int | Int[Array, ""]
-Packed = dict[str, Shaped[Array, "N B"]]
+Packed = dict[str, Shaped[Array | np.ndarray, "B _"]]
 
 
 class StepOutput(NamedTuple):
@@ -40,22 +41,30 @@ def step_output(batch: SequenceState) -> StepOutput:
 
 
 def pack(fields: Any) -> Packed:
-    """Stacks fields [B], of any tree, into one array for each dtype, by its name; flags travel as int32.
+    """Joins fields [B, ...], of any tree, into one array [B, n] for each dtype, by its name; flags travel as int32.
 
-    Each array that the host reads takes time of its own.
+    Each array that crosses takes time of its own. What is on the host stays there.
     """
-    groups: dict[str, list[Array]] = {}
+    groups: dict[str, list[Any]] = {}
     for field in jax.tree.leaves(fields):
         dtype = _dtype_in_transfer(field.dtype)
-        groups.setdefault(dtype.name, []).append(field.astype(dtype))
-    return {name: jnp.stack(fields) for name, fields in groups.items()}
+        flat = field.reshape(field.shape[0], math.prod(field.shape[1:]))
+        groups.setdefault(dtype.name, []).append(flat.astype(dtype))
+    on_host = all(isinstance(field, np.ndarray) for group in groups.values() for field in group)
+    join = np.concatenate if on_host else jnp.concatenate
+    return {name: join(fields, axis=1) for name, fields in groups.items()}
 
 
-def unpack(packed: dict[str, np.ndarray], dtypes: Any) -> Any:
-    """The fields [B] that were packed, in the tree of their `dtypes`, each of its own."""
-    leaves, structure = jax.tree.flatten(dtypes)
-    groups = {name: iter(fields) for name, fields in packed.items()}
-    fields = [next(groups[_dtype_in_transfer(dtype).name]).astype(dtype) for dtype in leaves]
+def unpack(packed: Packed, like: Any) -> Any:
+    """The fields [B, ...] that were packed, in the tree of `like`: of each its shape [...] and dtype."""
+    leaves, structure = jax.tree.flatten(like)
+    taken = dict.fromkeys(packed, 0)
+    fields = []
+    for leaf in leaves:
+        name, size = _dtype_in_transfer(leaf.dtype).name, math.prod(leaf.shape)
+        part = packed[name][:, taken[name] : taken[name] + size]
+        taken[name] += size
+        fields.append(part.reshape(len(part), *leaf.shape).astype(leaf.dtype))
     return jax.tree.unflatten(structure, fields)
 
 
@@ -64,38 +73,46 @@ def _dtype_in_transfer(dtype: np.dtype) -> np.dtype:
 
 
 class HostView:
-    """`StepOutput` on the host: progress once the call that made it is done, output when a sequence is asked for.
+    """`StepOutput` on the host: progress once the call that made it is done, output of sequences that are asked for.
 
     Args:
         found: what the call left.
-        dtypes: of each field of the progress.
+        like: a sequence of the batch.
     """
 
-    def __init__(self, found: StepOutput, dtypes: SequenceProgress):
+    def __init__(self, found: StepOutput, like: SequenceState):
         self._found = found
-        self._dtypes = dtypes
+        self._like = like
+        self._outputs: dict[int, SequenceOutput] = {}
 
     @cached_property
     def progress(self) -> SequenceProgress:
         """Numpy, [B] each. Returns when the call is done; raises what the device did."""
-        return unpack(jax.device_get(self._found.progress), self._dtypes)
-
-    @cached_property
-    def _output(self) -> SequenceOutput:
-        return jax.device_get(self._found.output)
+        return unpack(jax.device_get(self._found.progress), self._like.progress)
 
     def sequence(self, inputs: SequenceInputs, slot: int) -> SequenceState:
-        """The sequence in a slot of the batch, whose inputs the host has."""
-        # Copies, or a finished sequence would hold all the others.
-        progress, output = jax.tree.map(
-            lambda field: field[slot].copy(), (self.progress, self._output)
-        )
-        return SequenceState(inputs, progress, output)
+        """The sequence in a slot of the batch, whose inputs the host has. No other's output is fetched."""
+        if slot not in self._outputs:
+            row = unpack(jax.device_get(_packed_row(self._found.output, slot)), self._like.output)
+            self._outputs[slot] = jax.tree.map(lambda field: field[0], row)
+        progress = jax.tree.map(lambda field: field[slot].copy(), self.progress)
+        return SequenceState(inputs, progress, self._outputs[slot])
+
+
+@jax.jit
+def _packed_row(output: SequenceOutput, slot: _Index) -> Packed:
+    return pack(jax.tree.map(lambda field: jax.lax.dynamic_slice_in_dim(field, slot, 1), output))
+
+
+def put_sequence(batch: SequenceState, slot: _Index, sequence: SequenceState) -> SequenceState:
+    """The batch, donated, with a sequence of the host's in a slot."""
+    return _put_packed(batch, slot, pack(jax.tree.map(lambda field: field[None], sequence)))
 
 
 @partial(jax.jit, donate_argnums=0)
-def put_sequence(batch: SequenceState, slot: _Index, sequence: SequenceState) -> SequenceState:
-    return jax.tree.map(lambda x, new: x.at[slot].set(new), batch, sequence)
+def _put_packed(batch: SequenceState, slot: _Index, packed: Packed) -> SequenceState:
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    return jax.tree.map(lambda x, new: x.at[slot].set(new[0]), batch, unpack(packed, rows))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -14,7 +14,7 @@ from sdar_jax.decoding import block_forward
 from sdar_jax.decoding.buffer import Decoder, advance
 from sdar_jax.decoding.completions import completions
 from sdar_jax.decoding.decode_state import DecodeState, SequenceState
-from sdar_jax.decoding.generate import start_state
+from tests.decoding.states import start_state
 from tests.tiny import MASK, padded, tiny_model
 
 NEW, STOPS = 14, padded((3, 5))
@@ -116,7 +116,7 @@ def test_only_work_is_done(x64):
     with mock.patch.object(block_forward, "_narrowest", record):
         config = DecodingConfig(strategy="sequential")
         state, buffer = start([config] * 2, [PROMPTS[0], PROMPTS[0]], max_new_tokens=8)
-        buffer = dataclasses.replace(buffer, widths="many")
+        buffer = dataclasses.replace(buffer, widths="many", prefill_sequences=0)
         short = state.batch.with_inputs(limit=jnp.array([8, 4])).with_progress(
             end=jnp.array([8, 4])
         )

@@ -10,12 +10,12 @@ import pytest
 
 from sdar_jax import DecodingConfig, Engine, ModelConfig, generate
 from sdar_jax.decoding.buffer import Decoder
-from sdar_jax.decoding.generate import start_state
 from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model
 from sdar_jax.paradigm import Paradigm
 from tests.bad_input import refused
 from tests.decoding.oracle import _columns, _ended, choose, softmax
+from tests.decoding.states import start_state
 from tests.objectives import oracle as network
 from tests.objectives.test_paradigms import QUICK, VALUES, model_with
 from tests.tiny import VOCAB

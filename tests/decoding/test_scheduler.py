@@ -51,9 +51,11 @@ def view(of: Scheduler, **progress: list[int]) -> HostView:
     idle = sequence([], 0)
     states = [idle if request is None else request.sequence for request in of.slots]
     batch = jax.tree.map(lambda *each: np.stack(each), *states)
-    dtypes = jax.tree.map(lambda x: x.dtype, idle.progress)
-    changes = {name: np.array(values, getattr(dtypes, name)) for name, values in progress.items()}
-    return HostView(step_output(batch.with_progress(**changes)), dtypes)
+    changes = {
+        name: np.array(values, getattr(idle.progress, name).dtype)
+        for name, values in progress.items()
+    }
+    return HostView(step_output(batch.with_progress(**changes)), idle)
 
 
 def test_first_come_first_served():

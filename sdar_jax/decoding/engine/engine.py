@@ -15,11 +15,9 @@ holds the engine's lock while it looks at or changes anything, and for one call 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-import jax
-
-from sdar_jax.decoding.block_forward import BufferConfig
+from sdar_jax.decoding.block_forward import BufferConfig, forward_widths
 from sdar_jax.decoding.commit_rules import CommitFunction, StrategyName
 from sdar_jax.decoding.config import Completion, DecodingConfig
 from sdar_jax.decoding.decode_state import SequenceShape
@@ -36,14 +34,11 @@ from sdar_jax.decoding.page_pool import PagePool
 from sdar_jax.decoding.prompt_logprobs import prompt_logprobs
 from sdar_jax.decoding.prompts import Prompt, check_seed, check_slots
 from sdar_jax.decoding.text import unknown_ids
-from sdar_jax.devices.chips import platform
 from sdar_jax.errors import DecodingError, is_int
 from sdar_jax.model import Model, unstack_layers
 
 # Stop tokens, and tokens to suppress, that a request may have: in the shape of the batch.
 _STOPS, _SUPPRESSED = 8, 32
-# Bytes of layers below which a CPU's forward takes as long whatever its width, and compiling many takes minutes.
-_SMALL_MODEL = 2**25
 
 
 class Engine:
@@ -120,7 +115,7 @@ class Engine:
             rules=tuple(dict.fromkeys(each.strategy_for(model.config).rule for each in served)),
             prefill_sequences=1,
             prefill_tokens=-(-prefill_tokens // size) * size,
-            widths=_widths(model),
+            widths=forward_widths(model),
             sequences_at_once=batch_slots,
         )
         shape = _sequence_shape(sizes, size, paradigm.slots(window_slots), top_logprobs)
@@ -308,13 +303,6 @@ class Engine:
         """What waits, runs and is free now, and what was counted since the engine was made."""
         with self._lock:
             return self._core.stats()
-
-
-def _widths(model: Model) -> Literal["many", "few", "fewest"]:
-    if platform() != "cpu":
-        return "few"
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers))
-    return "many" if weights > _SMALL_MODEL else "fewest"
 
 
 def _check_positive(**values: int) -> None:

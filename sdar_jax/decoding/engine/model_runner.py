@@ -49,7 +49,7 @@ class ModelRunner:
         self._config = config
         self._decode = Decoder(self.model, config)
         self._idle = jax.tree.map(lambda x: np.stack([x] * slots), idle)
-        self._dtypes = jax.tree.map(lambda x: x.dtype, idle.progress)
+        self._like = idle
         self._pages = pages
         self._banned = banned
 
@@ -96,4 +96,4 @@ class ModelRunner:
             self._config = replace(self._config, rules=rules)
             self._decode = Decoder(self.model, self._config)
         self.state, found = self._decode(self.state, steps)
-        self.view = HostView(found, self._dtypes)
+        self.view = HostView(found, self._like)

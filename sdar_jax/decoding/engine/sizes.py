@@ -4,10 +4,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
+from sdar_jax.decoding.capacities import position_bytes
 from sdar_jax.decoding.page_pool import check_page_size, default_page_size
-from sdar_jax.devices.sharding import PAGES, mesh_of, named
 from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model
 
@@ -47,15 +46,7 @@ class Room(NamedTuple):
 def room_for_pages(model: Model) -> Room:
     """What there is beside the weights on the devices that hold a model."""
     devices = {device for leaf in jax.tree.leaves(model) for device in leaf.devices()}
-    return Room(_position_bytes(model), free_bytes(devices))
-
-
-def _position_bytes(model: Model) -> int:
-    config, mesh = model.config, mesh_of(model)
-    shape = (1, config.num_kv_heads, 1, config.head_dim)
-    if mesh is not None:
-        shape = named(mesh, PAGES, shape).shard_shape(shape)
-    return 2 * config.num_layers * int(np.prod(shape)) * model.embedding.dtype.itemsize
+    return Room(position_bytes(model), free_bytes(devices))
 
 
 def free_bytes(devices: Iterable[Any]) -> int | None:
