@@ -24,7 +24,7 @@ from sdar_jax.decoding.page_pool import default_page_size
 from sdar_jax.decoding.proposal import is_plain
 from sdar_jax.decoding.text import unknown_ids
 from sdar_jax.devices.sharding import mesh_of
-from sdar_jax.model import Model, empty_pages
+from sdar_jax.model import Model, pages_for
 
 # A forward over more of prompts is no faster per token, and holds more in memory.
 _PREFILL_TOKENS = 512
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
         """The state that decoding changes, with empty pages, where the model is."""
         cache = []
         if self.pages is not None:
-            cache = empty_pages(model.config, *self.pages, model.embedding.dtype, mesh_of(model))
+            cache = pages_for(model, *self.pages)
         return DecodeState(jax.device_put(self.sequences), cache, self.banned)
 
 

@@ -201,10 +201,11 @@ def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int
         widths = sorted(
             {min(width, most) for width in _parts_of(batch, (2, 4, 8, 9, 10, 11, 12))} | {most}
         )
+    elif config.widths == "fewest" and most <= _FEW_SLOTS:
+        widths = [most]
     else:
-        widths = (
-            [most] if config.widths == "fewest" and most <= _FEW_SLOTS else _parts_of(most, (4, 8))
-        )
+        # A batch of `generate` may be a small part of what its program holds.
+        widths = _parts_of(most, (4, 8) if config.decodes_beside_prefill else (1, 2, 4, 8))
     # Beside prompts, decoding is as wide as most steps need, or as wide as it can be; or all begin.
     if not config.decodes_beside_prefill:
         return widths, [batch]

@@ -40,8 +40,8 @@ from sdar_jax.decoding.commit_rules import CommitRule, select
 from sdar_jax.decoding.decode_state import DecodeState, SequenceState, Window, take, window_of
 from sdar_jax.decoding.proposal import Proposal
 from sdar_jax.decoding.transfers import Packed, StepOutput, pack, step_output, unpack
-from sdar_jax.devices.sharding import PAGES, activate_mesh, constrain, mesh_of
-from sdar_jax.model import Model, empty_pages
+from sdar_jax.devices.sharding import PAGES, activate_mesh, constrain, current_mesh, mesh_of
+from sdar_jax.model import Model, empty_pages, roll_layers, rolls
 
 
 def advance(
@@ -52,6 +52,8 @@ def advance(
     Every result is the same however steps are cut into calls. A sequence is out of pages when its next block, or chunk
     of its prompt, needs positions past its `pages_end`; it continues once the host has raised that.
     """
+    if rolls(model.config, current_mesh()):
+        model = roll_layers(model)
     state = state._replace(batch=_mark_out_of_pages(state.batch, config))
     at_once = config.at_once(state.batch.progress.done.size)
     # Of many sequences some end in most steps, and the host's work takes longer than a missing one costs.
@@ -330,7 +332,8 @@ def _program_to_end(
         batch = unpack(packed, jax.tree.unflatten(tree, rows))
         cache = []
         if pages is not None:
-            cache = empty_pages(model.config, *pages, model.embedding.dtype)
+            rolled = rolls(model.config, current_mesh())
+            cache = empty_pages(model.config, *pages, model.embedding.dtype, rolled=rolled)
         state = _placed(DecodeState(batch, cache, banned))
         state = advance(model, state, jnp.iinfo(jnp.int32).max, config)
         return pack((state.batch.progress, state.batch.output))

@@ -130,4 +130,6 @@ def end_sequence(batch: SequenceState, slot: _Index) -> SequenceState:
 
 @partial(jax.jit, donate_argnums=0)
 def copy_page(cache: list[LayerPages], source: _Index, target: _Index) -> list[LayerPages]:
-    return jax.tree.map(lambda pages: pages.at[target].set(pages[source]), cache)
+    # Layers, where they are on an axis of their own, lie before the pages.
+    whole = lambda page: (..., page, slice(None), slice(None), slice(None))
+    return jax.tree.map(lambda all: all.at[whole(target)].set(all[whole(source)]), cache)

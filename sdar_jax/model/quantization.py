@@ -13,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import qwix
-from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from sdar_jax.errors import ConfigError
@@ -67,18 +65,6 @@ def quantize[Tree](model: Tree) -> Tree:
         field = next((name for name in path_names if is_quantized(name)), None)
         leaves.append(leaf if field is None else quantize_weight(leaf, field))
     return jax.tree.unflatten(structure, leaves)
-
-
-def dot(spec: str, x: Array, weight: nnx.Param | Any, accumulate: DTypeLike | None = None) -> Array:
-    """Computes einsum(spec, x, weight) in the dtype of x, or in `accumulate`. The result's axes end in the outputs."""
-    weight = weight[...]
-    if not isinstance(weight, QArray):
-        return jnp.einsum(spec, x, weight.astype(x.dtype), preferred_element_type=accumulate)
-    product = jnp.einsum(spec, x, weight.qvalue.astype(x.dtype), preferred_element_type=accumulate)
-    operands, result = spec.split("->")
-    _, weight_axes = operands.split(",")
-    summed = tuple(i for i, axis in enumerate(weight_axes) if axis not in result)
-    return (product * weight.scale.squeeze(summed)).astype(product.dtype)
 
 
 def dequantized(weight: Any) -> Array:

@@ -122,23 +122,25 @@ def naive(case: Case, scale: float) -> np.ndarray:
     return out
 
 
-@partial(jax.jit, static_argnames=("implementation", "keys", "one_by_one", "scale"))
-def attend(case: Case, implementation, keys=256, one_by_one=True, scale=None):
+@partial(jax.jit, static_argnames=("implementation", "keys", "few", "one_by_one", "scale"))
+def attend(case: Case, implementation, keys=256, few=64, one_by_one=True, scale=None):
     with (
         mock.patch.object(xla, "_KEYS", keys),
+        mock.patch.object(xla, "_FEW_KEYS", few),
         mock.patch.object(xla, "_rows_one_by_one", return_value=one_by_one),
     ):
         return paged_attention(*case, scale=scale, implementation=implementation)
 
 
 @pytest.mark.parametrize(
-    ("implementation", "keys", "one_by_one"),
+    ("implementation", "keys", "few", "one_by_one"),
     [
-        ("reference", 1, True),
-        ("xla", 5, True),
-        ("xla", 8, False),
-        ("xla", 256, True),
-        ("xla", 256, False),
+        ("reference", 1, 1, True),
+        ("xla", 5, 5, True),
+        ("xla", 8, 8, False),
+        ("xla", 256, 64, True),
+        ("xla", 256, 256, False),
+        ("xla", 256, 8, False),
     ],
 )
 @given(
@@ -146,10 +148,10 @@ def attend(case: Case, implementation, keys=256, one_by_one=True, scale=None):
     seed=st.integers(0, 2**32 - 1),
     block=st.sampled_from([None, 1, 2, 4]),
 )
-def test_equals_naive_attention(implementation, keys, one_by_one, shape, seed, block):
+def test_equals_naive_attention(implementation, keys, few, one_by_one, shape, seed, block):
     case = random_case(shape, seed, block=block)
     with jax.enable_x64(True):
-        got = attend(case, implementation, keys, one_by_one)
+        got = attend(case, implementation, keys, few, one_by_one)
     assert got.dtype == np.float64
     np.testing.assert_allclose(got, naive(case, shape.dim**-0.5), rtol=1e-11, atol=1e-12)
 
@@ -232,20 +234,22 @@ def assert_rows_are_independent(case: Case, call) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 4, 32])
-@pytest.mark.parametrize(("keys", "one_by_one"), [(16, True), (256, False)])
-def test_a_row_does_not_depend_on_its_neighbours(window, keys, one_by_one):
+@pytest.mark.parametrize(
+    ("keys", "few", "one_by_one"), [(16, 16, True), (256, 64, False), (256, 16, False)]
+)
+def test_a_row_does_not_depend_on_its_neighbours(window, keys, few, one_by_one):
     case = random_case(Shape(3, window, 4, 2, 16, 8, 8), 11, lengths=[64, 33, 7], block=4)
     assert_rows_are_independent(
-        case, lambda case: attend(case.cast(jnp.float32), "xla", keys, one_by_one)
+        case, lambda case: attend(case.cast(jnp.float32), "xla", keys, few, one_by_one)
     )
 
 
 @pytest.mark.parametrize(
     ("pages", "window", "at_once"),
-    [(4, 4, True), (5, 4, False), (4, 2**12, False)],
+    [(4, 4, True), (5, 4, False), (4, 2**13, False)],
     ids=["", "longer", "wider"],
 )
-def test_a_cpu_takes_rows_at_once_where_each_is_one_short_step(pages, window, at_once):
+def test_a_cpu_takes_rows_at_once_where_none_can_be_long(pages, window, at_once):
     rows = []
     attended = lambda *arguments: rows.append(arguments[-1].q.shape[0]) or real(*arguments)
     real = xla._attend

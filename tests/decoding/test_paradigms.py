@@ -156,7 +156,9 @@ def test_prefill_gives_the_cache_that_decoding_gave(name, slots, x64):
     for ours, theirs in zip(
         jax.tree.leaves(decoded.cache), jax.tree.leaves(prefilled.cache), strict=True
     ):
-        np.testing.assert_allclose(ours[0, :, :final], theirs[0, :, :final], rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(
+            ours[..., 0, :, :final, :], theirs[..., 0, :, :final, :], rtol=1e-9, atol=1e-11
+        )
 
 
 def finished(model: Model, ids: np.ndarray, new: int, slots: int):

@@ -17,10 +17,14 @@ from sdar_jax.model import (
     Windows,
     empty_pages,
     logits,
+    pages_for,
+    roll_layers,
+    rolls,
     stack_layers,
     unstack_layers,
 )
 from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.quantization import quantize
 from sdar_jax.visibility import Ranges, block_causal, hybrid
 from tests.tiny import tiny_llada2
 
@@ -148,9 +152,9 @@ def test_the_last_layer_computes_only_outputs() -> None:
 TABLE = jnp.array([[5, 1, 3, 8], [2, 7, 0, 4]], jnp.int32)
 
 
-def rubbish_pages(dtype: jnp.dtype) -> list[LayerPages]:
+def rubbish_pages(dtype: jnp.dtype, rolled: bool = False) -> list[LayerPages]:
     """Nine pages of four positions."""
-    return [LayerPages(k + 9, v + 9) for k, v in empty_pages(CONFIG, 9, 4, dtype)]
+    return [LayerPages(k + 9, v + 9) for k, v in empty_pages(CONFIG, 9, 4, dtype, rolled=rolled)]
 
 
 def windows(start: list[int], width: int, block_size: int, rows: slice = slice(None)) -> Windows:
@@ -163,11 +167,15 @@ def windows(start: list[int], width: int, block_size: int, rows: slice = slice(N
     )
 
 
+@pytest.mark.parametrize("rolled", [False, True])
 @pytest.mark.parametrize(("block_size", "pieces"), [(1, [5, 6, 1]), (4, [8, 4])])
-def test_paged_in_pieces_equals_one_pass(block_size: int, pieces: list[int], x64: None) -> None:
+def test_paged_in_pieces_equals_one_pass(
+    block_size: int, pieces: list[int], rolled: bool, x64: None
+) -> None:
     """Whole blocks written piece by piece into pages that hold rubbish."""
-    model, cache = make(jnp.float64), rubbish_pages(jnp.float64)
+    model, cache = make(jnp.float64), rubbish_pages(jnp.float64, rolled)
     expected = run_hidden(model, TOKENS, POSITIONS, block_causal(ONES, block_size))
+    model = roll_layers(model) if rolled else model
     start = 0
     for length in pieces:
         (out,), cache = run_paged(model, [windows([start] * 2, length, block_size)], cache)
@@ -175,11 +183,13 @@ def test_paged_in_pieces_equals_one_pass(block_size: int, pieces: list[int], x64
         start += length
 
 
-def test_windows_of_several_widths_in_one_forward(x64: None) -> None:
+@pytest.mark.parametrize("rolled", [False, True])
+def test_windows_of_several_widths_in_one_forward(rolled: bool, x64: None) -> None:
     """Row 0 goes on from 4 tokens in the pages with two windows of 4; row 1 reads 8 at once, padded to 12."""
     model = make(jnp.float64)
     expected = run_hidden(model, TOKENS, POSITIONS, block_causal(ONES, 4))
-    _, cache = run_paged(model, [windows([0], 4, 4, slice(1))], rubbish_pages(jnp.float64))
+    model = roll_layers(model) if rolled else model
+    _, cache = run_paged(model, [windows([0], 4, 4, slice(1))], rubbish_pages(jnp.float64, rolled))
     two = jax.tree.map(
         lambda *x: jnp.concatenate(x), *(windows([at], 4, 4, slice(1)) for at in (4, 8))
     )
@@ -189,7 +199,39 @@ def test_windows_of_several_widths_in_one_forward(x64: None) -> None:
     np.testing.assert_allclose(first.reshape(8, -1), expected[0, 4:], rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(second[0, :8], expected[1, :8], rtol=1e-10, atol=1e-10)
     # Row 1's third page, past its count, is as it was.
-    np.testing.assert_array_equal(updated[0].k[TABLE[1, 2]], 9)
+    np.testing.assert_array_equal(updated[0].k[..., TABLE[1, 2], :, :, :], 9)
+
+
+@pytest.mark.parametrize("changes", [{"qkv_bias": True, "mlp_bias": True}, {"qk_norm": False}])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_rolled_layers_equal_each_by_itself(changes: dict, quantized: bool, x64: None) -> None:
+    """Layers of unlike weights; entries outside the table are no page of any layer."""
+    config = replace(CONFIG, num_layers=3, **changes)
+    model = jax.tree.map(lambda x: x + 0.01, Model(config, jax.random.key(3), jnp.float64))
+    model = quantize(model) if quantized else model
+    window = windows([0, 0], 8, 4)._replace(
+        page_table=jnp.array([[5, 1, -1, 8], [9, 7, 100, 4]], jnp.int32)
+    )
+    window = window._replace(visible=jnp.minimum(window.visible, jnp.array([[8], [0]])))
+
+    def run(model: Model, rolled: bool):
+        cache = empty_pages(config, 9, 4, jnp.float64, rolled=rolled)
+        (hidden,), cache = run_paged(model, [window], cache)
+        joined = [jnp.stack(each) for each in zip(*cache, strict=True)]
+        return hidden[0], [x[0] if rolled else x for x in joined]
+
+    assert_trees_close(run(roll_layers(model), True), run(model, False), rtol=1e-12)
+    assert_trees_close(hidden(roll_layers(model), outputs=9), hidden(model, outputs=9), rtol=1e-12)
+
+
+def test_pages_are_rolled_where_the_model_is() -> None:
+    for model, arrays in (
+        (make(num_layers=3), 1),
+        (make(num_layers=1), 1),
+        (tiny_llada2(jnp.float32), 3),
+    ):
+        assert rolls(model.config, None) == (model.config.num_layers > arrays)
+        assert len(pages_for(model, 9, 4)) == arrays
 
 
 def test_pages_need_layers_one_by_one() -> None:

@@ -9,7 +9,8 @@ from sdar_jax import generate, load_pretrained, logits, nelbo, save_pretrained
 from sdar_jax.decoding import Engine
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import stack_layers
-from sdar_jax.model.quantization import QArray, dequantized, dot, quantize, quantize_weight
+from sdar_jax.model.matmul import dot
+from sdar_jax.model.quantization import QArray, dequantized, quantize, quantize_weight
 from tests.tiny import MASK, tiny_model
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]

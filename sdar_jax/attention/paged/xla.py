@@ -1,8 +1,8 @@
 """Paged attention in plain XLA, for CPUs and for what the kernels do not take.
 
 A loop over groups of pages with the online softmax (Milakov and Gimelshein, arXiv 1805.02867), as long as the longest
-row of a batch needs. A CPU takes the rows one by one, so that each costs its own length; all at once where each costs
-one group of pages, as small operations one after another would be most of the time.
+row of a batch needs. A CPU takes the rows one by one, so that each costs its own length; all at once, and fewer keys at
+a time, where none can be long, as small operations one after another would be most of the time.
 """
 
 from functools import partial
@@ -16,8 +16,9 @@ from sdar_jax.arithmetic import ceil_div
 from sdar_jax.attention.paged.pages import folded, gathered, unfolded
 from sdar_jax.devices.chips import platform
 
-# Keys per step: their float32 tiles of a dozen heads stay in a core's second-level cache.
-_KEYS = 256
+# Keys per step: their float32 tiles of a dozen heads stay in a core's second-level cache. Of rows that can have no more
+# than that, fewer, as most will have few.
+_KEYS, _FEW_KEYS = 256, 64
 # Scores that a CPU holds at most of rows taken all at once.
 _SCORES = 2**22
 
@@ -33,11 +34,12 @@ def forward(
 ) -> Array:
     """Computes `paged_attention`, reading and holding a few pages per row at a time."""
     window, kv_heads, page = q.shape[1], k_pages.shape[1], k_pages.shape[2]
-    pages = min(max(1, _KEYS // page), page_table.shape[1])
+    short = page_table.shape[1] * page <= _KEYS
+    pages = min(max(1, (_FEW_KEYS if short else _KEYS) // page), page_table.shape[1])
     page_table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % pages)))
     rows = _Rows(folded(q, kv_heads), page_table, visible)
     attend = partial(_attend, k_pages, v_pages, pages, scale)
-    if _rows_one_by_one(rows, pages * page, one_step=rows.page_table.shape[1] == pages):
+    if _rows_one_by_one(rows, pages * page, short):
         one_by_one = jax.tree.map(lambda x: x[:, None], rows)
         out = jax.lax.map(attend, one_by_one)[:, 0]
     else:
@@ -59,9 +61,9 @@ class _Rows(NamedTuple):
     visible: Array
 
 
-def _rows_one_by_one(rows: _Rows, keys: int, one_step: bool) -> bool:
+def _rows_one_by_one(rows: _Rows, keys: int, short: bool) -> bool:
     scores = rows.q.size // rows.q.shape[-1] * keys
-    return platform() == "cpu" and (not one_step or scores > _SCORES)
+    return platform() == "cpu" and len(rows.q) > 1 and (not short or scores > _SCORES)
 
 
 class _State(NamedTuple):

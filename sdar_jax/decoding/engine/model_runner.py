@@ -14,7 +14,7 @@ from sdar_jax.decoding.engine.scheduler import Admission
 from sdar_jax.decoding.engine.weights import committed
 from sdar_jax.decoding.transfers import HostView, copy_page, end_sequence, put_sequence, set_pages
 from sdar_jax.devices.sharding import mesh_of
-from sdar_jax.model import Model, empty_pages
+from sdar_jax.model import Model, pages_for
 
 
 class ModelRunner:
@@ -59,11 +59,8 @@ class ModelRunner:
         self.state = DecodeState(
             jax.tree.map(jnp.asarray, self._idle), [], jax.device_put(self._banned)
         )
-        dtype, mesh = self.model.embedding.dtype, mesh_of(self.model)
-        self.state = self.state._replace(
-            cache=empty_pages(self.model.config, *self._pages, dtype, mesh)
-        )
-        if mesh is None:
+        self.state = self.state._replace(cache=pages_for(self.model, *self._pages))
+        if mesh_of(self.model) is None:
             # Committed as the weights are, and as the state comes back from a call, or that would be compiled twice.
             self.state = jax.device_put(self.state, jax.tree.leaves(self.model)[0].sharding)
 
