@@ -19,6 +19,8 @@ BASELINE = "ar_sft"
 CONVERTED = ("block4_sft", "block8_sft")
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 BATCH = 250
+# Problems that are decoded one by one, for the speed that a single user sees.
+ALONE = 50
 MAX_NEW_TOKENS = 24
 
 Problem = dict[str, Any]
@@ -26,7 +28,7 @@ Problem = dict[str, Any]
 
 class Result(NamedTuple):
     """One way of decoding. accuracy and its standard error; means a problem of generated tokens and forwards; tokens
-    a second, without the first batch, which compiles (0 if it was the only one)."""
+    a second in batches, without the first, which compiles (0 if it was the only one), and of one problem at a time."""
 
     model: str
     block_size: int | None
@@ -38,6 +40,7 @@ class Result(NamedTuple):
     denoising_forwards: float
     commit_forwards: float
     tokens_per_second: float
+    tokens_per_second_alone: float
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -58,8 +61,8 @@ def evaluate(
 ) -> list[Result]:
     """Each model in each of its ways, on all problems."""
     runs = [(name, *way) for name, model in models.items() for way in ways(model)]
-    batches = -(-len(problems) // BATCH)
-    with tqdm(total=len(runs) * batches, desc="decoding", unit="batch", disable=None) as bar:
+    calls = -(-len(problems) // BATCH) + 1
+    with tqdm(total=len(runs) * calls, desc="decoding", unit="batch", disable=None) as bar:
         return [
             _run(name, models[name], way, config, tokenizer, problems, bar)
             for name, way, config in runs
@@ -80,13 +83,33 @@ def _run(name, model, way: str, config: DecodingConfig, tokenizer, problems, bar
             timed_tokens += sum(len(c.tokens) for c in completions)
         done += completions
         bar.update()
-    return _result(
-        name, model, way, config, problems, done, timed_tokens / seconds if seconds else 0.0
-    )
+    rate = timed_tokens / seconds if seconds else 0.0
+    alone = _rate_alone(model, config, tokenizer, problems[:ALONE])
+    bar.update()
+    return _result(name, model, way, config, problems, done, (rate, alone))
+
+
+def _rate_alone(model: Model, config: DecodingConfig, tokenizer, problems) -> float:
+    """Tokens a second where one problem is decoded at a time; the first is decoded once more, as it compiles."""
+    tokens, started = 0, time.perf_counter()
+    for i, problem in enumerate([problems[0], *problems]):
+        if i == 1:
+            tokens, started = 0, time.perf_counter()
+        (completion,) = generate(
+            model, [problem["prompt"]], config, max_new_tokens=MAX_NEW_TOKENS, tokenizer=tokenizer
+        )
+        tokens += len(completion.tokens)
+    return tokens / (time.perf_counter() - started)
 
 
 def _result(
-    name, model, way: str, config: DecodingConfig, problems, done: list[Completion], rate: float
+    name,
+    model,
+    way: str,
+    config: DecodingConfig,
+    problems,
+    done: list[Completion],
+    rates: tuple[float, float],
 ) -> Result:
     right = np.array(score(problems, [c.text or "" for c in done])) == 1.0
     denoising = sum(c.denoising_forwards for c in done)
@@ -100,7 +123,8 @@ def _result(
         tokens_per_forward=sum(len(c.tokens) for c in done) / denoising,
         denoising_forwards=denoising / len(done),
         commit_forwards=sum(c.commit_forwards for c in done) / len(done),
-        tokens_per_second=rate,
+        tokens_per_second=rates[0],
+        tokens_per_second_alone=rates[1],
     )
 
 

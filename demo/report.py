@@ -19,11 +19,12 @@ _HEADER = (
     "forwards",
     "commits",
     "tokens/s",
+    "alone",
 )
 
 
 def table(results: Sequence[Result]) -> str:
-    """One row a way of decoding; forwards and commits are means a problem."""
+    """One row a way of decoding; forwards and commits are means a problem, "alone" tokens a second at batch 1."""
     rows = [_HEADER, *map(_cells, results)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     lines = [
@@ -45,6 +46,7 @@ def _cells(result: Result) -> tuple[str, ...]:
         f"{result.denoising_forwards:.1f}",
         f"{result.commit_forwards:.1f}",
         f"{result.tokens_per_second:.0f}" if result.tokens_per_second else "-",
+        f"{result.tokens_per_second_alone:.0f}",
     )
 
 
