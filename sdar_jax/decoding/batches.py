@@ -113,7 +113,7 @@ def make_batch(
     slots = paradigm.slots(window_slots)
     alternatives = max(config.top_logprobs for config in configs)
     if roomy and paradigm.cached:
-        kind = (model.config, str(model.embedding.dtype), mesh_of(model))
+        kind = (model.config, str(model.embedding.dtype), mesh_of(model.embedding))
         program = (*kind, buffer, slots, alternatives, page_size, tokenizer is None)
         capacity = roomy_capacity(needed, program, position_bytes(model), multiple) or capacity
     pages = ceil_div(capacity.length, page_size)
@@ -157,4 +157,6 @@ def _samples(config: DecodingConfig, block_size: int, rule: CommitRule) -> bool:
 
 def _stacked(each: Sequence[np.ndarray], count: int) -> np.ndarray:
     """Stacks the values of sequences; the first one's stand for those that are missing."""
+    if count == 1:
+        return each[0][None]
     return np.stack([*each, *[each[0]] * (count - len(each))])

@@ -6,11 +6,12 @@ takes the narrowest that holds its work.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import visibility
@@ -20,7 +21,7 @@ from sdar_jax.decoding.decode_state import SequenceState, Window, take
 from sdar_jax.decoding.proposal import Alternatives, Proposal, is_plain, propose
 from sdar_jax.decoding.sampling_params import SamplingParams
 from sdar_jax.devices.chips import platform
-from sdar_jax.model import LayerPages, Model, Windows
+from sdar_jax.model import LayerPages, Model, ModelConfig, Windows
 from sdar_jax.paradigm import Paradigm
 
 # Queries of a sequence that the paged kernels take at once.
@@ -43,8 +44,14 @@ def forward_widths(model: Model) -> ForwardWidths:
     """The widths (`BufferConfig.widths`) that suit a model where it is decoded."""
     if platform() != "cpu":
         return "few"
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.layers))
-    return "many" if weights > _SMALL_MODEL else "fewest"
+    large = _layer_bytes(model.config, model.embedding.dtype) > _SMALL_MODEL
+    return "many" if large else "fewest"
+
+
+@lru_cache(maxsize=64)
+def _layer_bytes(config: ModelConfig, dtype: np.dtype) -> int:
+    shapes = jax.eval_shape(lambda: Model(config, jax.random.key(0), dtype, stacked=True))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes.layers))
 
 
 @dataclasses.dataclass(frozen=True)

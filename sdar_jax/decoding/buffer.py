@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
@@ -284,7 +285,7 @@ class Decoder:
         # Flattened once: that takes milliseconds, a forward of a small model's time.
         self._weights, self._structure = jax.tree.flatten(model)
         self._config = config
-        self._mesh = mesh_of(model)
+        self._mesh = mesh_of(model.embedding)
 
     def __call__(
         self, state: DecodeState, steps: int | Int[Array, ""]
@@ -310,13 +311,18 @@ class Decoder:
             pages: how many, and positions of each; None where nothing is cached.
             banned: bool [V], tokens that are never proposed.
         """
-        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), sequences)
+        rows = jax.tree.map(lambda x: _struct(x.shape[1:], x.dtype), sequences)
         leaves, tree = jax.tree.flatten(rows)
         program = _program_to_end(self._structure, self._config, tuple(leaves), tree, pages)
         with activate_mesh(self._mesh):
             found = program(self._weights, pack(sequences), banned)
         changed = unpack(jax.device_get(found), (rows.progress, rows.output))
         return SequenceState(sequences.inputs, *changed)
+
+
+@lru_cache(maxsize=1024)
+def _struct(shape: tuple[int, ...], dtype: np.dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 @lru_cache(maxsize=64)

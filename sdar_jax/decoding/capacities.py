@@ -80,7 +80,7 @@ def bucket(length: int, multiple: int) -> int:
 
 def position_bytes(model: Model) -> int:
     """Keys and values of one position, on one device."""
-    config, mesh = model.config, mesh_of(model)
+    config, mesh = model.config, mesh_of(model.embedding)
     shape = (1, config.num_kv_heads, 1, config.head_dim)
     if mesh is not None:
         shape = named(mesh, PAGES, shape).shard_shape(shape)

@@ -4,7 +4,7 @@ Each change is compiled once.
 """
 
 import math
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,9 +47,9 @@ def pack(fields: Any) -> Packed:
     """
     groups: dict[str, list[Any]] = {}
     for field in jax.tree.leaves(fields):
-        dtype = _dtype_in_transfer(field.dtype)
+        name, dtype = _in_transfer(field.dtype)
         flat = field.reshape(field.shape[0], math.prod(field.shape[1:]))
-        groups.setdefault(dtype.name, []).append(flat.astype(dtype))
+        groups.setdefault(name, []).append(flat.astype(dtype))
     on_host = all(isinstance(field, np.ndarray) for group in groups.values() for field in group)
     join = np.concatenate if on_host else jnp.concatenate
     return {name: join(fields, axis=1) for name, fields in groups.items()}
@@ -61,15 +61,18 @@ def unpack(packed: Packed, like: Any) -> Any:
     taken = dict.fromkeys(packed, 0)
     fields = []
     for leaf in leaves:
-        name, size = _dtype_in_transfer(leaf.dtype).name, math.prod(leaf.shape)
+        (name, _), size = _in_transfer(leaf.dtype), math.prod(leaf.shape)
         part = packed[name][:, taken[name] : taken[name] + size]
         taken[name] += size
         fields.append(part.reshape(len(part), *leaf.shape).astype(leaf.dtype))
     return jax.tree.unflatten(structure, fields)
 
 
-def _dtype_in_transfer(dtype: np.dtype) -> np.dtype:
-    return np.dtype(np.int32) if np.dtype(dtype).kind == "b" else np.dtype(dtype)
+# A dtype takes microseconds to say its name, and there are dozens of fields.
+@cache
+def _in_transfer(dtype: np.dtype) -> tuple[str, np.dtype]:
+    dtype = np.dtype(np.int32) if np.dtype(dtype).kind == "b" else np.dtype(dtype)
+    return dtype.name, dtype
 
 
 class HostView:
