@@ -325,14 +325,14 @@ def _scored(
         outputs=inputs.targets.shape[1],
         **options,
     )
-    head, vocab_axis = model.output_weights()
+    head = model.output_weights()
     total, scores = linear_cross_entropy(
         hidden,
         head,
         inputs.targets,
         inputs.weights,
-        vocab_axis=vocab_axis,
-        sharding=loss_sharding(inputs.targets.shape, head.shape, vocab_axis),
+        vocab_axis=0,
+        sharding=loss_sharding(inputs.targets.shape, head.shape, vocab_axis=0),
     )
     return total, scores, routing
 

@@ -46,9 +46,11 @@ from sdar_jax.model.hf_config import family_of
 from sdar_jax.model.quantization import is_quantized, quantize_weight
 
 log = logging.getLogger(__name__)
-# How many leading axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
-_INPUT_AXES = {"qkv": 1, "output": 3, "gate_up": 1, "down": 1, "head": 1, "router": 1}
-_INPUT_AXES |= {"experts_gate_up": 1, "experts_down": 1, "shared_gate_up": 1, "shared_down": 1}
+# How many trailing axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
+_INPUT_AXES = {"embedding": 1, "head": 1, "qkv": 1, "output": 3, "gate_up": 1, "down": 1}
+_INPUT_AXES |= {"shared_gate_up": 1, "shared_down": 1}
+# Ours begin with their one input axis.
+_TRANSPOSED = {"router", "experts_gate_up", "experts_down"}
 
 _ROWS_AT_ONCE = 1024
 # Buffers that old Llama checkpoints carry; they follow from the config.
@@ -276,29 +278,28 @@ def _layout(config: ModelConfig) -> Layout:
 
 
 def _their_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
-    if field == "embedding":
-        return shape
-    inputs = _INPUT_AXES.get(field, 0)
-    num_outputs = math.prod(shape[inputs:])
-    if not inputs:
-        return (num_outputs,)
-    return num_outputs, math.prod(shape[:inputs])
+    if field in _TRANSPOSED:
+        return math.prod(shape[1:]), shape[0]
+    if field not in _INPUT_AXES:
+        return (math.prod(shape),)
+    outputs = len(shape) - _INPUT_AXES[field]
+    return math.prod(shape[:outputs]), math.prod(shape[outputs:])
 
 
 def _to_theirs(ours: np.ndarray, field: str, joined: bool) -> np.ndarray:
     shape = _their_shape(ours.shape, field)
-    theirs = ours.reshape(shape[::-1]).T if field in _INPUT_AXES else ours.reshape(shape)
+    theirs = ours.reshape(shape[::-1]).T if field in _TRANSPOSED else ours.reshape(shape)
     return theirs[np.argsort(_joined_rows(ours.shape))] if joined else theirs
 
 
 def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...], joined: bool) -> np.ndarray:
     theirs = theirs[_joined_rows(shape)] if joined else theirs
-    return theirs.T.reshape(shape) if field in _INPUT_AXES else theirs.reshape(shape)
+    return theirs.T.reshape(shape) if field in _TRANSPOSED else theirs.reshape(shape)
 
 
 def _joined_rows(shape: tuple[int, ...]) -> np.ndarray:
-    """Finds each row of our [..., G, R + 2, K], as one axis, among all queries, then all keys, then all values."""
-    groups, heads, size = shape[-3:]
+    """Finds each row of our [G, R + 2, K, ...], as one axis, among all queries, then all keys, then all values."""
+    groups, heads, size = shape[:3]
     ends = np.cumsum([groups * (heads - 2) * size, groups * size])
     parts = np.split(np.arange(groups * heads * size), ends)
     return np.concatenate([part.reshape(groups, -1, size) for part in parts], axis=1).reshape(-1)
@@ -439,7 +440,8 @@ def _target(
     index = [slice(axis.start, axis.stop) for axis in region]
     if part.index is not ALL:
         # The axis that parts lie along is never split.
-        index[-2:-1] = [] if isinstance(part.index[-2], int) else [slice(None)]
+        axis = len(part.index) - 1
+        index[axis : axis + 1] = [] if isinstance(part.index[axis], int) else [slice(None)]
     return buffer[part.index], tuple(index)
 
 

@@ -10,7 +10,7 @@ class Layout(NamedTuple):
     """The names of a family's tensors.
 
     Attributes:
-        parts: of each weight of ours (shapes: see transformer.py), the tensors that make it up and where in it they
+        parts: of each weight of ours (shapes: see layer.py), the tensors that make it up and where in it they
             lie. Where experts have tensors of their own, the number of one goes where the braces are, and indexes the
             first axis of ours.
         layer: what precedes the names of a layer's tensors, with its number where the braces are.
@@ -35,8 +35,10 @@ class Layout(NamedTuple):
 
 
 ALL = np.s_[...]
-_QUERIES, _KEY, _VALUE = np.s_[..., :-2, :], np.s_[..., -2, :], np.s_[..., -1, :]
-_GATE, _UP = np.s_[..., 0, :], np.s_[..., 1, :]
+_QUERIES, _KEY, _VALUE = np.s_[:, :-2], np.s_[:, -2], np.s_[:, -1]
+_GATE, _UP = np.s_[0,], np.s_[1,]
+# Of an expert.
+_ITS_GATE, _ITS_UP = np.s_[:, 0], np.s_[:, 1]
 _LLAMA = {
     "embedding": {"model.embed_tokens.weight": ALL},
     "final_norm": {"model.norm.weight": ALL},
@@ -63,8 +65,8 @@ _LLAMA = {
     "down_bias": {"mlp.down_proj.bias": ALL},
     "router": {"mlp.gate.weight": ALL},
     "experts_gate_up": {
-        "mlp.experts.{}.gate_proj.weight": _GATE,
-        "mlp.experts.{}.up_proj.weight": _UP,
+        "mlp.experts.{}.gate_proj.weight": _ITS_GATE,
+        "mlp.experts.{}.up_proj.weight": _ITS_UP,
     },
     "experts_down": {"mlp.experts.{}.down_proj.weight": ALL},
 }
@@ -105,7 +107,7 @@ _BAILING = {
 }
 # As dFactory merges them to train.
 _BAILING_FUSED = {
-    "experts_gate_up": {"mlp.experts.gate_proj": _GATE, "mlp.experts.up_proj": _UP},
+    "experts_gate_up": {"mlp.experts.gate_proj": _ITS_GATE, "mlp.experts.up_proj": _ITS_UP},
     "experts_down": {"mlp.experts.down_proj": ALL},
 }
 

@@ -23,26 +23,26 @@ from sdar_jax.devices.sharding import (
 from sdar_jax.errors import ConfigError
 from sdar_jax.model.config import ModelConfig
 
-# Logical axes of each weight as transformer.py shapes it; None is never split, and shorter entries never split the last
+# Logical axes of each weight as layer.py shapes it; None is never split, and shorter entries never split the last
 # axes. Gradients, optimiser moments and moving averages carry the names of their weights, and lie as these do.
 WEIGHTS = {
     "embedding": ("vocab", "embed"),
-    "head": ("embed", "vocab"),
+    "head": ("vocab", "embed"),
     "final_norm": (),
     "attention_norm": (),
-    "qkv": ("embed", "kv_heads"),
+    "qkv": ("kv_heads", None, None, "embed"),
     "qkv_bias": ("kv_heads",),
     "q_norm": (),
     "k_norm": (),
-    "output": ("kv_heads", None, None, "embed"),
+    "output": ("embed", "kv_heads"),
     "output_bias": (),
     "mlp_norm": (),
-    "gate_up": ("embed", None, "mlp"),
+    "gate_up": (None, "mlp", "embed"),
     "gate_up_bias": (None, "mlp"),
-    "down": ("mlp", "embed"),
+    "down": ("embed", "mlp"),
     "down_bias": (),
-    "shared_gate_up": ("embed", None, "mlp"),
-    "shared_down": ("mlp", "embed"),
+    "shared_gate_up": (None, "mlp", "embed"),
+    "shared_down": ("embed", "mlp"),
     "router": ("embed", None),
     "expert_bias": (),
     "experts_gate_up": ("expert", "embed", None, "mlp"),

@@ -68,10 +68,10 @@ def to_diffusion(
     mask = _mask_row(config, mask_token_id, tokenizer_size)
     initial = _initial(mask_init, model.embedding[:tokenizer_size], config, mask, key)
     embedding = model.embedding[...]
-    head = embedding.T if model.head is None else model.head[...]
+    head = embedding if model.head is None else model.head[...]
     if mask == config.vocab_size:
         embedding = jnp.concatenate([embedding, embedding[:1]])
-        head = jnp.concatenate([head, _mean(head[:, :tokenizer_size], axis=1)[:, None]], axis=1)
+        head = jnp.concatenate([head, _mean(head[:tokenizer_size])[None]])
     if initial is not None:
         embedding = embedding.at[mask].set(initial)
     config = replace(config, vocab_size=len(embedding), tie_embeddings=False, mask_token_id=mask)
@@ -135,7 +135,7 @@ def _initial(
 ) -> Float[Array, " D"] | None:
     """Makes the mask's embedding; None keeps the row."""
     if mask_init == "mean":
-        return _mean(used, axis=0)
+        return _mean(used)
     if mask_init == "zeros":
         return jnp.zeros_like(used[0])
     if mask_init == "normal" and key is not None:
@@ -149,8 +149,8 @@ def _initial(
     return None
 
 
-def _mean(rows: Array, axis: int) -> Array:
-    return jnp.mean(rows, axis=axis, dtype=jnp.promote_types(rows.dtype, jnp.float32)).astype(
+def _mean(rows: Array) -> Array:
+    return jnp.mean(rows, axis=0, dtype=jnp.promote_types(rows.dtype, jnp.float32)).astype(
         rows.dtype
     )
 

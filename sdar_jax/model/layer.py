@@ -1,22 +1,23 @@
 """One decoder layer, and the keys and values that it keeps.
 
-Weights are stored [in, out] with the heads and the gate/up pair as axes of their own, so that one matmul makes q, k and
-v and every axis can be sharded. Shapes: B rows, T tokens, D hidden, G key-value heads, R query heads for each, K head
-dimension, F feed-forward, E experts.
+Weights are stored [out, in], as Hugging Face's are: few rows times such a matrix is faster on a CPU
+(`benchmarks.matmul_forms`), and outputs of several axes count as one without laying the matrix out anew on a TPU. Heads
+and the gate/up pair are axes of their own, so that one matmul makes q, k and v and every axis can be sharded. Shapes: B
+rows, T tokens, D hidden, G key-value heads, R query heads for each, K head dimension, F feed-forward, E experts.
 
-    qkv      [D, G, R + 2, K]    R queries, then the key, then the value
-    output   [G, R, K, D]
-    gate_up  [D, 2, F]
-    down     [F, D]
+    qkv      [G, R + 2, K, D]    R queries, then the key, then the value
+    output   [D, G, R, K]
+    gate_up  [2, F, D]
+    down     [D, F]
 
 An MoE has, in every layer but the first few dense ones of some, instead of the last two:
 
-    router           [D, E]
+    router           [D, E]        with the experts the other way round: [in, out]
     expert_bias      [E]           of a router by sigmoids
     experts_gate_up  [E, D, 2, F]
     experts_down     [E, F, D]
-    shared_gate_up   [D, 2, F]     of shared experts, side by side
-    shared_down      [F, D]
+    shared_gate_up   [2, F, D]     of shared experts, side by side
+    shared_down      [D, F]
 """
 
 from collections.abc import Callable
@@ -72,16 +73,16 @@ class Layer(nnx.Module):
         self.groups_per_token = c.groups_per_token
         self.routed_scale = c.routed_scaling_factor
         self.attention_norm = ones(c.hidden_size)
-        self.qkv = normal(keys[0], c.hidden_size, c.num_kv_heads, groups + 2, c.head_dim)
+        self.qkv = normal(keys[0], c.num_kv_heads, groups + 2, c.head_dim, c.hidden_size)
         self.qkv_bias = zeros(c.qkv_bias, c.num_kv_heads, groups + 2, c.head_dim)
         self.q_norm = ones(c.head_dim) if c.qk_norm else None
         self.k_norm = ones(c.head_dim) if c.qk_norm else None
-        self.output = normal(keys[1], c.num_kv_heads, groups, c.head_dim, c.hidden_size)
+        self.output = normal(keys[1], c.hidden_size, c.num_kv_heads, groups, c.head_dim)
         self.output_bias = zeros(c.output_bias, c.hidden_size)
         self.mlp_norm = ones(c.hidden_size)
-        self.gate_up = matrix(dense, keys[2], c.hidden_size, 2, c.intermediate_size)
+        self.gate_up = matrix(dense, keys[2], 2, c.intermediate_size, c.hidden_size)
         self.gate_up_bias = zeros(c.mlp_bias, 2, c.intermediate_size)
-        self.down = matrix(dense, keys[3], c.intermediate_size, c.hidden_size)
+        self.down = matrix(dense, keys[3], c.hidden_size, c.intermediate_size)
         self.down_bias = zeros(c.mlp_bias, c.hidden_size)
         width = c.moe_intermediate_size
         self.router = matrix(sparse, keys[4 if sparse else 0], c.hidden_size, c.num_experts)
@@ -92,8 +93,8 @@ class Layer(nnx.Module):
         self.experts_gate_up = matrix(sparse, keys[2], c.num_experts, c.hidden_size, 2, width)
         self.experts_down = matrix(sparse, keys[3], c.num_experts, width, c.hidden_size)
         width *= c.num_shared_experts
-        self.shared_gate_up = matrix(shared, keys[-2], c.hidden_size, 2, width)
-        self.shared_down = matrix(shared, keys[-1], width, c.hidden_size)
+        self.shared_gate_up = matrix(shared, keys[-2], 2, width, c.hidden_size)
+        self.shared_down = matrix(shared, keys[-1], c.hidden_size, width)
 
     def __call__(
         self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None
@@ -108,10 +109,8 @@ class Layer(nnx.Module):
             mixed, pages = attend(q, k, v)
             if not mixed.size:
                 return x[:, :0], pages, None
-            mixed = mixed.reshape(*mixed.shape[:2], *self.output.shape[:3])
-            x = x[:, : mixed.shape[1]] + _bias(
-                dot("btghk,ghkd->btd", mixed, self.output), self.output_bias
-            )
+            mixed = mixed.reshape(*mixed.shape[:2], *self.output.shape[1:])
+            x = x[:, : mixed.shape[1]] + _bias(dot(mixed, self.output, inputs=3), self.output_bias)
         with jax.named_scope("mlp"):
             mixed, routing = self.mlp(rms_norm(x, self.mlp_norm, self.eps))
             return x + mixed, pages, routing
@@ -125,7 +124,7 @@ class Layer(nnx.Module):
             q_norm = self.q_norm[...]
             k_norm = self.k_norm[...]
         if outputs == x.shape[1]:
-            qkv = _bias(dot("btd,dgrk->btgrk", x, self.qkv), self.qkv_bias)
+            qkv = _bias(dot(x, self.qkv), self.qkv_bias)
             # As one, queries and keys are half as many small operations, which is what a CPU's decoding waits for.
             qk = qkv[..., :-1, :]
             norm = None
@@ -140,8 +139,8 @@ class Layer(nnx.Module):
             if self.qkv_bias is not None:
                 q_bias = self.qkv_bias[:, :-2]
                 kv_bias = self.qkv_bias[:, -2:]
-            q = _bias(dot("btd,dgrk->btgrk", x[:, :outputs], self.qkv[:, :, :-2]), q_bias)
-            kv = _bias(dot("btd,dgrk->btgrk", x, self.qkv[:, :, -2:]), kv_bias)
+            q = _bias(dot(x[:, :outputs], self.qkv[:, :-2]), q_bias)
+            kv = _bias(dot(x, self.qkv[:, -2:]), kv_bias)
             q = self._rotated(q, q_norm, rope)
             k = self._rotated(kv[..., :1, :], k_norm, rope)[..., 0, :]
             v = kv[..., 1, :]
@@ -207,10 +206,10 @@ def _repeat_then(repeated: Array, times: int, last: Array) -> Array:
 def _swiglu(
     x: Array, gate_up: Any, down: Any, gate_up_bias: Any = None, down_bias: Any = None
 ) -> Array:
-    """Computes the feed-forward of [B, T, D] with gate_up [D, 2, F] and down [F, D]."""
-    both = _bias(dot("btd,dcf->btcf", x, gate_up), gate_up_bias)
+    """Computes the feed-forward of [B, T, D] with gate_up [2, F, D] and down [D, F]."""
+    both = _bias(dot(x, gate_up), gate_up_bias)
     hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
-    return _bias(dot("btf,fd->btd", hidden, down), down_bias)
+    return _bias(dot(hidden, down), down_bias)
 
 
 def _bias(x: Array, bias: nnx.Param | Array | None) -> Array:

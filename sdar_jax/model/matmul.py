@@ -1,15 +1,16 @@
 """The matmuls of the network: floats, int8, and those of a layer that a loop is at."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from sdar_jax.devices.sharding import current_mesh
 from sdar_jax.model.quantization import QArray
 
 
@@ -28,18 +29,34 @@ class WeightOfLayer:
         return self
 
 
-def dot(spec: str, x: Array, weight: nnx.Param | Any, accumulate: DTypeLike | None = None) -> Array:
-    """Computes einsum(spec, x, weight) in the dtype of x, or in `accumulate`. The result's axes end in the outputs."""
+def dot(
+    x: Array, weight: nnx.Param | Any, *, inputs: int = 1, accumulate: DTypeLike | None = None
+) -> Array:
+    """Computes x W^T: [..., *in] and [*out, *in] give [..., *out], in the dtype of x, or in `accumulate`.
+
+    Args:
+        inputs: how many axes `in` has.
+    """
     weight = weight[...]
     if isinstance(weight, WeightOfLayer):
-        of_layers = [
-            partial(dot, spec, weight=each, accumulate=accumulate) for each in weight.weights
-        ]
+        options = {"inputs": inputs, "accumulate": accumulate}
+        of_layers = [partial(dot, weight=each, **options) for each in weight.weights]
         return jax.lax.switch(weight.layer, of_layers, x)
     if not isinstance(weight, QArray):
-        return jnp.einsum(spec, x, weight.astype(x.dtype), preferred_element_type=accumulate)
-    product = jnp.einsum(spec, x, weight.qvalue.astype(x.dtype), preferred_element_type=accumulate)
-    operands, result = spec.split("->")
-    _, weight_axes = operands.split(",")
-    summed = tuple(i for i, axis in enumerate(weight_axes) if axis not in result)
-    return (product * weight.scale.squeeze(summed)).astype(product.dtype)
+        return _product(x, weight.astype(x.dtype), inputs, accumulate)
+    product = _product(x, weight.qvalue.astype(x.dtype), inputs, accumulate)
+    return (product * weight.scale.reshape(weight.scale.shape[:-inputs])).astype(product.dtype)
+
+
+def _product(x: Array, weight: Array, inputs: int, accumulate: DTypeLike | None) -> Array:
+    rows, outputs = x.shape[:-inputs], weight.shape[:-inputs]
+    if current_mesh() is None:
+        # XLA would lay a weight of more axes out anew, in each call. On a mesh they stay: it may split any of them.
+        x = x.reshape(*rows, math.prod(x.shape[-inputs:]))
+        weight = weight.reshape(math.prod(outputs), x.shape[-1])
+        inputs = 1
+    last = lambda array: tuple(range(array.ndim - inputs, array.ndim))
+    product = jax.lax.dot_general(
+        x, weight, ((last(x), last(weight)), ((), ())), preferred_element_type=accumulate
+    )
+    return product.reshape(*rows, *outputs)

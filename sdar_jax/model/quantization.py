@@ -19,13 +19,13 @@ from sdar_jax.errors import ConfigError
 
 # Axes of each weight (model.py) that are not summed over: one scale for each of their entries.
 _OUTPUTS = {
-    "qkv": (1, 2, 3),
-    "output": (3,),
-    "gate_up": (1, 2),
-    "down": (1,),
-    "shared_gate_up": (1, 2),
-    "shared_down": (1,),
-    "head": (1,),
+    "qkv": (0, 1, 2),
+    "output": (0,),
+    "gate_up": (0, 1),
+    "down": (0,),
+    "shared_gate_up": (0, 1),
+    "shared_down": (0,),
+    "head": (0,),
 }
 
 QArray = qwix.QArray

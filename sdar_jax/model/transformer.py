@@ -114,7 +114,7 @@ class Model(nnx.Module):
         self.head = (
             None
             if config.tie_embeddings
-            else normal(keys[1], config.hidden_size, config.vocab_size)
+            else normal(keys[1], config.vocab_size, config.hidden_size)
         )
 
     def hidden(
@@ -222,18 +222,15 @@ class Model(nnx.Module):
         """Looks up token embeddings, in the dtype that the rest of the forward computes in."""
         return embed(self.embedding[...], tokens, compute_dtype or self.embedding.dtype)
 
-    def output_weights(self) -> tuple[Array, int]:
-        """Returns the output head and which of its axes is the vocabulary: [D, V] and 1, or the tied [V, D] and 0."""
-        if self.head is None:
-            return self.embedding[...], 0
-        return dequantized(self.head[...]), 1
+    def output_weights(self) -> Float[Array, "V D"]:
+        """Returns the output head, which is the embedding if they are tied."""
+        return self.embedding[...] if self.head is None else dequantized(self.head[...])
 
     def unembed(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Computes logits, accumulated and returned in float32 (float64 for float64 weights)."""
         accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
-        if self.head is None:
-            return dot("...d,vd->...v", hidden, self.embedding, accumulate)
-        return dot("...d,dv->...v", hidden, self.head, accumulate)
+        head = self.embedding if self.head is None else self.head
+        return dot(hidden, head, accumulate=accumulate)
 
 
 def empty_pages(
@@ -258,7 +255,7 @@ def empty_pages(
 
 def pages_for(model: Model, pages: int, page_size: int) -> list[LayerPages]:
     """Makes empty pages for a model that decodes where it lies."""
-    dtype, mesh = model.embedding.dtype, mesh_of(model)
+    dtype, mesh = model.embedding.dtype, mesh_of(model.embedding)
     rolled = rolls(model.config, mesh)
     return empty_pages(model.config, pages, page_size, dtype, mesh, rolled=rolled)
 

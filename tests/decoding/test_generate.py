@@ -155,9 +155,9 @@ def test_the_mask_is_never_emitted(x64):
     """Its logit is made three times that of the token that came out first: banned, it changes nothing."""
     model = tiny_model()
     (before,) = run([POOL[1]])
-    column = 3 * model.head[...][:, before.tokens[0]]
+    row = 3 * model.head[...][before.tokens[0]]
     louder = jax.tree.map(lambda leaf: leaf, model)
-    louder.head = type(model.head)(model.head[...].at[:, MASK].set(column))
+    louder.head = type(model.head)(model.head[...].at[MASK].set(row))
     (after,) = run([POOL[1]], model=louder)
     assert MASK not in after.tokens and after.tokens == before.tokens
 

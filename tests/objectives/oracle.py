@@ -55,8 +55,8 @@ def attended(q, k, v, mask):
 
 
 def feed_forward(h, gate_up, down):
-    gate, up = h @ gate_up[...][:, 0], h @ gate_up[...][:, 1]
-    return (gate / (1 + jnp.exp(-gate)) * up) @ down[...]
+    gate, up = h @ gate_up[...][0].T, h @ gate_up[...][1].T
+    return (gate / (1 + jnp.exp(-gate)) * up) @ down[...].T
 
 
 def moe(h, layer, config):
@@ -66,7 +66,10 @@ def moe(h, layer, config):
     gates = jnp.where(odds >= lowest, odds, 0)
     gates = gates / (gates if config.norm_topk_prob else odds).sum(-1, keepdims=True)
     weights = zip(layer.experts_gate_up[...], layer.experts_down[...], strict=True)
-    return sum(gates[:, e, None] * feed_forward(h, *pair) for e, pair in enumerate(weights))
+    return sum(
+        gates[:, e, None] * feed_forward(h, up.transpose(1, 2, 0), down.T)
+        for e, (up, down) in enumerate(weights)
+    )
 
 
 def logits(model: Model, tokens, positions, mask):
@@ -75,7 +78,7 @@ def logits(model: Model, tokens, positions, mask):
     x = model.embedding[...][tokens]
     for layer in model.layers:
         h = normed(x, layer.attention_norm, config.rms_norm_eps)
-        qkv = jnp.einsum("td,dgrk->tgrk", h, layer.qkv[...])
+        qkv = jnp.einsum("td,grkd->tgrk", h, layer.qkv[...])
         q, k, v = (
             qkv[:, :, :-2].reshape(len(tokens), config.num_heads, config.head_dim),
             qkv[:, :, -2],
@@ -91,14 +94,14 @@ def logits(model: Model, tokens, positions, mask):
             v,
             mask,
         )
-        x = x + mixed.reshape(len(tokens), -1) @ layer.output[...].reshape(-1, config.hidden_size)
+        x = x + mixed.reshape(len(tokens), -1) @ layer.output[...].reshape(config.hidden_size, -1).T
         h = normed(x, layer.mlp_norm, config.rms_norm_eps)
         x = x + (
             feed_forward(h, layer.gate_up, layer.down)
             if layer.router is None
             else moe(h, layer, config)
         )
-    head = model.embedding[...].T if model.head is None else model.head[...]
+    head = (model.embedding if model.head is None else model.head)[...].T
     return normed(x, model.final_norm, config.rms_norm_eps) @ head
 
 

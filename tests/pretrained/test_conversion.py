@@ -43,7 +43,7 @@ def test_the_function_on_other_tokens_stays_the_same(
         block_size=4,
         mask_token_id=size,
     )
-    assert converted.embedding.shape == (rows, 16) and converted.head.shape == (16, rows)
+    assert converted.embedding.shape == (rows, 16) and converted.head.shape == (rows, 16)
     expected = logits(model, TOKENS, block_size=1)
     got = logits(unstack_layers(converted), TOKENS, block_size=1)
     np.testing.assert_allclose(got[..., :40], expected, rtol=1e-5, atol=1e-6)
@@ -54,12 +54,12 @@ def test_untied_weights_are_apart() -> None:
     model = make(TIED)
     before = jnp.copy(model.embedding[...])
     converted = to_diffusion(model, block_size=4, mask_token_id=39)
-    np.testing.assert_array_equal(converted.head[...], before.T)
+    np.testing.assert_array_equal(converted.head[...], before)
     np.testing.assert_array_equal(converted.embedding[:39], before[:39])
     np.testing.assert_array_equal(model.embedding[...], before)
     assert model.head is None and model.config == TIED
     grads = jax.grad(lambda model: logits(model, TOKENS, block_size=1).sum())(converted)
-    assert jnp.abs(grads.head[...] - grads.embedding[...].T).max() > 1e-3
+    assert jnp.abs(grads.head[...] - grads.embedding[...]).max() > 1e-3
 
 
 def test_where_the_mask_goes() -> None:
@@ -93,8 +93,8 @@ def test_initialisations(size: int) -> None:
     assert 0.1 < float(jnp.std(normal.embedding[size])) < 0.6
     for other in (mean, zeros, normal):
         np.testing.assert_array_equal(other.embedding[:size], model.embedding[:size])
-        expected = model.head[:, size] if size < 40 else model.head[...].mean(axis=1)
-        np.testing.assert_allclose(other.head[:, size], expected, rtol=1e-5, atol=1e-6)
+        expected = model.head[size] if size < 40 else model.head[...].mean(axis=0)
+        np.testing.assert_allclose(other.head[size], expected, rtol=1e-5, atol=1e-6)
     if size < 40:
         np.testing.assert_array_equal(converted("keep").embedding[...], model.embedding[...])
 

@@ -31,20 +31,20 @@ plain, model = load_pretrained(path), load_pretrained(path, mesh=mesh)
 layer = model.layers[0]
 expected = {
     "attention_norm": P(),
-    "qkv": P("fsdp", "tensor"),
+    "qkv": P("tensor", None, None, "fsdp"),
     "qkv_bias": P("tensor"),
     "q_norm": P(),
-    "output": P("tensor", None, None, "fsdp"),
+    "output": P("fsdp", "tensor"),
     "output_bias": P(),
-    "gate_up": P("fsdp", None, "tensor"),
-    "down": P("tensor", "fsdp"),
+    "gate_up": P(None, "tensor", "fsdp"),
+    "down": P("fsdp", "tensor"),
 }
 for name, spec in expected.items():
     got = getattr(layer, name).sharding
     assert got.is_equivalent_to(jax.NamedSharding(mesh, spec), getattr(layer, name).ndim), (name, got)
 # 61 tokens do not divide by 2, so the vocabulary stays whole.
-assert model.embedding.sharding.spec == P(None, "fsdp") and model.head.sharding.spec == P("fsdp", None)
-assert layer.qkv.addressable_shards[0].data.shape == (12, 1, 4, 8)
+assert model.embedding.sharding.spec == P(None, "fsdp") and model.head.sharding.spec == P(None, "fsdp")
+assert layer.qkv.addressable_shards[0].data.shape == (1, 4, 8, 12)
 for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(model), strict=True):
     np.testing.assert_array_equal(a, b)
 
@@ -63,8 +63,8 @@ for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(load_pretrained(saved)),
     np.testing.assert_array_equal(a, b)
 
 places = shardings(stack_layers(plain), mesh).layers
-assert jax.tree.leaves(places.body.qkv)[0].spec == P(None, "fsdp", "tensor")
-assert jax.tree.leaves(places.last.qkv)[0].spec == P("fsdp", "tensor")
+assert jax.tree.leaves(places.body.qkv)[0].spec == P(None, "tensor", None, None, "fsdp")
+assert jax.tree.leaves(places.last.qkv)[0].spec == P("tensor", None, None, "fsdp")
 
 replicated = load_pretrained(path, mesh=jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)))
 assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 4 for leaf in jax.tree.leaves(replicated))
