@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
+from sdar_jax.devices.chips import platform
 from sdar_jax.devices.sharding import current_mesh
 from sdar_jax.model.quantization import QArray
 
@@ -50,7 +51,8 @@ def dot(
 
 def _product(x: Array, weight: Array, inputs: int, accumulate: DTypeLike | None) -> Array:
     rows, outputs = x.shape[:-inputs], weight.shape[:-inputs]
-    if current_mesh() is None:
+    flat = current_mesh() is None
+    if flat:
         # XLA would lay a weight of more axes out anew, in each call. On a mesh they stay: it may split any of them.
         x = x.reshape(*rows, math.prod(x.shape[-inputs:]))
         weight = weight.reshape(math.prod(outputs), x.shape[-1])
@@ -59,4 +61,7 @@ def _product(x: Array, weight: Array, inputs: int, accumulate: DTypeLike | None)
     product = jax.lax.dot_general(
         x, weight, ((last(x), last(weight)), ((), ())), preferred_element_type=accumulate
     )
+    if flat and len(outputs) > 2 and platform() == "tpu":
+        # Or XLA would have these axes, and so the weight's, in another order, and copy the weight for it.
+        product = jax.lax.optimization_barrier(product)
     return product.reshape(*rows, *outputs)
