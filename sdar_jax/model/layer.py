@@ -62,8 +62,8 @@ class Layer(nnx.Module):
         def zeros(wanted: bool, *shape: int) -> nnx.Param | None:
             return nnx.Param(jnp.zeros(shape, dtype)) if wanted else None
 
-        def matrix(wanted: bool, key: jax.Array, *shape: int) -> nnx.Param | None:
-            return normal(key, *shape) if wanted else None
+        def matrix(wanted: bool, key: jax.Array, *shape: int, inputs: int = 0) -> nnx.Param | None:
+            return normal(key, *shape, inputs=inputs) if wanted else None
 
         self.eps = c.rms_norm_eps
         self.top_k = c.num_experts_per_token
@@ -73,16 +73,16 @@ class Layer(nnx.Module):
         self.groups_per_token = c.groups_per_token
         self.routed_scale = c.routed_scaling_factor
         self.attention_norm = ones(c.hidden_size)
-        self.qkv = normal(keys[0], c.num_kv_heads, groups + 2, c.head_dim, c.hidden_size)
+        self.qkv = normal(keys[0], c.hidden_size, c.num_kv_heads, groups + 2, c.head_dim, inputs=1)
         self.qkv_bias = zeros(c.qkv_bias, c.num_kv_heads, groups + 2, c.head_dim)
         self.q_norm = ones(c.head_dim) if c.qk_norm else None
         self.k_norm = ones(c.head_dim) if c.qk_norm else None
-        self.output = normal(keys[1], c.hidden_size, c.num_kv_heads, groups, c.head_dim)
+        self.output = normal(keys[1], c.num_kv_heads, groups, c.head_dim, c.hidden_size, inputs=3)
         self.output_bias = zeros(c.output_bias, c.hidden_size)
         self.mlp_norm = ones(c.hidden_size)
-        self.gate_up = matrix(dense, keys[2], 2, c.intermediate_size, c.hidden_size)
+        self.gate_up = matrix(dense, keys[2], c.hidden_size, 2, c.intermediate_size, inputs=1)
         self.gate_up_bias = zeros(c.mlp_bias, 2, c.intermediate_size)
-        self.down = matrix(dense, keys[3], c.hidden_size, c.intermediate_size)
+        self.down = matrix(dense, keys[3], c.intermediate_size, c.hidden_size, inputs=1)
         self.down_bias = zeros(c.mlp_bias, c.hidden_size)
         width = c.moe_intermediate_size
         self.router = matrix(sparse, keys[4 if sparse else 0], c.hidden_size, c.num_experts)
@@ -93,8 +93,8 @@ class Layer(nnx.Module):
         self.experts_gate_up = matrix(sparse, keys[2], c.num_experts, c.hidden_size, 2, width)
         self.experts_down = matrix(sparse, keys[3], c.num_experts, width, c.hidden_size)
         width *= c.num_shared_experts
-        self.shared_gate_up = matrix(shared, keys[-2], 2, width, c.hidden_size)
-        self.shared_down = matrix(shared, keys[-1], c.hidden_size, width)
+        self.shared_gate_up = matrix(shared, keys[-2], c.hidden_size, 2, width, inputs=1)
+        self.shared_down = matrix(shared, keys[-1], width, c.hidden_size, inputs=1)
 
     def __call__(
         self, x: Array, rope: tuple[Array, Array], attend: Attend, outputs: int | None = None
@@ -194,8 +194,12 @@ def rms_norm(x: Array, weight: nnx.Param | Array, eps: float) -> Array:
     return normed.astype(x.dtype) * weight[...].astype(x.dtype)
 
 
-def normal_param(key: jax.Array, *shape: int, scale: float, dtype: DTypeLike) -> nnx.Param:
-    return nnx.Param(scale * jax.random.normal(key, shape, dtype))
+def normal_param(
+    key: jax.Array, *shape: int, scale: float, dtype: DTypeLike, inputs: int = 0
+) -> nnx.Param:
+    """Draws [*in, *out] and turns the first `inputs` axes to the end: how a weight lies changes no seed's model."""
+    drawn = scale * jax.random.normal(key, shape, dtype)
+    return nnx.Param(drawn.transpose(*range(inputs, drawn.ndim), *range(inputs)))
 
 
 def _repeat_then(repeated: Array, times: int, last: Array) -> Array:

@@ -114,7 +114,7 @@ class Model(nnx.Module):
         self.head = (
             None
             if config.tie_embeddings
-            else normal(keys[1], config.vocab_size, config.hidden_size)
+            else normal(keys[1], config.hidden_size, config.vocab_size, inputs=1)
         )
 
     def hidden(
