@@ -12,6 +12,8 @@ from sdar_jax.model import Model
 
 # Keys and values that a program may hold for sequences and positions that a batch does not have.
 _SPARE_BYTES = 2**28
+# Of sequences: a program for more would take longer than one that is compiled for few.
+_FACTOR = 16
 
 
 class Capacity(NamedTuple):
@@ -47,10 +49,11 @@ def roomy_capacity(
         multiple: of positions: whole pages.
     """
     known = _known(program)
-    if fitting := [each for each in known if each.holds(needed)]:
+    near = [each for each in known if each.sequences <= _FACTOR * needed.sequences]
+    if fitting := [each for each in near if each.holds(needed)]:
         return min(fitting, key=lambda each: (each.sequences * each.length, each))
     roomy = needed._replace(
-        sequences=_power(needed.sequences, 1, 16),
+        sequences=_power(needed.sequences, 1, _FACTOR),
         length=round_up(_power(needed.length, 256, 8), multiple),
     )
     if position_bytes * roomy.sequences * roomy.length > _SPARE_BYTES:
