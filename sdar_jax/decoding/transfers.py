@@ -135,4 +135,4 @@ def end_sequence(batch: SequenceState, slot: _Index) -> SequenceState:
 def copy_page(cache: list[LayerPages], source: _Index, target: _Index) -> list[LayerPages]:
     # Layers, where they are on an axis of their own, lie before the pages.
     whole = lambda page: (..., page, slice(None), slice(None), slice(None))
-    return jax.tree.map(lambda all: all.at[whole(target)].set(all[whole(source)]), cache)
+    return jax.tree.map(lambda pages: pages.at[whole(target)].set(pages[whole(source)]), cache)

@@ -34,6 +34,7 @@ class RolledLayers(nnx.Module):
         self.columns = nnx.data([list(c) if matrix else jnp.stack(c) for matrix, c in columns])
 
     def at(self, index: Int[Array, ""]) -> Layer:
+        """Returns the layer of this index, whose matrices are `WeightOfLayer`."""
         leaves = [
             WeightOfLayer(c, index) if isinstance(c, list) else c[index] for c in self.columns
         ]

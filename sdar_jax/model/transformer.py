@@ -193,7 +193,7 @@ class Model(nnx.Module):
             windows: what is read, one or more widths.
             cache: as `empty_pages` makes it, rolled where the layers are.
             wanted: only the first so many of `windows` need hidden states, the others leave the last layer with their
-                keys and values; None is all.
+                keys and values (rolled layers compute them all the same); None is all.
 
         Returns:
             The hidden states [N, W, D] of each that is wanted, undefined past its `count`; and the pages, written in

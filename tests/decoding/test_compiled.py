@@ -28,6 +28,8 @@ print(json.dumps({
 @needs_compilers
 def test_no_weight_is_laid_out_anew_on_a_tpu() -> None:
     """What is copied is smaller than the smallest matrix of a layer, and so are all temporaries."""
-    found = json.loads(run_python(_COMPILE).stdout.splitlines()[-1])
+    run = run_python(_COMPILE)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
     assert found["largest"] < found["smallest"] / 2
     assert found["temporaries"] < 2 * found["smallest"] * 4
