@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,10 +144,26 @@ class Checkpoints:
 
         Args:
             like: ShapeDtypeStructs, with the sharding that each array is to have.
+
+        Raises:
+            CheckpointError: it holds other arrays, as those of another version of this package do.
         """
+        self._check_shapes(like.weights)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
         restored = self._manager.restore(self.latest, args=items)
         return TrainState(**restored["state"])
+
+    def _check_shapes(self, weights: Mapping[str, Any]) -> None:
+        # By the name that orbax takes as it is.
+        path = self._manager.directory / str(self.latest) / _ITEMS[0]
+        held = ocp.StandardCheckpointHandler().metadata(path).tree["weights"]
+        for name, weight in weights.items():
+            if name in held and tuple(held[name].shape) != weight.shape:
+                raise CheckpointError(
+                    f"{self.directory}: checkpoint {self.latest} has {name} as {list(held[name].shape)}, and this "
+                    f"version lays it out as {list(weight.shape)}; go on with the version that wrote it, or use a new "
+                    "run_dir"
+                )
 
     def save_frozen(self, weights: Weights) -> None:
         """Writes what no step will change, and returns when it is there. Before the first `save`.

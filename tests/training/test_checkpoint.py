@@ -48,6 +48,21 @@ def assert_equal(a, b) -> None:
     assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
 
 
+def test_arrays_of_other_shapes_are_refused(tmp_path):
+    """As a version that lays weights out otherwise left them."""
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(make_state(3), make_host_state(3))
+    turned = jax.eval_shape(lambda: jax.tree.map(jnp.transpose, make_state(0)))
+    with (
+        opened(tmp_path) as checkpoints,
+        pytest.raises(
+            CheckpointError,
+            match=r"embedding as \[40, 50\], .* as \[50, 40\]; .* use a new run_dir",
+        ),
+    ):
+        checkpoints.state(placed(turned))
+
+
 @pytest.mark.parametrize("ema", [True, False])
 def test_all_of_a_state_comes_back(ema, tmp_path):
     with opened(tmp_path) as checkpoints:
