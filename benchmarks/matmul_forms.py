@@ -9,6 +9,7 @@ its turn comes. Forms take turns; times are medians, in milliseconds a program.
     W.T @ x     W [in, out]: weights first; the small product is transposed
     x @ W.T     W [out, in]: rows first, both over their last axis
     W @ x       W [out, in]: weights first, both over their last axis; the small product is transposed
+    sums        W [out, in]: products and sums in one loop over W, as `model.matmul` does without AVX-512
 """
 
 import argparse
@@ -35,6 +36,8 @@ def _multiply(form: str, x: jax.Array, weights: list[jax.Array]) -> jax.Array:
             product = jax.lax.dot_general(weight, x, (((0,), (1,)), ((), ()))).T
         elif form == "x @ W.T":
             product = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())))
+        elif form == "sums":
+            product = (weight[:, None, :] * x[None]).sum(-1).T
         else:
             product = jax.lax.dot_general(weight, x, (((1,), (1,)), ((), ()))).T
         x = x + 1e-20 * product[:, :1]
@@ -65,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     print(f"{cpu_kind()}; jax {jax.__version__}; {_MATRICES} float32 matrices a program")
-    forms = ("x @ W", "W.T @ x", "x @ W.T", "W @ x")
+    forms = ("x @ W", "W.T @ x", "x @ W.T", "W @ x", "sums")
     print(f"{'in x out':>12} {'rows':>5} " + " ".join(f"{form:>9}" for form in forms))
     for shape in options.shapes:
         inputs, outputs = map(int, shape.split("x"))

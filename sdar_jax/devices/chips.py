@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,6 +167,16 @@ def is_compiling_for() -> bool:
 def platform() -> str:
     """Returns "cpu", "gpu" or "tpu": what to compute on, by which kernels and sizes are chosen."""
     return jax.default_backend() if _target is None else _target.platform
+
+
+@lru_cache(maxsize=1)
+def has_avx512() -> bool | None:
+    """Returns whether this machine's x86 CPU has AVX-512; None where that cannot be told, or for another CPU."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if flags is None else "avx512f" in flags[1].split()
 
 
 def device() -> Any:

@@ -6,13 +6,19 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from sdar_jax.devices.chips import platform
+from sdar_jax.devices.chips import has_avx512, platform
 from sdar_jax.devices.sharding import current_mesh
 from sdar_jax.model.quantization import QArray
+
+# Rows of which a CPU without AVX-512 computes a matmul faster as products and sums (`benchmarks.matmul_forms`), and
+# numbers of a weight below which compiling them takes longer than they save.
+_STREAMED_ROWS = range(2, 33)
+_STREAMED_SIZE = 2**14
 
 
 class WeightOfLayer:
@@ -57,6 +63,8 @@ def _product(x: Array, weight: Array, inputs: int, accumulate: DTypeLike | None)
         x = x.reshape(*rows, math.prod(x.shape[-inputs:]))
         weight = weight.reshape(math.prod(outputs), x.shape[-1])
         inputs = 1
+        if _is_streamed(math.prod(rows), weight):
+            return _streamed(x, weight, accumulate).reshape(*rows, *outputs)
     last = lambda array: tuple(range(array.ndim - inputs, array.ndim))
     product = jax.lax.dot_general(
         x, weight, ((last(x), last(weight)), ((), ())), preferred_element_type=accumulate
@@ -65,3 +73,19 @@ def _product(x: Array, weight: Array, inputs: int, accumulate: DTypeLike | None)
         # Or XLA would have these axes, and so the weight's, in another order, and copy the weight for it.
         product = jax.lax.optimization_barrier(product)
     return product.reshape(*rows, *outputs)
+
+
+def _is_streamed(rows: int, weight: Array) -> bool:
+    few = rows in _STREAMED_ROWS and weight.size >= _STREAMED_SIZE
+    return few and weight.dtype.itemsize >= 4 and platform() == "cpu" and has_avx512() is False
+
+
+def _streamed(x: Array, weight: Array, accumulate: DTypeLike | None) -> Array:
+    """Computes x W^T, [..., in] and [out, in] giving [rows, out], so that XLA fuses it into one loop over the weight.
+
+    Each of its rows meets all of x while it is in the first cache; the library that XLA calls would copy it first.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    wide = jnp.result_type(x.dtype, accumulate or x.dtype)
+    products = weight[:, None, :].astype(wide) * rows[None].astype(wide)
+    return products.sum(axis=-1).T
