@@ -28,6 +28,7 @@ FLOORS = (
     "losses",
     "model",
     "hf",
+    "adapters",
     "data",
     "objectives",
     "decoding",

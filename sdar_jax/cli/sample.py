@@ -24,7 +24,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from sdar_jax import Completion, DecodingConfig, Engine, generate, load_pretrained
+from sdar_jax import Completion, DecodingConfig, Engine, adapters, generate, load_pretrained
 from sdar_jax.cli.compilation import for_commands
 from sdar_jax.cli.flags import Flags, warnings_in
 from sdar_jax.data.chat import ChatRenderer
@@ -61,6 +61,7 @@ class SampleConfig:
 
     Attributes:
         model: a Hugging Face directory, or a hub id.
+        adapter: a directory of low-rank matrices (LoRA) in PEFT's files, such as a run's adapter/, for that model.
         prompt: a text to continue, as it is.
         prompt_ids: a prompt as comma-separated token ids; needs no tokenizer.
         chat: talk, one line a turn, through the model's chat template; ends with the input. Turns that no longer fit
@@ -85,6 +86,7 @@ class SampleConfig:
     """
 
     model: str
+    adapter: Path | None = None
     prompt: str | None = None
     prompt_ids: str | None = None
     chat: bool = False
@@ -144,6 +146,10 @@ class Sampler:
             block_size=config.decoding.block_size,
             mask_token_id=config.mask_token_id,
         )
+        if config.adapter is not None:
+            adapted = adapters.load(self.model, config.adapter)
+            # An int8 base stays one.
+            self.model = adapted if config.dtype == "int8" else adapters.merge(adapted)
         config.decoding.resolve_block_size(self.model.config)
         if config.watch and self.canvas:
             raise DecodingError(
@@ -426,6 +432,7 @@ def _settings(config: SampleConfig) -> dict[str, Any]:
     values = lambda of: {
         **{name: getattr(of, name) for name in fields},
         **dataclasses.asdict(of.decoding),
+        "adapter": of.adapter and fingerprint(of.adapter),
     }
     default = values(SampleConfig(model=""))
     changed = {name: value for name, value in values(config).items() if value != default[name]}

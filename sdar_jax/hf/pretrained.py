@@ -38,8 +38,9 @@ from sdar_jax.hf.tensor_files import (
     listed,
     write_tensors,
 )
-from sdar_jax.hf.tensor_names import ALL, LAYOUTS, Layout
+from sdar_jax.hf.tensor_names import ALL, LAYOUTS, Layout, joined_rows
 from sdar_jax.model import Model
+from sdar_jax.model.adapted import is_adapted
 from sdar_jax.model.axes import check_mesh, shardings
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.hf_config import family_of
@@ -139,8 +140,13 @@ def save_pretrained(
     Raises:
         CheckpointError: `path` holds something else, or cannot be written, or a weight is too large for float16; what
             it held is then as it was.
-        ConfigError: a dtype that safetensors and transformers do not share, or int8 weights.
+        ConfigError: a dtype that safetensors and transformers do not share, int8 weights, or low-rank matrices.
     """
+    if any(is_adapted(leaf) for leaf in jax.tree.leaves(model, is_leaf=is_adapted)):
+        raise ConfigError(
+            "the model has adapters, which its directory does not hold; save adapters.merge(model), or "
+            "adapters.save(model, path)"
+        )
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(model)):
         raise ConfigError(
             "the weights are int8, which model directories do not hold; save the float model"
@@ -289,20 +295,12 @@ def _their_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
 def _to_theirs(ours: np.ndarray, field: str, joined: bool) -> np.ndarray:
     shape = _their_shape(ours.shape, field)
     theirs = ours.reshape(shape[::-1]).T if field in _TRANSPOSED else ours.reshape(shape)
-    return theirs[np.argsort(_joined_rows(ours.shape))] if joined else theirs
+    return theirs[np.argsort(joined_rows(ours.shape))] if joined else theirs
 
 
 def _to_ours(theirs: np.ndarray, field: str, shape: tuple[int, ...], joined: bool) -> np.ndarray:
-    theirs = theirs[_joined_rows(shape)] if joined else theirs
+    theirs = theirs[joined_rows(shape)] if joined else theirs
     return theirs.T.reshape(shape) if field in _TRANSPOSED else theirs.reshape(shape)
-
-
-def _joined_rows(shape: tuple[int, ...]) -> np.ndarray:
-    """Finds each row of our [G, R + 2, K, ...], as one axis, among all queries, then all keys, then all values."""
-    groups, heads, size = shape[:3]
-    ends = np.cumsum([groups * (heads - 2) * size, groups * size])
-    parts = np.split(np.arange(groups * heads * size), ends)
-    return np.concatenate([part.reshape(groups, -1, size) for part in parts], axis=1).reshape(-1)
 
 
 def _has_own_head(tensors: TensorReader, layout: Layout) -> bool:

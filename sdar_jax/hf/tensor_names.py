@@ -116,3 +116,11 @@ LAYOUTS = {
     "llama": Layout(_LLAMA, "model.layers.{}.", _LLAMA_FUSED),
     "olmo": Layout(_OLMO, "model.transformer.blocks.{}.", {}),
 }
+
+
+def joined_rows(shape: tuple[int, ...]) -> np.ndarray:
+    """Finds each row of our [G, R + 2, K, ...], as one axis, among all queries, then all keys, then all values."""
+    groups, heads, size = shape[:3]
+    ends = np.cumsum([groups * (heads - 2) * size, groups * size])
+    parts = np.split(np.arange(groups * heads * size), ends)
+    return np.concatenate([part.reshape(groups, -1, size) for part in parts], axis=1).reshape(-1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -22,6 +23,7 @@ from sdar_jax.devices.sharding import (
 )
 from sdar_jax.errors import ConfigError
 from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.quantization import OUTPUT_AXES
 
 # Logical axes of each weight as layer.py shapes it; None is never split, and shorter entries never split the last
 # axes. Gradients, optimiser moments and moving averages carry the names of their weights, and lie as these do.
@@ -153,7 +155,8 @@ def constrain_weights[Tree](tree: Tree) -> Tree:
 def gathered[Tree](layer: Tree, dtype: DTypeLike) -> Tree:
     """Casts a layer's matrices to the dtype they are used in and gathers them along `embed` over the mesh in force.
 
-    Cast first: half as much travels. What splits them otherwise (heads, width, experts) still does.
+    Cast first, where that is no wider: half as much travels. What splits them otherwise (heads, width, experts) still
+    does.
     """
     mesh = current_mesh()
     if mesh is None:
@@ -166,7 +169,8 @@ def gathered[Tree](layer: Tree, dtype: DTypeLike) -> Tree:
         # Constrained twice, or the compiler may gather before it casts.
         for table in (RULES, rules):
             place = _weight_spec(path, weight.shape, mesh, table)
-            weight = jax.lax.with_sharding_constraint(weight.astype(dtype), place)
+            narrow = weight if weight.dtype == jnp.int8 else weight.astype(dtype)
+            weight = jax.lax.with_sharding_constraint(narrow, place)
         return weight
 
     return jax.tree.map_with_path(gather, layer)
@@ -194,4 +198,9 @@ def _weight_axes(path: tuple, rank: int) -> tuple[str | None, ...]:
     if field is None:
         return ()
     axes = WEIGHTS[field]
+    # Low-rank matrices beside it: what they share with it lies as it does, ranks are not split.
+    if "lora_a" in names:
+        axes = (None, *axes[OUTPUT_AXES[field] :])
+    elif "lora_b" in names:
+        axes = (*axes[: OUTPUT_AXES[field]], None)
     return (None, *axes) if {"first", "body"} & set(names) else axes

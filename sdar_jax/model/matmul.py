@@ -1,4 +1,4 @@
-"""The matmuls of the network: floats, int8, and those of a layer that a loop is at."""
+"""The matmuls of the network: floats, int8, with low-rank matrices, and those of a layer that a loop is at."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from sdar_jax.devices.chips import has_avx512, platform
 from sdar_jax.devices.sharding import current_mesh
+from sdar_jax.model.adapted import Adapted
 from sdar_jax.model.quantization import QArray
 
 # Rows of which a CPU without AVX-512 computes a matmul faster as products and sums (`benchmarks.matmul_forms`), and
@@ -49,6 +50,10 @@ def dot(
         options = {"inputs": inputs, "accumulate": accumulate}
         of_layers = [partial(dot, weight=each, **options) for each in weight.weights]
         return jax.lax.switch(weight.layer, of_layers, x)
+    if isinstance(weight, Adapted):
+        product = dot(x, weight.base, inputs=inputs, accumulate=accumulate)
+        through = lambda a, b: dot(dot(x, a, inputs=inputs), b)
+        return product + weight.added(through, product).astype(product.dtype)
     if not isinstance(weight, QArray):
         return _product(x, weight.astype(x.dtype), inputs, accumulate)
     product = _product(x, weight.qvalue.astype(x.dtype), inputs, accumulate)

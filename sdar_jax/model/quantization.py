@@ -17,15 +17,15 @@ from jaxtyping import Array
 
 from sdar_jax.errors import ConfigError
 
-# Axes of each weight (model.py) that are not summed over: one scale for each of their entries.
-_OUTPUTS = {
-    "qkv": (0, 1, 2),
-    "output": (0,),
-    "gate_up": (0, 1),
-    "down": (0,),
-    "shared_gate_up": (0, 1),
-    "shared_down": (0,),
-    "head": (0,),
+# How many axes of each weight (layer.py) are its outputs, those that come first: each of their entries has a scale.
+OUTPUT_AXES = {
+    "qkv": 3,
+    "output": 1,
+    "gate_up": 2,
+    "down": 1,
+    "shared_gate_up": 2,
+    "shared_down": 1,
+    "head": 1,
 }
 
 QArray = qwix.QArray
@@ -33,19 +33,24 @@ QArray = qwix.QArray
 
 def is_quantized(field: str) -> bool:
     """Returns whether the weights of this name are stored as integers."""
-    return field in _OUTPUTS
+    return field in OUTPUT_AXES
 
 
-def quantize_weight(weight: Array, field: str) -> QArray:
-    """Quantizes one weight; `field` is its name in `Model` or `Layer`."""
-    return _to_int8(weight, _OUTPUTS[field])
+def quantize_weight(weight: Array, field: str, stacked: int = 0) -> QArray:
+    """Quantizes one weight.
+
+    Args:
+        field: its name in `Model` or `Layer`.
+        stacked: how many axes of it layers are stacked on.
+    """
+    return _to_int8(weight, stacked + OUTPUT_AXES[field])
 
 
 @partial(jax.jit, static_argnums=1)
-def _to_int8(weight: Array, outputs: tuple[int, ...]) -> QArray:
+def _to_int8(weight: Array, outputs: int) -> QArray:
     # Scales take the type of what is quantised.
     wide = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
-    return qwix.quantize(wide, jnp.int8, channelwise_axes=outputs)
+    return qwix.quantize(wide, jnp.int8, channelwise_axes=tuple(range(outputs)))
 
 
 def quantize[Tree](model: Tree) -> Tree:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from sdar_jax.devices.chips import platform
+from sdar_jax.model.adapted import Adapted
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.layer import Layer
 from sdar_jax.model.matmul import WeightOfLayer
@@ -27,8 +28,8 @@ class RolledLayers(nnx.Module):
     """Dense layers of one shape; `at` gives the one that a loop is at."""
 
     def __init__(self, layers: Sequence[Layer]):
-        paths, self.structure = jax.tree.flatten_with_path(layers[0], is_leaf=_is_int8)
-        each = [jax.tree.leaves(layer, is_leaf=_is_int8) for layer in layers]
+        paths, self.structure = jax.tree.flatten_with_path(layers[0], is_leaf=_is_weight)
+        each = [jax.tree.leaves(layer, is_leaf=_is_weight) for layer in layers]
         matrices = [_is_matrix(path) for path, _ in paths]
         columns = zip(matrices, zip(*each, strict=True), strict=True)
         self.columns = nnx.data([list(c) if matrix else jnp.stack(c) for matrix, c in columns])
@@ -51,5 +52,5 @@ def _is_matrix(path: Sequence[Any]) -> bool:
     return any(is_quantized(str(getattr(key, "name", ""))) for key in path)
 
 
-def _is_int8(leaf: Any) -> bool:
-    return isinstance(leaf, QArray)
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, QArray | Adapted)

@@ -26,9 +26,14 @@ from sdar_jax.training.setup import abstract_state, check_run, configured_step
 
 
 class Memory(NamedTuple):
-    """Bytes of one device. `temporaries` are gradients, activations and what else the step holds for a while."""
+    """Bytes of one device.
+
+    `weights` are those that are trained; `temporaries` are gradients, activations and what else the step holds for a
+    while.
+    """
 
     weights: float
+    frozen: float
     optimizer: float
     ema: float
     batch: float
@@ -87,13 +92,14 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
     begun = time.perf_counter()
     with compiling_for(devices[0]):
         expected_counts = expected(config, model)
-        rebuild, state, _ = abstract_state(config, model, mesh)
+        rebuild, state, frozen = abstract_state(config, model, mesh)
         batch = _abstract_batch(config, model, mesh)
         with sharding.activate_mesh(mesh):
-            lowered = configured_step(config, model, rebuild).lower(state, batch)
+            lowered = configured_step(config, model, rebuild).lower(state, batch, frozen)
         rounds = _loss_rounds(config, model, mesh, expected_counts)
     held = Memory(
         weights=_held(state.weights),
+        frozen=_held(frozen),
         optimizer=_held(state.optimizer),
         ema=_held(state.ema),
         batch=_held((batch, state.key, state.step)),

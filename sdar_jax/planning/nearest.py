@@ -45,7 +45,7 @@ def candidates(step: Compiled) -> Iterator[Change]:
     Devices whose share of weights, gradients and optimiser alone is too much are passed over.
     """
     config = step.config
-    held = 2 * step.memory.weights + step.memory.optimizer + step.memory.ema
+    held = 2 * step.memory.weights + step.memory.frozen + step.memory.optimizer + step.memory.ema
     if held < step.chip.memory:
         yield from _same_devices(step)
     if config.mesh.fsdp != -1:

@@ -73,6 +73,7 @@ def table(plan: dict[str, Any]) -> str:
 
 def _memory_lines(memory: dict[str, float], fits: bool) -> list[str]:
     names = {
+        "frozen": "frozen weights",
         "ema": "moving average",
         "batch": "batch, padding",
         "temporaries": "gradients, activations, temporaries",

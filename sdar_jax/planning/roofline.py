@@ -64,7 +64,10 @@ def roofline(step: Compiled, counts: Counts) -> Roofline:
     attention = attention_flops(step.model, step.expected, _calls_per_layer(step, counts)) / devices
     found = links(counts.payload, step.mesh, chip)
     return Roofline(
-        useful_flops=training_flops(step.model, step.expected.token_counts) / devices,
+        useful_flops=training_flops(
+            step.model, step.expected.token_counts, frozen=step.config.lora is not None
+        )
+        / devices,
         matmul_flops=counts.flops,
         attention_flops=attention,
         hbm_bytes=counts.hbm,

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sdar_jax.adapters.config import LoraConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.devices.sharding import MeshConfig
 from sdar_jax.errors import ConfigError, require
@@ -180,6 +181,9 @@ class TrainConfig:
     """Evaluation during training; None is none."""
     epochs: int | None = None
     """Passes over the data, in place of `steps`. Their steps are counted before the first one, by reading the data."""
+    lora: LoraConfig | None = None
+    """Train low-rank matrices beside frozen weights; None trains the weights. run_dir/adapter then has them in PEFT's
+    files, and run_dir/model the weights with them merged in."""
     mesh: MeshConfig = MeshConfig()
     """How the devices share the work; by default rows, weights and optimiser state are split over all of them."""
     seed: int = 0

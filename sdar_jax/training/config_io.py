@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 import tyro
 import yaml
 
+from sdar_jax.adapters.config import LoraConfig
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.evaluation.config import EvalConfig
@@ -34,6 +35,7 @@ _EXAMPLE = TrainConfig(
 # Sections that a config may be without, by their place, and what their options are listed with then.
 _OPTIONAL_SECTIONS = {
     "eval": EvalConfig(_EXAMPLE.data),
+    "lora": LoraConfig(),
     "model.shape": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128),
 }
 

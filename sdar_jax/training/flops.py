@@ -41,7 +41,7 @@ def count_tokens(inputs: LossInputs) -> TokenCounts:
     )
 
 
-def training_flops(config: ModelConfig, counts: TokenCounts) -> float:
+def training_flops(config: ModelConfig, counts: TokenCounts, *, frozen: bool = False) -> float:
     """Computes forward and backward FLOPs: 6 per matmul weight and position, 12 K per query head and visible pair.
 
         6 [ weights of all layers but the last + kv_weights ] positions
@@ -50,7 +50,8 @@ def training_flops(config: ModelConfig, counts: TokenCounts) -> float:
 
     In the last layer, positions that are no outputs (the clean copy of the hybrid layout) need keys and values alone.
     Of an MoE's layers the experts that a token goes to are counted, shared ones too, and the router. What `remat`
-    computes again is not.
+    computes again is not. Of `frozen` weights (LoRA) there are no gradients: 4 in place of each 6; low-rank products
+    beside them are left out.
     """
     c = config
     kv_weights = 2 * c.hidden_size * c.num_kv_heads * c.head_dim
@@ -61,7 +62,7 @@ def training_flops(config: ModelConfig, counts: TokenCounts) -> float:
     matmuls += other_weights[-1] * float(counts.outputs)
     head = c.hidden_size * c.vocab_size * float(counts.num_loss_tokens)
     pairs = inner_layers * float(counts.pairs) + float(counts.output_pairs)
-    return 6 * (matmuls + head) + 12 * c.num_heads * c.head_dim * pairs
+    return (4 if frozen else 6) * (matmuls + head) + 12 * c.num_heads * c.head_dim * pairs
 
 
 def _other_weights(c: ModelConfig, layer: int) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from sdar_jax import adapters
 from sdar_jax.data import join_states, load_tokenizer
 from sdar_jax.devices import processes
 from sdar_jax.devices.chips import check_backend
@@ -185,13 +186,22 @@ def _run(
         )
         return Outcome(loop.done, finished=False, signal=loop.signal)
     mark_export(run_dir, config, setup.epochs, complete=False)
-    save_pretrained(
-        loop.model(), model_path(run_dir), tokenizer_from=tokenizer_at, dtype=config.export_dtype
-    )
+    _export(loop.model(), config, run_dir, tokenizer_at)
     mark_export(run_dir, config, setup.epochs, complete=True)
     averaged = "" if config.ema_decay is None else " (the moving average of the weights)"
     log.info("%s: finished, model%s in %s", run_dir, averaged, model_path(run_dir))
     return Outcome(loop.done, finished=True)
+
+
+def _export(model: Model, config: TrainConfig, run_dir: Path, tokenizer_at: Path) -> None:
+    if config.lora is not None:
+        whole = config.lora.modules_to_save
+        base = config.model.init_from
+        adapters.save(model, run_dir / "adapter", base=base, modules_to_save=whole)
+        model = adapters.merge(model)
+    save_pretrained(
+        model, model_path(run_dir), tokenizer_from=tokenizer_at, dtype=config.export_dtype
+    )
 
 
 def _placed(batch: dict[str, np.ndarray], rows: list[int], batch_size: int, mesh: Mesh) -> Batch:

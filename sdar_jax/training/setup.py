@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
+from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
 
+from sdar_jax import adapters
+from sdar_jax.adapters.config import LoraConfig
 from sdar_jax.data import DataConfig, PackedDataset, make_dataset
 from sdar_jax.data.tokenizer import TokenIds, token_ids
 from sdar_jax.devices import processes
@@ -122,7 +125,7 @@ def prepare(
         rows = list(range(config.data.batch_size))
         data = GivenBatches(extensions.data, config.data, shape.vocab_size)
     peak = config.peak_flops or peak_flops(jax.devices()[0].device_kind)
-    meter = Meter(shape, peak and peak * mesh.size)
+    meter = Meter(shape, peak and peak * mesh.size, frozen=config.lora is not None)
     if host_state is not None:
         if isinstance(data, PackedDataset):
             _check_records(data, host_state)
@@ -234,8 +237,8 @@ def abstract_state(
 
     These are ShapeDtypeStructs with shardings; nothing is computed or held.
     """
-    weights, rebuild = model_weights(_abstract_model(model))
-    trained, frozen = extensions.split(weights)
+    weights, rebuild = model_weights(_abstract_model(model, config.lora))
+    trained, frozen = _split(config, extensions, weights)
     state = jax.eval_shape(partial(_initial_state, config), trained, jax.random.key(0))
 
     def placed[Tree](tree: Tree) -> Tree:
@@ -280,8 +283,32 @@ def _configured_inputs(
     return make_inputs(batch, key, config.objective, model)
 
 
-def _abstract_model(config: ModelConfig) -> Model:
-    return jax.eval_shape(partial(Model, config, stacked=True), jax.random.key(0))
+def _split(
+    config: TrainConfig, extensions: Extensions, weights: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits weights (or their shapes) by name into those that are trained and those that are frozen."""
+    if config.lora is None:
+        return extensions.split(weights)
+    if extensions.trainable is not None:
+        raise ConfigError(
+            "lora and trainable are given, and each says what is trained; leave one out (lora.modules_to_save trains "
+            "embed_tokens and lm_head as well)"
+        )
+    lora_trains = partial(adapters.is_trained, config=config.lora)
+    return extensions._replace(trainable=lora_trains).split(weights)
+
+
+def _abstract_model(config: ModelConfig, lora: LoraConfig | None = None) -> Model:
+    def make(key: jax.Array) -> Model:
+        model = Model(config, key, _dtype(lora), stacked=True)
+        return model if lora is None else adapters.add(adapters.frozen_base(model, lora), lora)
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def _dtype(lora: LoraConfig | None) -> jnp.dtype:
+    """Returns the dtype of the weights that a run starts from."""
+    return jnp.dtype(jnp.float32) if lora is None else adapters.base_dtype(lora)
 
 
 def _first_state(
@@ -291,9 +318,15 @@ def _first_state(
     shape = _starting_shape(config.model, tokenizer)
     check_run(config, shape, mesh)
     _check_context(config, shape)
-    model = initial_model(config.model, tokenizer, model_key, mesh)
+    model = initial_model(config.model, tokenizer, model_key, mesh, _dtype(config.lora))
     model.config = with_learned_stops(model.config, tokenizer, config.data.sources)
-    weights, rebuild = model_weights(stack_layers(model))
+    if config.lora is not None:
+        model = adapters.frozen_base(model, config.lora)
+    model = stack_layers(model)
+    if config.lora is not None:
+        # A key of its own: what else the seed gives is the same with other ranks and targets.
+        model = adapters.add(model, config.lora, jax.random.fold_in(model_key, 1))
+    weights, rebuild = model_weights(model)
     _, like, like_frozen = abstract_state(config, model.config, mesh, extensions)
 
     def start(trained: Weights, frozen: Weights, key: jax.Array) -> tuple[TrainState, Weights]:
@@ -305,7 +338,7 @@ def _first_state(
         donate_argnums=(0, 1),
         out_shardings=jax.tree.map(lambda x: x.sharding, (like, like_frozen)),
     )
-    trained, frozen = extensions.split(weights)
+    trained, frozen = _split(config, extensions, weights)
     state, frozen = jitted(trained, frozen, step_key)
     return model.config, rebuild, state, frozen
 
@@ -328,9 +361,13 @@ def _told(config: InitConfig) -> dict[str, int | None]:
 
 
 def initial_model(
-    config: InitConfig, tokenizer: PreTrainedTokenizerBase, key: jax.Array, mesh: Mesh
+    config: InitConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    key: jax.Array,
+    mesh: Mesh,
+    dtype: DTypeLike = jnp.float32,
 ) -> Model:
-    """Makes the model before the first step, float32: loaded or random, converted where another objective is wanted.
+    """Makes the model before the first step: loaded or random, converted where another objective is wanted.
 
     Its weights are made or read where they belong: no device, and of loaded ones no host, holds all of them.
 
@@ -344,10 +381,11 @@ def initial_model(
     _check_vocabulary(config, shape, tokenizer, ids)
     if config.init_from is not None:
         told = _told(config)
-        model = load_pretrained(config.init_from, dtype=jnp.float32, mesh=mesh, **told)
+        model = load_pretrained(config.init_from, dtype=dtype, mesh=mesh, **told)
     else:
-        places = shardings(_abstract_model(shape), mesh)
-        model = jax.jit(partial(Model, shape, stacked=True), out_shardings=places)(weights_key)
+        make = partial(Model, shape, dtype=dtype, stacked=True)
+        places = shardings(jax.eval_shape(make, weights_key), mesh)
+        model = jax.jit(make, out_shardings=places)(weights_key)
     model = _for_objective(model, config, ids, mask_key)
     if model.config.paradigm.masks and model.config.mask_token_id is not None:
         _check_mask(model.config, model.config.mask_token_id, tokenizer)

@@ -64,10 +64,13 @@ Loss = Callable[[Model, LossInputs], tuple[Float[Array, ""], LossMetrics]]
 
 
 def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
-    """Splits a model into its weights (or their shapes) by name, such as "layers.body.qkv", and what puts them back."""
+    """Splits a model into its weights (or their shapes) by name, such as "layers.body.qkv", and what puts them back.
+
+    Those of a weight with low-rank matrices are "layers.body.qkv.base", "layers.body.qkv.lora_a.q_proj" and so on.
+    """
     leaves, structure = jax.tree.flatten_with_path(model)
     names = [
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        jax.tree_util.keystr(path, simple=True, separator=".").replace(".value", "")
         for path, _ in leaves
     ]
 

@@ -60,10 +60,12 @@ class Meter:
     Args:
         model: whose FLOPs are counted.
         peak_flops: FLOP/s of the device; None: no MFU.
+        frozen: whether the weights are, as with LoRA.
     """
 
-    def __init__(self, model: ModelConfig, peak_flops: float | None):
+    def __init__(self, model: ModelConfig, peak_flops: float | None, *, frozen: bool = False):
         self._model = model
+        self._frozen = frozen
         self._peak = peak_flops
         self._sums = _Sums()
         self._tokens = 0
@@ -99,7 +101,8 @@ class Meter:
         self._sums = _Sums(*(total + value for total, value in zip(self._sums, new, strict=True)))
         self._tokens += tokens
         self._learning_rate = float(metrics.learning_rate)
-        self._clock(tokens, training_flops(self._model, metrics.token_counts))
+        flops = training_flops(self._model, metrics.token_counts, frozen=self._frozen)
+        self._clock(tokens, flops)
 
     def _clock(self, tokens: int, flops: float) -> None:
         now = time.perf_counter()
