@@ -18,19 +18,20 @@ from tests.bad_input import refused
 from tests.parity.test_parity import FIXTURES, assert_close, loss
 from tests.tiny import tiny_llada2, tiny_model
 
+ADAPTERS = FIXTURES.with_name("adapters")
 BASES = {"lora-qwen3": "qwen3", "lora-patterns": "qwen3", "lora-moe": "qwen3-moe"}
 WHOLE = {"lora-patterns": ("embed_tokens", "lm_head")}
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def loaded(name: str) -> Model:
-    return adapters.load(load_pretrained(FIXTURES / BASES[name], dtype="float32"), FIXTURES / name)
+    return adapters.load(load_pretrained(FIXTURES / BASES[name], dtype="float32"), ADAPTERS / name)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", BASES)
 def test_logits_and_gradients(name, tmp_path):
-    expected = dict(np.load(FIXTURES / name / "outputs.npz"))
+    expected = dict(np.load(ADAPTERS / name / "outputs.npz"))
     tokens, scores = jnp.asarray(expected.pop("tokens")), expected.pop("logits")
     model = loaded(name)
     if model.config.num_experts:
@@ -51,12 +52,12 @@ def test_logits_and_gradients(name, tmp_path):
 @pytest.mark.parametrize("name", ["lora-qwen3", "lora-moe"])
 def test_what_peft_wrote_is_written_back(name, stacked, tmp_path):
     model = loaded(name)
-    base = json.loads((FIXTURES / name / "adapter_config.json").read_text())
+    base = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
     adapters.save(
         stack_layers(model) if stacked else model, tmp_path, base=base["base_model_name_or_path"]
     )
     theirs, ours = (
-        load_file(each / "adapter_model.safetensors") for each in (FIXTURES / name, tmp_path)
+        load_file(each / "adapter_model.safetensors") for each in (ADAPTERS / name, tmp_path)
     )
     assert ours.keys() == theirs.keys()
     for tensor, expected in theirs.items():
@@ -113,7 +114,7 @@ def with_random_b(model: Model) -> Model:
 
 @pytest.fixture
 def copied(tmp_path) -> Path:
-    return Path(shutil.copytree(FIXTURES / "lora-qwen3", tmp_path / "adapter"))
+    return Path(shutil.copytree(ADAPTERS / "lora-qwen3", tmp_path / "adapter"))
 
 
 def change_settings(directory: Path, **changes) -> None:

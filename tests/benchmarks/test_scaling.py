@@ -51,7 +51,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(scaling, "mesh_of", lambda step, chip, devices: mesh(devices))
     data = SimpleNamespace(batch_size=128)
     config = SimpleNamespace(data=data, micro_batch_size=32)
-    return SimpleNamespace(config=config, mesh=mesh(64), memory=Memory(7e9, 14e9, 0, 0, 0, 0))
+    return SimpleNamespace(config=config, mesh=mesh(64), memory=Memory(7e9, 0, 14e9, 0, 0, 0, 0))
 
 
 # Of weights 45 GB a step are gathered, of tokens 9 GB are exchanged by each device; a device's 15 PFLOP take 15.2 s.

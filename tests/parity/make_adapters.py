@@ -1,4 +1,4 @@
-"""Makes the adapters beside this file, by PEFT, of fixtures that are there; or reads with PEFT one that was saved here.
+"""Makes the adapters in adapters/, by PEFT, of the models in fixtures/; or reads with PEFT one that was saved here.
 
     python tests/parity/make_adapters.py [OUTPUT_DIRECTORY]
     python tests/parity/make_adapters.py --read ADAPTER OUTPUTS.npz
@@ -18,8 +18,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 FIXTURES = Path(__file__).parent / "fixtures"
+ADAPTERS = Path(__file__).parent / "adapters"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ADAPTERS = {
+MADE = {
     "lora-qwen3": ("qwen3", {"r": 4, "lora_alpha": 6, "target_modules": LINEAR}),
     # A rank and a scale of its own, embeddings trained whole.
     "lora-patterns": (
@@ -45,7 +46,7 @@ def base(name: str):
 
 
 def make(output: Path, name: str) -> None:
-    fixture, settings = ADAPTERS[name]
+    fixture, settings = MADE[name]
     torch.manual_seed(0)
     model = get_peft_model(base(fixture), LoraConfig(task_type="CAUSAL_LM", **settings))
     tokens = torch.from_numpy(np.load(FIXTURES / fixture / "outputs.npz")["tokens"]).long()
@@ -86,5 +87,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--read"]:
         read(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
-        for name in ADAPTERS:
-            make(Path(sys.argv[1]) if sys.argv[1:] else FIXTURES, name)
+        for name in MADE:
+            make(Path(sys.argv[1]) if sys.argv[1:] else ADAPTERS, name)

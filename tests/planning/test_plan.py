@@ -51,7 +51,7 @@ def compiled(
     mesh = SimpleNamespace(
         shape={"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}, size=8
     )
-    memory = Memory(weights, 2 * weights, 0.0, 0.0, temporaries, 0.0)
+    memory = Memory(weights, 0.0, 2 * weights, 0.0, 0.0, temporaries, 0.0)
     return Compiled(settings, SHAPE, "h200:8", CHIPS["h200"], mesh, None, memory, None, 1000, 1.0)  # pyright: ignore
 
 
@@ -183,7 +183,7 @@ def test_times_and_cost():
 
 def test_what_a_compiler_refuses_is_told_by_its_needs():
     said = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
-    held = Memory(2e9, 4e9, 0.0, 1e6, 0.0, 0.0)
+    held = Memory(2e9, 0.0, 4e9, 0.0, 1e6, 0.0, 0.0)
     assert math.isclose(_refused(RuntimeError(said), held).total, 20.5 * 1024**3)
     said = "E1000: CompileTimeHbmOom: Ran out of memory on HBM, "
     said += "the total memory required for HLO temporaries (151.38G) "
@@ -202,5 +202,5 @@ def test_memory_is_what_is_held_at_once():
         "generated_code_size": 1e8,
     }
     stats = SimpleNamespace(**{f"{name}_in_bytes": size for name, size in sizes.items()})
-    memory = _memory(stats, Memory(0.5e9, 1e9, 0.0, 0.0, 0.0, 0.0))
+    memory = _memory(stats, Memory(0.5e9, 0.0, 1e9, 0.0, 0.0, 0.0, 0.0))
     assert math.isclose(memory.total, 12.1e9) and math.isclose(memory.batch, 0.1e9)

@@ -22,7 +22,7 @@ def elsewhere(in_repository, tmp_path, monkeypatch) -> Path:
 
 def test_names():
     demo = [f"demo/{path.stem}" for path in sorted((CONFIGS / "demo").glob("*.yaml"))]
-    assert list(recipe_names()) == [*demo, *RECIPES]
+    assert list(recipe_names()) == [*demo, "lora/8b_sft", *RECIPES]
 
 
 @pytest.mark.parametrize("recipe", ["demo/pretrain", "study2/8b_cpt"])

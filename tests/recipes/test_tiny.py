@@ -75,7 +75,7 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> list:
     return shapes
 
 
-@pytest.mark.parametrize("recipe", [*DEMO, *RECIPES])
+@pytest.mark.parametrize("recipe", [*DEMO, "lora/8b_sft", *RECIPES])
 def test_only_sizes_shrink(recipe, tmp_path, unwritten):
     config = recipe_at(recipe, tmp_path)
     small = tiny(config)
@@ -234,7 +234,7 @@ IN_CI = {"study2/8b_cpt", "study2/1.7b_sft", "study2/30b-a3b_cpt"}
     "recipe",
     [
         pytest.param(name, marks=[pytest.mark.ci] * (name in IN_CI))
-        for name in ["demo/pretrain", "demo/block4_sft", *RECIPES]
+        for name in ["demo/pretrain", "demo/block4_sft", "lora/8b_sft", *RECIPES]
     ],
 )
 def test_every_recipe_runs(recipe, tmp_path):
