@@ -332,10 +332,12 @@ def _first_state(
     def start(trained: Weights, frozen: Weights, key: jax.Array) -> tuple[TrainState, Weights]:
         return _initial_state(config, trained, key), frozen
 
-    # Donated: the state takes the weights over, and nothing is held twice.
+    # Donated: the state takes the weights over, and nothing is held twice. Low-rank matrices are small, and not yet on
+    # the mesh, where those of one shape lie in different ways.
+    donated = (0, 1) if config.lora is None else (1,)
     jitted = jax.jit(
         start,
-        donate_argnums=(0, 1),
+        donate_argnums=donated,
         out_shardings=jax.tree.map(lambda x: x.sharding, (like, like_frozen)),
     )
     trained, frozen = _split(config, extensions, weights)
