@@ -767,7 +767,8 @@ BAD_FLAGS = [
 
 def assert_one_line(result: Result, *names: str) -> None:
     assert result.code == 2 and result.out == ""
-    lines = [line for line in result.err.splitlines() if line]
+    # A slow machine says besides that it compiles.
+    lines = [line for line in result.err.splitlines() if line and "compiling " not in line]
     assert len(lines) == 1 and lines[0].startswith("error: "), result.err
     for name in names:
         assert name in lines[0]

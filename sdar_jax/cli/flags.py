@@ -1,6 +1,7 @@
 """Messages in the words of a command: a setting that the library calls by its field is called by its flag."""
 
 import contextlib
+import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -37,11 +38,12 @@ class Flags:
         value = found[2] if len(found.groups()) > 1 else None
         return self._flags[found[1]] + (f" {value}" if value else "")
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Does the same with a message that is logged, as a filter of a handler."""
-        record.msg = self(record.getMessage())
-        record.args = ()
-        return True
+    def filter(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Does the same with a message that is logged, as a filter of a handler. What others log stays as it is."""
+        own = copy.copy(record)
+        own.msg = self(record.getMessage())
+        own.args = ()
+        return own
 
 
 @contextlib.contextmanager

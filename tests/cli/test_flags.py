@@ -1,5 +1,7 @@
 """A command's messages name flags, and leave alone what is not a setting's name."""
 
+import logging
+
 import pytest
 
 from sdar_jax.cli.flags import Flags
@@ -26,3 +28,9 @@ FLAGS = Flags({"block_size": "--block-size", "strategy": "--strategy", "seed": "
 )
 def test_a_message_in_a_commands_words(said: str, told: str) -> None:
     assert FLAGS(said) == told
+
+
+def test_a_record_that_others_log_too_stays_as_it_is():
+    record = logging.LogRecord("sdar_jax", logging.WARNING, "file", 1, "block_size=%d", (4,), None)
+    assert FLAGS.filter(record).getMessage() == "--block-size 4"
+    assert record.getMessage() == "block_size=4"
