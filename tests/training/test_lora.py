@@ -1,5 +1,7 @@
 """Runs that train low-rank matrices: the base stays as it was, and they resume as any other run does."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from sdar_jax.training.step import model_weights
 from tests.bad_input import refused
 from tests.training.conftest import assert_same_run, merged, run_values
 from tests.training.test_run import at_evaluation, terminate, total_weight
+from tests.virtual_devices import run_module
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +137,14 @@ def test_flags(inputs, start, tmp_path, write_yaml):
     assert config.lora is not None
     assert (config.lora.r, config.lora.target_modules) == (8, ("q_proj",))
     assert read_command_line([write_yaml(values)]).lora is None
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_meshes_give_the_same_losses(tmp_path):
+    """Weights split over fsdp, and over tensor alone; int8 rounds a little."""
+    found = json.loads(run_module("tests.training.lora_on_mesh", tmp_path).splitlines()[-1])
+    expected = found["float32 rows"]
+    np.testing.assert_allclose(found["float32 split"], expected, rtol=1e-5)
+    np.testing.assert_allclose(found["int8 split"], found["int8 rows"], rtol=1e-5)
+    np.testing.assert_allclose(found["int8 rows"], expected, rtol=1e-2)
