@@ -24,6 +24,7 @@ from flax import nnx
 from sdar_jax import (
     DecodingConfig,
     Engine,
+    adapters,
     generate,
     load_pretrained,
     load_tokenizer,
@@ -32,6 +33,7 @@ from sdar_jax import (
 from sdar_jax.cli import sample
 from sdar_jax.decoding.terminal import MASKED, BlockText
 from sdar_jax.model.hf_fields import warn_once
+from tests.adapters.test_peft_files import with_random_b
 from tests.data.conftest import CHATML, make_byte_tokenizer
 from tests.released import write_released
 from tests.tiny import tiny_model
@@ -116,6 +118,20 @@ def test_prompt_ids_to_json(cli, model_dir):
     assert "text" not in record and set(record) == {*wanted._fields, "tokens_per_forward"} - {
         "text"
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_an_adapter_is_laid_over_the_model(cli, model_dir, tmp_path, dtype):
+    base = load_pretrained(model_dir, dtype=dtype)
+    model = with_random_b(adapters.add(base, adapters.LoraConfig(r=2)))
+    adapters.save(model, tmp_path / "adapter")
+    flags = ("--prompt-ids", "5,9,12", "--json", "--max-new-tokens", 6, "--dtype", dtype)
+    with_it = cli(*flags, "--adapter", tmp_path / "adapter")
+    (wanted,) = generate(model, [[5, 9, 12]], max_new_tokens=6)
+    assert with_it.records[0]["tokens"] == wanted.tokens
+    assert with_it.records[0]["logprobs"] == pytest.approx(wanted.logprobs, rel=1e-3)
+    assert with_it.records != cli(*flags).records
+    assert_one_line(cli(*flags, "--adapter", tmp_path / "none"), "none", "adapter_config.json")
 
 
 def test_prompt_ids_in_words(cli, model_dir):

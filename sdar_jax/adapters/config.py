@@ -37,7 +37,8 @@ class LoraConfig:
         require("r", self.r, self.r >= 1, "a rank of at least 1")
         good = math.isfinite(self.lora_alpha) and self.lora_alpha > 0
         require("lora_alpha", self.lora_alpha, good, "a finite number above 0")
-        require("target_modules", self.target_modules, bool(self.target_modules), "a projection")
+        several = bool(self.target_modules) and not isinstance(self.target_modules, str)
+        require("target_modules", self.target_modules, several, 'a list such as ["all-linear"]')
         wrong = sorted(set(self.modules_to_save) - SAVED_WHOLE.keys())
         require("modules_to_save", wrong, not wrong, f"some of {', '.join(SAVED_WHOLE)}")
         check_choices(self)

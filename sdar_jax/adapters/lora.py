@@ -14,14 +14,15 @@ from jaxtyping import Array
 from sdar_jax.adapters.config import SAVED_WHOLE, LoraConfig
 from sdar_jax.devices.chips import platform
 from sdar_jax.errors import ConfigError
-from sdar_jax.hf.tensor_names import LAYOUTS, Layout
+from sdar_jax.hf.tensor_names import INPUT_AXES, layout_of
 from sdar_jax.model import Model
-from sdar_jax.model.adapted import Adapted, Projection, is_adapted
+from sdar_jax.model.adapted import Adapted, Projection, is_adapted, is_whole
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.model.hf_config import family_of
 from sdar_jax.model.quantization import OUTPUT_AXES, QArray, dequantized, quantize_weight
 
 ALL_LINEAR = "all-linear"
+# Axes of each weight in one layer.
+_RANKS = {name: axes + INPUT_AXES[name] for name, axes in OUTPUT_AXES.items() if name != "head"}
 
 
 class Place(NamedTuple):
@@ -50,11 +51,6 @@ class Place(NamedTuple):
         if self.field in ("gate_up", "down"):
             return not config.has_experts(layer)
         return config.has_experts(layer) or not self.field.startswith("shared")
-
-
-def layout_of(config: ModelConfig) -> Layout:
-    """Returns what the files of a model's family call its tensors."""
-    return LAYOUTS[family_of(config)[1].tensors]
 
 
 def places(config: ModelConfig) -> list[Place]:
@@ -161,7 +157,7 @@ def with_pairs(
     Raises:
         ConfigError: the model has low-rank matrices already.
     """
-    leaves, structure = jax.tree.flatten_with_path(model, is_leaf=_is_whole)
+    leaves, structure = jax.tree.flatten_with_path(model, is_leaf=is_whole)
     new = []
     for path, leaf in leaves:
         names = path_names(path)
@@ -198,24 +194,9 @@ def _beside(base: Any, here: list[Place], pair: Callable[[Place, Shapes], Pair |
     )
 
 
-# Axes of each weight in one layer.
-_RANKS = {
-    "qkv": 4,
-    "output": 4,
-    "gate_up": 3,
-    "down": 2,
-    "shared_gate_up": 3,
-    "shared_down": 2,
-}
-
-
 def path_names(path: tuple) -> list[Any]:
     """Returns the names and indices on the way to a leaf of a model."""
     return [getattr(key, "name", getattr(key, "idx", getattr(key, "key", None))) for key in path]
-
-
-def _is_whole(leaf: Any) -> bool:
-    return isinstance(leaf, QArray | Adapted)
 
 
 def _in_float32(model: Model, modules: Sequence[str]) -> Model:
@@ -228,7 +209,7 @@ def _in_float32(model: Model, modules: Sequence[str]) -> Model:
     def wide(path: tuple, leaf: Any) -> Any:
         return leaf.astype(jnp.float32) if path_names(path)[0] in whole else leaf
 
-    return jax.tree.map_with_path(wide, model, is_leaf=_is_whole)
+    return jax.tree.map_with_path(wide, model, is_leaf=is_whole)
 
 
 def is_trained(name: str, config: LoraConfig) -> bool:
@@ -267,5 +248,5 @@ def merge(model: Model) -> Model:
     merged = jax.jit(Adapted.merged)
     floats = lambda leaf: dequantized(leaf) if isinstance(leaf, QArray) else leaf
     return jax.tree.map(
-        lambda leaf: merged(leaf) if is_adapted(leaf) else floats(leaf), model, is_leaf=_is_whole
+        lambda leaf: merged(leaf) if is_adapted(leaf) else floats(leaf), model, is_leaf=is_whole
     )

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 from safetensors.flax import load_file, save_file
 
 from sdar_jax.adapters.config import SAVED_WHOLE
-from sdar_jax.adapters.lora import Pair, Place, Shapes, layout_of, path_names, places, with_pairs
+from sdar_jax.adapters.lora import Pair, Place, Shapes, path_names, places, with_pairs
 from sdar_jax.devices import processes
 from sdar_jax.errors import CheckpointError, ConfigError
 from sdar_jax.hf.model_files import replacing
 from sdar_jax.hf.released import read_json
 from sdar_jax.hf.tensor_files import listed
-from sdar_jax.hf.tensor_names import joined_rows
+from sdar_jax.hf.tensor_names import joined_rows, layout_of
 from sdar_jax.model import Model, unstack_layers
 from sdar_jax.model.adapted import Adapted, Projection, is_adapted
 from sdar_jax.model.config import ModelConfig

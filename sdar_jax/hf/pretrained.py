@@ -38,18 +38,14 @@ from sdar_jax.hf.tensor_files import (
     listed,
     write_tensors,
 )
-from sdar_jax.hf.tensor_names import ALL, LAYOUTS, Layout, joined_rows
+from sdar_jax.hf.tensor_names import ALL, INPUT_AXES, Layout, joined_rows, layout_of
 from sdar_jax.model import Model
 from sdar_jax.model.adapted import is_adapted
 from sdar_jax.model.axes import check_mesh, shardings
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.model.hf_config import family_of
 from sdar_jax.model.quantization import is_quantized, quantize_weight
 
 log = logging.getLogger(__name__)
-# How many trailing axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
-_INPUT_AXES = {"embedding": 1, "head": 1, "qkv": 1, "output": 3, "gate_up": 1, "down": 1}
-_INPUT_AXES |= {"shared_gate_up": 1, "shared_down": 1}
 # Ours begin with their one input axis.
 _TRANSPOSED = {"router", "experts_gate_up", "experts_down"}
 
@@ -92,7 +88,7 @@ def load_pretrained(
     int8 = dtype in ("int8", jnp.int8)
     float_dtype = _resolved("auto" if int8 else dtype, mesh)
     with TensorReader(directory) as tensors:
-        layout = _layout(config)
+        layout = layout_of(config)
         if config.tie_embeddings and _has_own_head(tensors, layout):
             wrong = f"tie_word_embeddings is true, and {layout.head} is there and differs from the embedding"
             log.warning("%s: %s; both are kept: set it to false in config.json", directory, wrong)
@@ -262,7 +258,7 @@ class _Weight(NamedTuple):
 
 def _weights(model: Model) -> list[_Weight]:
     """Lists a model's weights, in the order of `jax.tree.leaves` where layers are not stacked."""
-    layout = _layout(model.config)
+    layout = layout_of(model.config)
     found = []
     for path, leaf in jax.tree.leaves_with_path(model):
         names = [getattr(key, "name", getattr(key, "idx", None)) for key in path]
@@ -279,16 +275,12 @@ def _weights(model: Model) -> list[_Weight]:
     return found
 
 
-def _layout(config: ModelConfig) -> Layout:
-    return LAYOUTS[family_of(config)[1].tensors]
-
-
 def _their_shape(shape: tuple[int, ...], field: str) -> tuple[int, ...]:
     if field in _TRANSPOSED:
         return math.prod(shape[1:]), shape[0]
-    if field not in _INPUT_AXES:
+    if field not in INPUT_AXES:
         return (math.prod(shape),)
-    outputs = len(shape) - _INPUT_AXES[field]
+    outputs = len(shape) - INPUT_AXES[field]
     return math.prod(shape[:outputs]), math.prod(shape[outputs:])
 
 

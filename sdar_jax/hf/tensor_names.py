@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.hf_config import family_of
+
 
 class Layout(NamedTuple):
     """The names of a family's tensors.
@@ -35,6 +38,9 @@ class Layout(NamedTuple):
 
 
 ALL = np.s_[...]
+# How many trailing axes of a matrix of ours are its inputs. Theirs is [outputs, inputs].
+INPUT_AXES = {"embedding": 1, "head": 1, "qkv": 1, "output": 3, "gate_up": 1, "down": 1}
+INPUT_AXES |= {"shared_gate_up": 1, "shared_down": 1}
 _QUERIES, _KEY, _VALUE = np.s_[:, :-2], np.s_[:, -2], np.s_[:, -1]
 _GATE, _UP = np.s_[0,], np.s_[1,]
 # Of an expert.
@@ -124,3 +130,8 @@ def joined_rows(shape: tuple[int, ...]) -> np.ndarray:
     ends = np.cumsum([groups * (heads - 2) * size, groups * size])
     parts = np.split(np.arange(groups * heads * size), ends)
     return np.concatenate([part.reshape(groups, -1, size) for part in parts], axis=1).reshape(-1)
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """Returns what the files of a model's family call its tensors."""
+    return LAYOUTS[family_of(config)[1].tensors]

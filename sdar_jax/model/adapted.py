@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from sdar_jax.model.quantization import dequantized
+from sdar_jax.model.quantization import QArray, dequantized
 
 
 class Projection(NamedTuple):
@@ -113,6 +113,11 @@ class Adapted:
 def is_adapted(leaf: Any) -> bool:
     """Returns whether this is a weight with low-rank matrices."""
     return isinstance(leaf, Adapted)
+
+
+def is_whole(leaf: Any) -> bool:
+    """Returns whether this is one weight, though it has several arrays: int8, or with low-rank matrices."""
+    return isinstance(leaf, QArray | Adapted)
 
 
 def _zeros(like: Array, axis: int, size: int) -> list[Array]:

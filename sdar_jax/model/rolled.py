@@ -17,19 +17,19 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from sdar_jax.devices.chips import platform
-from sdar_jax.model.adapted import Adapted
+from sdar_jax.model.adapted import is_whole
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.layer import Layer
 from sdar_jax.model.matmul import WeightOfLayer
-from sdar_jax.model.quantization import QArray, is_quantized
+from sdar_jax.model.quantization import is_quantized
 
 
 class RolledLayers(nnx.Module):
     """Dense layers of one shape; `at` gives the one that a loop is at."""
 
     def __init__(self, layers: Sequence[Layer]):
-        paths, self.structure = jax.tree.flatten_with_path(layers[0], is_leaf=_is_weight)
-        each = [jax.tree.leaves(layer, is_leaf=_is_weight) for layer in layers]
+        paths, self.structure = jax.tree.flatten_with_path(layers[0], is_leaf=is_whole)
+        each = [jax.tree.leaves(layer, is_leaf=is_whole) for layer in layers]
         matrices = [_is_matrix(path) for path, _ in paths]
         columns = zip(matrices, zip(*each, strict=True), strict=True)
         self.columns = nnx.data([list(c) if matrix else jnp.stack(c) for matrix, c in columns])
@@ -50,7 +50,3 @@ def rolls(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> bool:
 
 def _is_matrix(path: Sequence[Any]) -> bool:
     return any(is_quantized(str(getattr(key, "name", ""))) for key in path)
-
-
-def _is_weight(leaf: Any) -> bool:
-    return isinstance(leaf, QArray | Adapted)
