@@ -1,4 +1,4 @@
-"""The command that the package installs: `sdar-jax train | sample | plan | doctor`, each `main(arguments, program)`."""
+"""The command that the package installs, `sdar-jax COMMAND`; each command is a `main(arguments, program)`."""
 
 import argparse
 import importlib
@@ -12,6 +12,10 @@ _COMMANDS = {
     "sample": (
         "sdar_jax.cli.sample",
         "decode with a model: one prompt, a chat, or a file of prompts",
+    ),
+    "data": (
+        "sdar_jax.cli.data",
+        "what a run would read: documents, tokens, what is learned, what is left out and why",
     ),
     "plan": (
         "sdar_jax.cli.plan",

@@ -15,18 +15,19 @@ class SourceConfig:
     """One set of files."""
 
     path: str
-    """A file, a directory (searched recursively by suffix) or a glob."""
+    """A file, a directory (searched recursively by suffix), a glob, or a data set of the Hugging Face hub as
+    hf://OWNER/NAME[@REVISION][/GLOB]. Files may be compressed."""
     format: Literal["text", "jsonl", "parquet", "chat"]
     """"text" (a document per file, or several split on `separator`), "jsonl" and "parquet" (text in `field`), "chat"
-    (JSONL of {"messages": [...], "tools": [...] or absent}, OpenAI's form)."""
+    (conversations in OpenAI's, ShareGPT's, alpaca's or TRL's form; JSONL or parquet). JSONL may be one JSON list."""
     field: str = "text"
-    """The text of a jsonl or parquet record; with `prompt_field` set, its response."""
+    """The text of a jsonl or parquet record; with `prompt_field` set, its response, in "chat" the answer."""
     prompt_field: str | None = None
-    """Text put before `field` that carries no loss under loss="response"."""
+    """Text put before `field` that carries no loss under loss="response"; in "chat" the column of the question."""
     separator: str | None = None
     """For "text", what is between two documents of a file."""
     weight: float = 1.0
-    """This source's share of the records drawn, relative to the other sources' (records, not tokens)."""
+    """This source's share of what is drawn, relative to the other sources': of records, or of tokens (`weights`)."""
     chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     """For "chat", variables of the chat template, as {"enable_thinking": False}; a record's own
     "chat_template_kwargs" override them."""
@@ -41,11 +42,13 @@ class SourceConfig:
             raise ConfigError(
                 f"separator={self.separator!r} with format={self.format!r}: only text takes one, not empty"
             )
-        if self.format in ("text", "chat") and (
-            self.field != "text" or self.prompt_field is not None
-        ):
+        if self.format == "text" and (self.field != "text" or self.prompt_field is not None):
             raise ConfigError(
-                f"field and prompt_field with format={self.format!r}: only jsonl and parquet have them"
+                "field and prompt_field with format='text', which has none; remove them"
+            )
+        if self.format == "chat" and self.field != "text" and self.prompt_field is None:
+            raise ConfigError(
+                f"field={self.field!r} with format='chat': set prompt_field, the question's column, as well"
             )
         self._check_chat_template_kwargs()
 
@@ -73,6 +76,8 @@ class DataConfig:
     sources: tuple[SourceConfig, ...]
     sequence_length: int
     batch_size: int
+    weights: Literal["records", "tokens"] = "records"
+    """What a source's `weight` is a share of. For tokens a sample of each source's records is measured first."""
     noisy_length: int | None = None
     """How many noisy positions a row may hold; None leaves `noisy_index` out of the batch."""
     packing: Literal["split", "fit"] = "split"
@@ -106,6 +111,7 @@ class DataConfig:
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("num_threads", self.num_threads, 0)
         _check_at_least("seed", self.seed, 0)
+        _check_choice("weights", self.weights, ("records", "tokens"))
         _check_choice("packing", self.packing, ("split", "fit"))
         _check_choice("segments", self.segments, ("document", "row"))
         _check_choice("loss", self.loss, ("all", "response"))

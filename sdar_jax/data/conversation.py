@@ -107,7 +107,9 @@ def read_conversation(record: dict[str, Any], chat_template_kwargs: dict[str, An
     """
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise DataError(_no_messages(record))
+        raise DataError(
+            '"messages" is missing, empty or not a list; give {"messages": [{"role": ..., "content": ...}]}'
+        )
     checked = [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if checked[0]["role"] == "assistant":
         raise DataError(
@@ -188,30 +190,6 @@ def wrong_variable(variables: dict[str, Any]) -> str | None:
         if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
             return f"{name!r} cannot be a variable of a chat template; remove it"
     return None
-
-
-def _no_messages(record: dict[str, Any]) -> str:
-    """Says which other form a record is in, and how to turn it into the one that is read."""
-    missing = '"messages" is missing'
-    for name in ("conversations", "conversation"):
-        if name in record:
-            return f'{missing}; "{name}" is ShareGPT\'s form: write "messages" of "role" and "content"; {_SHAREGPT}'
-    if "instruction" in record and "output" in record:
-        return (
-            f'{missing}; "instruction" and "output" are alpaca\'s form: write instruction and input as the content of a'
-            " user message, output as that of an assistant message"
-        )
-    if "chosen" in record:
-        return f'{missing}; "chosen" belongs to a pair of answers: write prompt and chosen as "messages"'
-    if "prompt" in record and (
-        answer := next((name for name in ("completion", "response") if name in record), None)
-    ):
-        if isinstance(record["prompt"], str):
-            return f"{missing}; for texts use format jsonl with prompt_field: prompt and field: {answer}"
-        return f'{missing}; join "prompt" and "{answer}" in one list, as "messages"'
-    if "text" in record:
-        return f"{missing}; for texts use format jsonl"
-    return f'{missing}, empty or not a list; give {{"messages": [{{"role": ..., "content": ...}}]}}'
 
 
 def _read_tools(tools: Any) -> list[dict[str, Any]] | None:

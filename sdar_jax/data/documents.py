@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.config import DataConfig, SourceConfig
 from sdar_jax.data.conversation import turns_without_loss
+from sdar_jax.data.record_forms import as_messages
 from sdar_jax.data.sources import Source
 from sdar_jax.data.tokenizer import Encoder
 from sdar_jax.errors import DataError
@@ -66,7 +67,7 @@ class DocumentMaker:
     ):
         self._config = config
         self._sources = sources
-        self._block_size = block_size
+        self.block_size = block_size
         self._eos = eos_token_id
         self._starts = np.cumsum([0, *(len(source) for source in sources)])
         self._encoder = Encoder(tokenizer)
@@ -99,6 +100,8 @@ class DocumentMaker:
     def _pieces(self, config: SourceConfig, record: Any) -> list[tuple[str | list[int], bool]]:
         if config.format == "chat":
             assert self._chat is not None
+            answer = None if config.prompt_field is None else config.field
+            record = as_messages(record, prompt=config.prompt_field, answer=answer)
             pieces = self._chat.pieces(record, config.chat_template_kwargs)
             if self._config.loss == "all" and (unlearned := turns_without_loss(record)):
                 raise DataError(
@@ -134,7 +137,7 @@ class DocumentMaker:
         if tokens[-1] != self._eos:
             tokens = [*tokens, self._eos]
             loss_mask = [*loss_mask, loss_mask[-1]]
-        fill = -len(tokens) % self._block_size if self._config.pad_to_block else 0
+        fill = -len(tokens) % self.block_size if self._config.pad_to_block else 0
         fill_has_loss = loss_mask[-1] and self._config.pad_loss
         ids = np.array(tokens + [self._eos] * fill, np.int32)
         mask = np.array(loss_mask + [fill_has_loss] * fill, bool)
@@ -150,7 +153,7 @@ class DocumentMaker:
         return Document(record_id, ids[:length], mask[:length], len(kept), cut=True)
 
     def _noisy_positions(self, loss_mask: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
-        return noisy_positions(np.ones(len(loss_mask), np.int32), loss_mask, self._block_size)
+        return noisy_positions(np.ones(len(loss_mask), np.int32), loss_mask, self.block_size)
 
     def _longest_prefix(self, noisy: Int[np.ndarray, "m"], length: int) -> int:
         """Computes how much of a document fits in an empty row, in full blocks where documents are padded to blocks."""
@@ -160,7 +163,7 @@ class DocumentMaker:
         room = min(length, config.sequence_length)
         if config.noisy_length is not None and len(noisy) > config.noisy_length:
             room = min(room, int(noisy[config.noisy_length]))
-        return room - room % self._block_size if config.pad_to_block else room
+        return room - room % self.block_size if config.pad_to_block else room
 
 
 def noisy_positions(

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 REPORTED = 5
 READ_AHEAD_PER_THREAD = 32
+# Records of each source that are tokenised to know how long they are.
+MEASURED = 256
 # A saved position means nothing once one of these has changed.
 POSITION_FIELDS = (
     "shuffle",
@@ -70,9 +72,27 @@ def make_dataset(
         DataError: sources without records; under on_error="fatal" iteration raises it at the first malformed record
             (restore a saved state to continue).
     """
-    block_size = 1 if block_size is None else block_size
     rows = range(config.batch_size) if rows is None else rows
-    _check_numbers(config, block_size, rows)
+    _check_rows(config, rows)
+    sources, maker, weights = open_sources(
+        config, tokenizer, block_size=block_size, eos_token_id=eos_token_id
+    )
+    return PackedDataset(config, maker, sources, weights, maker.block_size, eos_token_id, rows)
+
+
+def open_sources(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int | None,
+    eos_token_id: int,
+) -> tuple[list[Source], DocumentMaker, list[float]]:
+    """Opens the sources; makes what turns their records into documents, and each source's share of the records drawn.
+
+    Raises as `make_dataset`.
+    """
+    block_size = 1 if block_size is None else block_size
+    _check_numbers(config, block_size)
     if not config.sources:
         raise ConfigError("sources is empty: name at least one source to read")
     sources = [Source(source) for source in config.sources]
@@ -80,7 +100,7 @@ def make_dataset(
     maker = DocumentMaker(
         config, tokenizer, sources, block_size=block_size, eos_token_id=eos_token_id
     )
-    return PackedDataset(config, maker, sources, block_size, eos_token_id, rows)
+    return sources, maker, _record_weights(config, maker, sources)
 
 
 class PackedDataset(Iterator[dict[str, np.ndarray]]):
@@ -91,6 +111,7 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
         config: DataConfig,
         maker: DocumentMaker,
         sources: list[Source],
+        weights: list[float],
         block_size: int,
         eos_token_id: int,
         rows: Sequence[int],
@@ -104,10 +125,12 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
         self._shards = {}
         for number in numbers:
             own_rows = [row % size for row in rows if row // size == number]
-            self._shards[number] = _Shard(config, maker, sources, number, own_rows, threads)
+            self._shards[number] = _Shard(
+                config, maker, sources, weights, number, own_rows, threads
+            )
         self._order = {
             "records": [len(source) for source in sources],
-            "weights": [source.weight for source in config.sources],
+            "weights": weights,
             "block_size": block_size,
             **{name: getattr(config, name) for name in POSITION_FIELDS},
         }
@@ -181,6 +204,7 @@ class _Shard:
         config: DataConfig,
         maker: DocumentMaker,
         sources: list[Source],
+        weights: list[float],
         number: int,
         rows: Sequence[int],
         threads: int,
@@ -188,7 +212,7 @@ class _Shard:
         self._size = config.batch_size // config.shards
         self._rows = rows
         self.feed = DocumentFeed(
-            config, maker, sources, shard=number, threads=threads, report=rows[0] == 0
+            config, maker, sources, weights, shard=number, threads=threads, report=rows[0] == 0
         )
         if config.packing == "split":
             self._packer = SplitPacker(self.feed, config.sequence_length)
@@ -222,12 +246,15 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
         config: DataConfig,
         maker: DocumentMaker,
         sources: list[Source],
+        weights: list[float],
         *,
         shard: int,
         threads: int,
         report: bool,
     ):
-        records, self._epoch_length = _record_stream(config, [len(source) for source in sources])
+        records, self._epoch_length = record_stream(
+            config, [len(source) for source in sources], weights
+        )
         records = records if config.shards == 1 else records[shard :: config.shards]
         self._outcomes = records.map(maker)
         self._read_ahead = _read_ahead(self._outcomes, threads)
@@ -296,7 +323,9 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
         self._read_ahead.close()
 
 
-def _record_stream(config: DataConfig, lengths: list[int]) -> tuple[grain.MapDataset, int]:
+def record_stream(
+    config: DataConfig, lengths: list[int], weights: list[float]
+) -> tuple[grain.MapDataset, int]:
     """Makes the stream of record ids in the order in which they are drawn, and counts the draws of an epoch."""
     starts = np.cumsum([0, *lengths]).tolist()
     parts = [grain.MapDataset.range(a, b) for a, b in pairwise(starts)]
@@ -308,10 +337,33 @@ def _record_stream(config: DataConfig, lengths: list[int]) -> tuple[grain.MapDat
     if len(parts) == 1:
         stream, epoch_length = parts[0], lengths[0]
     else:
-        stream, epoch_length = _mix(parts, lengths, [source.weight for source in config.sources])
+        stream, epoch_length = _mix(parts, lengths, weights)
     if config.epochs is not None:
         stream = stream[: config.epochs * epoch_length]
     return stream, epoch_length
+
+
+def _record_weights(config: DataConfig, maker: DocumentMaker, sources: list[Source]) -> list[float]:
+    """Makes each source's share of the records drawn. A share of tokens is one of records through their mean length.
+
+    Raises DataError for a source none of whose measured records gives a document.
+    """
+    weights = [source.weight for source in config.sources]
+    if config.weights == "records" or len(sources) == 1:
+        return weights
+    starts = np.cumsum([0, *(len(source) for source in sources)])
+    for i, source in enumerate(sources):
+        # Evenly spaced, so that it does not depend on a file's order, and the same at each start.
+        places = np.unique(np.linspace(0, len(source) - 1, MEASURED).astype(int))
+        made = [maker(int(starts[i] + place)) for place in places]
+        lengths = [len(document) for document in made if isinstance(document, Document)]
+        if not lengths:
+            raise DataError(
+                f"{source.config.path}: none of {len(made)} records can be used to measure weights in tokens; see"
+                f" `sdar-jax data`, or set weights: records"
+            )
+        weights[i] /= sum(lengths) / len(lengths)
+    return weights
 
 
 def _mix(
@@ -334,7 +386,7 @@ def _read_ahead(outcomes: grain.MapDataset, num_threads: int) -> grain.DatasetIt
     return iter(outcomes.to_iter_dataset(options))
 
 
-def _check_numbers(config: DataConfig, block_size: int, rows: Sequence[int]):
+def _check_numbers(config: DataConfig, block_size: int):
     if block_size < 1:
         raise ConfigError(f"block_size={block_size}: give at least 1")
     if config.pad_to_block and config.sequence_length % block_size:
@@ -343,6 +395,9 @@ def _check_numbers(config: DataConfig, block_size: int, rows: Sequence[int]):
             f"sequence_length={config.sequence_length} is no multiple of block_size={block_size}, as pad_to_block"
             f" needs; use {longer}, or leave pad_to_block out"
         )
+
+
+def _check_rows(config: DataConfig, rows: Sequence[int]):
     if (
         not rows
         or list(rows) != sorted(set(rows))

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdar_jax.data.sources import check_content, is_blank, parse_object
+from sdar_jax.data.files import check_content
+from sdar_jax.data.record_files import is_blank, parse_object
 from sdar_jax.data.tokenizer import check_unicode
 from sdar_jax.decoding.config import Completion
 from sdar_jax.errors import DataError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdar_jax.data import SourceConfig
-from sdar_jax.data.sources import find_files
+from sdar_jax.data.files import find_files
 
 log = logging.getLogger(__name__)
 

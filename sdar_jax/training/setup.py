@@ -464,6 +464,16 @@ def tokenizer_directory(config: InitConfig) -> Path:
     )
 
 
+def data_layout(config: InitConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int]:
+    """What a run's documents are laid out for: its block size, and the end of text. No weight is read.
+
+    Raises ConfigError as a run that starts would.
+    """
+    shape = _starting_shape(config, tokenizer)
+    _check_vocabulary(config, shape, tokenizer, token_ids(tokenizer))
+    return trained_paradigm(config, shape).block_size, end_of_text(tokenizer, shape)
+
+
 def open_dataset(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,

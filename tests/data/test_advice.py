@@ -121,8 +121,8 @@ def test_configs_mended_as_advised(bad, advice, mended):
         ({"separator": "-"}, "only text takes one", {"format": "text"}),
         (
             {"format": "chat", "field": "turns"},
-            "only jsonl and parquet have them",
-            {"format": "parquet"},
+            "set prompt_field, the question's column, as well",
+            {"prompt_field": "question"},
         ),
         ({"weight": 0.0}, "give a finite number above 0", {"weight": 0.1}),
         (

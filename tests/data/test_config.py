@@ -36,8 +36,9 @@ BAD_SOURCE = [
     ({"weight": float("nan")}, "weight=nan"),
     ({"separator": "--"}, "separator='--' with format='jsonl'"),
     ({"format": "text", "separator": ""}, "separator=''"),
-    ({"format": "chat", "field": "turns"}, "only jsonl and parquet"),
-    ({"format": "text", "prompt_field": "q"}, "only jsonl and parquet"),
+    ({"format": "chat", "field": "turns"}, "field='turns' with format='chat': set prompt_field"),
+    ({"format": "text", "field": "q"}, "with format='text', which has none"),
+    ({"format": "text", "prompt_field": "q"}, "with format='text', which has none"),
 ]
 
 
@@ -157,7 +158,7 @@ def test_sources_without_files(tmp_path, tokenizer, eos):
         make(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="no glob that matches"):
         make(tmp_path / "*.jsonl")
-    with pytest.raises(DataError, match="no .jsonl or .ndjson file in this directory"):
+    with pytest.raises(DataError, match="no .jsonl or .ndjson or .json file in this directory"):
         make(tmp_path)
     (tmp_path / "blank.jsonl").write_text("\n  \n")
     with pytest.raises(DataError, match="blank.jsonl: no record in it"):

@@ -460,51 +460,7 @@ def test_variables_belong_to_chat():
         SourceConfig("x", "jsonl", chat_template_kwargs={"a": 1})
 
 
-# Records of other forms, and fields that are not read.
-
-SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-FORMS = [
-    (
-        {"conversations": SHAREGPT},
-        '"conversations" is ShareGPT\'s form: write "messages" of "role"',
-    ),
-    ({"messages": SHAREGPT}, 'messages[0] is in ShareGPT\'s form; write "role" and "content"'),
-    (
-        {"instruction": "q", "input": "", "output": "a"},
-        "alpaca's form: write instruction and input as the content of",
-    ),
-    (
-        {"prompt": [user("q")], "completion": [assistant("a")]},
-        'join "prompt" and "completion" in one list',
-    ),
-    (
-        {"prompt": "q", "completion": "a"},
-        "use format jsonl with prompt_field: prompt and field: completion",
-    ),
-    (
-        {"prompt": "q", "response": "a"},
-        "use format jsonl with prompt_field: prompt and field: response",
-    ),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, 'write prompt and chosen as "messages"'),
-    ({"text": "q"}, "for texts use format jsonl"),
-]
-
-
-@pytest.mark.parametrize(("record", "message"), FORMS)
-def test_another_form_is_named_with_what_to_do(record, message):
-    assert message in refused(record)
-    assert '"messages" is missing' in refused({**record, "messages": None})[:25]
-
-
-def test_what_is_advised_for_other_forms_works(write_jsonl):
-    roles = {"human": "user", "gpt": "assistant"}
-    converted = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in SHAREGPT]
-    assert responses({"messages": converted}) == ["a<|im_end|>\n"]
-    source = SourceConfig(
-        write_jsonl([{"prompt": "q", "completion": "a"}]), "jsonl", "completion", "prompt"
-    )
-    assert list(by_record(dataset(once(source))))
-    assert list(by_record(dataset(once(SourceConfig(write_jsonl([{"text": "q"}]), "jsonl")))))
+# Fields that are not read.
 
 
 @pytest.mark.parametrize(

@@ -472,7 +472,7 @@ def test_a_malformed_record_is_named_or_left_out(write_jsonl, caplog, line, mess
     [
         ({"messages": [{"role": "bot", "content": "x"}]}, "messages[0] has role 'bot'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no token of it can carry loss"),
-        ({"conversation": []}, '"messages" is missing'),
+        ({"talk": []}, '"messages" is missing'),
     ],
 )
 def test_a_malformed_conversation_is_named(write_jsonl, record, message):

@@ -1,4 +1,6 @@
 import bz2
+import errno
+import gc
 import gzip
 import json
 import lzma
@@ -6,10 +8,12 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -166,13 +170,16 @@ def zipped(path: Path, content: bytes) -> bytes:
 
 
 COMPRESSORS = {
-    ".gz": ("gzip", lambda path, content: gzip.compress(content)),
-    ".zst": ("zstd", lambda path, content: zstandard(content)),
-    ".bz2": ("bzip2", lambda path, content: bz2.compress(content)),
-    ".xz": ("xz", lambda path, content: lzma.compress(content)),
-    ".zip": ("unzip", zipped),
+    ".gz": lambda path, content: gzip.compress(content),
+    ".zst": lambda path, content: zstandard(content),
+    ".bz2": lambda path, content: bz2.compress(content),
+    ".xz": lambda path, content: lzma.compress(content),
 }
-CONTENT = {"jsonl": b'{"text": "x"}\n', "chat": b'{"messages": []}\n', "text": b"x\n"}
+CONTENT = {
+    "jsonl": b'{"text": "x"}\n{"text": "y"}\n',
+    "chat": b'{"messages": []}\n{"messages": [1]}\n',
+    "text": b"x\ny\n",
+}
 
 
 def failure(config: SourceConfig) -> str:
@@ -185,68 +192,206 @@ def failure(config: SourceConfig) -> str:
     return told
 
 
+def compressed(path: Path, suffix: str, content: bytes) -> Path:
+    path = path.with_name(path.name + suffix)
+    path.write_bytes(COMPRESSORS[suffix](path, content))
+    return path
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["file", "directory"])
 @pytest.mark.parametrize("format", CONTENT)
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_compressed_files_are_decompressed_by_the_command_that_is_told(
-    tmp_path, suffix, format, whole
-):
-    program, compress = COMPRESSORS[suffix]
-    if shutil.which(program) is None:
-        pytest.skip(f"needs {program}")
+def test_compressed_files_give_the_records_of_plain_ones(tmp_path, suffix, format, whole):
     name = {"text": "a b.txt"}.get(format, "a b.jsonl")
-    path = tmp_path / (name + suffix)
-    path.write_bytes(compress(path, CONTENT[format]))
-    told = failure(SourceConfig(str(tmp_path if whole else path), format))
-    assert "compressed with " in told and "UTF-8" not in told and str(path) in told
-    subprocess.run(["sh", "-c", told.partition("decompress it first: ")[2]], check=True)
-    assert (
-        len(records(Source(SourceConfig(str(tmp_path if whole else tmp_path / name), format)))) == 1
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / name).write_bytes(CONTENT[format])
+    path = compressed(tmp_path / name, suffix, CONTENT[format])
+    (tmp_path / "plain" / name).rename(tmp_path / "plain" / "x")
+    options = {"separator": "\n"} if format == "text" else {}
+    source = Source(SourceConfig(str(tmp_path if whole else path), format, **options))
+    plain = Source(SourceConfig(str(tmp_path / "plain" / "x"), format, **options))
+    assert records(source) == records(plain) and len(source) == 2
+    assert source.where(1) == plain.where(1).replace("plain/x", name + suffix)
+
+
+def test_what_is_decompressed_leaves_with_its_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    path = compressed(tmp_path / "a.jsonl", ".gz", CONTENT["jsonl"])
+    source = Source(SourceConfig(str(path), "jsonl"))
+    assert len(list((tmp_path / "scratch").glob("*/*"))) == 1
+    del source
+    gc.collect()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_damaged_compressed_files_are_named(tmp_path, suffix):
+    path = compressed(
+        tmp_path / "a.jsonl", suffix, b"".join(b'{"text": "%d"}\n' % i for i in range(999))
     )
+    path.write_bytes(path.read_bytes()[:-40])
+    assert f"{path}:1: compressed with" in (told := failure(SourceConfig(str(path), "jsonl")))
+    assert "and damaged (" in told and "fetch it anew" in told
 
 
-def test_compressed_files_beside_others_are_not_passed_over_in_silence(tmp_path, caplog):
+def test_no_room_to_decompress(tmp_path, monkeypatch):
+    path = compressed(tmp_path / "a.jsonl", ".gz", CONTENT["jsonl"])
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    assert "has no room for what is in it; set TMPDIR" in failure(SourceConfig(str(path), "jsonl"))
+
+
+def test_zip_archives_are_decompressed_by_the_command_that_is_told(tmp_path):
+    path = tmp_path / "a b.jsonl.zip"
+    path.write_bytes(zipped(path, CONTENT["jsonl"]))
+    for place in (path, tmp_path):
+        told = failure(SourceConfig(str(place), "jsonl"))
+        assert "compressed with zip" in told and "decompress it first: unzip -p" in told
+    if shutil.which("unzip"):
+        subprocess.run(["sh", "-c", told.partition("decompress it first: ")[2]], check=True)
+        assert read(tmp_path) == ["x", "y"]
+
+
+def test_a_compressed_copy_is_not_read_beside_its_original(tmp_path, caplog):
     write(tmp_path, "a.jsonl")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}\n'))
-    assert read(tmp_path) == ["a.jsonl"]
-    assert (
-        f"1 of its files not read, the first {tmp_path}/b.jsonl.gz; decompress them" in caplog.text
-    )
-    caplog.clear()
-    (tmp_path / "b.jsonl.gz").rename(tmp_path / "notes.gz")
-    assert read(tmp_path) == ["a.jsonl"] and not caplog.text
+    compressed(tmp_path / "b.jsonl", ".gz", b'{"text": "b"}\n')
+    assert read(tmp_path) == ["a.jsonl", "b"] and not caplog.text
+    compressed(tmp_path / "a.jsonl", ".xz", b'{"text": "a"}\n')
+    assert read(tmp_path) == ["a.jsonl", "b"]
+    assert f"1 of its files not read, the first {tmp_path}/a.jsonl.xz" in caplog.text
 
 
 def test_a_compressed_file_under_another_name(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(gzip.compress(CONTENT["jsonl"]))
-    told = failure(SourceConfig(str(tmp_path / "a.jsonl"), "jsonl"))
-    subprocess.run(["sh", "-c", told.partition("decompress it first: ")[2]], check=True)
-    assert read(tmp_path / "plain-a.jsonl") == ["x"]
+    (tmp_path / "shard").write_bytes(gzip.compress(CONTENT["jsonl"]))
+    assert read(tmp_path / "a.jsonl") == read(tmp_path / "shard") == ["x", "y"]
 
 
 def test_a_directory_of_other_names_and_the_glob_that_reads_it(tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(
-        DataError, match="no .jsonl or .ndjson file in this directory; give another"
+        DataError, match="no .jsonl or .ndjson or .json file in this directory; give another"
     ):
         read(tmp_path / "data")
-    write(tmp_path, "data/a.json", "data/b.json")
+    write(tmp_path, "data/a.data", "data/b.data")
     (tmp_path / "data" / "c.zip").symlink_to("gone")
-    match = "no .jsonl or .ndjson file in this directory, but a.json, b.json, c.zip; give a glob for other names"
-    with pytest.raises(DataError, match=match):
+    with pytest.raises(DataError, match="but a.data, b.data, c.zip; give a glob for other names"):
         read(tmp_path / "data")
-    assert read(tmp_path / "data" / "*.json") == ["data/a.json", "data/b.json"]
-    for name in ("a.json", "b.json"):
-        (tmp_path / "data" / name).unlink()
-    with pytest.raises(DataError, match="but c.zip; give"):
-        read(tmp_path / "data")
+    assert read(tmp_path / "data" / "*.data") == ["data/a.data", "data/b.data"]
 
 
-def test_a_directory_of_nothing_but_compressed_files_under_names_of_their_own(tmp_path):
-    (tmp_path / "shard").with_suffix(".gz").write_bytes(gzip.compress(CONTENT["jsonl"]))
-    told = failure(SourceConfig(str(tmp_path), "jsonl"))
-    subprocess.run(["sh", "-c", told.partition("decompress it first: ")[2]], check=True)
-    assert read(f"{tmp_path}/shard") == ["x"]
+# One JSON document.
+
+RECORDS = [{"text": 'é, "]['}, {"text": "b\n"}, {"text": "\u2028 c", "more": [{}, [1]]}]
+DOCUMENTS = {
+    "list": lambda: json.dumps(RECORDS),
+    "not ASCII": lambda: json.dumps(RECORDS, ensure_ascii=False, indent=2),
+    "byte order mark": lambda: "\ufeff" + json.dumps(RECORDS, ensure_ascii=False),
+    "object": lambda: json.dumps(
+        {"version": 1, "x": {"data": [{}]}, "data": RECORDS, "y": []}, indent=1
+    ),
+    "lines": lambda: "\n".join(map(json.dumps, RECORDS)),
+    "no record": lambda: "[ ]",
+}
+
+
+@pytest.mark.parametrize("kind", DOCUMENTS)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_json_documents(tmp_path, kind, suffix):
+    content = DOCUMENTS[kind]().encode()
+    path = tmp_path / f"a.json{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    for format in ("jsonl", "chat"):
+        source = Source(SourceConfig(str(tmp_path), format))
+        assert records(source) == (RECORDS if kind != "no record" else [])
+    if kind == "not ASCII":
+        assert [source.where(k) for k in range(3)] == [f"{path}:{n}" for n in (2, 5, 8)]
+
+
+VALUES = st.text() | st.none() | st.lists(st.text())
+
+
+@given(
+    st.lists(st.dictionaries(st.text(), VALUES), max_size=5),
+    st.booleans(),
+    st.sampled_from([None, 1]),
+)
+def test_any_list_of_objects(tmp_path_factory, objects, ascii, indent):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(json.dumps(objects, ensure_ascii=ascii, indent=indent), errors="surrogatepass")
+    assert records(Source(SourceConfig(str(path), "jsonl"))) == objects
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    {
+        "cut": ('[{"text": "a"}, {"te', "not valid JSON (Unterminated string"),
+        "no comma": ('[{"text": "a"}\n {"text": "b"}]', "not valid JSON (no comma or end of the list, line 2)"),
+        "two lists": ('{"a": [{}],\n "b": [{}]}', "neither a list of records nor an object with one list"),
+        "no list": ('{"a":\n 1}', "neither a list of records nor an object with one list"),
+        "a number": ("12", "neither a list of records"),
+        "too deep": ("[" + "[" * 100_000, "not valid JSON (nested too deeply)"),
+        "a long number": ("[" + "1" * 5000 + "]", "a number that cannot be read"),
+    }.values(),
+)  # fmt: skip
+def test_json_documents_that_cannot_be_read(tmp_path, content, told):
+    (tmp_path / "a.json").write_text(content)
+    found = failure(SourceConfig(str(tmp_path), "jsonl"))
+    assert found.startswith(f"{tmp_path}/a.json:1: ") and told in found
+
+
+def test_what_is_no_object_in_a_list_is_a_malformed_record(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, 5]')
+    source = Source(SourceConfig(str(tmp_path), "jsonl"))
+    assert source.read(0) == {"text": "a"}
+    with pytest.raises(DataError, match="a JSON int, not an object"):
+        source.read(1)
+
+
+# Data sets of the hub, as its client keeps them.
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The client's cache, with one data set and no network; where its files go."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "datasets--owner--name"
+    commit = "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    return repository / "snapshots" / commit
+
+
+def test_data_sets_of_the_hub(hub):
+    write(hub, "main/train.jsonl", "main/test.jsonl", "other/train.jsonl", "README.md")
+    everything = ["main/test.jsonl", "main/train.jsonl", "other/train.jsonl"]
+    assert read("hf://owner/name") == read("hf://owner/name@main") == everything
+    assert read("hf://datasets/owner/name/main") == everything[:2]
+    assert read("hf://owner/name/*/train.jsonl") == everything[1:]
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        (
+            "hf://owner/other",
+            "hf://owner/other: not on this machine, and the hub cannot be reached",
+        ),
+        ("hf://owner", "give hf://OWNER/NAME"),
+        ("hf://owner/na me", "hf://owner/na me: Repo id must"),
+        ("hf://owner/name/gone/*", "no such file or directory"),
+    ],
+)
+def test_data_sets_that_are_not_there(hub, path, told):
+    write(hub, "a.jsonl")
+    assert told in failure(SourceConfig(path, "jsonl"))
 
 
 TALK = [
