@@ -3,6 +3,8 @@
 import gc
 import itertools
 import os
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +55,49 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# What slow tests took on two quiet cores. `make test PYTEST_ARGS=--measure`, without .cache/xla-tests, writes it anew.
+SECONDS = Path(__file__).with_name("seconds.txt")
+SLOW = 3.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--measure", action="store_true", help=f"write {SECONDS.name}, by which tests are slow"
+    )
+    parser.addoption(
+        "--part", metavar="K/N", help="only the K-th of N parts of the tests, K from 0"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks tests that were measured to be slow, and keeps those of the part that is asked for."""
+    slow = {line.split(" ", 1)[1] for line in SECONDS.read_text().splitlines()}
+    for item in items if not config.getoption("--measure") else []:
+        if item.nodeid in slow and item.get_closest_marker("slow") is None:
+            item.add_marker("slow")
+            item.add_marker("ci")
+    if part := config.getoption("--part"):
+        k, n = map(int, part.split("/"))
+        # By name, so that a test does not change its part when others come.
+        others = [item for item in items if zlib.crc32(item.nodeid.encode()) % n != k % n]
+        items[:] = [item for item in items if item not in set(others)]
+        config.hook.pytest_deselected(items=others)
+
+
+_seconds: dict[str, float] = defaultdict(float)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[report.nodeid] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--measure") and not hasattr(session.config, "workerinput"):
+        slow = sorted((test, seconds) for test, seconds in _seconds.items() if seconds > SLOW)
+        SECONDS.write_text("".join(f"{seconds:.0f} {test}\n" for test, seconds in slow))
+
 
 # Tracing makes objects by the million, and few cycles: looking for those more often takes a tenth of a run.
 gc.set_threshold(100_000, 20, 20)
