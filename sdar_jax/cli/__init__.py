@@ -13,6 +13,10 @@ _COMMANDS = {
         "sdar_jax.cli.sample",
         "decode with a model: one prompt, a chat, or a file of prompts",
     ),
+    "evaluate": (
+        "sdar_jax.cli.evaluate",
+        "scores on benchmarks with their intervals, and what the answers cost",
+    ),
     "data": (
         "sdar_jax.cli.data",
         "what a run would read: documents, tokens, what is learned, what is left out and why",

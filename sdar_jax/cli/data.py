@@ -26,7 +26,7 @@ from sdar_jax.data import load_tokenizer
 from sdar_jax.data.documents import Document
 from sdar_jax.data.inspection import DataReport, Problem, SourceReport, inspect_data
 from sdar_jax.errors import ConfigError, SdarError
-from sdar_jax.training import TrainConfig, read_command_line, tiny
+from sdar_jax.training import TrainConfig, read_command_line
 from sdar_jax.training.setup import data_layout, tokenizer_directory
 
 _PROBLEMS_SHOWN = 5
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "sdar-jax data")
 def _show(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.records < 0 or options.show < 0:
         raise ConfigError("--records and --show: give 0 or more")
-    config = _config([options.config, *overrides])
+    config = read_command_line([options.config, *overrides], program="sdar-jax train")
     if not config.data.sources:
         raise ConfigError("data.sources is empty: name at least one source to read")
     tokenizer = load_tokenizer(tokenizer_directory(config.model))
@@ -67,13 +67,6 @@ def _show(options: argparse.Namespace, overrides: list[str]) -> int:
         print("\n".join(_lines(report, config, tokenizer, color)))
     problems = [problem for source in report.sources for problem in source.problems]
     return int(any(problem.kind == "malformed" for problem in problems))
-
-
-def _config(arguments: list[str]) -> TrainConfig:
-    if "--tiny" not in arguments:
-        return read_command_line(arguments, program="sdar-jax train")
-    rest = [argument for argument in arguments if argument != "--tiny"]
-    return read_command_line(rest, change=tiny, program="sdar-jax train")
 
 
 def _is_terminal() -> bool:
