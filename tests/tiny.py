@@ -1,6 +1,7 @@
 """Small random models and packed rows for every room's tests."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import jax
@@ -35,9 +36,13 @@ def tiny_model(dtype: DTypeLike = jnp.float64, *, seed: int = 1, **changes) -> M
         "mask_token_id": MASK,
     }
     fields |= {"objective": "block_diffusion"}
-    # Cached: a first call from inside a trace must not keep its tracers.
-    with jax.ensure_compile_time_eval():
+    # Cached: a first call from inside a trace must not keep its tracers, nor one without float64 do without it.
+    with jax.ensure_compile_time_eval(), _with(dtype):
         return Model(ModelConfig(**(fields | changes)), jax.random.key(seed), dtype)
+
+
+def _with(dtype: DTypeLike) -> AbstractContextManager[object]:
+    return jax.enable_x64(True) if jnp.dtype(dtype) == jnp.float64 else nullcontext()
 
 
 def pack(*rows: Sequence[int], length: int) -> np.ndarray:
@@ -93,7 +98,7 @@ LLADA2 = {
 def tiny_llada2(dtype: DTypeLike = jnp.float64, **changes) -> Model:
     """As `tiny_model`, of the shape `LLADA2`, with biases of experts as large as scores differ."""
     model = tiny_model.__wrapped__(dtype, **(LLADA2 | changes))
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), _with(dtype):
         for i, layer in enumerate(model.layers):
             if layer.expert_bias is not None:
                 layer.expert_bias[...] = 0.3 * jax.random.normal(jax.random.key(i), (8,), dtype)

@@ -1,16 +1,23 @@
-"""`EvalConfig`: the data that a model is evaluated on while it is trained."""
+"""`EvalConfig`: what a model is evaluated on while it is trained."""
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
 
 from sdar_jax.data import DataConfig
-from sdar_jax.errors import require
+from sdar_jax.decoding.config import DecodingConfig
+from sdar_jax.errors import ConfigError, require
+
+# Held-out numbers, of which less is better.
+LIKELIHOODS = ("nelbo", "nll")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out likelihood during training: the NELBO with its standard error, or the exact NLL of an AR model."""
+    """Held-out likelihood during training (the NELBO with its standard error, or the exact NLL of an AR model), and
+    scores on benchmarks."""
 
-    data: DataConfig
+    data: DataConfig | None = None
     """Held-out data; its first rows are used, the same each time."""
     every: int = 500
     """Steps between two; the last step is always evaluated."""
@@ -20,8 +27,35 @@ class EvalConfig:
     """Monte Carlo samples of the NELBO."""
     seed: int = 0
     """Fixes the masks."""
+    tasks: tuple[str, ...] = ()
+    """Benchmarks to decode, each as NAME or NAME=PATH, as for `sdar-jax evaluate`; none that runs programs."""
+    limit: int = 32
+    """Of each the first so many problems."""
+    max_new_tokens: int = 256
+    """Of an answer at most."""
+    batch_size: int = 8
+    """Problems decoded at once."""
+    plain: bool = False
+    """Problems as text, for a tokenizer without a chat template."""
+    decoding: dict[str, Any] = field(default_factory=dict)
+    """Fields of `DecodingConfig`, as {"confidence_threshold": 0.9}."""
+    best: str | None = None
+    """Keep the model of the best evaluation by this number, in run_dir/best: "nelbo", "nll", or a task's name."""
 
     def __post_init__(self):
         for name, least in (("every", 1), ("rows", 1), ("samples", 2), ("seed", 0)):
             value = getattr(self, name)
             require(name, value, value >= least, f"at least {least}")
+        for name in ("limit", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            require(name, value, value >= 1, "at least 1")
+        if self.data is None and not self.tasks:
+            raise ConfigError(
+                "eval has neither data nor tasks; give one of them, or leave eval out"
+            )
+        known = [each.name for each in dataclasses.fields(DecodingConfig)]
+        if unknown := set(self.decoding) - set(known):
+            raise ConfigError(
+                f"decoding has {min(unknown)!r}, which is no field of it; choose from {', '.join(known)}"
+            )
+        DecodingConfig(**self.decoding)

@@ -130,7 +130,7 @@ def evaluate(
             )
         if not problems:
             raise ConfigError(f"{task.name} has no problems; give some")
-    encode = _encoder(tokenizer, plain, chat_template_kwargs or {})
+    encode = encoder(tokenizer, plain, chat_template_kwargs or {})
     context = model.config.max_position_embeddings
     work = []
     for task, problems in loaded:
@@ -167,9 +167,10 @@ def _check(
         )
 
 
-def _encoder(
+def encoder(
     tokenizer: Any, plain: bool, variables: dict[str, Any]
 ) -> Callable[[Problem], list[int]]:
+    """What makes token ids of a problem. Raises ConfigError where there is no chat template and `plain` is not set."""
     encode = Encoder(tokenizer)
     if plain:
         text = lambda problem: "\n".join(message["content"] for message in problem.messages)

@@ -30,6 +30,7 @@ def held_out_likelihood(
     Raises:
         DataError: no token of these rows counts.
     """
+    assert config.data is not None
     batches = list(itertools.islice(data, math.ceil(config.rows / config.data.batch_size)))
     if not any(batch["loss_mask"].any() for batch in batches):
         raise DataError(

@@ -32,9 +32,13 @@ _EXAMPLE = TrainConfig(
         (SourceConfig("path/to/*.jsonl", "jsonl"),), sequence_length=1024, batch_size=8
     ),
 )
+_EVAL = EvalConfig(_EXAMPLE.data)
+# What it evaluates is left to the options, which are checked when all of them are read.
+object.__setattr__(_EVAL, "data", None)
 # Sections that a config may be without, by their place, and what their options are listed with then.
 _OPTIONAL_SECTIONS = {
-    "eval": EvalConfig(_EXAMPLE.data),
+    "eval": _EVAL,
+    "eval.data": _EXAMPLE.data,
     "lora": LoraConfig(),
     "model.shape": ModelConfig(151936, 1024, 3072, 28, 16, 8, 128),
 }
@@ -265,7 +269,9 @@ def _with_optional_section(
     }
     given = any(option.startswith(f"{section}.") for option in options)
     listed = {"-h", "--help"} & set(arguments)
-    if not (given or listed) or _section(config, section) is not None:
+    around, _, own = section.rpartition(".")
+    place = _section(config, around) if around else config
+    if not (given or listed) or place is None or getattr(place, own) is not None:
         return config, arguments
     example = _OPTIONAL_SECTIONS[section]
     missing = [name for name in _required_options(type(example), section) if name not in options]

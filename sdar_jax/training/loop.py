@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
+from transformers import PreTrainedTokenizerBase
 
 from sdar_jax import adapters
 from sdar_jax.data import join_states, load_tokenizer
@@ -25,10 +26,13 @@ from sdar_jax.devices import processes
 from sdar_jax.devices.chips import check_backend
 from sdar_jax.devices.sharding import activate_mesh, batch_sharding, make_mesh
 from sdar_jax.errors import ConfigError, DataError, TrainingError, TrainingInterrupted
+from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.evaluation.held_out import held_out_likelihood
 from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model
+from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch
+from sdar_jax.training.best import keep_best
 from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.config_io import to_values
@@ -163,9 +167,11 @@ def _run(
     config = setup.config
     steps = config.total_steps
     if config.eval is not None:
-        with closing(open_dataset(config.eval.data, tokenizer, setup.model)) as rows:
-            held_out = held_out_likelihood(config.eval, rows)
-        extensions = extensions._replace(evaluators=[held_out, *extensions.evaluators])
+        extensions = _with_evaluation(config, config.eval, extensions, setup.model, tokenizer)
+        if config.eval.best is not None:
+            export = lambda model, path: _export(model, config, path, tokenizer_at)
+            best = keep_best(config.eval.best, run_dir, export)
+            extensions = extensions._replace(callbacks=[*extensions.callbacks, best])
     start = checkpoints.latest or 0
     log.info(
         "%s: %s step %d of %d", run_dir, "going on from" if start else "starting at", start, steps
@@ -186,22 +192,45 @@ def _run(
         )
         return Outcome(loop.done, finished=False, signal=loop.signal)
     mark_export(run_dir, config, setup.epochs, complete=False)
-    _export(loop.model(), config, run_dir, tokenizer_at)
+    model = loop.model()
+    if config.lora is not None:
+        adapters.save(
+            model,
+            run_dir / "adapter",
+            base=config.model.init_from,
+            modules_to_save=config.lora.modules_to_save,
+        )
+    _export(model, config, model_path(run_dir), tokenizer_at)
     mark_export(run_dir, config, setup.epochs, complete=True)
     averaged = "" if config.ema_decay is None else " (the moving average of the weights)"
     log.info("%s: finished, model%s in %s", run_dir, averaged, model_path(run_dir))
     return Outcome(loop.done, finished=True)
 
 
-def _export(model: Model, config: TrainConfig, run_dir: Path, tokenizer_at: Path) -> None:
+def _with_evaluation(
+    config: TrainConfig,
+    evaluation: EvalConfig,
+    extensions: Extensions,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Extensions:
+    """Puts the evaluators of the config before those that are given."""
+    own = []
+    if evaluation.data is not None:
+        with closing(open_dataset(evaluation.data, tokenizer, model)) as rows:
+            own.append(held_out_likelihood(evaluation, rows))
+    if evaluation.tasks:
+        # It decodes, which other runs need not wait for.
+        from sdar_jax.evaluation.in_training import task_scores
+
+        own.append(task_scores(evaluation, tokenizer))
+    return extensions._replace(evaluators=[*own, *extensions.evaluators])
+
+
+def _export(model: Model, config: TrainConfig, path: Path, tokenizer_at: Path) -> None:
     if config.lora is not None:
-        whole = config.lora.modules_to_save
-        base = config.model.init_from
-        adapters.save(model, run_dir / "adapter", base=base, modules_to_save=whole)
         model = adapters.merge(model)
-    save_pretrained(
-        model, model_path(run_dir), tokenizer_from=tokenizer_at, dtype=config.export_dtype
-    )
+    save_pretrained(model, path, tokenizer_from=tokenizer_at, dtype=config.export_dtype)
 
 
 def _placed(batch: dict[str, np.ndarray], rows: list[int], batch_size: int, mesh: Mesh) -> Batch:

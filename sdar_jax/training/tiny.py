@@ -80,7 +80,9 @@ def _shrink(config: TrainConfig) -> TrainConfig:
         data=_data(config.data, rows * parts, block_size, inputs / "data"),
         optimizer=_optimizer(config.optimizer, config.steps or math.inf, steps),
         checkpoint=replace(config.checkpoint, every=2),
-        eval=config.eval and _eval(config.eval, rows, block_size, inputs / "held-out"),
+        eval=config.eval
+        and config.eval.data
+        and _eval(config.eval, rows, block_size, inputs / "held-out"),
         mesh=mesh,
         micro_batch_size=config.micro_batch_size and rows,
         log_every=1,
@@ -161,7 +163,10 @@ def _data(config: DataConfig, batch_size: int, block_size: int, home: Path) -> D
 
 
 def _eval(config: EvalConfig, rows: int, block_size: int, home: Path) -> EvalConfig:
-    return replace(config, data=_data(config.data, rows, block_size, home), every=2, rows=rows)
+    """Benchmarks are left out: a model of seconds answers nothing."""
+    data = config.data and _data(config.data, rows, block_size, home)
+    best = None if config.best in [name.partition("=")[0] for name in config.tasks] else config.best
+    return replace(config, data=data, tasks=(), best=best, every=2, rows=rows)
 
 
 def _optimizer(config: OptimizerConfig, steps: float | int, left: int) -> OptimizerConfig:

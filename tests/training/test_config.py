@@ -136,7 +136,7 @@ BAD_VALUES = {
         {"model": {"shape": {"num_heads": 3, "num_kv_heads": 2}}},
         r"model\.shape: num_heads 3",
     ),
-    "eval without data": ({"eval": {"every": 5}}, r"eval\.data missing; add"),
+    "eval of nothing": ({"eval": {"every": 5}}, r"eval: eval has neither data nor tasks"),
     "corruption that cannot be": (
         {"objective": {"corruption": {"t_min": 0.0}}},
         r"corruption: .*t_min is 0",

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sdar_jax.decoding.block_forward import BufferConfig
 from sdar_jax.decoding.buffer import Decoder
@@ -62,7 +63,10 @@ class ModelRunner:
         self.state = self.state._replace(cache=pages_for(self.model, *self._pages))
         if mesh_of(self.model) is None:
             # Committed as the weights are, and as the state comes back from a call, or that would be compiled twice.
-            self.state = jax.device_put(self.state, jax.tree.leaves(self.model)[0].sharding)
+            place = jax.tree.leaves(self.model)[0].sharding
+            if isinstance(place, NamedSharding):
+                place = NamedSharding(place.mesh, PartitionSpec())
+            self.state = jax.device_put(self.state, place)
 
     def update_weights(self, model: Model) -> None:
         """Decodes with these weights from now on (see `weights.replacement`); nothing is compiled."""
