@@ -17,6 +17,10 @@ _COMMANDS = {
         "sdar_jax.cli.evaluate",
         "scores on benchmarks with their intervals, and what the answers cost",
     ),
+    "report": (
+        "sdar_jax.cli.report",
+        "one HTML file of runs and evaluations: curves, tables, pictures, answers",
+    ),
     "data": (
         "sdar_jax.cli.data",
         "what a run would read: documents, tokens, what is learned, what is left out and why",

@@ -18,7 +18,7 @@ from sdar_jax.evaluation.scores import Answer, interval, pass_at, vote
 from sdar_jax.evaluation.tasks import Problem, Task, load_tasks
 from sdar_jax.model import Model
 
-# Of each answer's line; "reason" and "text" are for people.
+# Of each answer's line what scores need; the rest is for people.
 _FIELDS = (
     *("id", "sample", "prompt", "correct", "answer", "confidence"),
     *("tokens", "denoising_forwards", "finish_reason"),
@@ -144,7 +144,7 @@ def evaluate(
     missing = [r for *_, requests, answers in work for r in requests if not answers.has(r)]
     decode = _decoder(model, tokenizer, config, missing, batch_size)
     return [
-        _run(task, problems, requests, answers, decode, progress, samples)
+        _run(task, problems, requests, answers, decode, progress, samples, tokenizer)
         for task, problems, requests, answers in work
     ]
 
@@ -312,6 +312,7 @@ def _run(
     decode: Callable[[Sequence[_Request]], Iterator[Completion]],
     progress: Callable[[str], None],
     samples: int,
+    tokenizer: Any,
 ) -> Result:
     missing = [request for request in requests if not answers.has(request)]
     done, seconds, tokens = len(requests) - len(missing), 0.0, 0
@@ -321,14 +322,14 @@ def _run(
         completion = next(completions)
         seconds += time.perf_counter() - started
         tokens += len(completion.tokens)
-        answers.add(_graded(task, request, completion))
+        answers.add(_graded(task, request, completion, tokenizer))
         done += 1
         progress(f"{task.name}: {done} of {len(requests)}")
     records = [answers.of(problem, samples) for problem in problems]
     return _result(task, records, samples, seconds, tokens)
 
 
-def _graded(task: Task, request: _Request, completion: Completion) -> Record:
+def _graded(task: Task, request: _Request, completion: Completion, tokenizer: Any) -> Record:
     text = completion.text or ""
     grade = task.grade(request.problem, text)
     logprobs = completion.logprobs
@@ -344,7 +345,19 @@ def _graded(task: Task, request: _Request, completion: Completion) -> Record:
         "denoising_forwards": completion.denoising_forwards,
         "finish_reason": completion.finish_reason,
         "confidence": sum(logprobs) / len(logprobs) if logprobs else 0.0,
+        "parts": _parts(completion, tokenizer),
     }
+
+
+def _parts(completion: Completion, tokenizer: Any) -> list[tuple[str, int]]:
+    """The text in pieces of whole characters, and the forward that committed the last token of each."""
+    parts, open_tokens = [], []
+    for token, step in zip(completion.tokens, completion.steps, strict=True):
+        open_tokens.append(token)
+        if not (text := tokenizer.decode(open_tokens)).endswith("\ufffd"):
+            parts.append((text, step))
+            open_tokens = []
+    return [*parts, (tokenizer.decode(open_tokens), completion.steps[-1])] if open_tokens else parts
 
 
 def _result(
