@@ -99,6 +99,9 @@ class DataConfig:
     """Passes over the records; None repeats for ever."""
     on_error: Literal["fatal", "skip"] = "fatal"
     """Whether a malformed record stops the run ("fatal"), or is counted, logged and left out ("skip")."""
+    token_cache: str | None = None
+    """A folder in which the documents' tokens are kept: tokenised once, and read from there by this run, by others of
+    the same data, and after a restart. It is never emptied."""
     num_threads: int = 4
     """Threads that read and tokenise ahead, at least one per shard; 0 works in the caller's thread."""
     shards: int = 1

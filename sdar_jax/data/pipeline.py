@@ -14,6 +14,7 @@ from sdar_jax.data.config import DataConfig
 from sdar_jax.data.documents import Document, DocumentMaker, Rejection
 from sdar_jax.data.packing import FitPacker, Piece, SplitPacker, make_batch
 from sdar_jax.data.sources import Source
+from sdar_jax.data.token_cache import TokenCache, open_cache
 from sdar_jax.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ POSITION_FIELDS = (
     "too_long",
 )
 LARGEST_RECORD_COUNT = 2**31 - 1
+
+Maker = DocumentMaker | TokenCache
 
 
 def make_dataset(
@@ -86,7 +89,7 @@ def open_sources(
     *,
     block_size: int | None,
     eos_token_id: int,
-) -> tuple[list[Source], DocumentMaker, list[float]]:
+) -> tuple[list[Source], Maker, list[float]]:
     """Opens the sources; makes what turns their records into documents, and each source's share of the records drawn.
 
     Raises as `make_dataset`.
@@ -100,6 +103,8 @@ def open_sources(
     maker = DocumentMaker(
         config, tokenizer, sources, block_size=block_size, eos_token_id=eos_token_id
     )
+    if config.token_cache is not None:
+        maker = open_cache(config, tokenizer, sources, maker, eos_token_id)
     return sources, maker, _record_weights(config, maker, sources)
 
 
@@ -109,7 +114,7 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
     def __init__(
         self,
         config: DataConfig,
-        maker: DocumentMaker,
+        maker: Maker,
         sources: list[Source],
         weights: list[float],
         block_size: int,
@@ -202,7 +207,7 @@ class _Shard:
     def __init__(
         self,
         config: DataConfig,
-        maker: DocumentMaker,
+        maker: Maker,
         sources: list[Source],
         weights: list[float],
         number: int,
@@ -244,7 +249,7 @@ class DocumentFeed(Iterator[tuple[int, Document]]):
     def __init__(
         self,
         config: DataConfig,
-        maker: DocumentMaker,
+        maker: Maker,
         sources: list[Source],
         weights: list[float],
         *,
@@ -343,7 +348,7 @@ def record_stream(
     return stream, epoch_length
 
 
-def _record_weights(config: DataConfig, maker: DocumentMaker, sources: list[Source]) -> list[float]:
+def _record_weights(config: DataConfig, maker: Maker, sources: list[Source]) -> list[float]:
     """Makes each source's share of the records drawn. A share of tokens is one of records through their mean length.
 
     Raises DataError for a source none of whose measured records gives a document.
