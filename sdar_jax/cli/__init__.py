@@ -21,6 +21,10 @@ _COMMANDS = {
         "sdar_jax.cli.evaluate",
         "scores on benchmarks with their intervals, and what the answers cost",
     ),
+    "profile": (
+        "sdar_jax.cli.profile",
+        "how fast a model decodes here, against batch and block size",
+    ),
     "report": (
         "sdar_jax.cli.report",
         "one HTML file of runs and evaluations: curves, tables, pictures, answers",

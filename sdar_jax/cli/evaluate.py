@@ -160,8 +160,8 @@ def _run(config: EvaluateConfig) -> None:
 
 def _sweep(config: EvaluateConfig) -> Iterator[tuple[DecodingFlags, Path]]:
     """Each setting to evaluate, and the folder of its answers: the output itself where there is one setting."""
-    thresholds = _numbers("thresholds", config.thresholds, float)
-    sizes = _numbers("block_sizes", config.block_sizes, int)
+    thresholds = numbers("thresholds", config.thresholds, float)
+    sizes = numbers("block_sizes", config.block_sizes, int)
     for size, threshold in itertools.product(sizes or [None], thresholds or [None]):
         changes, names = {}, []
         if size is not None:
@@ -174,7 +174,8 @@ def _sweep(config: EvaluateConfig) -> Iterator[tuple[DecodingFlags, Path]]:
         yield dataclasses.replace(config.decoding, **changes), folder
 
 
-def _numbers(name: str, text: str | None, kind: type) -> list[Any]:
+def numbers(name: str, text: str | None, kind: type) -> list[Any]:
+    """Comma-separated numbers of an option, none if it is not given. Raises ConfigError for anything else."""
     try:
         numbers = [kind(part) for part in (text or "").split(",") if part.strip()]
     except ValueError:

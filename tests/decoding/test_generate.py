@@ -330,10 +330,11 @@ def test_numbers_compile_nothing_anew():
     assert not compiled
 
 
-def test_calls_of_all_kinds_compile_few_programs():
+@pytest.mark.parametrize("calls", [12, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.ci])])
+def test_calls_of_all_kinds_compile_few_programs(calls):
     model, random = tiny_model(jnp.float32, max_position_embeddings=2048), np.random.default_rng(7)
     with compilations() as compiled:
-        for _ in range(12):
+        for _ in range(calls):
             lengths = random.integers(1, 1000, random.integers(1, 17))
             prompts = [random.integers(0, MASK, length).tolist() for length in lengths]
             generate(model, prompts, max_new_tokens=int(random.integers(1, 9)), stop_token_ids=())
