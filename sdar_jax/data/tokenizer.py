@@ -64,7 +64,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase) -> TokenIds:
     """Finds the ids that the tokenizer gives out, those of added tokens among them."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     ids = {**tokenizer.get_vocab(), **added}
-    mask = ids.get(str(tokenizer.mask_token))
+    mask = None if tokenizer.mask_token is None else ids.get(str(tokenizer.mask_token))
     return TokenIds(1 + max((used for used in ids.values() if used != mask), default=-1), mask)
 
 

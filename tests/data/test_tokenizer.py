@@ -89,6 +89,17 @@ def test_the_ids_in_use_are_counted_from_the_largest(tmp_path, tokens, settings,
     assert token_ids(tokenizer).largest == max(tokenizer.get_vocab().values())
 
 
+def test_a_word_that_reads_none_is_no_mask():
+    """As SmolLM2's vocabulary has one, and its tokenizer no mask."""
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "None": 1, "mask": 2}, unk_token="<unk>"))
+    without = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert token_ids(without) == TokenIds(3, None)
+    its_own = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", mask_token="None"
+    )
+    assert token_ids(its_own) == TokenIds(3, 1)
+
+
 def test_a_mask_that_the_tokenizers_config_adds_is_its_own(tmp_path):
     """As in SDAR, whose tokenizer.json is Qwen3's."""
     entry = added(BYTES, "<|MASK|>")
