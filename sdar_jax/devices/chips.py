@@ -169,14 +169,31 @@ def platform() -> str:
     return jax.default_backend() if _target is None else _target.platform
 
 
+class CpuKind(NamedTuple):
+    """What of an x86 CPU its matmuls depend on.
+
+    Attributes:
+        vendor: as it names itself: "AuthenticAMD", "GenuineIntel".
+        avx512: whether it has AVX-512.
+    """
+
+    vendor: str
+    avx512: bool
+
+
 @lru_cache(maxsize=1)
-def has_avx512() -> bool | None:
-    """Returns whether this machine's x86 CPU has AVX-512; None where that cannot be told, or for another CPU."""
+def cpu_kind() -> CpuKind | None:
+    """Returns the kind of this machine's x86 CPU; None where that cannot be told, or for another CPU."""
     try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return None
-    return None if flags is None else "avx512f" in flags[1].split()
+    vendor, flags = (
+        re.search(rf"^{name}\s*:(.*)$", text, re.MULTILINE) for name in ("vendor_id", "flags")
+    )
+    if vendor is None or flags is None:
+        return None
+    return CpuKind(vendor[1].strip(), "avx512f" in flags[1].split())
 
 
 def device() -> Any:

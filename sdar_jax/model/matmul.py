@@ -11,15 +11,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
-from sdar_jax.devices.chips import has_avx512, platform
+from sdar_jax.devices.chips import cpu_kind, platform
 from sdar_jax.devices.sharding import current_mesh
 from sdar_jax.model.adapted import Adapted
 from sdar_jax.model.quantization import QArray
 
-# Rows of which a CPU without AVX-512 computes a matmul faster as products and sums (`benchmarks.matmul_forms`), and
-# numbers of a weight below which compiling them takes longer than they save.
+# Rows of which some CPUs compute a matmul faster as products and sums (`benchmarks.matmul_forms`).
 _STREAMED_ROWS = range(2, 33)
-_STREAMED_SIZE = 2**14
 
 
 class WeightOfLayer:
@@ -81,8 +79,21 @@ def _product(x: Array, weight: Array, inputs: int, accumulate: DTypeLike | None)
 
 
 def _is_streamed(rows: int, weight: Array) -> bool:
-    few = rows in _STREAMED_ROWS and weight.size >= _STREAMED_SIZE
-    return few and weight.dtype.itemsize >= 4 and platform() == "cpu" and has_avx512() is False
+    least = _least_streamed()
+    wide = weight.dtype.itemsize >= 4 and platform() == "cpu"
+    return least is not None and wide and rows in _STREAMED_ROWS and weight.size >= least
+
+
+def _least_streamed() -> int | None:
+    """Returns how many numbers a weight has at least that few rows are streamed through, on this CPU; None for none.
+
+    Of smaller ones the library is as fast or faster, or compiling takes longer than is saved. Intel's with AVX-512 were
+    not measured.
+    """
+    kind = cpu_kind()
+    if kind is None or (kind.avx512 and kind.vendor != "AuthenticAMD"):
+        return None
+    return 2**19 if kind.avx512 else 2**14
 
 
 def _streamed(x: Array, weight: Array, accumulate: DTypeLike | None) -> Array:
