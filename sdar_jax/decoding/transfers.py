@@ -29,15 +29,20 @@ class StepOutput(NamedTuple):
 
     Attributes:
         progress: packed (`pack`).
-        output: as it is in the state.
+        output: of each sequence, packed [1, n]: what is asked for must not wait for the call after this one, as a
+            program that cut it out would.
     """
 
     progress: Packed
-    output: SequenceOutput
+    output: list[Packed]
 
 
 def step_output(batch: SequenceState) -> StepOutput:
-    return StepOutput(pack(batch.progress), batch.output)
+    rows = [slice(i, i + 1) for i in range(len(batch.progress.done))]
+    return StepOutput(
+        pack(batch.progress),
+        [pack(jax.tree.map(lambda field, row=row: field[row], batch.output)) for row in rows],
+    )
 
 
 def pack(fields: Any) -> Packed:
@@ -93,18 +98,17 @@ class HostView:
         """Numpy, [B] each. Returns when the call is done; raises what the device did."""
         return unpack(jax.device_get(self._found.progress), self._like.progress)
 
+    def is_ready(self) -> bool:
+        """Whether `progress` need not wait."""
+        return all(array.is_ready() for array in jax.tree.leaves(self._found.progress))
+
     def sequence(self, inputs: SequenceInputs, slot: int) -> SequenceState:
         """The sequence in a slot of the batch, whose inputs the host has. No other's output is fetched."""
         if slot not in self._outputs:
-            row = unpack(jax.device_get(_packed_row(self._found.output, slot)), self._like.output)
+            row = unpack(jax.device_get(self._found.output[slot]), self._like.output)
             self._outputs[slot] = jax.tree.map(lambda field: field[0], row)
         progress = jax.tree.map(lambda field: field[slot].copy(), self.progress)
         return SequenceState(inputs, progress, self._outputs[slot])
-
-
-@jax.jit
-def _packed_row(output: SequenceOutput, slot: _Index) -> Packed:
-    return pack(jax.tree.map(lambda field: jax.lax.dynamic_slice_in_dim(field, slot, 1), output))
 
 
 def put_sequence(batch: SequenceState, slot: _Index, sequence: SequenceState) -> SequenceState:

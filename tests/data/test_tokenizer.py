@@ -94,9 +94,7 @@ def test_a_word_that_reads_none_is_no_mask():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "None": 1, "mask": 2}, unk_token="<unk>"))
     without = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     assert token_ids(without) == TokenIds(3, None)
-    its_own = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", mask_token="None"
-    )
+    its_own = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", mask_token="None")
     assert token_ids(its_own) == TokenIds(3, 1)
 
 

@@ -1,5 +1,7 @@
 """The engine gives every request what it would get alone, whatever the traffic; and all are accounted for."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
@@ -95,16 +97,39 @@ def test_a_prefilled_request_begins_when_another_ends(x64):
         for n in (17, 25, 9)
     ]
     first, second = (served._core.requests[i] for i in ids[:2])
-    began = lambda request: int(served._core._fetch(request).progress.denoising_forwards)
+    began = lambda request: int(request.latest().progress.denoising_forwards)
     while first.result is None:
         served._core.step()
         assert served.stats().running <= 2
         assert first.result is not None or not began(first) or not began(second)
-    # Only their prompts and the third's, which waited, took calls of their own.
-    assert second.result is not None and served.stats().queued == 1 and served.stats().calls <= 3
+    # Their prompts took calls of their own, and one was on its way for the third, which waits.
+    assert second.result is not None and served.stats().queued == 1 and served.stats().calls <= 4
     for request_id, n in zip(ids, (17, 25, 9), strict=True):
         got, wanted = served.result(request_id), alone(LONG[:n], CONFIGS[2], 8, (), 0)
         assert (got.tokens, got.denoising_forwards) == (wanted.tokens, wanted.denoising_forwards)
+
+
+def test_while_requests_wait_the_device_does_not(x64):
+    """The next call is on its way before one is read; where none waits, who comes next enters the next call."""
+    served, unread = engine(), []
+    core = served._core
+    start, read = core._start, core._read
+
+    def reads() -> None:
+        unread.append((bool(core.queued), len(core._calls)))
+        read()
+
+    with mock.patch.object(core, "_read", reads), mock.patch.object(core, "_start", wraps=start):
+        ids = [
+            served.submit([n + 1] * 5, CONFIGS[0], max_new_tokens=14, stop_token_ids=())
+            for n in range(6)
+        ]
+        found = [served.result(each).tokens for each in ids]
+    # The first call only reads prompts, and is timed.
+    assert unread[0] == (True, 1)
+    busy, quiet = ([n for waits, n in unread[1:] if waits is each] for each in (True, False))
+    assert len(busy) >= 3 and set(busy) == {2} and quiet[-1] == 1
+    assert found == [alone([n + 1] * 5, CONFIGS[0], 14, (), 0).tokens for n in range(6)]
 
 
 def test_prompts_are_read_in_the_order_of_admission(x64):

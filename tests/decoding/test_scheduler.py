@@ -46,8 +46,8 @@ def add(to: Scheduler, prompt: list[int], new: int = 8) -> Request:
     return request
 
 
-def view(of: Scheduler, **progress: list[int]) -> HostView:
-    """What a call left, of each slot: as the requests were admitted, but for what is given."""
+def saw(of: Scheduler, **progress: list[int]) -> None:
+    """A call of all that run was read: it left them as they were admitted, but for what is given, of each slot."""
     idle = sequence([], 0)
     states = [idle if request is None else request.sequence for request in of.slots]
     batch = jax.tree.map(lambda *each: np.stack(each), *states)
@@ -55,7 +55,8 @@ def view(of: Scheduler, **progress: list[int]) -> HostView:
         name: np.array(values, getattr(idle.progress, name).dtype)
         for name, values in progress.items()
     }
-    return HostView(step_output(batch.with_progress(**changes)), idle)
+    for request in of.running:
+        request.view = HostView(step_output(batch.with_progress(**changes)), idle)
 
 
 def test_first_come_first_served():
@@ -87,15 +88,11 @@ def test_a_recorded_prefix_is_shared_and_a_page_in_part_copied():
     first = add(served, [1, 2, 3, 4, 5, 6, 7])
     served.admit()
     # Nothing is shared before logits came from it.
-    seen = view(
-        served, cached=[6, 0, 0], start=[6, 0, 0], open=[1, 0, 0], denoising_forwards=[0, 0, 0]
-    )
-    served.record_prompt(first, seen)
+    saw(served, cached=[6, 0, 0], start=[6, 0, 0], open=[1, 0, 0], denoising_forwards=[0, 0, 0])
+    served.record_prompt(first)
     assert not first.prompt_recorded
-    seen = view(
-        served, cached=[6, 0, 0], start=[6, 0, 0], open=[1, 0, 0], denoising_forwards=[1, 0, 0]
-    )
-    served.record_prompt(first, seen)
+    saw(served, cached=[6, 0, 0], start=[6, 0, 0], open=[1, 0, 0], denoising_forwards=[1, 0, 0])
+    served.record_prompt(first)
     assert first.prompt_recorded
     second = add(served, [1, 2, 3, 4, 5, 6, 9, 9, 9])
     (admission,) = served.admit()
@@ -108,8 +105,8 @@ def test_a_failed_request_leaves_no_prefix():
     served = scheduler(pages=12)
     first = add(served, [1, 2, 3, 4, 5, 6])
     served.admit()
-    seen = view(served, cached=[6, 0, 0], denoising_forwards=[1, 0, 0], failed=[True, False, False])
-    served.release(first, seen)
+    saw(served, cached=[6, 0, 0], denoising_forwards=[1, 0, 0], failed=[True, False, False])
+    served.release(first)
     add(served, [1, 2, 3, 4, 5, 6])
     assert served.admit()[0].prefix_length == 0
 
@@ -121,13 +118,13 @@ def test_the_last_request_gives_up_its_pages():
     assert (len(first.pages), len(last.pages)) == (2, 1)
     taken = served.pool.allocate(2)
     assert taken is not None
-    growth = served.grow(view(served, out_of_pages=[True, False, False]))
+    growth = served.grow([first], calls=1)
     assert growth.preempted == [1] and growth.allocated
     assert (len(first.pages), last.slot, last.pages) == (3, None, []) and list(served.waiting) == [
         last
     ]
     # Alone, it can only give up its own.
-    growth = served.grow(view(served, out_of_pages=[True, False, False]))
+    growth = served.grow([first], calls=1)
     assert (
         growth.preempted == [0] and not growth.allocated and list(served.waiting) == [first, last]
     )
@@ -139,9 +136,22 @@ def test_pages_come_ahead_of_need_while_some_are_idle():
     request = add(served, [1] * 6)
     served.admit()
     assert len(request.pages) == 2
-    assert not served.grow(view(served, start=[2, 0, 0])).allocated
-    growth = served.grow(view(served, start=[6, 0, 0], open=[1, 0, 0]))
+    # Nothing is known of a request that no call has had.
+    assert not served.grow([], calls=1).allocated
+    saw(served, start=[2, 0, 0])
+    assert not served.grow([], calls=1).allocated
+    saw(served, start=[6, 0, 0], open=[1, 0, 0])
+    growth = served.grow([], calls=1)
     assert growth.allocated and len(request.pages) == 3 and not growth.preempted
+
+
+def test_pages_are_for_the_calls_that_are_under_way_too():
+    served = scheduler(pages=6)
+    request = add(served, [1] * 6)
+    served.admit()
+    saw(served, start=[4, 0, 0], open=[1, 0, 0])
+    assert not served.grow([], calls=1).allocated
+    assert served.grow([], calls=2).allocated and len(request.pages) == 3
 
 
 def test_a_reset_restores_the_order():

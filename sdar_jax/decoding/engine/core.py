@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from typing import Any
+from collections import deque
+from typing import Any, NamedTuple
 
 from sdar_jax.decoding.config import FinishReason
 from sdar_jax.decoding.decode_state import SequenceState, generated
@@ -17,6 +18,30 @@ from sdar_jax.decoding.text import TextReader
 from sdar_jax.decoding.transfers import HostView
 from sdar_jax.errors import DecodingError
 from sdar_jax.model import Model
+
+
+class _Call(NamedTuple):
+    """A call of the device that the host has not read yet.
+
+    Attributes:
+        view: what it leaves.
+        seats: the requests that it has, each with the number of its admission and how many pages it had.
+        started: when, in seconds of `time.perf_counter`.
+        alone: whether it only reads prompts, as no request can decode yet.
+    """
+
+    view: HostView
+    seats: dict[Request, tuple[int, int]]
+    started: float
+    alone: bool
+
+    def requests(self) -> list[Request]:
+        """Those that still have the slot that they had."""
+        return [
+            request
+            for request, (admitted, _) in self.seats.items()
+            if request.slot is not None and request.admitted == admitted
+        ]
 
 
 class EngineCore:
@@ -50,6 +75,8 @@ class EngineCore:
         self._steps_per_call = steps_per_call
         self._ids = itertools.count()
         self._counters = Counters()
+        # Oldest first. Where requests wait, the next call is on its way before the last one is read.
+        self._calls: deque[_Call] = deque()
         self.recovery = Recovery(self._reset)
         self.recovery.recover()
 
@@ -95,22 +122,25 @@ class EngineCore:
         unfinished = [request for request in self.requests.values() if request.result is None]
         for request in unfinished:
             request.stop_reader = self._inputs.stop_reader(request.stop_strings)
+        self._calls.clear()
         self._scheduler.reset(unfinished)
         self._runner.reset()
 
     def end_early(self, request: Request) -> None:
         """Ends a request that waits or runs with what it has."""
+        # It may have ended in a call that nobody has read; for one that is under way it need not wait.
+        while self._calls and self._calls[0].view.is_ready():
+            self._read()
+        if request.result is not None:
+            return
         with self.recovery.changing():
             if request.slot is None:
                 self._scheduler.waiting.remove(request)
-            sequence = self._evict(request)
-            # It may have ended in a call whose end nobody saw.
-            self._finish(request, sequence, None if sequence.progress.done else "cancelled")
+            self._finish(request, self._evict(request), "cancelled")
 
     def refresh(self, request: Request) -> None:
-        """Brings the host's copy of a request up to the last call; it stays, should the device's state be lost."""
-        if request.slot is not None:
-            request.sequence = self._fetch(request)
+        """Brings the host's copy of a request up to the last call read; it stays should the device's be lost."""
+        request.sequence = request.latest()
 
     def update_weights(self, model: Model) -> None:
         """See `Engine.update_weights`."""
@@ -136,28 +166,48 @@ class EngineCore:
         )
 
     def step(self) -> None:
-        """Admits what fits, runs the device once, takes out what ended, and allocates pages."""
+        """Admits what fits, starts a call, and reads the oldest: takes out what ended, and allocates pages.
+
+        Where requests wait, that is the call before, and the device never waits for the host. Where none waits it is
+        the same call, so that who comes next need not wait for one that is under way.
+        """
         self.recover()
         with self.recovery.changing():
             self._admit()
-            running = self._scheduler.running
-            if not running:
+            if not self._scheduler.running:
                 assert not self._scheduler.waiting, (
                     "a request that was accepted must fit when it is alone"
                 )
+                self._calls.clear()
                 return
-            # Where no request can decode yet it is one step, so that the time of reading prompts is known.
-            alone = all(self._scheduler.unread(request) for request in running)
-            read, started = self._counters.prefill_tokens, time.perf_counter()
-            self._runner.run(1 if alone else self._steps_per_call, self._inputs.rules)
-            self._counters.calls += 1
-        view = self._wait()
-        seconds = time.perf_counter() - started
+            if not self._calls:
+                self._start()
+            if self._scheduler.waiting and len(self._calls) == 1 and not self._calls[0].alone:
+                self._start()
+        self._read()
+
+    def _read(self) -> None:
+        """Waits for the oldest call, and does what follows from it."""
+        call = self._calls[0]
+        self._wait(call)
+        seconds = time.perf_counter() - call.started
+        read = self._counters.prefill_tokens
         with self.recovery.changing():
-            self._drain(view)
-        if alone:
+            self._calls.popleft()
+            self._drain(call)
+        if call.alone:
             self._counters.prefill_alone_tokens += self._counters.prefill_tokens - read
             self._counters.prefill_alone_seconds += seconds
+
+    def _start(self) -> None:
+        running = self._scheduler.running
+        # Where no request can decode yet it is one step, so that the time of reading prompts is known.
+        alone = not self._calls and all(self._scheduler.unread(request) for request in running)
+        started = time.perf_counter()
+        view = self._runner.run(1 if alone else self._steps_per_call, self._inputs.rules)
+        seats = {request: (request.admitted, len(request.pages)) for request in running}
+        self._calls.append(_Call(view, seats, started, alone))
+        self._counters.calls += 1
 
     def _admit(self) -> None:
         admissions = self._scheduler.admit()
@@ -169,50 +219,54 @@ class EngineCore:
         for admission in admissions:
             self._runner.admit(admission)
 
-    def _drain(self, view: HostView) -> None:
-        for request in self._scheduler.running:
+    def _drain(self, call: _Call) -> None:
+        progress = call.view.progress
+        for request in call.requests():
             unread = self._scheduler.unread(request)
-            request.cached = int(view.progress.cached[request.slot])
+            request.view = call.view
+            request.cached = int(progress.cached[request.slot])
             self._counters.prefill_tokens += unread - self._scheduler.unread(request)
-            self._scheduler.record_prompt(request, view)
-            if view.progress.done[request.slot]:
+            self._scheduler.record_prompt(request)
+            if progress.done[request.slot]:
                 self._finish(request, self._evict(request), None)
             elif request.stop_reader is not None:
                 self._stop_at_string(request, request.stop_reader)
-        growth = self._scheduler.grow(view)
+        growth = self._scheduler.grow(self._short_of_pages(call), calls=1 + len(self._calls))
         for slot in growth.preempted:
             self._runner.end(slot)
             self._counters.preemptions += 1
         if growth.allocated:
             self._runner.set_pages(*self._scheduler.page_tables())
 
+    def _short_of_pages(self, call: _Call) -> list[Request]:
+        """Those that the call left waiting for a page, but for who got one since it was started."""
+        short = call.view.progress.out_of_pages
+        return [
+            request
+            for request in call.requests()
+            if short[request.slot] and len(request.pages) == call.seats[request][1]
+        ]
+
     def _stop_at_string(self, request: Request, reader: TextReader) -> None:
-        reader.read(generated(self._fetch(request)))
+        reader.read(generated(request.latest()))
         if reader.found:
             self._finish(request, self._evict(request), None)
 
-    def _wait(self) -> HostView:
-        """What the last call left, once it is done."""
-        view = self._runner.view
+    def _wait(self, call: _Call) -> None:
+        """Returns once a call is done."""
         try:
-            view.progress  # noqa: B018
+            call.view.progress  # noqa: B018
         except Exception:
             # The device failed, and what it was to give is no longer there.
             self.recovery.lost()
             raise
-        return view
-
-    def _fetch(self, request: Request) -> SequenceState:
-        """The state of a request in a slot, as the last call left it."""
-        assert request.slot is not None
-        return self._wait().sequence(request.sequence.inputs, request.slot)
 
     def _evict(self, request: Request) -> SequenceState:
         """Takes a request out of its slot, if it has one; its state."""
         slot = request.slot
         if slot is None:
             return request.sequence
-        sequence = self._scheduler.release(request, self._wait())
+        sequence = self._scheduler.release(request)
         if not sequence.progress.done:
             self._runner.end(slot)
         return sequence

@@ -31,10 +31,7 @@ class ModelRunner:
 
     Attributes:
         model: whose weights decode.
-        view: what the last call left.
     """
-
-    view: HostView
 
     def __init__(
         self,
@@ -91,10 +88,10 @@ class ModelRunner:
         """Sets the page tables of all slots, int32 [slots, M], and the positions that they cover, int32 [slots]."""
         self.state = self.state._replace(batch=set_pages(self.state.batch, tables, ends))
 
-    def run(self, steps: int, rules: tuple[CommitRule, ...]) -> None:
-        """Starts a call of at most so many steps, with these commit rules; `view.progress` waits for its end."""
+    def run(self, steps: int, rules: tuple[CommitRule, ...]) -> HostView:
+        """Starts a call of at most so many steps, with these commit rules; what it leaves, which waits for its end."""
         if rules != self._config.rules:
             self._config = replace(self._config, rules=rules)
             self._decode = Decoder(self.model, self._config)
         self.state, found = self._decode(self.state, steps)
-        self.view = HostView(found, self._like)
+        return HostView(found, self._like)

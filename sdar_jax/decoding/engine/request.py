@@ -9,6 +9,7 @@ from sdar_jax.decoding.completions import completion
 from sdar_jax.decoding.config import Completion, FinishReason
 from sdar_jax.decoding.decode_state import SequenceState
 from sdar_jax.decoding.text import TextReader
+from sdar_jax.decoding.transfers import HostView
 
 
 @dataclass(eq=False)
@@ -23,6 +24,7 @@ class Request:
         prompt_logprobs: of each prompt token, if they were asked for.
         id: given when it enters the queue.
         slot: its place in the batch, if it has one.
+        view: what the last call that the host has read left of it in that place; None before the first.
         pages: allocated to it, in order.
         admitted: number of the admission that gave it its slot; 0 before the first.
         cached: positions in its pages, as the host last saw them.
@@ -38,12 +40,19 @@ class Request:
     prompt_logprobs: list[float | None] | None = None
     id: int = -1
     slot: int | None = None
+    view: HostView | None = None
     pages: list[int] = field(default_factory=list)
     admitted: int = 0
     cached: int = 0
     prompt_recorded: bool = False
     forwards_before: int = 0
     result: Completion | None = None
+
+    def latest(self) -> SequenceState:
+        """Its state as the last call that the host has read left it."""
+        if self.slot is None or self.view is None:
+            return self.sequence
+        return self.view.sequence(self.sequence.inputs, self.slot)
 
 
 def ended(

@@ -5,7 +5,7 @@ First come, first served: nobody overtakes in the queue, and who came first is p
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,6 @@ from sdar_jax.decoding.block_forward import BufferConfig
 from sdar_jax.decoding.decode_state import SequenceShape, SequenceState
 from sdar_jax.decoding.engine.request import Request
 from sdar_jax.decoding.page_pool import PagePool, Prefix
-from sdar_jax.decoding.transfers import HostView
 
 
 class Admission(NamedTuple):
@@ -91,7 +90,7 @@ class Scheduler:
         """Empties slots and pages. Requests that have not ended wait again, in their old order."""
         requests = list(unfinished)
         for request in requests:
-            request.slot, request.pages, request.cached = None, [], 0
+            request.slot, request.view, request.pages, request.cached = None, None, [], 0
         self.waiting = deque(sorted(requests, key=lambda r: (not r.admitted, r.admitted, r.id)))
         self.slots = [None] * len(self.slots)
         self.pool.clear()
@@ -110,7 +109,7 @@ class Scheduler:
 
     def _place(self, request: Request, prefix: Prefix) -> Admission:
         again = request.admitted > 0
-        request.slot = self.slots.index(None)
+        request.slot, request.view = self.slots.index(None), None
         request.admitted = next(self._admissions)
         request.cached = prefix.length
         request.prompt_recorded = False
@@ -159,43 +158,47 @@ class Scheduler:
         start = int(request.sequence.progress.start)
         return max(start - self._reads_before - request.cached, 0)
 
-    def grow(self, view: HostView) -> Growth:
-        """Allocates pages to those that are out of them, if need be the last request's; and ahead, while some are idle.
+    def grow(self, short: Sequence[Request], calls: int) -> Growth:
+        """Allocates pages to those that are short of them, if need be the last request's; and ahead, while some idle.
 
         Args:
-            view: what the last call left.
+            short: requests that cannot go on without one more.
+            calls: that will have run before pages are allocated again.
         """
         preempted: list[int] = []
         allocated = False
-        by_admission = sorted(self.running, key=lambda request: request.admitted)
-        for request in by_admission:
-            if request.slot is not None and view.progress.out_of_pages[request.slot]:
-                allocated |= self._grow_one(request, view, preempted)
-        for request in by_admission:
-            if request.slot is not None and self._needs_pages_soon(request, request.slot, view):
-                own = self.pool.allocate(1, len(by_admission))
+        for request in sorted(short, key=lambda request: request.admitted):
+            if request.slot is not None:
+                allocated |= self._grow_one(request, preempted)
+        running = sorted(self.running, key=lambda request: request.admitted)
+        for request in running:
+            if self._needs_pages_soon(request, calls):
+                own = self.pool.allocate(1, len(running))
                 request.pages += own or []
                 allocated |= own is not None
         return Growth(preempted, allocated)
 
-    def _grow_one(self, request: Request, view: HostView, preempted: list[int]) -> bool:
+    def _grow_one(self, request: Request, preempted: list[int]) -> bool:
         """Allocates one page, from the last request's if there is none; whether the request still has its slot."""
         while (own := self.pool.allocate(1)) is None:
             last = max(self.running, key=lambda running: running.admitted)
             assert last.slot is not None
             preempted.append(last.slot)
-            last.sequence = self.release(last, view)
+            last.sequence = self.release(last)
             self.waiting.appendleft(last)
             if last is request:
                 return False
         request.pages += own
         return True
 
-    def _needs_pages_soon(self, request: Request, slot: int, view: HostView) -> bool:
-        """Whether the next call may come to positions that no page of the request covers."""
-        start, opened = int(view.progress.start[slot]), int(view.progress.open[slot])
+    def _needs_pages_soon(self, request: Request, calls: int) -> bool:
+        """Whether so many calls may come to positions that no page of the request covers."""
+        if request.view is None:
+            return False
+        progress, slot = request.view.progress, request.slot
+        start, opened = int(progress.start[slot]), int(progress.open[slot])
         covered = len(request.pages) * self.pool.page_size
-        return covered < self._reach(request, start, opened, self._steps_per_call)
+        return covered < self._reach(request, start, opened, calls * self._steps_per_call)
 
     def _reach(self, request: Request, start: int, opened: int, blocks: int) -> int:
         """The end of a request's positions with so many blocks open, once so many more have opened."""
@@ -214,22 +217,22 @@ class Scheduler:
         table[: len(pages)] = pages
         return table, np.asarray(len(pages) * self.pool.page_size, np.int32)
 
-    def release(self, request: Request, view: HostView) -> SequenceState:
-        """Frees the slot and the pages of a request; returns its state as the last call left it."""
+    def release(self, request: Request) -> SequenceState:
+        """Frees the slot and the pages of a request; returns its state as the host has read it."""
         assert request.slot is not None
-        sequence = view.sequence(request.sequence.inputs, request.slot)
-        self._record(request, np.asarray(sequence.output.tokens), self._sound(request, view))
+        sequence = request.latest()
+        self._record(request, np.asarray(sequence.output.tokens), self._sound(request))
         self.pool.release(request.pages)
         self.slots[request.slot] = None
-        request.slot = None
+        request.slot, request.view = None, None
         request.pages = []
         return sequence
 
-    def record_prompt(self, request: Request, view: HostView) -> None:
+    def record_prompt(self, request: Request) -> None:
         """Lets others share the pages of its prompt, once they are known to be sound."""
         if request.prompt_recorded:
             return
-        if sound := self._sound(request, view):
+        if sound := self._sound(request):
             self._record(request, request.prompt, min(sound, len(request.prompt)))
             request.prompt_recorded = True
 
@@ -238,12 +241,14 @@ class Scheduler:
         shared = self._paradigm.shared(length, len(request.prompt))
         self.pool.record(request.pages, tokens[: shared // size * size].tolist())
 
-    def _sound(self, request: Request, view: HostView) -> int:
+    def _sound(self, request: Request) -> int:
         """Positions whose keys and values gave finite logits since it got its slot: others may read those.
 
         None of a request that failed, or that has only read its prompt so far.
         """
-        progress, slot = view.progress, request.slot
+        if request.view is None:
+            return 0
+        progress, slot = request.view.progress, request.slot
         if progress.failed[slot] or progress.denoising_forwards[slot] == request.forwards_before:
             return 0
         cached = int(progress.cached[slot])
