@@ -24,7 +24,7 @@ from sdar_jax.evaluation.graders import (
 Record = dict[str, Any]
 Message = dict[str, str]
 
-_BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _gsm8k(records: Sequence[Record]) -> list[Problem]:
         if not marked:
             raise ValueError(f"the answer of record {i} has no line '#### ...'")
         solution = {"reference": reference.strip().replace(",", "")}
-        problems.append(Problem(str(i), _asked(record["question"] + _BOXED), solution))
+        problems.append(Problem(str(i), _asked(record["question"] + BOXED), solution))
     return problems
 
 
@@ -141,7 +141,7 @@ def _math(records: Sequence[Record]) -> list[Problem]:
         # In some copies of MATH-500 the field "answer" is not what the solution says.
         reference = last_boxed(record.get("solution") or "") or record["answer"]
         name = str(record.get("unique_id") or i)
-        problems.append(Problem(name, _asked(record["problem"] + _BOXED), {"reference": reference}))
+        problems.append(Problem(name, _asked(record["problem"] + BOXED), {"reference": reference}))
     return problems
 
 
