@@ -79,33 +79,44 @@ def convert(file: Path, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     config = _config(fields)
     save_file(_tensors(reader, config), directory / "model.safetensors", metadata={"format": "pt"})
-    _tokenizer(fields).save(str(directory / "tokenizer.json"))
-    special = {
-        name: fields[f"tokenizer.ggml.{name}_token_id"]
-        for name in ("bos", "eos", "unknown", "padding")
+    generation = {
+        f"{name}_token_id": fields[f"tokenizer.ggml.{of}_token_id"]
+        for name, of in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", generation)
+    _write_tokenizer(fields, directory)
+
+
+def convert_tokenizer(file: Path, directory: Path) -> None:
+    """GGUF to tokenizer.json and tokenizer_config.json, which holds the chat template."""
+    fields = {
+        name: field.contents()
+        for name, field in GGUFReader(file).fields.items()
+        if name.startswith("tokenizer.")
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(fields, directory)
+
+
+def _write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
+    _tokenizer(fields).save(str(directory / "tokenizer.json"))
     tokens = fields["tokenizer.ggml.tokens"]
+    special = {
+        f"{name}_token": tokens[fields[f"tokenizer.ggml.{of}_token_id"]]
+        for name, of in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "chat_template": fields["tokenizer.chat_template"],
-        "bos_token": tokens[special["bos"]],
-        "eos_token": tokens[special["eos"]],
-        "unk_token": tokens[special["unknown"]],
-        "pad_token": tokens[special["padding"]],
+        **special,
     }
-    generation = {
-        "bos_token_id": special["bos"],
-        "eos_token_id": special["eos"],
-        "pad_token_id": special["padding"],
-    }
-    files = {
-        "config": config,
-        "tokenizer_config": tokenizer_config,
-        "generation_config": generation,
-    }
-    for name, values in files.items():
-        (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
+    _write_json(directory / "tokenizer_config.json", tokenizer_config)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _config(fields: dict[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,8 @@ def unread_fields(record: dict[str, Any], template: str) -> list[str]:
             )
         if name not in _HARMLESS:
             phrases.append(f'"{name}", which records have besides "messages", is not read')
+    if _read_tools(record.get("tools")) and not mentions(template, "tools"):
+        phrases.append('"tools", which records have, is not read by the chat template')
     message_fields = {
         name
         for message in record["messages"]

