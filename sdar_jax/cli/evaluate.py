@@ -31,7 +31,7 @@ from sdar_jax.data.tokenizer import load_tokenizer
 from sdar_jax.decoding.output_settings import check_settings, settings_file, write_settings
 from sdar_jax.devices.chips import check_backend
 from sdar_jax.errors import ConfigError, SdarError
-from sdar_jax.evaluation.evaluate import Result, evaluate
+from sdar_jax.evaluation.benchmarks import Result, evaluate
 from sdar_jax.evaluation.tasks import load_tasks
 from sdar_jax.hf.model_files import fingerprint
 from sdar_jax.hf.released import model_directory

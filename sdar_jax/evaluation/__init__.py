@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from sdar_jax.evaluation.likelihood import autoregressive_nll, nelbo
 
 if TYPE_CHECKING:
-    from sdar_jax.evaluation.evaluate import Result, evaluate
+    from sdar_jax.evaluation.benchmarks import Result, evaluate
     from sdar_jax.evaluation.tasks import TASKS, Problem, Task
 
 __all__ = ["TASKS", "Problem", "Result", "Task", "autoregressive_nll", "evaluate", "nelbo"]
@@ -15,9 +15,9 @@ __all__ = ["TASKS", "Problem", "Result", "Task", "autoregressive_nll", "evaluate
 _HOMES = {
     "TASKS": "tasks",
     "Problem": "tasks",
-    "Result": "evaluate",
+    "Result": "benchmarks",
     "Task": "tasks",
-    "evaluate": "evaluate",
+    "evaluate": "benchmarks",
 }
 
 

@@ -7,8 +7,8 @@ import jax
 
 from sdar_jax.decoding import DecodingConfig
 from sdar_jax.errors import ConfigError
+from sdar_jax.evaluation.benchmarks import encoder, evaluate
 from sdar_jax.evaluation.config import EvalConfig
-from sdar_jax.evaluation.evaluate import encoder, evaluate
 from sdar_jax.evaluation.tasks import load_tasks
 from sdar_jax.model import Model
 

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import jax.numpy as jnp
@@ -149,6 +151,12 @@ def test_an_interrupted_evaluation_goes_on(model, tmp_path, monkeypatch):
     assert all(getattr(again, name) == getattr(whole, name) for name in same)
     kept = run(model, output=tmp_path / "cut")
     assert kept.tokens_per_second == 0 and kept.score == whole.score
+
+
+def test_no_module_hides_the_function():
+    """Whatever is imported first: the name of a submodule would take the place of the package's attribute."""
+    code = "import sdar_jax.evaluation as e; e.Result; e.TASKS; assert callable(e.evaluate), e.evaluate"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_an_answer_to_another_question_is_not_taken(model, tmp_path):
