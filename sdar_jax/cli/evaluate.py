@@ -6,10 +6,10 @@
     sdar-jax evaluate --model DIR --tasks gsm8k --thresholds 0.8,0.9,0.95 --block-sizes 4,8 --output results
     sdar-jax evaluate --model DIR --tasks math500 --samples 8 --temperature 1 --output results
 
-Tasks: gsm8k, math500, humaneval, mbpp (sanitized), mmlu, each read from the Hugging Face hub, or as NAME=PATH from
-files in its public form. Prompts are those of the published scores, through the model's chat template. Every answer is
-written to OUTPUT as it comes, with what it cost; started again with the same words, an evaluation goes on where it was,
-and another model or other settings are refused. OUTPUT/results.json holds the scores.
+Tasks: gsm8k, math500, humaneval, mbpp (sanitized), ifeval, mmlu, each read from the Hugging Face hub, or as NAME=PATH
+from files in its public form. Prompts are those of the published scores, through the model's chat template. Every
+answer is written to OUTPUT as it comes, with what it cost; started again with the same words, an evaluation goes on
+where it was, and another model or other settings are refused. OUTPUT/results.json holds the scores.
 """
 
 import dataclasses
@@ -254,6 +254,12 @@ def table(results: Sequence[Result], setting: str = "") -> str:
         for row in rows
     ]
     for r in results:
+        if r.other_scores:
+            others = (
+                f"{name.replace('_', ' ')} {100 * value:.1f}"
+                for name, value in r.other_scores.items()
+            )
+            lines.append(f"{r.task}: {', '.join(others)}")
         if r.samples > 1:
             passes = ", ".join(f"pass@{k} {100 * value:.1f}" for k, value in r.pass_at.items())
             votes = f"majority {100 * (r.majority or 0):.1f}, by confidence {100 * (r.confidence_vote or 0):.1f}"

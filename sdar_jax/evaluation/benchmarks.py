@@ -4,7 +4,7 @@ import json
 import os
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ class Result:
         tokens_per_forward: of all answers together.
         cut: answers that ended at their greatest length.
         unanswered: answers in which nothing was found to grade.
+        other_scores: of a task that has more than one, by name.
         seconds: of the answers that were decoded now, grading left out.
         tokens_per_second: of those; 0 if there is none.
     """
@@ -63,6 +64,7 @@ class Result:
     tokens_per_forward: float
     cut: int
     unanswered: int
+    other_scores: dict[str, float]
     seconds: float
     tokens_per_second: float
 
@@ -294,7 +296,10 @@ def _read_answers(path: Path) -> dict[tuple[str, int], Record]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            found[record["id"], record["sample"]] = {name: record[name] for name in _FIELDS}
+            kept = {name: record[name] for name in _FIELDS}
+            # Only tasks with more than one score have it.
+            kept |= {name: record[name] for name in ("other_scores",) if name in record}
+            found[record["id"], record["sample"]] = kept
         except (ValueError, KeyError, TypeError):
             raise DataError(
                 f"{path}:{number}: no answer of an evaluation; remove the file, or choose another output"
@@ -340,6 +345,7 @@ def _graded(task: Task, request: _Request, completion: Completion, tokenizer: An
         "correct": grade.correct,
         "answer": grade.answer,
         "reason": grade.reason,
+        **({"other_scores": dict(grade.other_scores)} if grade.other_scores else {}),
         "text": text,
         "tokens": len(completion.tokens),
         "denoising_forwards": completion.denoising_forwards,
@@ -390,6 +396,15 @@ def _result(
         tokens_per_forward=total("tokens") / max(total("denoising_forwards"), 1),
         cut=Counter(each["finish_reason"] for each in flat)["length"],
         unanswered=sum(each["answer"] is None for each in flat),
+        other_scores=_other_scores([each.get("other_scores", {}) for each in flat]),
         seconds=seconds,
         tokens_per_second=new_tokens / seconds if seconds else 0.0,
     )
+
+
+def _other_scores(found: Sequence[dict[str, list[bool]]]) -> dict[str, float]:
+    """The mean of each over the entries of all answers: of instructions, not of prompts."""
+    entries = defaultdict(list)
+    for name, rights in (pair for each in found for pair in each.items()):
+        entries[name] += rights
+    return {name: sum(rights) / len(rights) for name, rights in entries.items() if rights}

@@ -7,6 +7,7 @@ import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sdar_jax.errors import ConfigError
@@ -20,11 +21,13 @@ class Grade(NamedTuple):
         correct: whether it solves the problem.
         answer: what was taken for the answer, which votes count; None if there is none.
         reason: why it is wrong, where that is known.
+        other_scores: by name, what else of it was found right or wrong; a score is the mean over all answers' entries.
     """
 
     correct: bool
     answer: str | None
     reason: str | None = None
+    other_scores: Mapping[str, Sequence[bool]] = MappingProxyType({})
 
 
 _SECONDS = 5

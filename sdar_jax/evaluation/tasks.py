@@ -1,7 +1,8 @@
 """Benchmarks: problems from files in their public form, the prompt of the published settings, and the grader.
 
 Prompts are those behind the scores of SDAR's Table 1 (the OpenCompass configurations that the paper's evaluation
-names): no examples, the chat template, a chain of thought; MMLU has five examples of its development set.
+names): no examples, the chat template, a chain of thought; MMLU has five examples of its development set, and IFEval's
+prompts stand as they are.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 
 from sdar_jax.data.config import SourceConfig
 from sdar_jax.data.sources import Source
-from sdar_jax.errors import ConfigError, DataError
+from sdar_jax.errors import ConfigError, DataError, SdarError
 from sdar_jax.evaluation.graders import (
     Grade,
     grade_choice,
@@ -20,6 +21,7 @@ from sdar_jax.evaluation.graders import (
     grade_mbpp,
     last_boxed,
 )
+from sdar_jax.evaluation.ifeval import grade_ifeval
 
 Record = dict[str, Any]
 Message = dict[str, str]
@@ -65,11 +67,14 @@ class Task:
 
         Raises:
             DataError: files that cannot be read, or records that are not in the task's public form.
+            ConfigError: a package is missing that the task's problems are held to.
         """
         path = self.path if path is None else path
         records = read_all(path)
         try:
             found = self.problems(records)
+        except SdarError:
+            raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
             why = f"a record is not in the form of {self.name} ({type(error).__name__}: {error})"
             raise DataError(f"{path}: {why}; give its public files") from None
@@ -175,6 +180,21 @@ def _mbpp(records: Sequence[Record]) -> list[Problem]:
     return problems
 
 
+def _ifeval(records: Sequence[Record]) -> list[Problem]:
+    """{"key", "prompt", "instruction_id_list", "kwargs"}, an object of arguments for each instruction."""
+    fields = ("key", "prompt", "instruction_id_list", "kwargs")
+    problems = [
+        Problem(
+            str(record["key"]), _asked(record["prompt"]), {name: record[name] for name in fields}
+        )
+        for record in records
+    ]
+    for problem in problems:
+        # What the checkers do not know or cannot read is found now, and not behind hours of decoding.
+        grade_ifeval(problem.record, "")
+    return problems
+
+
 def _mmlu(records: Sequence[Record]) -> list[Problem]:
     """{"question", "choices", "answer" (a number or a letter), "subject"}; with "split": "dev", an example.
 
@@ -236,6 +256,12 @@ TASKS = {
             _mbpp,
             lambda problem, text: grade_mbpp(problem.record, text),
             runs_code=True,
+        ),
+        Task(
+            "ifeval",
+            "hf://google/IFEval/ifeval_input_data.jsonl",
+            _ifeval,
+            lambda problem, text: grade_ifeval(problem.record, text),
         ),
         Task("mmlu", "hf://cais/mmlu/all/test-*.parquet", _mmlu, _by_reference(grade_choice)),
     )

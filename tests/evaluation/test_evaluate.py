@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from sdar_jax import DecodingConfig, generate, save_pretrained
 from sdar_jax.cli import main
+from sdar_jax.cli.evaluate import table
 from sdar_jax.errors import ConfigError, DataError
 from sdar_jax.evaluation import Problem, Task, evaluate
 from sdar_jax.evaluation.graders import Grade
@@ -151,6 +152,29 @@ def test_an_interrupted_evaluation_goes_on(model, tmp_path, monkeypatch):
     assert all(getattr(again, name) == getattr(whole, name) for name in same)
     kept = run(model, output=tmp_path / "cut")
     assert kept.tokens_per_second == 0 and kept.score == whole.score
+
+
+def test_other_scores_are_means_over_the_entries_of_all_answers(model, tmp_path):
+    """Of an answer to problem i there are i + 1 entries, the first of which is right."""
+
+    def entries(problem, text):
+        first = [True] + [False] * int(problem.id[1:])
+        return grade(problem, text)._replace(other_scores={"each": first, "all": [all(first)]})
+
+    task = Task("toy", "nowhere", lambda records: [], entries)
+    asked = lambda limit: evaluate(
+        model,
+        make_byte_tokenizer(),
+        [(task, problems())],
+        max_new_tokens=NEW,
+        limit=limit,
+        output=tmp_path,
+    )
+    (some,), (more,) = asked(2), asked(4)
+    assert some.other_scores == {"each": 2 / 3, "all": 1 / 2}
+    assert more.other_scores == {"each": 4 / 10, "all": 1 / 4}
+    assert table([more]).splitlines()[-1] == "toy: each 40.0, all 25.0"
+    assert run(model).other_scores == {} and len(table([run(model, samples=1)]).splitlines()) == 2
 
 
 def test_no_module_hides_the_function():
