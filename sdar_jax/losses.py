@@ -25,10 +25,12 @@ class TokenScores(NamedTuple):
     Attributes:
         nll: float32 [N] or [B, L], as the tokens, in nats.
         correct: bool [N] or [B, L], whether no token had a higher logit than the target.
+        entropy: float32 [N] or [B, L], of the distribution where `correct`, in nats; None where it has no weight.
     """
 
     nll: Float[Array, "*N"]
     correct: Bool[Array, "*N"]
+    entropy: Float[Array, "*N"] | None = None
 
 
 class LossSharding(NamedTuple):
@@ -75,11 +77,15 @@ def linear_cross_entropy(
     targets: Int[Array, "*N"],
     weights: Float[Array, "*N"],
     *,
+    entropy_weight: Float[Array, ""] | None = None,
     vocab_axis: int = 1,
     chunk: int | None = None,
     sharding: LossSharding | None = None,
 ) -> tuple[Float[Array, ""], TokenScores]:
     """Computes sum_i w_i CE(hidden_i . head, target_i) with float32 accumulation, and each token's score.
+
+    With an entropy_weight e, e sum_i H(softmax(hidden_i . head)) is added, over the tokens whose weight is not zero and
+    whose first guess is right. Which these are carries no gradient (CAP, arXiv 2512.15745).
 
     Tokens of weight zero cost nothing: a loop runs over ceil(weighted / chunk) chunks, a number known only at run time,
     so no capacity ever drops a token. Under differentiation the same loop makes the gradients (the loss is linear in
@@ -90,6 +96,7 @@ def linear_cross_entropy(
         head: [D, V], or [V, D] with `vocab_axis` 0.
         targets: int32 [N] or [B, L].
         weights: float [N] or [B, L].
+        entropy_weight: float scalar e, without a gradient; None: no entropy is computed.
         vocab_axis: the axis of `head` that is the vocabulary: 1, or 0 for tied embeddings.
         chunk: tokens whose logits are held at once; by default what fits 16 MB (1 GB on accelerators), at least 128.
         sharding: on a mesh, each device computes its own tokens and its own part of the vocabulary.
@@ -100,8 +107,10 @@ def linear_cross_entropy(
     token_parts, vocab_parts = _checked_parts(hidden, head, vocab_axis, sharding)
     chunk = chunk or chunk_size(head.shape[vocab_axis] // vocab_parts)
     chunk = min(chunk, math.prod(hidden.shape[:-1]) // token_parts)
-    total, nll, correct = _loss(hidden, head, targets, weights, vocab_axis, chunk, sharding)
-    return total, TokenScores(jax.lax.stop_gradient(nll), correct)
+    total, scores = _loss(
+        hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, sharding
+    )
+    return total, jax.lax.stop_gradient(scores)
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -136,15 +145,15 @@ def _check_equal_parts(what: str, size: int, parts: int) -> None:
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _loss(hidden, head, targets, weights, vocab_axis, chunk, sharding):
-    return _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, gradients=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _loss(hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, sharding):
+    inputs = hidden, head, targets, weights, entropy_weight
+    return _run(*inputs, vocab_axis, chunk, sharding, gradients=False)[0]
 
 
-def _loss_fwd(hidden, head, targets, weights, vocab_axis, chunk, sharding):
-    out, gradients = _run(
-        hidden, head, targets, weights, vocab_axis, chunk, sharding, gradients=True
-    )
+def _loss_fwd(hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, sharding):
+    inputs = hidden, head, targets, weights, entropy_weight
+    out, gradients = _run(*inputs, vocab_axis, chunk, sharding, gradients=True)
     # Residuals are arrays, so empty ones carry the dtypes.
     like = jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype)
     return out, (gradients, like)
@@ -155,17 +164,17 @@ def _loss_bwd(vocab_axis, chunk, sharding, residuals, cotangents):
     d_loss = cotangents[0]
     d_hidden = (gradients[0] * d_loss).astype(like[0].dtype)
     d_head = (gradients[1] * d_loss).astype(like[1].dtype)
-    return d_hidden, d_head, None, None
+    return d_hidden, d_head, None, None, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
-def _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, *, gradients):
+def _run(hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, sharding, *, gradients):
     """Runs `_over_chunks`, on each device over its part of tokens and vocabulary where there is a mesh."""
     compute = partial(_over_rows, vocab_axis=vocab_axis, chunk=chunk, gradients=gradients)
     if sharding is None:
-        return compute(hidden, head, targets, weights)
+        return compute(hidden, head, targets, weights, entropy_weight)
     mesh, tokens, vocab, length, width = sharding
     by_token = (
         PartitionSpec(tokens or None, length or None) if length else PartitionSpec(tokens or None)
@@ -174,12 +183,14 @@ def _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, *, gradien
     token_axes = (*tokens, *length)
     other_token_axes = tuple(axis for axis in token_axes if axis != width)
 
-    def compute_part(hidden, head, targets, weights):
+    def compute_part(hidden, head, targets, weights, entropy_weight):
         if width is not None:
             head = jax.lax.all_gather(
                 head.astype(hidden.dtype), width, axis=1 - vocab_axis, tiled=True
             )
-        (total, nll, correct), grads = compute(hidden, head, targets, weights, vocab=vocab)
+        (total, scores), grads = compute(
+            hidden, head, targets, weights, entropy_weight, vocab=vocab
+        )
         # The rest of the vocabulary adds to a token's gradient, the other tokens to that of the head.
         if grads:
             d_hidden, d_head = grads
@@ -188,38 +199,46 @@ def _run(hidden, head, targets, weights, vocab_axis, chunk, sharding, *, gradien
                     d_head, width, scatter_dimension=1 - vocab_axis, tiled=True
                 )
             grads = _psum(d_hidden, vocab), _psum(d_head, other_token_axes)
-        return (_psum(total, token_axes), nll, correct), grads
+        return (_psum(total, token_axes), scores), grads
 
     on_mesh = jax.shard_map(
         compute_part,
         mesh=mesh,
-        in_specs=(by_token, by_vocab, by_token, by_token),
+        in_specs=(by_token, by_vocab, by_token, by_token, PartitionSpec()),
         out_specs=(
-            (PartitionSpec(), by_token, by_token),
+            (PartitionSpec(), by_token),
             (by_token, by_vocab) if gradients else (),
         ),
         check_vma=False,
     )
-    return on_mesh(hidden, head, targets, weights)
+    return on_mesh(hidden, head, targets, weights, entropy_weight)
 
 
 def _psum(x: Array, axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _over_rows(hidden, head, targets, weights, vocab=None, **options):
+def _over_rows(hidden, head, targets, weights, entropy_weight, vocab=None, **options):
     """Runs `_over_chunks` over tokens [N] or [B, L], as they come."""
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-    (total, nll, correct), grads = _over_chunks(
-        flat_hidden, head, targets.reshape(-1), weights.reshape(-1), vocab, **options
+    (total, scores), grads = _over_chunks(
+        flat_hidden,
+        head,
+        targets.reshape(-1),
+        weights.reshape(-1),
+        entropy_weight,
+        vocab,
+        **options,
     )
     if grads:
         d_hidden, d_head = grads
         grads = d_hidden.reshape(hidden.shape), d_head
-    return (total, nll.reshape(targets.shape), correct.reshape(targets.shape)), grads
+    return (total, jax.tree.map(lambda x: x.reshape(targets.shape), scores)), grads
 
 
-def _over_chunks(hidden, head, targets, weights, vocab=None, *, vocab_axis, chunk, gradients):
+def _over_chunks(
+    hidden, head, targets, weights, entropy_weight, vocab=None, *, vocab_axis, chunk, gradients
+):
     """Computes loss, scores and, with `gradients`, those of hidden and head in float32, over weighted tokens alone.
 
     vocab: the mesh axis that splits the vocabulary, inside shard_map.
@@ -227,6 +246,8 @@ def _over_chunks(hidden, head, targets, weights, vocab=None, *, vocab_axis, chun
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
     tokens = hidden.shape[0]
     weights = weights.astype(accumulate)
+    if entropy_weight is not None:
+        entropy_weight = entropy_weight.astype(accumulate)
     head = head.astype(hidden.dtype)
     weighted_first = jnp.argsort(weights == 0, stable=True)
     # One past the end: gathers give it a weight of zero, and scatters drop it.
@@ -234,45 +255,51 @@ def _over_chunks(hidden, head, targets, weights, vocab=None, *, vocab_axis, chun
     chunks = (jnp.count_nonzero(weights) + chunk - 1) // chunk
 
     def add_chunk(i, carry):
-        total, nll, correct, d_hidden, d_head = carry
+        total, scores, d_hidden, d_head = carry
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         weight = jnp.take(weights, at, mode="fill", fill_value=0)
         loss_mask = weight != 0
         h = jnp.where(loss_mask[:, None], jnp.take(hidden, at, axis=0, mode="clip"), 0)
         target = jnp.where(loss_mask, jnp.take(targets, at, mode="clip"), 0)
-        score = _chunk_scores(h, head, target, vocab_axis, accumulate, vocab)
-        total += jnp.sum(weight * score.nll)
-        nll = nll.at[at].set(jnp.where(loss_mask, score.nll, 0), mode="drop")
-        correct = correct.at[at].set(loss_mask & score.correct, mode="drop")
+        loss, found, d_logits = _chunk_scores(
+            h, head, target, weight, entropy_weight, vocab_axis, accumulate, vocab
+        )
+        total += loss
+        scores = jax.tree.map(lambda x, new: x.at[at].set(new, mode="drop"), scores, found)
         if gradients:
-            d_logits = (weight[:, None] * score.d_logits).astype(hidden.dtype)
+            d_logits = d_logits.astype(hidden.dtype)
             d_hidden = d_hidden.at[at].set(
                 _dot("nv,vd->nd", d_logits, head, vocab_axis, accumulate), mode="drop"
             )
             pair = (d_logits, h) if vocab_axis == 0 else (h, d_logits)
             d_head += jnp.einsum("na,nb->ab", *pair, preferred_element_type=accumulate)
-        return total, nll, correct, d_hidden, d_head
+        return total, scores, d_hidden, d_head
 
     start = (
         jnp.zeros((), accumulate),
-        jnp.zeros(tokens, accumulate),
-        jnp.zeros(tokens, bool),
+        TokenScores(
+            jnp.zeros(tokens, accumulate),
+            jnp.zeros(tokens, bool),
+            None if entropy_weight is None else jnp.zeros(tokens, accumulate),
+        ),
         jnp.zeros(hidden.shape, accumulate) if gradients else None,
         jnp.zeros(head.shape, accumulate) if gradients else None,
     )
     # Planning finds the loop by this name.
     with jax.named_scope("loss"):
-        total, nll, correct, *grads = jax.lax.fori_loop(0, chunks, add_chunk, start)
-    return (total, nll, correct), tuple(grads) if gradients else ()
+        total, scores, *grads = jax.lax.fori_loop(0, chunks, add_chunk, start)
+    return (total, scores), tuple(grads) if gradients else ()
 
 
 class _ChunkScores(NamedTuple):
-    nll: Array
-    correct: Array
+    loss: Array
+    scores: TokenScores
     d_logits: Array
 
 
-def _chunk_scores(h, head, target, vocab_axis, accumulate, vocab) -> _ChunkScores:
+def _chunk_scores(
+    h, head, target, weight, entropy_weight, vocab_axis, accumulate, vocab
+) -> _ChunkScores:
     logits = _dot("nd,vd->nv", h, head, vocab_axis, accumulate)
     size = logits.shape[-1]
     if vocab is not None:
@@ -285,9 +312,20 @@ def _chunk_scores(h, head, target, vocab_axis, accumulate, vocab) -> _ChunkScore
     here = (target >= 0) & (target < size)
     at_target = jnp.take_along_axis(logits, jnp.clip(target, 0, size - 1)[:, None], axis=-1)[:, 0]
     at_target = _psum(jnp.where(here, at_target, 0), vocab)
-    return _ChunkScores(
-        logsumexp - at_target, at_target >= largest, jnp.exp(logits - logsumexp[:, None]) - one_hot
-    )
+    log_probs = logits - logsumexp[:, None]
+    loss_mask = weight != 0
+    nll = jnp.where(loss_mask, logsumexp - at_target, 0)
+    correct = loss_mask & (at_target >= largest)
+    loss = jnp.sum(weight * nll)
+    d_logits = weight[:, None] * (jnp.exp(log_probs) - one_hot)
+    if entropy_weight is None:
+        return _ChunkScores(loss, TokenScores(nll, correct), d_logits)
+    # dH / dz_j = -p_j (log p_j + H)
+    entropy = -_psum((jnp.exp(log_probs) * log_probs).sum(axis=-1), vocab)
+    each = jnp.where(correct, entropy_weight, 0)
+    d_logits -= each[:, None] * jnp.exp(log_probs) * (log_probs + entropy[:, None])
+    scores = TokenScores(nll, correct, jnp.where(correct, entropy, 0))
+    return _ChunkScores(loss + jnp.sum(each * entropy), scores, d_logits)
 
 
 def _dot(spec, x, head, vocab_axis, accumulate):

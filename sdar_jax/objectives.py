@@ -1,12 +1,15 @@
 """Objectives as data: each one turns a clean batch into `LossInputs`, and one function computes every loss.
 
-    loss = sum_i w_i CE_i / N
+    loss = sum_i w_i CE_i / N + confidence_beta sum_(i in R) H_i / |R|
 
-N, the normalizer, is a named choice; the sum and N are added up over all micro-batches and devices and divided once.
+N, the normalizer, is a named choice. R are the tokens with a weight whose first guess is right, H_i the entropy of what
+is predicted there: confidence-aware parallel training (CAP, LLaDA2.0, arXiv 2512.15745), off by default. The sums, N
+and |R| are added up over all micro-batches and devices and divided once.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +81,26 @@ class LossMetrics(NamedTuple):
         correct: how many first guesses are right.
         num_loss_tokens: how many tokens have a weight.
         router: None for dense models, and from `weighted_loss`.
+        entropy: in nats, of the distributions where the first guess is right; None without `confidence_beta`.
     """
 
     nll: Float[Array, ""]
     correct: Float[Array, ""]
     num_loss_tokens: Float[Array, ""]
     router: RouterMetrics | None = None
+    entropy: Float[Array, ""] | None = None
+
+
+class StepTotals(NamedTuple):
+    """What a loss with `confidence_beta` has to know of all micro-batches of a step. Scalars, without gradients.
+
+    Attributes:
+        normalizer: the sum of `LossInputs.normalizer`.
+        num_correct: how many tokens with a weight have a right first guess (`count_correct`).
+    """
+
+    normalizer: Float[Array, ""]
+    num_correct: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +112,22 @@ class ObjectiveConfig:
         normalizer: N: "response" counts the tokens with loss (SDAR), "masked" the masked ones, "weights" adds up w.
         router_balance: coefficient of an MoE's balance loss; its model's `router_aux_loss_coef` if None.
         router_z: coefficient of the router's z-loss.
+        confidence_beta: coefficient of CAP's mean entropy where a masked token's first guess is right; 0 is off. For
+            models that fill masks.
     """
 
     corruption: CorruptionConfig = CorruptionConfig()
     normalizer: Literal["response", "masked", "weights"] = "response"
     router_balance: float | None = None
     router_z: float = 0.0
+    confidence_beta: float = 0.0
 
     def __post_init__(self):
         if self.normalizer not in ("response", "masked", "weights"):
             raise ConfigError(
                 f"normalizer {self.normalizer!r} is unknown; use 'response', 'masked' or 'weights'"
             )
-        for name in ("router_balance", "router_z"):
+        for name in ("router_balance", "router_z", "confidence_beta"):
             value = getattr(self, name)
             if value is not None and (not is_number(value) or value < 0):
                 raise ConfigError(f"{name} is {value!r}; give a number >= 0")
@@ -265,16 +285,23 @@ def training_loss(
     inputs: LossInputs,
     config: ObjectiveConfig,
     *,
+    totals: StepTotals | None = None,
     remat: Remat = "none",
     compute_dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, ""], LossMetrics]:
-    """Computes `weighted_loss`, for an MoE plus the sum of `inputs.normalizer` times the router's losses.
+    """Computes `weighted_loss`, plus N times CAP's entropy, for an MoE plus the sum of `inputs.normalizer` times the
+    router's losses.
 
-    Divided by the sum of normalizers, a step of one micro-batch has exactly the router's losses on it, and a step of
-    several their mean weighted by normalizer: they are functions of a micro-batch's statistics, and do not add up as
-    tokens do.
+    The entropy's mean is over a step. With `totals` these are a part of its inputs, and the parts add up to N times
+    that mean; with None they are all of them, and right guesses are counted here, by one more walk over the head.
+
+    The router's losses are of a micro-batch: divided by the sum of normalizers, a step of one has exactly its losses,
+    and a step of several their mean weighted by normalizer. They are functions of a micro-batch's statistics, and do
+    not add up as tokens do.
     """
-    total, scores, routing = _scored(model, inputs, remat=remat, compute_dtype=compute_dtype)
+    beta = config.confidence_beta
+    options: dict[str, Any] = {"remat": remat, "compute_dtype": compute_dtype}
+    total, scores, routing = _scored(model, inputs, beta, totals, **options)
     metrics = _metrics(scores, inputs)
     if routing is None:
         return total, metrics
@@ -307,6 +334,12 @@ def weighted_loss(
     return total, _metrics(scores, inputs)
 
 
+def count_correct(model: Model, inputs: LossInputs, **options) -> Int[Array, ""]:
+    """Counts the tokens with a weight whose first guess is right, for `StepTotals`; options as of `weighted_loss`."""
+    _, scores = score_tokens(model, inputs, **options)
+    return jnp.count_nonzero(scores.correct)
+
+
 def score_tokens(
     model: Model, inputs: LossInputs, **options
 ) -> tuple[Float[Array, ""], TokenScores]:
@@ -316,7 +349,11 @@ def score_tokens(
 
 
 def _scored(
-    model: Model, inputs: LossInputs, **options
+    model: Model,
+    inputs: LossInputs,
+    confidence_beta: float = 0.0,
+    totals: StepTotals | None = None,
+    **options,
 ) -> tuple[Array, TokenScores, RouterSums | None]:
     hidden, routing = model.hidden_and_routing(
         inputs.tokens,
@@ -326,14 +363,23 @@ def _scored(
         **options,
     )
     head = model.output_weights()
-    total, scores = linear_cross_entropy(
-        hidden,
-        head,
-        inputs.targets,
-        inputs.weights,
+    score = partial(
+        linear_cross_entropy,
+        targets=inputs.targets,
+        weights=inputs.weights,
         vocab_axis=0,
         sharding=loss_sharding(inputs.targets.shape, head.shape, vocab_axis=0),
     )
+    entropy_weight = None
+    if confidence_beta:
+        if totals is None:
+            _, found = score(*jax.lax.stop_gradient((hidden, head)))
+            totals = StepTotals(inputs.normalizer.sum(), jnp.count_nonzero(found.correct))
+        # N over the count: the step divides all by N.
+        accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+        ratio = totals.normalizer.astype(accumulate) / jnp.maximum(totals.num_correct, 1)
+        entropy_weight = confidence_beta * ratio
+    total, scores = score(hidden, head, entropy_weight=entropy_weight)
     return total, scores, routing
 
 
@@ -342,6 +388,7 @@ def _metrics(scores: TokenScores, inputs: LossInputs) -> LossMetrics:
         nll=scores.nll.sum().astype(jnp.float32),
         correct=scores.correct.sum().astype(jnp.float32),
         num_loss_tokens=jnp.count_nonzero(inputs.weights).astype(jnp.float32),
+        entropy=None if scores.entropy is None else scores.entropy.sum().astype(jnp.float32),
     )
 
 

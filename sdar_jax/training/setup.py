@@ -28,7 +28,14 @@ from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.axes import check_mesh, shardings
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.conversion import to_diffusion, with_purpose
-from sdar_jax.objectives import Batch, LossInputs, check_copies, make_inputs, training_loss
+from sdar_jax.objectives import (
+    Batch,
+    LossInputs,
+    check_copies,
+    count_correct,
+    make_inputs,
+    training_loss,
+)
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm, fills_masks
 from sdar_jax.training.batches import GivenBatches
 from sdar_jax.training.checkpoint import Checkpoints, HostState
@@ -212,6 +219,11 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
     length = config.data.sequence_length
     paradigm = trained_paradigm(config.model, model)
     check_copies(paradigm, config.data.noisy_length is not None)
+    beta = config.objective.confidence_beta
+    if beta and not paradigm.masks:
+        raise ConfigError(
+            f"objective.confidence_beta is {beta} and the model autoregressive, which fills no masks; leave it out"
+        )
     noisy = config.data.noisy_length or length
     lengths = (noisy + length, noisy) if paradigm.two_copies else (length,)
     check_mesh(
@@ -264,14 +276,18 @@ def configured_step(
 ) -> jax.stages.Wrapped:
     """Makes the step of a run (`make_step`), with the config's objective or one of the user's own."""
     inputs_of = objective.make_inputs if objective else partial(_configured_inputs, config)
-    loss = (objective and objective.loss) or partial(training_loss, config=config.objective)
+    own_loss = objective and objective.loss
+    loss = own_loss or partial(training_loss, config=config.objective)
+    dtype = compute_dtype(config.compute_dtype)
+    counts = config.objective.confidence_beta and not own_loss
     batch_size = config.data.batch_size
     return make_step(
         lambda batch, key: inputs_of(batch, key, model),
-        partial(loss, remat=config.remat, compute_dtype=compute_dtype(config.compute_dtype)),
+        partial(loss, remat=config.remat, compute_dtype=dtype),
         rebuild,
         adamw(config.optimizer),
         learning_rate(config.optimizer, config.total_steps),
+        count_correct=partial(count_correct, compute_dtype=dtype) if counts else None,
         micro_batches=batch_size // (config.micro_batch_size or batch_size),
         ema_decay=config.ema_decay,
     )

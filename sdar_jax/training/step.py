@@ -13,7 +13,7 @@ from sdar_jax.devices import sharding
 from sdar_jax.devices.chips import platform
 from sdar_jax.model import Model
 from sdar_jax.model.axes import constrain_weights
-from sdar_jax.objectives import Batch, LossInputs, LossMetrics
+from sdar_jax.objectives import Batch, LossInputs, LossMetrics, StepTotals
 from sdar_jax.training.flops import TokenCounts, count_tokens
 from sdar_jax.training.optimizer import Weights
 
@@ -60,7 +60,8 @@ class StepMetrics(NamedTuple):
 
 Rebuild = Callable[[Weights], Model]
 MakeInputs = Callable[[Batch, jax.Array], LossInputs]
-Loss = Callable[[Model, LossInputs], tuple[Float[Array, ""], LossMetrics]]
+Loss = Callable[..., tuple[Float[Array, ""], LossMetrics]]
+CountCorrect = Callable[[Model, LossInputs], Int[Array, ""]]
 
 
 def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
@@ -95,6 +96,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     *,
+    count_correct: CountCorrect | None = None,
     micro_batches: int = 1,
     ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
@@ -112,9 +114,12 @@ def make_step(
     Args:
         make_inputs: (batch, key) -> what the network reads and predicts; the key differs from step to step.
         loss: (model, inputs) -> the weighted sum, which is divided by the sum of `inputs.normalizer`, and its metrics.
+            With `count_correct`, of one micro-batch of several, (model, inputs, totals=StepTotals(...)).
         rebuild: weights by name, frozen ones included -> the model.
         optimizer: gives a direction, which is scaled by the learning rate here.
         learning_rate: of each step, counted from 1.
+        count_correct: for a loss that is a mean over right guesses too: their number in a micro-batch, which takes one
+            more forward of each where there are several. None: the loss does not ask.
         micro_batches: equal parts of the batch that are computed one after the other.
         ema_decay: of the moving average; None where the state has none.
     """
@@ -127,13 +132,18 @@ def make_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         inputs = make_inputs(batch, key)
 
-        def loss_of_weights(weights: Weights, part: LossInputs) -> tuple[Array, LossMetrics]:
-            return loss(rebuild({**frozen, **weights}), part)
-
-        gradients, total, scores = _accumulate(
-            loss_of_weights, state.weights, inputs, micro_batches
-        )
         normalizer = inputs.normalizer.sum()
+        parts = jax.tree.map(lambda x: _sliced(x, micro_batches), inputs)
+        known = {}
+        if count_correct is not None and micro_batches > 1:
+            model = rebuild({**frozen, **state.weights})
+            counts = jax.lax.map(partial(count_correct, model), parts)
+            known["totals"] = StepTotals(normalizer, counts.sum())
+
+        def loss_of_weights(weights: Weights, part: LossInputs) -> tuple[Array, LossMetrics]:
+            return loss(rebuild({**frozen, **weights}), part, **known)
+
+        gradients, total, scores = _accumulate(loss_of_weights, state.weights, parts)
 
         def mean(gradient: Array) -> Array:
             return gradient / jnp.where(normalizer > 0, normalizer, 1).astype(gradient.dtype)
@@ -157,9 +167,8 @@ def compute_dtype(name: Literal["auto", "float32", "bfloat16"]) -> jnp.dtype | N
     return jnp.dtype(name)
 
 
-def _accumulate(loss: Callable, weights: Weights, inputs: LossInputs, parts: int):
-    """Adds up gradients, loss and scores of the weighted sum over equal slices of the rows."""
-    slices = jax.tree.map(lambda x: _sliced(x, parts), inputs)
+def _accumulate(loss: Callable, weights: Weights, slices: LossInputs):
+    """Adds up gradients, loss and scores of the weighted sum over equal slices of the rows, [parts, rows, ...]."""
     compute = jax.value_and_grad(loss, has_aux=True)
 
     def add(sums, part: LossInputs):

@@ -49,6 +49,7 @@ class _Sums(NamedTuple):
     balance: float = 0.0
     z: float = 0.0
     max_load: float = 0.0
+    entropy: float = 0.0
 
 
 class Meter:
@@ -66,6 +67,7 @@ class Meter:
     def __init__(self, model: ModelConfig, peak_flops: float | None, *, frozen: bool = False):
         self._model = model
         self._frozen = frozen
+        self._has_entropy = False
         self._peak = peak_flops
         self._sums = _Sums()
         self._tokens = 0
@@ -86,6 +88,7 @@ class Meter:
         """
         scores = metrics.scores
         balance, z, max_load = (0.0, 0.0, 0.0) if scores.router is None else scores.router
+        self._has_entropy = scores.entropy is not None
         new = _Sums(
             steps=1,
             loss=float(metrics.loss),
@@ -97,6 +100,7 @@ class Meter:
             balance=float(balance),
             z=float(z),
             max_load=float(max_load),
+            entropy=0.0 if scores.entropy is None else float(scores.entropy),
         )
         self._sums = _Sums(*(total + value for total, value in zip(self._sums, new, strict=True)))
         self._tokens += tokens
@@ -120,10 +124,11 @@ class Meter:
     def line(self) -> Line:
         """Averages since the last line, and starts anew.
 
-        loss: the objective, sum of weighted cross-entropy over its normalizer, and what an MoE's router adds. nll:
-        nats per predicted token, unweighted; accuracy: of first guesses for them. grad_norm: mean, before clipping.
-        tokens: seen since the start. Of an MoE, averages over micro-batches: balance_loss, router_z_loss, and
-        max_load, the pairs of the busiest expert of any layer as a multiple of an even share.
+        loss: the objective, sum of weighted cross-entropy over its normalizer, and what an MoE's router and CAP add.
+        nll: nats per predicted token, unweighted; accuracy: of first guesses for them; entropy: with `confidence_beta`,
+        in nats, mean where these are right. grad_norm: mean, before clipping. tokens: seen since the start. Of an MoE,
+        averages over micro-batches: balance_loss, router_z_loss, and max_load, the pairs of the busiest expert of any
+        layer as a multiple of an even share.
         """
         sums = self._sums
 
@@ -139,6 +144,8 @@ class Meter:
             "tokens": self._tokens,
             "tokens_per_second": share(self._timed_tokens, self._seconds),
         }
+        if self._has_entropy:
+            line["entropy"] = share(sums.entropy, sums.correct)
         if self._model.num_experts:
             line["balance_loss"] = share(sums.balance, sums.normalizer)
             line["router_z_loss"] = share(sums.z, sums.normalizer)

@@ -39,12 +39,18 @@ def full(hidden, head, targets, weights):
 
 
 @partial(jax.jit, static_argnames=("vocab_axis", "chunk"))
-def chunked(hidden, head, targets, weights, vocab_axis=1, chunk=None):
+def chunked(hidden, head, targets, weights, vocab_axis=1, chunk=None, entropy_weight=None):
     """((loss, scores), gradients); the loss is scaled by 3, so that the cotangent is not one."""
 
     def scaled(hidden, head):
         total, scores = linear_cross_entropy(
-            hidden, head, targets, weights, vocab_axis=vocab_axis, chunk=chunk
+            hidden,
+            head,
+            targets,
+            weights,
+            entropy_weight=entropy_weight,
+            vocab_axis=vocab_axis,
+            chunk=chunk,
         )
         return 3 * total, (total, scores)
 
@@ -75,6 +81,57 @@ def test_equals_full_logits(seed, weights, vocab_axis, chunk):
     np.testing.assert_allclose(
         gradients[1], 3 * (d_head if vocab_axis == 1 else d_head.T), rtol=1e-10, atol=1e-9
     )
+
+
+def full_with_entropy(hidden, head, targets, weights, entropy_weight):
+    """The loss and each token's entropy where the guess is right, of plain jnp with all logits at once."""
+    log_probs = jax.nn.log_softmax(hidden @ head)
+    nll = -jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
+    right = (log_probs.argmax(-1) == targets) & (weights != 0)
+    entropy = jnp.where(right, -(jnp.exp(log_probs) * log_probs).sum(-1), 0)
+    return (weights * nll).sum() + entropy_weight * entropy.sum(), entropy
+
+
+@pytest.mark.xla_defaults
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    weights=st.lists(st.sampled_from([0.0, 1.0, 3.5, -2.0]), min_size=TOKENS, max_size=TOKENS),
+    right=st.lists(st.booleans(), min_size=TOKENS, max_size=TOKENS),
+    vocab_axis=st.sampled_from([0, 1]),
+    chunk=st.sampled_from([1, 3, 50]),
+    entropy_weight=st.sampled_from([0.7, 40.0]),
+)
+def test_the_entropy_where_a_guess_is_right_equals_full_logits(
+    seed, weights, right, vocab_axis, chunk, entropy_weight
+):
+    hidden, head, targets = random_inputs(seed)
+    targets, weights = np.where(right, (hidden @ head).argmax(-1), targets), np.array(weights)
+    with jax.enable_x64(True):
+        (loss, entropy), expected = jax.value_and_grad(full_with_entropy, (0, 1), has_aux=True)(
+            *map(jnp.asarray, (hidden, head, targets, weights)), entropy_weight
+        )
+        layout = head if vocab_axis == 1 else head.T
+        (total, scores), gradients = chunked(
+            hidden, layout, targets, weights, vocab_axis, chunk, jnp.asarray(entropy_weight)
+        )
+    np.testing.assert_allclose(total, loss, rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(scores.entropy, entropy, rtol=1e-12, atol=1e-12)
+    d_hidden, d_head = (3 * np.asarray(x) for x in expected)
+    np.testing.assert_allclose(gradients[0], d_hidden, rtol=1e-10, atol=1e-9)
+    np.testing.assert_allclose(
+        gradients[1], d_head if vocab_axis == 1 else d_head.T, rtol=1e-10, atol=1e-9
+    )
+
+
+def test_no_guess_is_right_and_there_is_no_entropy(x64):
+    hidden, head, _ = random_inputs(0)
+    targets, weights = (hidden @ head).argmin(-1), np.ones(TOKENS)
+    (total, scores), gradients = chunked(
+        hidden, head, targets, weights, entropy_weight=jnp.float64(5)
+    )
+    (plain, _), plain_gradients = chunked(hidden, head, targets, weights)
+    assert total == plain and not scores.entropy.any()
+    jax.tree.map(np.testing.assert_array_equal, gradients, plain_gradients)
 
 
 def test_default_chunk_equals_full_logits(x64):
@@ -125,14 +182,18 @@ def test_only_weighted_chunks_are_walked(monkeypatch):
     assert visits == [8, 8, 8]
 
 
-def test_holds_no_tokens_by_vocabulary():
+@pytest.mark.parametrize("entropy_weight", [None, 0.5])
+def test_holds_no_tokens_by_vocabulary(entropy_weight):
     """The largest arrays are a chunk's logits and the gradients, with 16 times as many logits in all."""
     tokens, width, vocab, chunk = 2048, 8, 1000, 128
     hidden, head, targets = (jnp.asarray(x) for x in random_inputs(4, tokens, width, vocab))
     weights = jnp.ones(tokens)
+    e = None if entropy_weight is None else jnp.float32(entropy_weight)
 
     def gradients(hidden, head):
-        loss = lambda *args: linear_cross_entropy(*args, targets, weights, chunk=chunk)[0]
+        loss = lambda *args: linear_cross_entropy(
+            *args, targets, weights, entropy_weight=e, chunk=chunk
+        )[0]
         return jax.grad(loss, (0, 1))(hidden, head)
 
     assert largest_array(gradients, hidden, head) == chunk * vocab

@@ -29,6 +29,7 @@ random = np.random.default_rng(0)
 tokens, width, vocab = 48, 5, 12
 hidden, head = random.normal(size=(tokens, width)), random.normal(size=(width, vocab))
 targets = random.integers(0, vocab, tokens)
+targets[::2] = (hidden @ head).argmax(-1)[::2]
 # The first of the devices that split the tokens has none to predict, the others differ in how many.
 weights = np.where(random.random(tokens) < 0.4, random.normal(size=tokens), 0)
 weights[:12] = 0
@@ -37,7 +38,8 @@ weights[:12] = 0
 def run(hidden, head, weights, vocab_axis, chunk, sharding=None):
     def scaled(hidden, head):
         total, scores = linear_cross_entropy(
-            hidden, head, targets, weights, vocab_axis=vocab_axis, chunk=chunk, sharding=sharding
+            hidden, head, targets, weights, entropy_weight=jnp.float64(0.7), vocab_axis=vocab_axis,
+            chunk=chunk, sharding=sharding
         )
         return 3 * total, (total, scores)
 
@@ -61,6 +63,7 @@ for shape, token_axes, vocab_name in [
         placed = jax.device_put(layout, NamedSharding(mesh, spec))
         ours = jitted(hidden, placed, weights, vocab_axis, 5, sharding)
         one = jitted(hidden, layout, weights, vocab_axis, 5)
+        assert np.count_nonzero(one[0][1][1].entropy) > 5
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), ours, one)
         if vocab_name is not None and mesh.shape[vocab_name] > 1:
             assert ours[1][1].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2), ours[1][1].sharding

@@ -14,7 +14,7 @@ from sdar_jax.devices.sharding import MeshConfig, activate_mesh, batch_sharding,
 from sdar_jax.model import Model, Remat
 from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, training_loss
 from tests.tiny import LLADA2, VOCAB, pack, tiny_model
 
 ROWS, LENGTH = 8, 24
@@ -31,9 +31,10 @@ class Case(NamedTuple):
     complementary: bool = False
     tied: bool = False
     remat: Remat = "none"
+    confidence_beta: float = 0.0
 
 
-QUICK = Case("block_diffusion", noisy_index=True, remat="full")
+QUICK = Case("block_diffusion", noisy_index=True, remat="full", confidence_beta=0.5)
 ALL = [
     Case("block_diffusion"),
     Case("block_diffusion", noisy_index=True, tied=True, remat="dots"),
@@ -53,11 +54,12 @@ def packed_batch(noisy_index: bool) -> Batch:
 
 
 def run(model: Model, batch: Batch, case: Case, config: ModelConfig):
-    objective = ObjectiveConfig(CorruptionConfig(complementary=case.complementary))
+    corruption = CorruptionConfig(complementary=case.complementary)
+    objective = ObjectiveConfig(corruption, confidence_beta=case.confidence_beta)
     inputs = make_inputs(batch, jax.random.key(3), objective, config)
 
     def mean(model: Model):
-        total, scores = weighted_loss(model, inputs, remat=case.remat)
+        total, scores = training_loss(model, inputs, objective, remat=case.remat)
         return total / inputs.normalizer.sum(), scores
 
     return jax.value_and_grad(mean, has_aux=True)(model)

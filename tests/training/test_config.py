@@ -141,6 +141,10 @@ BAD_VALUES = {
         {"objective": {"corruption": {"t_min": 0.0}}},
         r"corruption: .*t_min is 0",
     ),
+    "negative confidence": (
+        {"objective": {"confidence_beta": -1.0}},
+        r"objective: confidence_beta is -1\.0; give a number >= 0",
+    ),
     "data section's own check": ({"data": {"batch_size": 0}}, r"data: batch_size=0"),
 }
 

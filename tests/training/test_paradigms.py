@@ -83,6 +83,13 @@ def test_values_that_do_not_go_together_are_refused_early(model, data, told, mak
         run(make_config(model=model, data=data))
 
 
+def test_confidence_is_for_models_that_fill_masks(make_config):
+    model = {"objective": "autoregressive", "block_size": None}
+    config = make_config(model=model, objective={"confidence_beta": 0.5})
+    with refused(ConfigError, "objective.confidence_beta is 0.5", "leave it out"):
+        run(config)
+
+
 @pytest.mark.slow
 @pytest.mark.ci
 @pytest.mark.parametrize("recipe", ["8b_cpt", "8b_sft"])

@@ -34,7 +34,10 @@ from tests.training.conftest import (
 CHANGES = {
     "ema_decay": 0.5,
     "micro_batch_size": 2,
-    "objective": {"corruption": {"level": "block", "draw": "stratified"}},
+    "objective": {
+        "corruption": {"level": "block", "draw": "stratified"},
+        "confidence_beta": 0.5,
+    },
 }
 
 
@@ -190,6 +193,7 @@ def test_lines_have_the_step_the_averages_and_the_evaluation(undisturbed):
         "loss",
         "nll",
         "accuracy",
+        "entropy",
         "grad_norm",
         "learning_rate",
         "tokens",

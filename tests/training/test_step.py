@@ -14,7 +14,13 @@ from sdar_jax.data import DataConfig
 from sdar_jax.experts import balance_loss, max_load, z_loss
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, training_loss, weighted_loss
+from sdar_jax.objectives import (
+    Batch,
+    ObjectiveConfig,
+    make_inputs,
+    training_loss,
+    weighted_loss,
+)
 from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.optimizer import adamw, is_decayed, learning_rate
 from sdar_jax.training.setup import configured_step
@@ -198,6 +204,51 @@ def test_an_moe_s_losses_are_the_mean_of_its_micro_batches(x64):
     assert abs(metrics.loss / metrics.normalizer - value) < 1e-12 * value
     assert abs(metrics.grad_norm - optax.tree.norm(gradients)) < 1e-9
     np.testing.assert_allclose(jnp.stack(metrics.scores.router), routers, rtol=1e-6)
+
+
+@pytest.mark.parametrize("micro", [ROWS, 2])
+def test_confidence_is_a_mean_over_the_right_guesses_of_a_step(micro, x64):
+    """Against all logits of the batch at once. Micro-batches have unequal numbers of right guesses."""
+    model = shape("block_diffusion")
+    config = ObjectiveConfig(CorruptionConfig(complementary=True), confidence_beta=0.5)
+    batch = random_batch(noisy=True)
+    batch = batch._replace(tokens=batch.tokens % 4)
+    weights, rebuild = model_weights(stack_layers(Model(model, jax.random.key(0), jnp.float64)))
+    # Four tokens of large logits: a fourth of the guesses is right.
+    weights["head"] = weights["head"].at[:4].multiply(40)
+    inputs = make_inputs(batch, jax.random.fold_in(jax.random.key(1), 0), config, model)
+
+    @jax.jit
+    def expected(weights):
+        net = rebuild(weights)
+        outputs = inputs.targets.shape[1]
+        hidden = net.hidden(inputs.tokens, inputs.positions, inputs.ranges, outputs=outputs)
+        log_probs = jax.nn.log_softmax(hidden @ net.output_weights().T)
+        nll = -jnp.take_along_axis(log_probs, inputs.targets[..., None], axis=-1)[..., 0]
+        right = (log_probs.argmax(-1) == inputs.targets) & (inputs.weights != 0)
+        entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)
+        loss = (inputs.weights * nll).sum() / inputs.normalizer.sum()
+        mean = jnp.where(right, entropy, 0).sum() / right.sum()
+        return loss + 0.5 * mean, (mean, right)
+
+    (value, (mean, right)), gradients = jax.value_and_grad(expected, has_aux=True)(weights)
+    assert len(set(right.reshape(4, -1).sum(1).tolist())) > 1 and mean > 0.1
+    run = TrainConfig(
+        "unused",
+        100,
+        InitConfig(shape=model, tokenizer="unused"),
+        DataConfig((), sequence_length=LENGTH, batch_size=ROWS),
+        objective=config,
+        optimizer=OPTIMIZER,
+        micro_batch_size=micro,
+    )
+    state = initial_state(adamw(OPTIMIZER), weights, jax.random.key(1), averaged=False)
+    _, metrics = configured_step(run, model, rebuild)(state, batch)
+    norm = optax.tree.norm(gradients)
+    assert abs(metrics.loss / metrics.normalizer - value) < 1e-12 * value
+    assert abs(metrics.grad_norm - norm) < 1e-12 * norm
+    assert metrics.scores.correct == right.sum()
+    np.testing.assert_allclose(metrics.scores.entropy / right.sum(), mean, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

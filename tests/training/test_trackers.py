@@ -77,6 +77,18 @@ def test_an_moe_s_line_has_its_router_s_losses():
     assert "max_load" not in Meter(SHAPE, None).line()
 
 
+def test_a_line_has_the_mean_entropy_of_right_guesses():
+    meter = Meter(SHAPE, None)
+    for correct, entropy in ((1, 2.0), (4, 0.5)):
+        step = metrics(10, 4, 6, correct, 5, 2.0)
+        meter.add(
+            step._replace(scores=step.scores._replace(entropy=np.float32(entropy))), tokens=60
+        )
+    assert meter.line()["entropy"] == 2.5 / 5
+    meter.add(metrics(10, 4, 6, 1, 3, 2.0), tokens=60)
+    assert "entropy" not in meter.line()
+
+
 def test_a_line_without_a_predicted_token_has_no_averages():
     meter = Meter(SHAPE, None)
     meter.add(metrics(0, 0, 0, 0, 0, 0), tokens=0)
