@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from sdar_jax.data.config import DataConfig
 from sdar_jax.data.documents import Document, DocumentMaker, Rejection
 from sdar_jax.data.packing import FitPacker, Piece, SplitPacker, make_batch
-from sdar_jax.data.sources import Source
+from sdar_jax.data.sources import Source, source_names
 from sdar_jax.data.token_cache import TokenCache, open_cache
 from sdar_jax.errors import ConfigError, DataError
 
@@ -109,7 +109,10 @@ def open_sources(
 
 
 class PackedDataset(Iterator[dict[str, np.ndarray]]):
-    """Iterates over batches: see make_dataset. `skipped`, `dropped` and `cut` count malformed and too long records."""
+    """Iterates over batches: see make_dataset. `skipped`, `dropped` and `cut` count malformed and too long records.
+
+    `source_names` are short and differ, in the order of the config's sources.
+    """
 
     def __init__(
         self,
@@ -123,6 +126,8 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
     ):
         self._config = config
         self._maker = maker
+        self._source_ends = np.cumsum([len(source) for source in sources])
+        self.source_names = source_names([source.config.path for source in sources])
         self._layout = {"block_size": block_size, "eos_token_id": eos_token_id}
         size = config.batch_size // config.shards
         numbers = sorted({row // size for row in rows})
@@ -171,6 +176,10 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
     def describe(self, record_ids: Iterable[int] | np.ndarray) -> list[str]:
         """Lists each different record as "file:line" (parquet: "file:row", from 1), ascending, without padding's -1."""
         return [self._maker.where(int(i)) for i in np.unique(np.asarray(record_ids)) if i >= 0]
+
+    def sources_of(self, record_ids: np.ndarray) -> np.ndarray:
+        """Finds the number of the source that each record is of, from 0; 0 for padding's -1."""
+        return np.searchsorted(self._source_ends, record_ids, side="right")
 
     @property
     def skipped(self) -> int:

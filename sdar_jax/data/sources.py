@@ -6,7 +6,7 @@ import itertools
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import pyarrow as pa
 
 from sdar_jax.data.config import SourceConfig
 from sdar_jax.data.files import (
+    COMPRESSED_SUFFIXES,
+    HUB,
     PARQUET,
     check_content,
     decompressed,
@@ -32,6 +34,7 @@ from sdar_jax.data.record_files import (
 from sdar_jax.errors import DataError
 
 ROW_GROUPS_KEPT = 8
+_KNOWN_SUFFIXES = (".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
 class Source:
@@ -84,6 +87,34 @@ class Source:
         """Returns record k's "file:line"."""
         file, k = self._locate(k)
         return f"{file.path}:{file.line(k)}"
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """Makes short names of sources: the ends of their paths, without suffixes, as long as it takes to differ.
+
+    Wildcards that are all of a component are left out: "data/web/*.parquet" is web. One path given twice is numbered.
+    """
+    places = [_components(path) for path in paths]
+
+    def name(i: int) -> str:
+        others = [place for place in places if place != places[i]]
+        for size in range(1, len(places[i])):
+            if all(place[-size:] != places[i][-size:] for place in others):
+                return "/".join(places[i][-size:])
+        return "/".join(places[i])
+
+    names = [name(i) for i in range(len(paths))]
+    return [
+        f"{each}.{names[: i + 1].count(each)}" if names.count(each) > 1 else each
+        for i, each in enumerate(names)
+    ]
+
+
+def _components(path: str) -> list[str]:
+    *folders, last = path.removeprefix(HUB).rstrip("/").split("/")
+    for suffix in (*COMPRESSED_SUFFIXES, *_KNOWN_SUFFIXES):
+        last = last.removesuffix(suffix)
+    return [part for part in (*folders, last) if part.strip("*?")] or [path]
 
 
 def _opener(config: SourceConfig, scratch: Callable[[], Path]) -> Callable[[Path], RecordFile]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sdar_jax.data import DataConfig
 from sdar_jax.decoding.config import DecodingConfig
@@ -10,6 +10,12 @@ from sdar_jax.errors import ConfigError, require
 
 # Held-out numbers, of which less is better.
 LIKELIHOODS = ("nelbo", "nll")
+By = Literal["source", "position"]
+
+
+def is_likelihood(name: str) -> bool:
+    """Returns whether a number's name is of a held-out likelihood, or of a part of one as "nelbo/web"."""
+    return name.partition("/")[0].removesuffix("_position") in LIKELIHOODS
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class EvalConfig:
     """Monte Carlo samples of the NELBO."""
     seed: int = 0
     """Fixes the masks."""
+    by: tuple[By, ...] = ()
+    """The likelihood by "source" of `data` as well, and by "position" in the block (0 to 3, then 4-7, 8-15, ...)."""
     tasks: tuple[str, ...] = ()
     """Benchmarks to decode, each as NAME or NAME=PATH, as for `sdar-jax evaluate`; none that runs programs."""
     limit: int = 32
@@ -52,6 +60,12 @@ class EvalConfig:
         if self.data is None and not self.tasks:
             raise ConfigError(
                 "eval has neither data nor tasks; give one of them, or leave eval out"
+            )
+        for each in self.by:
+            require("by", each, each in get_args(By), f"any of {', '.join(get_args(By))}")
+        if self.by and self.data is None:
+            raise ConfigError(
+                f"by is {', '.join(self.by)} and there is no data to score; give data"
             )
         known = [each.name for each in dataclasses.fields(DecodingConfig)]
         if unknown := set(self.decoding) - set(known):

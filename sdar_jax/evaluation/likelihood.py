@@ -1,11 +1,12 @@
 """Held-out likelihood: the diffusion bound and the autoregressive exact value, in nats per token."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax.corruption import CorruptionConfig, corrupt
 from sdar_jax.devices.sharding import activate_mesh, mesh_of
@@ -14,12 +15,14 @@ from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import (
     Batch,
+    LossInputs,
     diffusion_inputs,
     next_token_inputs,
     origin_of,
     predicted,
     score_tokens,
 )
+from sdar_jax.paradigm import Paradigm
 
 Tokens = Int[Array | np.ndarray, "B L"]
 Mask = Bool[Array | np.ndarray, "B L"]
@@ -27,6 +30,36 @@ Mask = Bool[Array | np.ndarray, "B L"]
 # Exactly k ~ U{1..n} of a block's n tokens, weight n / k: the integral over t in (0, 1] done in closed form, so nothing
 # is clipped, and at S = 1 nothing is random.
 _BOUND = CorruptionConfig(level="block", mask="exact", draw="stratified", at_least_one=False)
+
+
+class Groups(NamedTuple):
+    """Tokens told apart, to see what each kind adds to a likelihood.
+
+    Attributes:
+        labels: int [B, L], each token's group, 0 to size - 1.
+        size: how many groups there are.
+    """
+
+    labels: Tokens
+    size: int
+
+
+class Likelihood(NamedTuple):
+    """The bound or the exact value for some rows; the groups' sums add up to count * mean.
+
+    Attributes:
+        count: how many tokens are counted.
+        mean: nats per counted token.
+        error: the standard error of a Monte Carlo estimate for these tokens; 0 of an exact value.
+        group_nats: float64 [G], the sum over each group's tokens.
+        group_counts: float64 [G].
+    """
+
+    count: float
+    mean: float
+    error: float
+    group_nats: Float[np.ndarray, " G"]
+    group_counts: Float[np.ndarray, " G"]
 
 
 def nelbo(
@@ -67,16 +100,8 @@ def nelbo(
             f"samples is {samples!r}; give at least 2, so that there is a standard error"
         )
     batch = _batch(model.config, tokens, segment_ids, loss_mask)
-    count = _count(predicted(model.config.with_blocks(block_size), batch))
-    key = jax.random.key(seed)
-    with activate_mesh(mesh_of(model)):
-        sums = [
-            _bound(model, batch, jax.random.fold_in(key, i), block_size) for i in range(samples)
-        ]
-    estimates = np.array(sums, np.float64) / count
-    # From the first: estimates that are all equal then have an error of zero, where their mean would leave a rounding.
-    apart = estimates - estimates[0]
-    return float(estimates[0] + apart.mean()), float(apart.std(ddof=1) / np.sqrt(samples))
+    found = bound(model, batch, block_size=block_size, samples=samples, seed=seed)
+    return found.mean, found.error
 
 
 def autoregressive_nll(
@@ -91,10 +116,53 @@ def autoregressive_nll(
 
     Arguments as for `nelbo`.
     """
-    batch = _batch(model.config, tokens, segment_ids, loss_mask)
+    return exact(model, _batch(model.config, tokens, segment_ids, loss_mask)).mean
+
+
+def bound(
+    model: Model,
+    batch: Batch,
+    *,
+    block_size: int | None,
+    samples: int,
+    seed: int,
+    groups: Groups | None = None,
+) -> Likelihood:
+    """Estimates `nelbo`, and what groups of tokens add to it; of a shifted model each token is in its own group, and
+    not in that of the place that predicts it.
+
+    Raises:
+        ConfigError: no token to count.
+    """
+    labels, size = _labels(groups, batch)
+    key = jax.random.key(seed)
     with activate_mesh(mesh_of(model)):
-        total, count = _exact(model, batch)
-    return float(total) / _count(count)
+        counts = _group_counts(model.config.with_blocks(block_size), batch, labels, size)
+        drawn = [
+            _bound(model, batch, jax.random.fold_in(key, i), labels, block_size, size)
+            for i in range(samples)
+        ]
+    count = _count(counts)
+    estimates = np.array([total for total, _ in drawn], np.float64) / count
+    # From the first: estimates that are all equal then have an error of zero, where their mean would leave a rounding.
+    apart = estimates - estimates[0]
+    return Likelihood(
+        count=count,
+        mean=float(estimates[0] + apart.mean()),
+        error=float(apart.std(ddof=1) / np.sqrt(samples)),
+        group_nats=np.array([sums for _, sums in drawn], np.float64).mean(axis=0),
+        group_counts=np.asarray(counts, np.float64),
+    )
+
+
+def exact(model: Model, batch: Batch, groups: Groups | None = None) -> Likelihood:
+    """Computes `autoregressive_nll`, and what groups of tokens add to it. Raises ConfigError: no token to count."""
+    labels, size = _labels(groups, batch)
+    with activate_mesh(mesh_of(model)):
+        total, sums, counts = _exact(model, batch, labels, size)
+    count = _count(counts)
+    nats, each = (np.asarray(x, np.float64) for x in (sums, counts))
+    return Likelihood(count, float(total) / count, 0.0, nats, each)
 
 
 def _batch(
@@ -118,8 +186,15 @@ def _batch(
     return Batch(tokens, segment_ids, mask & (segment_ids > 0))
 
 
-def _count(counted: Array) -> float:
-    total = float(counted.sum())
+def _labels(groups: Groups | None, batch: Batch) -> tuple[Array, int]:
+    """Returns labels on the device and the number of groups: one of all tokens if none are given."""
+    if groups is None:
+        return jnp.zeros_like(batch.tokens), 1
+    return jnp.asarray(groups.labels, jnp.int32), groups.size
+
+
+def _count(counts: Array) -> float:
+    total = float(counts.sum())
     if total == 0:
         raise ConfigError(
             "no token is counted: loss_mask and segment_ids leave none; give at least one"
@@ -127,18 +202,36 @@ def _count(counted: Array) -> float:
     return total
 
 
-@partial(jax.jit, static_argnames="block_size")
-def _bound(model: Model, batch: Batch, key: jax.Array, block_size: int | None) -> Array:
+@partial(jax.jit, static_argnames=("paradigm", "size"))
+def _group_counts(paradigm: Paradigm, batch: Batch, labels: Array, size: int) -> Array:
+    no_weights = jnp.zeros(labels.shape)
+    targets = diffusion_inputs(paradigm, batch._replace(tokens=labels), labels, no_weights).targets
+    return jax.ops.segment_sum(predicted(paradigm, batch).ravel(), targets.ravel(), size)
+
+
+def _summed(model: Model, inputs: LossInputs, labels: LossInputs, size: int) -> tuple[Array, Array]:
+    """Computes the weighted sum of `inputs`, and its part in each group; `labels` has groups for its targets."""
+    total, scores = score_tokens(model, inputs)
+    each = inputs.weights * scores.nll
+    return total, jax.ops.segment_sum(each.ravel(), labels.targets.ravel(), size)
+
+
+@partial(jax.jit, static_argnames=("block_size", "size"))
+def _bound(
+    model: Model, batch: Batch, key: jax.Array, labels: Array, block_size: int | None, size: int
+) -> tuple[Array, Array]:
     paradigm = model.config.with_blocks(block_size)
     origin = origin_of(paradigm, batch)
     corrupted = corrupt(
         batch.segment_ids, batch.loss_mask, key, _BOUND, block_size=block_size, origin=origin
     )
     noisy = jnp.where(corrupted.masked, jnp.int32(_mask_id(model.config)), batch.tokens)
-    total, _ = score_tokens(
-        model, diffusion_inputs(paradigm, batch, noisy, corrupted.weights, origin)
-    )
-    return total
+
+    def inputs(tokens: Array) -> LossInputs:
+        clean = batch._replace(tokens=tokens)
+        return diffusion_inputs(paradigm, clean, noisy, corrupted.weights, origin)
+
+    return _summed(model, inputs(batch.tokens), inputs(labels), size)
 
 
 def _mask_id(config: ModelConfig) -> int:
@@ -146,7 +239,10 @@ def _mask_id(config: ModelConfig) -> int:
     return config.mask_token_id
 
 
-@jax.jit
-def _exact(model: Model, batch: Batch) -> tuple[Array, Array]:
-    inputs = next_token_inputs(batch)
-    return score_tokens(model, inputs)[0], inputs.normalizer
+@partial(jax.jit, static_argnames="size")
+def _exact(model: Model, batch: Batch, labels: Array, size: int) -> tuple[Array, Array, Array]:
+    inputs, of_labels = (
+        next_token_inputs(batch._replace(tokens=x)) for x in (batch.tokens, labels)
+    )
+    counts = jax.ops.segment_sum(inputs.weights.ravel(), of_labels.targets.ravel(), size)
+    return *_summed(model, inputs, of_labels, size), counts

@@ -21,8 +21,9 @@ from sdar_jax.planning.count import Counts, Rounds, count
 from sdar_jax.planning.hlo import Instruction, parse
 from sdar_jax.planning.work import Expected, expected
 from sdar_jax.training import TrainConfig
+from sdar_jax.training.checks import check_run
 from sdar_jax.training.resolve_model import starting_shape, trained_shape
-from sdar_jax.training.setup import abstract_state, check_run, configured_step
+from sdar_jax.training.setup import abstract_state, configured_step
 
 
 class Memory(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 from sdar_jax.devices import processes
 from sdar_jax.errors import CheckpointError, ConfigError
-from sdar_jax.evaluation.config import LIKELIHOODS
+from sdar_jax.evaluation.config import is_likelihood
 from sdar_jax.model import Model
 from sdar_jax.training.extensions import Callback
 
@@ -52,7 +52,7 @@ def keep_best(name: str, run_dir: Path, export: Export) -> Callback:
         value = line[f"eval_{name}"]
         # What is not a number is never better.
         if math.isfinite(value) and (
-            best is None or (value < best if name in LIKELIHOODS else value > best)
+            best is None or (value < best if is_likelihood(name) else value > best)
         ):
             export(model(), best_path(run_dir))
             best = value

@@ -25,20 +25,20 @@ from sdar_jax.errors import ConfigError, DataError
 from sdar_jax.hf.pretrained import load_pretrained
 from sdar_jax.hf.released import model_directory, read_model_config
 from sdar_jax.model import Model, stack_layers
-from sdar_jax.model.axes import check_mesh, shardings
+from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.model.conversion import to_diffusion, with_purpose
+from sdar_jax.model.conversion import to_diffusion
 from sdar_jax.objectives import (
     Batch,
     LossInputs,
-    check_copies,
     count_correct,
     make_inputs,
     training_loss,
 )
-from sdar_jax.paradigm import NEXT_TOKEN, Paradigm, fills_masks
+from sdar_jax.paradigm import fills_masks
 from sdar_jax.training.batches import GivenBatches
 from sdar_jax.training.checkpoint import Checkpoints, HostState
+from sdar_jax.training.checks import check_context, check_run, trained_paradigm
 from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.config_io import from_values
 from sdar_jax.training.data_files import Fingerprint, fingerprint, report_changes
@@ -177,29 +177,6 @@ def _check_records(data: PackedDataset, host_state: HostState) -> None:
         )
 
 
-def _check_context(config: TrainConfig, model: ModelConfig) -> None:
-    """Refuses rows longer than the model's context where a row is one sequence, and warns where documents may be
-    short."""
-    for name, data in (
-        ("data", config.data),
-        ("eval.data", config.eval.data if config.eval else None),
-    ):
-        if data is None or data.sequence_length <= model.max_position_embeddings:
-            continue
-        problem = (
-            f"{name}.sequence_length is {data.sequence_length} and the model's max_position_embeddings "
-            f"{model.max_position_embeddings}"
-        )
-        fix = f"lower it to {model.max_position_embeddings}, or raise max_position_embeddings in the model's config"
-        if data.segments == "row":
-            raise ConfigError(f"{problem}: {fix}")
-        log.warning(
-            "%s: longer documents are learned at positions where it cannot be decoded; %s",
-            problem,
-            fix,
-        )
-
-
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """Lists the rows of a batch that this process' devices compute, ascending; others may compute the same."""
     places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
@@ -208,35 +185,6 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
         if index:
             rows |= set(range(batch_size)[index[0]])
     return sorted(rows)
-
-
-def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
-    """Raises ConfigError where `mesh` does not divide what a step of this run computes, or noisy_length is no use.
-
-    Args:
-        model: the one that training starts from, converted or not.
-    """
-    length = config.data.sequence_length
-    paradigm = trained_paradigm(config.model, model)
-    check_copies(paradigm, config.data.noisy_length is not None)
-    beta = config.objective.confidence_beta
-    if beta and not paradigm.masks:
-        raise ConfigError(
-            f"objective.confidence_beta is {beta} and the model autoregressive, which fills no masks; leave it out"
-        )
-    noisy = config.data.noisy_length or length
-    lengths = (noisy + length, noisy) if paradigm.two_copies else (length,)
-    check_mesh(
-        mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths
-    )
-
-
-def trained_paradigm(config: InitConfig, model: ModelConfig) -> Paradigm:
-    """Returns the paradigm of the model which this one becomes. Raises ConfigError as `to_diffusion`."""
-    objective = config.objective or model.objective
-    if not fills_masks(objective):
-        return NEXT_TOKEN
-    return with_purpose(model, objective, **config.paradigm_values).paradigm
 
 
 def abstract_state(
@@ -333,7 +281,7 @@ def _first_state(
     model_key, step_key = jax.random.split(jax.random.key(config.seed))
     shape = _starting_shape(config.model, tokenizer)
     check_run(config, shape, mesh)
-    _check_context(config, shape)
+    check_context(config, shape)
     model = initial_model(config.model, tokenizer, model_key, mesh, _dtype(config.lora))
     model.config = with_learned_stops(model.config, tokenizer, config.data.sources)
     if config.lora is not None:

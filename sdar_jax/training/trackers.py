@@ -201,19 +201,23 @@ class Trackers:
 
     def evaluation(self, step: int, line: Line) -> None:
         self._write(step, {f"eval_{name}": value for name, value in line.items()}, "eval")
+        # Parts of a number, as "nelbo/web", are for the files.
+        whole = {name: value for name, value in line.items() if "/" not in name}
         tqdm.write(
             f"step {step}: held-out "
-            + ", ".join(f"{name} {value:.4f}" for name, value in line.items())
+            + ", ".join(f"{name} {value:.4f}" for name, value in whole.items())
         )
         sys.stdout.flush()
 
     def _write(self, step: int, line: Line, folder: str) -> None:
         self._lines.write(step, line)
         if self._board:
-            self._board.write(
-                step,
-                {f"{folder}/{name.removeprefix('eval_')}": value for name, value in line.items()},
-            )
+            self._board.write(step, {_tag(name, folder): value for name, value in line.items()})
+
+
+def _tag(name: str, folder: str) -> str:
+    """Names a number for TensorBoard, which has a section for what is before the slash: parts of one have their own."""
+    return name if "/" in name else f"{folder}/{name.removeprefix('eval_')}"
 
 
 class NullTracker(Trackers):

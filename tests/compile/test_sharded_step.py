@@ -23,7 +23,8 @@ from sdar_jax.objectives import Batch
 from sdar_jax.devices.sharding import MeshConfig, batch_sharding, make_mesh, activate_mesh
 from sdar_jax.training import TrainConfig
 from sdar_jax.training.config import InitConfig
-from sdar_jax.training.setup import abstract_state, check_run, configured_step
+from sdar_jax.training.checks import check_run
+from sdar_jax.training.setup import abstract_state, configured_step
 
 purpose = {"objective": "block_diffusion", "block_size": 4, "mask_token_id": 151669}
 shape = dataclasses.replace(ModelConfig.preset("sdar-1.7b"), num_layers=3, **purpose)

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdar_jax.data import SourceConfig
-from sdar_jax.data.sources import Source
+from sdar_jax.data.sources import Source, source_names
 from sdar_jax.decoding.jsonl import numbered_records, read_records
 from sdar_jax.errors import DataError
 
@@ -46,6 +46,22 @@ def test_jsonl_lines_are_numbered_as_an_editor_does(tmp_path_factory, texts, end
         (f"{path}:{n}", {"text": text}) for n, text in enumerate(texts, start=1) if text.strip()
     ]
     assert [(source.where(k), source.read(k)) for k in range(len(source))] == expected
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["data/web.jsonl.gz", "hf://org/code@main", "maths/"], ["web", "code@main", "maths"]),
+        (["web/train.jsonl", "code/train.jsonl"], ["web/train", "code/train"]),
+        (["a/x/t.txt", "b/x/t.txt", "c/y/t.txt"], ["a/x/t", "b/x/t", "y/t"]),
+        (["data/web/*.parquet", "data/c4.en/part-*.jsonl"], ["web", "part-*"]),
+        (["c4.en.jsonl", "c4.de.jsonl", "t.txt", "x/t.txt"], ["c4.en", "c4.de", "t", "x/t"]),
+        (["one.jsonl", "one.jsonl"], ["one.1", "one.2"]),
+        (["*", "/"], ["*", "/"]),
+    ],
+)
+def test_sources_have_short_names_that_differ(paths, names):
+    assert source_names(paths) == names
 
 
 def test_files_of_a_directory_and_a_glob_are_read_in_order(tmp_path):

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from sdar_jax import logits, nelbo
+from sdar_jax.corruption import corrupt
 from sdar_jax.errors import ConfigError, DataError
-from sdar_jax.evaluation import autoregressive_nll
+from sdar_jax.evaluation import autoregressive_nll, likelihood
+from sdar_jax.evaluation.likelihood import Groups
+from sdar_jax.objectives import Batch, diffusion_inputs, score_tokens
 from tests.bad_input import refused
 from tests.tiny import MASK, pack, tiny_model
 
@@ -159,6 +162,79 @@ def test_autoregressive_nll(x64):
     second[1, 4] = True
     only = autoregressive_nll(model, tokens, segment_ids=SEGMENTS, loss_mask=second)
     np.testing.assert_allclose(only, -log_probs[1, 3, tokens[1, 4]], rtol=1e-12)
+
+
+def batch_of(tokens, counted=None) -> Batch:
+    counted = SEGMENTS > 0 if counted is None else counted
+    return Batch(*map(jnp.asarray, (tokens, SEGMENTS, counted)))
+
+
+def test_groups_are_parts_of_the_bound(x64):
+    """The masks of each sample, block by block and token by token, with the prefix alone as context."""
+    tokens, draw = random_tokens(2, 8), np.random.default_rng(0)
+    batch = batch_of(tokens, (SEGMENTS > 0) & (draw.random(SEGMENTS.shape) < 0.8))
+    labels = draw.integers(0, 3, SEGMENTS.shape)
+    found = likelihood.bound(
+        tiny_model(), batch, block_size=2, samples=2, seed=3, groups=Groups(labels, 4)
+    )
+    expected, counts = np.zeros(4), np.zeros(4)
+    np.add.at(counts, labels[batch.loss_mask], 1)
+    for sample in range(2):
+        key = jax.random.fold_in(jax.random.key(3), sample)
+        masked, weights = corrupt(*batch[1:3], key, likelihood._BOUND, block_size=2)
+        for row, a, b in DOCUMENTS:
+            for start in range(a, b, 2):
+                end = min(start + 2, b)
+                clean = tokens[row, a:end].tolist()
+                hidden = [i >= start - a and bool(masked[row, a + i]) for i in range(end - a)]
+                noisy = [MASK if hide else token for hide, token in zip(hidden, clean, strict=True)]
+                nll = nll_in_place(tiny_model(), [noisy], [clean], 2)[0]
+                for i in np.flatnonzero(hidden):
+                    expected[labels[row, a + i]] += weights[row, a + i] * nll[i] / 2
+    np.testing.assert_allclose(found.group_nats, expected, rtol=1e-12)
+    np.testing.assert_array_equal(found.group_counts, counts)
+    assert expected[:3].all() and found.count == counts.sum()
+    np.testing.assert_allclose(found.count * found.mean, expected.sum(), rtol=1e-12)
+
+
+def test_groups_of_a_shifted_bound(x64):
+    """A token is in its own group, and its score at the position before; all are masked in blocks of one."""
+    model, tokens = tiny_model(shifted=True), random_tokens(2, 10)
+    labels, batch = np.random.default_rng(2).integers(0, 3, SEGMENTS.shape), batch_of(tokens)
+    found = likelihood.bound(
+        model, batch, block_size=1, samples=2, seed=0, groups=Groups(labels, 3)
+    )
+    paradigm, masks = model.config.with_blocks(1), jnp.full(SEGMENTS.shape, MASK)
+    inputs = diffusion_inputs(paradigm, batch, masks, jnp.ones(SEGMENTS.shape))
+    _, scores = jax.jit(score_tokens)(model, inputs)
+    expected, counts = np.zeros(3), np.zeros(3)
+    for row, a, b in DOCUMENTS:
+        for i in range(a + 1, b):
+            expected[labels[row, i]] += scores.nll[row, i - 1]
+            counts[labels[row, i]] += 1
+    np.testing.assert_allclose(found.group_nats, expected, rtol=1e-12)
+    np.testing.assert_array_equal(found.group_counts, counts)
+
+
+@pytest.mark.parametrize("kind", ["in place", "next token"])
+def test_a_token_is_in_its_own_group_wherever_it_is_predicted(kind, x64):
+    """The value of a group is that of its tokens alone, of blocks of one, where nothing is random."""
+    tokens = random_tokens(2, 9)
+    labels = np.random.default_rng(1).integers(0, 3, SEGMENTS.shape)
+    batch, groups = batch_of(tokens), Groups(labels, 3)
+    if kind == "next token":
+        model = tiny_model(objective="autoregressive", mask_token_id=None, block_size=None)
+        found = likelihood.exact(model, batch, groups)
+        alone = partial(autoregressive_nll, model)
+    else:
+        model = tiny_model()
+        options = {"block_size": 1, "samples": 2, "seed": 0}
+        found = likelihood.bound(model, batch, **options, groups=groups)
+        alone = lambda *args, **masks: nelbo(model, *args, **options, **masks)[0]
+    for group in range(3):
+        mean = alone(tokens, segment_ids=SEGMENTS, loss_mask=(labels == group) & (SEGMENTS > 0))
+        each = found.group_nats[group] / found.group_counts[group]
+        np.testing.assert_allclose(each, mean, rtol=1e-12)
 
 
 def test_without_segment_ids_a_row_is_one_document():

@@ -107,6 +107,8 @@ def test_better_is_more_or_less_and_is_remembered(tmp_path):
     assert len(kept) == 2, "an earlier start had better ones"
     values(keep_best("nelbo", tmp_path, export), float("nan"), 2.0, 3.0, 1.0, name="nelbo")
     assert len(kept) == 4, "of another number nothing is known yet"
+    values(keep_best("nelbo_position/4-7", tmp_path, export), 2.0, 3.0, name="nelbo_position/4-7")
+    assert json.loads((tmp_path / "best.json").read_text())["value"] == 2.0
     keep_best("score", tmp_path, export)(9, {"loss": 1.0}, lambda: None)
     told = message_of(ConfigError, values, keep_best("other", tmp_path, export), 1.0)
     assert "eval.best is 'other', and the evaluation gives score" in told

@@ -136,6 +136,14 @@ BAD_VALUES = {
         {"model": {"shape": {"num_heads": 3, "num_kv_heads": 2}}},
         r"model\.shape: num_heads 3",
     ),
+    "likelihood of no data": (
+        {"eval": {"tasks": ["gsm8k"], "by": ["source"]}},
+        r"eval: by is source and there is no data to score; give data",
+    ),
+    "unknown part": (
+        {"eval": {"tasks": ["gsm8k"], "by": ["token"]}},
+        r"eval\.by\.0 is 'token'; give one of source, position",
+    ),
     "eval of nothing": ({"eval": {"every": 5}}, r"eval: eval has neither data nor tasks"),
     "corruption that cannot be": (
         {"objective": {"corruption": {"t_min": 0.0}}},

@@ -12,7 +12,7 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.training import TrainConfig, read_command_line, run
 from sdar_jax.training.config_io import from_values
 from tests.bad_input import refused
-from tests.training.conftest import merged, metrics_of
+from tests.training.conftest import data_values, merged, metrics_of
 
 ROOT = Path(__file__).parents[2]
 VALUES = {
@@ -81,6 +81,14 @@ def test_a_run_keeps_the_paradigm_of_the_model_that_it_starts_from(values, tmp_p
 def test_values_that_do_not_go_together_are_refused_early(model, data, told, make_config):
     with refused(ConfigError, told):
         run(make_config(model=model, data=data))
+
+
+def test_positions_are_of_blocks(inputs, make_config):
+    data = data_values(inputs / "held-out.jsonl", epochs=1)
+    model = {"objective": "masked_diffusion", "block_size": None}
+    config = make_config(model=model, eval={"data": data, "by": ["position"]})
+    with refused(ConfigError, "eval.by has position", "leave it out"):
+        run(config)
 
 
 def test_confidence_is_for_models_that_fill_masks(make_config):

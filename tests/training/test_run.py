@@ -43,9 +43,8 @@ CHANGES = {
 
 def config_in(inputs: Path, run_dir: Path, **changes) -> TrainConfig:
     held_out = data_values(inputs / "held-out.jsonl", epochs=1)
-    values = merged(
-        merged(run_values(inputs, run_dir), CHANGES), {"eval": {"data": held_out, "every": 3}}
-    )
+    evaluation = {"data": held_out, "every": 3, "by": ["source", "position"]}
+    values = merged(merged(run_values(inputs, run_dir), CHANGES), {"eval": evaluation})
     return from_values(TrainConfig, merged(values, changes))
 
 
@@ -198,7 +197,14 @@ def test_lines_have_the_step_the_averages_and_the_evaluation(undisturbed):
         "learning_rate",
         "tokens",
     }
-    assert set(lines[1]) == {"step", "eval_nelbo", "eval_nelbo_se", "eval_weight"}
+    assert set(lines[1]) == {
+        "step",
+        "eval_nelbo",
+        "eval_nelbo_se",
+        "eval_nelbo/held-out",
+        *(f"eval_nelbo_position/{i}" for i in range(4)),
+        "eval_weight",
+    }
     assert [line["tokens"] for line in lines if "tokens" in line] == [2 * 64, 4 * 64, 6 * 64]
     assert lines[3]["learning_rate"] == 0
     first = json.loads((undisturbed / "metrics.jsonl").read_text().splitlines()[0])

@@ -229,7 +229,7 @@ def test_without_a_terminal_each_line_is_printed(tmp_path, capsys):
         outputs.train(
             3, {"loss": 1.25, "accuracy": None, "tokens_per_second": 1234.5, "mfu": 0.415}
         )
-        outputs.evaluation(3, {"nelbo": 2.0, "nelbo_se": 0.01})
+        outputs.evaluation(3, {"nelbo": 2.0, "nelbo_se": 0.01, "nelbo/web": 1.0})
     said = capsys.readouterr().out
     assert (
         said
@@ -240,14 +240,19 @@ def test_without_a_terminal_each_line_is_printed(tmp_path, capsys):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     with Trackers(tmp_path, step=0, steps=9, tensorboard=True) as outputs:
         outputs.train(3, {"loss": 1.25, "accuracy": None})
-        outputs.evaluation(3, {"nelbo": 2.0})
+        outputs.evaluation(3, {"nelbo": 2.0, "nelbo/web": 1.0, "nelbo_position/4-7": 3.0})
     found = {}
     for file in (tmp_path / "tensorboard").iterdir():
         for event in read_events(file.read_bytes()):
             found.update(
                 {value.tag: (event.step, value.simple_value) for value in event.summary.value}
             )
-    assert found == {"train/loss": (3, 1.25), "eval/nelbo": (3, 2.0)}
+    assert found == {
+        "train/loss": (3, 1.25),
+        "eval/nelbo": (3, 2.0),
+        "eval_nelbo/web": (3, 1.0),
+        "eval_nelbo_position/4-7": (3, 3.0),
+    }
 
 
 def read_events(content: bytes) -> list[Event]:

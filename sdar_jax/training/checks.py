@@ -1,0 +1,69 @@
+"""Checks that a config, its model and its mesh go together, before anything is read or compiled."""
+
+import logging
+
+from jax.sharding import Mesh
+
+from sdar_jax.errors import ConfigError
+from sdar_jax.model.axes import check_mesh
+from sdar_jax.model.config import ModelConfig
+from sdar_jax.model.conversion import with_purpose
+from sdar_jax.objectives import check_copies
+from sdar_jax.paradigm import NEXT_TOKEN, Paradigm, fills_masks
+from sdar_jax.training.config import InitConfig, TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
+    """Raises ConfigError where `mesh` does not divide what a step of this run computes, or noisy_length is no use.
+
+    Args:
+        model: the one that training starts from, converted or not.
+    """
+    length = config.data.sequence_length
+    paradigm = trained_paradigm(config.model, model)
+    check_copies(paradigm, config.data.noisy_length is not None)
+    beta = config.objective.confidence_beta
+    if beta and not paradigm.masks:
+        raise ConfigError(
+            f"objective.confidence_beta is {beta} and the model autoregressive, which fills no masks; leave it out"
+        )
+    if config.eval is not None and "position" in config.eval.by and not paradigm.two_copies:
+        raise ConfigError("eval.by has position and the model has no blocks; leave it out")
+    noisy = config.data.noisy_length or length
+    lengths = (noisy + length, noisy) if paradigm.two_copies else (length,)
+    check_mesh(
+        mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths
+    )
+
+
+def trained_paradigm(config: InitConfig, model: ModelConfig) -> Paradigm:
+    """Returns the paradigm of the model which this one becomes. Raises ConfigError as `to_diffusion`."""
+    objective = config.objective or model.objective
+    if not fills_masks(objective):
+        return NEXT_TOKEN
+    return with_purpose(model, objective, **config.paradigm_values).paradigm
+
+
+def check_context(config: TrainConfig, model: ModelConfig) -> None:
+    """Refuses rows longer than the model's context where a row is one sequence, and warns where documents may be
+    short."""
+    for name, data in (
+        ("data", config.data),
+        ("eval.data", config.eval.data if config.eval else None),
+    ):
+        if data is None or data.sequence_length <= model.max_position_embeddings:
+            continue
+        problem = (
+            f"{name}.sequence_length is {data.sequence_length} and the model's max_position_embeddings "
+            f"{model.max_position_embeddings}"
+        )
+        fix = f"lower it to {model.max_position_embeddings}, or raise max_position_embeddings in the model's config"
+        if data.segments == "row":
+            raise ConfigError(f"{problem}: {fix}")
+        log.warning(
+            "%s: longer documents are learned at positions where it cannot be decoded; %s",
+            problem,
+            fix,
+        )
