@@ -51,7 +51,7 @@ def _show(options: argparse.Namespace, overrides: list[str]) -> int:
     if not config.data.sources:
         raise ConfigError("data.sources is empty: name at least one source to read")
     tokenizer = load_tokenizer(tokenizer_directory(config.model))
-    block_size, eos = data_layout(config.model, tokenizer)
+    block_size, eos = data_layout(config.layout_model, tokenizer)
     report = inspect_data(
         config.data,
         tokenizer,

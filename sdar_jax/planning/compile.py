@@ -82,10 +82,12 @@ class Compiled(NamedTuple):
 def compile_step(config: TrainConfig, name: str) -> Compiled:
     """Compiles the step that `train` runs with this config on this topology; none of the recipe's files is read.
 
+    Of `block_sizes` it is that of the largest, in whose blocks a position sees most.
+
     Raises:
         ConfigError: a topology or a mesh that cannot be, or a model whose shape is not known.
     """
-    model = trained_shape(config.model)
+    model = trained_shape(config.layout_model)
     devices = topology(name).devices
     mesh = make_mesh(config.mesh, devices)
     check_run(config, starting_shape(config.model), mesh)

@@ -24,23 +24,26 @@ def best_path(run_dir: Path) -> Path:
     return run_dir / "best"
 
 
-def keep_best(name: str, run_dir: Path, export: Export) -> Callback:
+def keep_best(
+    name: str, run_dir: Path, export: Export, *, counts: Callable[[int], bool] = lambda step: True
+) -> Callback:
     """Makes a callback that exports the model of each evaluation that is better than all before, also those of
     earlier starts.
 
     Args:
         name: of the number: of a likelihood less is better, of others more.
         export: (model, directory) writes it.
+        counts: of a step, whether its evaluation may be the best: bounds of other blocks are no better or worse.
 
     Raises:
         CheckpointError: best.json of an earlier start cannot be read.
     """
     record = run_dir / "best.json"
-    best = processes.broadcast(lambda: _read(record, name))
+    best = processes.broadcast(lambda: _read(record, name, counts))
 
     def keep(step: int, line: dict[str, Any], model: Callable[[], Model]) -> None:
         nonlocal best
-        if not any(key.startswith("eval_") for key in line):
+        if not any(key.startswith("eval_") for key in line) or not counts(step):
             return
         if f"eval_{name}" not in line:
             numbers = ", ".join(
@@ -69,13 +72,14 @@ def keep_best(name: str, run_dir: Path, export: Export) -> Callback:
     return keep
 
 
-def _read(record: Path, name: str) -> float | None:
+def _read(record: Path, name: str, counts: Callable[[int], bool]) -> float | None:
     if not record.exists():
         return None
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
-        # By another number nothing is known yet.
-        return float(found["value"]) if found["name"] == name else None
+        # By another number, or with the blocks of now, nothing is known yet.
+        same = found["name"] == name and counts(int(found["step"]))
+        return float(found["value"]) if same else None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
             f"{record}: cannot be read ({error}); remove it, and the best starts anew"

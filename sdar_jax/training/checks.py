@@ -22,7 +22,11 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
         model: the one that training starts from, converted or not.
     """
     length = config.data.sequence_length
-    paradigm = trained_paradigm(config.model, model)
+    paradigm = trained_paradigm(config.layout_model, model)
+    if config.block_sizes and not paradigm.two_copies:
+        raise ConfigError(
+            f"block_sizes is {[list(pair) for pair in config.block_sizes]} and the model has no blocks; leave it out"
+        )
     check_copies(paradigm, config.data.noisy_length is not None)
     beta = config.objective.confidence_beta
     if beta and not paradigm.masks:
@@ -36,6 +40,16 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
     check_mesh(
         mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths
     )
+
+
+def check_phases_reached(config: TrainConfig) -> None:
+    """Raises ConfigError where a run would end before the last of its `block_sizes`."""
+    for start, size in config.block_size_phases:
+        if start >= config.total_steps:
+            raise ConfigError(
+                f"block_sizes has {size} after {start} steps and the run has {config.total_steps}; start it earlier, "
+                "or leave it out"
+            )
 
 
 def trained_paradigm(config: InitConfig, model: ModelConfig) -> Paradigm:

@@ -3,13 +3,15 @@
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from sdar_jax.adapters.config import LoraConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.devices.sharding import MeshConfig
-from sdar_jax.errors import ConfigError, require
+from sdar_jax.errors import ConfigError, is_int, is_number, require
 from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.model import Remat
 from sdar_jax.model.config import BlockOrigin, ModelConfig, Objective
@@ -50,7 +52,8 @@ class InitConfig:
     objective: Objective | None = None
     """What is trained. None keeps the model's own. An autoregressive model is converted for the other two."""
     block_size: int | None = None
-    """Tokens per block, for block_diffusion; None keeps the model's own."""
+    """Tokens per block, for block_diffusion; None keeps the model's own. `block_sizes` of the run changes it on the
+    way."""
     block_origin: BlockOrigin | None = None
     """From where blocks are counted, the first token of the sequence or the response; None keeps the model's own."""
     shifted: bool | None = None
@@ -181,6 +184,10 @@ class TrainConfig:
     """Evaluation during training; None is none."""
     epochs: int | None = None
     """Passes over the data, in place of `steps`. Their steps are counted before the first one, by reading the data."""
+    block_sizes: tuple[tuple[float | int, int], ...] = ()
+    """A schedule of the block size, in place of model.block_size: pairs of the steps before it (a share of all steps
+    if below 1) and a block size, as [[0, 4], [0.5, 8], [0.8, 16]]. Rows are laid out for the largest, which the others
+    divide."""
     lora: LoraConfig | None = None
     """Train low-rank matrices beside frozen weights; None trains the weights. run_dir/adapter then has them in PEFT's
     files, and run_dir/model the weights with them merged in."""
@@ -228,6 +235,7 @@ class TrainConfig:
         batch = self.data.batch_size
         divides = micro is None or (micro >= 1 and batch % micro == 0)
         require("micro_batch_size", micro, divides, f"a divisor of data.batch_size, {batch}")
+        self._check_block_sizes()
         if self.steps is not None:
             self._check_schedule(self.steps)
 
@@ -239,6 +247,71 @@ class TrainConfig:
                 f"epochs is {self.epochs}, whose steps only a run counts; give steps, and epochs None"
             )
         return self.steps
+
+    @property
+    def block_size_phases(self) -> list[tuple[int, int]]:
+        """`block_sizes` in steps: how many come before, and the block size from there on."""
+        return [(whole_steps(start, self.total_steps), size) for start, size in self.block_sizes]
+
+    def block_size_at(self, step: int) -> int | None:
+        """Returns the block size of a step, counted from 1; None is the model's own."""
+        reached = [size for start, size in self.block_size_phases if start < step]
+        return reached[-1] if reached else None
+
+    def has_final_blocks(self, step: int) -> bool:
+        """Returns whether a step has the block size of the last one."""
+        return self.block_size_at(step) == self.block_size_at(self.total_steps)
+
+    @property
+    def layout_model(self) -> InitConfig:
+        """`model` with the largest of `block_sizes`, which rows are laid out for."""
+        return self._with_block_size(max)
+
+    @property
+    def final_model(self) -> InitConfig:
+        """`model` with the last of `block_sizes`."""
+        return self._with_block_size(lambda sizes: sizes[-1])
+
+    def _with_block_size(self, choose: Callable[[list[int]], int]) -> InitConfig:
+        if not self.block_sizes:
+            return self.model
+        return replace(self.model, block_size=choose([size for _, size in self.block_sizes]))
+
+    def _check_block_sizes(self) -> None:
+        if not self.block_sizes:
+            return
+        starts, sizes = zip(*self.block_sizes, strict=True)
+        for start in starts:
+            share_or_whole = is_number(start) and start >= 0 and (start < 1 or start == int(start))
+            require(
+                "block_sizes",
+                start,
+                share_or_whole,
+                "a share of the steps in [0, 1) or a whole number of them",
+            )
+        for size in sizes:
+            require("block_sizes", size, is_int(size) and size >= 1, "a block size of at least 1")
+            divides = max(sizes) % size == 0
+            require("block_sizes", size, divides, f"a divisor of the largest, {max(sizes)}")
+        shown = [list(pair) for pair in self.block_sizes]
+        require("block_sizes", shown, starts[0] == 0, "0 steps before the first block size")
+        differ = all(a != b for a, b in pairwise(sizes))
+        require(
+            "block_sizes", shown, differ, "another block size in each pair than in the one before"
+        )
+        if self.model.block_size is not None:
+            raise ConfigError(
+                f"model.block_size is {self.model.block_size} and block_sizes {shown}; give one of them, and None or "
+                "[] for the other"
+            )
+        if self.steps is not None:
+            rise = all(a < b for (a, _), (b, _) in pairwise(self.block_size_phases))
+            require(
+                "block_sizes",
+                shown,
+                rise,
+                f"more of the {self.steps} steps before each pair than before the last",
+            )
 
     def _check_length(self) -> None:
         given = [name for name in ("steps", "epochs") if getattr(self, name) is not None]

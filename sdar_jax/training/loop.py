@@ -10,6 +10,7 @@ travels with a step to all, and is read with that step's metrics: they stop afte
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ from sdar_jax.training.setup import (
     tokenizer_directory,
 )
 from sdar_jax.training.signals import Interrupts
-from sdar_jax.training.step import StepMetrics
+from sdar_jax.training.step import Rebuild, StepMetrics, with_block_size
 from sdar_jax.training.trackers import Line, NullTracker, Trackers
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ def _run(
         extensions = _with_evaluation(config, config.eval, extensions, setup.model, tokenizer)
         if config.eval.best is not None:
             export = lambda model, path: _export(model, config, path, tokenizer_at)
-            best = keep_best(config.eval.best, run_dir, export)
+            best = keep_best(config.eval.best, run_dir, export, counts=config.has_final_blocks)
             extensions = extensions._replace(callbacks=[*extensions.callbacks, best])
     start = checkpoints.latest or 0
     log.info(
@@ -287,7 +288,6 @@ class _Loop:
         interrupts: Interrupts,
     ):
         self.done = start
-        self._first = start + 1
         self._interrupts = interrupts
         # The signal that all processes know of, or 0.
         self._agreed = 0
@@ -295,10 +295,11 @@ class _Loop:
         self._setup = setup
         self._state = setup.state
         self._steps = self._config.total_steps
+        # By block size; compiled where each is called first.
+        self._compiled: dict[int | None, jax.stages.Wrapped] = {}
         self._trackers = trackers
         self._checkpoints = checkpoints
         self._extensions = extensions
-        self._step = configured_step(setup.config, setup.model, setup.rebuild, extensions.objective)
         self._unread: _Unread | None = None
         self._saved = start
         self._data_state = setup.data.get_state()
@@ -351,19 +352,41 @@ class _Loop:
         """Makes the model as it would be exported now: with the moving average, if one is kept."""
         state = self._state
         weights = state.weights if state.ema is None else state.ema
-        return self._setup.rebuild({**self._setup.frozen, **weights})
+        rebuild = self._rebuild(self._config.block_size_at(self.done))
+        return rebuild({**self._setup.frozen, **weights})
+
+    def _rebuild(self, block_size: int | None) -> Rebuild:
+        whole = self._setup.rebuild
+        return whole if block_size is None else with_block_size(whole, block_size)
+
+    def _step_of(self, block_size: int | None) -> jax.stages.Wrapped:
+        """Makes the step of a block size, where there is none yet; it compiles when it is called."""
+        if block_size not in self._compiled:
+            model = self._setup.model
+            if block_size is not None:
+                log.info("step %d: blocks of %d from here on", self.done + 1, block_size)
+                model = replace(model, block_size=block_size)
+            self._compiled[block_size] = configured_step(
+                self._config, model, self._rebuild(block_size), self._extensions.objective
+            )
+        return self._compiled[block_size]
 
     def _advance(self) -> None:
         """Dispatches one step, and reads the one before it while this one runs."""
         batch = self._next_batch()
         arrays = _placed(batch, self._setup.rows, self._config.data.batch_size, self._setup.mesh)
-        self._state, metrics = self._step(self._state, arrays, self._setup.frozen)
+        block_size = self._config.block_size_at(self.done + 1)
+        compiles = block_size not in self._compiled
+        if compiles:
+            # What compiles is not timed: the clock starts when this step has run.
+            self._read_metrics()
+            self._setup.meter.stop_clock()
+        self._state, metrics = self._step_of(block_size)(self._state, arrays, self._setup.frozen)
         tokens, signal = self._dispatch_counters(batch, arrays)
         self._read_metrics()
         self.done += 1
         self._unread = _Unread(self.done, metrics, tokens, signal, batch["record_ids"])
-        if self.done == self._first:
-            # Read at once, so that the clock starts when the first step has been compiled and run.
+        if compiles:
             self._read_metrics()
 
     def _next_batch(self) -> dict[str, np.ndarray]:
@@ -416,6 +439,8 @@ class _Loop:
         self._trackers.advance()
         if self._is_logged(unread.step):
             line = meter.line()
+            if self._config.block_sizes:
+                line["block_size"] = self._config.block_size_at(unread.step)
             self._trackers.train(unread.step, line)
             if self._extensions.callbacks:
                 self._call_back(unread.step, line)

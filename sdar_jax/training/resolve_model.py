@@ -33,7 +33,7 @@ def starting_shape(config: InitConfig) -> ModelConfig:
         return read_model_config(source)
     recipe = "/".join(source.parts[1:-1])
     if source == Path("runs", recipe, "model") and recipe in recipe_names():
-        return trained_shape(read_config(recipe).model)
+        return trained_shape(read_config(recipe).final_model)
     released = _RELEASED.match(source.name.lower())
     if released is None or released[0] not in PRESETS:
         raise ConfigError(

@@ -39,9 +39,10 @@ _FREE = (
     "epochs",
     "export_dtype",
 )
-# These set the learning rate of each step, which `check_schedule` compares.
+# These set the learning rate and the block size of each step, which `check_schedule` compares.
 _SCHEDULE = (
     "steps",
+    "block_sizes",
     "optimizer.schedule",
     "optimizer.warmup",
     "optimizer.decay",
@@ -65,7 +66,8 @@ def check_unchanged(saved: dict[str, Any], config: TrainConfig) -> None:
 
 
 def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> None:
-    """Checks that the `done` steps of a run would have had the same learning rates under `config`, with its steps.
+    """Checks that the `done` steps of a run would have had the same learning rates and block sizes under `config`, with
+    its steps.
 
     So a run may be given more steps, or another end of its schedule, as long as nothing in the past would be different.
     It may also end where it is, with `steps` equal to `done`: nothing is left to learn then.
@@ -79,6 +81,7 @@ def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> Non
         raise ConfigError(
             f"steps is {steps} and {config.run_dir} at step {done}; give {done} to end it there, or more"
         )
+    _check_block_sizes(before, config, done)
     if _same_rates(before.optimizer, before.total_steps, config.optimizer, steps, done):
         return
     differences = _differences(to_values(before), config, "was {}, is {}")
@@ -99,6 +102,25 @@ def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> Non
         f"{config.run_dir} was started otherwise: {changed}, with which its {done} steps would have had other learning "
         f"rates; restore these, {fix}"
     )
+
+
+def _check_block_sizes(before: TrainConfig, config: TrainConfig, done: int) -> None:
+    """Raises ConfigError where the steps done would have had other blocks, or rows another layout."""
+
+    def past(each: TrainConfig) -> list[tuple[int, int]]:
+        return [(start, size) for start, size in each.block_size_phases if start < done]
+
+    was, now = ([list(phase) for phase in each.block_size_phases] for each in (before, config))
+    if past(before) != past(config):
+        raise ConfigError(
+            f"{config.run_dir} was started otherwise: block_sizes was {was}, is {now} in steps, with which its {done} "
+            "steps would have had other blocks; restore it, as far as these go"
+        )
+    if before.layout_model.block_size != config.layout_model.block_size:
+        raise ConfigError(
+            f"{config.run_dir} was started otherwise: block_sizes was {was}, is {now} in steps, and rows are laid out "
+            "for the largest; keep that, or use a new run_dir"
+        )
 
 
 def _same_rates(

@@ -38,7 +38,12 @@ from sdar_jax.objectives import (
 from sdar_jax.paradigm import fills_masks
 from sdar_jax.training.batches import GivenBatches
 from sdar_jax.training.checkpoint import Checkpoints, HostState
-from sdar_jax.training.checks import check_context, check_run, trained_paradigm
+from sdar_jax.training.checks import (
+    check_context,
+    check_phases_reached,
+    check_run,
+    trained_paradigm,
+)
 from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.config_io import from_values
 from sdar_jax.training.data_files import Fingerprint, fingerprint, report_changes
@@ -66,8 +71,8 @@ class Setup(NamedTuple):
         config: with its steps in place of `epochs`.
         epochs: those of the config as it was given.
         mesh: of all devices.
-        model: the model's config.
-        rebuild: weights by name -> model, its layers stacked.
+        model: the model's config; of `block_sizes` with the largest, which rows are laid out for.
+        rebuild: weights by name -> model of that config, its layers stacked.
         state: before the next step.
         frozen: weights that are not trained.
         data: the batches.
@@ -111,6 +116,7 @@ def prepare(
         shape, rebuild, state, frozen = _first_state(config, tokenizer, mesh, extensions)
         checkpoints.save_frozen(frozen)
         config = _with_steps(config, tokenizer, shape)
+        check_phases_reached(config)
     else:
         report_changes(host_state.files or {}, files)
         saved_shape = from_values(ModelConfig, host_state.model)
@@ -279,10 +285,11 @@ def _first_state(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh, extensions: Extensions
 ) -> tuple[ModelConfig, Rebuild, TrainState, Weights]:
     model_key, step_key = jax.random.split(jax.random.key(config.seed))
-    shape = _starting_shape(config.model, tokenizer)
+    init = config.layout_model
+    shape = _starting_shape(init, tokenizer)
     check_run(config, shape, mesh)
     check_context(config, shape)
-    model = initial_model(config.model, tokenizer, model_key, mesh, _dtype(config.lora))
+    model = initial_model(init, tokenizer, model_key, mesh, _dtype(config.lora))
     model.config = with_learned_stops(model.config, tokenizer, config.data.sources)
     if config.lora is not None:
         model = adapters.frozen_base(model, config.lora)

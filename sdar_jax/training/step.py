@@ -1,5 +1,6 @@
 """One optimiser step as a pure function of (state, batch), whatever is learned."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -79,6 +80,17 @@ def model_weights(model: Model) -> tuple[dict[str, Any], Rebuild]:
         return jax.tree.unflatten(structure, [weights[name] for name in names])
 
     return dict(zip(names, (leaf for _, leaf in leaves), strict=True)), rebuild
+
+
+def with_block_size(rebuild: Rebuild, block_size: int) -> Rebuild:
+    """Makes what puts weights back into a model of another block size."""
+
+    def rebuilt(weights: Weights) -> Model:
+        model = rebuild(weights)
+        model.config = dataclasses.replace(model.config, block_size=block_size)
+        return model
+
+    return rebuilt
 
 
 def initial_state(

@@ -62,7 +62,7 @@ def tiny(config: TrainConfig) -> TrainConfig:
 
 
 def _shrink(config: TrainConfig) -> TrainConfig:
-    trained = trained_shape(config.model)
+    trained = trained_shape(config.layout_model)
     home = Path(f"{config.run_dir}-tiny")
     _remove(home)
     inputs = home / "inputs"
@@ -71,12 +71,14 @@ def _shrink(config: TrainConfig) -> TrainConfig:
     parts = min(2, config.data.batch_size // (config.micro_batch_size or config.data.batch_size))
     block_size = trained.paradigm.block_size or 1
     steps = _STEPS if config.steps is None else min(_STEPS, config.steps)
+    steps = max(steps, len(config.block_sizes))
     small = replace(
         config,
         run_dir=str(home),
         steps=steps,
         epochs=None,
-        model=_model(config.model, inputs),
+        model=_model(config, inputs),
+        block_sizes=_block_sizes(config, steps),
         data=_data(config.data, rows * parts, block_size, inputs / "data"),
         optimizer=_optimizer(config.optimizer, config.steps or math.inf, steps),
         checkpoint=replace(config.checkpoint, every=2),
@@ -100,10 +102,11 @@ def _remove(home: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
-def _model(config: InitConfig, inputs: Path) -> InitConfig:
+def _model(run: TrainConfig, inputs: Path) -> InitConfig:
     """Writes the tokenizer, and the model to start from where there is one, to `inputs`."""
+    config = run.model
     tokenizer = write_tokenizer(inputs / "tokenizer")
-    shape = _shrunk(starting_shape(config), tokenizer)
+    shape = _shrunk(starting_shape(run.layout_model), tokenizer)
     changes = {
         "tokenizer": config.tokenizer and str(inputs / "tokenizer"),
         "mask_token_id": None if config.mask_token_id is None else len(tokenizer),
@@ -177,6 +180,19 @@ def _optimizer(config: OptimizerConfig, steps: float | int, left: int) -> Optimi
         return max(1, int(share * left)) if amount else 0
 
     return replace(config, warmup=scaled(config.warmup), decay=scaled(config.decay))
+
+
+def _block_sizes(config: TrainConfig, steps: int) -> tuple[tuple[float | int, int], ...]:
+    """Keeps the order of the block sizes, about their shares of the steps, and one step of each at least."""
+    count = len(config.block_sizes)
+    pairs = []
+    first = 0
+    for i, (start, size) in enumerate(config.block_sizes):
+        share = start if start < 1 else start / (config.steps or math.inf)
+        begun = max(first, min(int(share * steps), steps - count + i))
+        pairs.append((begun, size))
+        first = begun + 1
+    return tuple(pairs)
 
 
 def _mesh(config: MeshConfig, devices: int) -> MeshConfig:

@@ -110,12 +110,15 @@ class Meter:
 
     def _clock(self, tokens: int, flops: float) -> None:
         now = time.perf_counter()
-        # The first step of a process compiles.
         if self._last is not None:
             self._seconds += now - self._last
             self._timed_tokens += tokens
             self._timed_flops += flops
         self._last = now
+
+    def stop_clock(self) -> None:
+        """Leaves the next step out of the training time, as it compiles."""
+        self._last = None
 
     def restart_clock(self) -> None:
         """Leaves out of the training time what happened since the last step ended (an evaluation)."""

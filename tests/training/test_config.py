@@ -207,6 +207,11 @@ def test_a_config_survives_being_written(make_config):
         (["--steps", "9"], lambda c: c.steps, 9),
         (["--optimizer.learning_rate", "2e-4"], lambda c: c.optimizer.learning_rate, 2e-4),
         (["--optimizer.clip-norm", "None"], lambda c: c.optimizer.clip_norm, None),
+        (
+            ["--model.block_size", "None", "--block_sizes", "0", "4", "0.5", "8"],
+            lambda c: c.block_sizes,
+            ((0, 4), (0.5, 8)),
+        ),
         (["--data.shuffle", "False"], lambda c: c.data.shuffle, False),
         (["--data.sources.0.weight", "2"], lambda c: c.data.sources[0].weight, 2.0),
         (["--model.shape.hidden_size", "24"], lambda c: c.model.shape.hidden_size, 24),

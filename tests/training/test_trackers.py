@@ -116,6 +116,17 @@ def test_speed_leaves_out_compilation_and_evaluation(clock):
     assert line["mfu"] == pytest.approx(4 * training_flops(SHAPE, one.token_counts) / (5 * 1e9))
 
 
+def test_speed_leaves_out_a_step_that_compiles(clock):
+    """Steps end at 100 (compiled), 101, 130 (compiled) and 133."""
+    meter = Meter(SHAPE, None)
+    clock.extend([100, 101, 130, 133])
+    for compiles in (True, False, True, False):
+        if compiles:
+            meter.stop_clock()
+        meter.add(metrics(1, 1, 1, 1, 20, 1), tokens=60)
+    assert meter.line()["tokens_per_second"] == 2 * 60 / 4
+
+
 def test_a_meter_goes_on_where_it_was_saved():
     """Also between two lines, and through JSON."""
     steps = [metrics(*(np.random.default_rng(i).random(6) + 0.1)) for i in range(5)]
