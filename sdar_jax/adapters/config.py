@@ -24,7 +24,8 @@ class LoraConfig:
     """The low-rank product is scaled by lora_alpha / r."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Projections that get matrices, as the files of the model's family call them: q_proj, k_proj, v_proj, o_proj,
-    gate_proj, up_proj, down_proj in most; all-linear is all of a layer's, but experts and their router."""
+    gate_proj, up_proj, down_proj in most, the last three those of experts too, of each its own; all-linear is all of a
+    layer's, experts' too, but the router."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (arXiv 2312.03732)."""
     modules_to_save: tuple[str, ...] = ()

@@ -16,13 +16,24 @@ from sdar_jax.devices.chips import platform
 from sdar_jax.errors import ConfigError
 from sdar_jax.hf.tensor_names import INPUT_AXES, layout_of
 from sdar_jax.model import Model
-from sdar_jax.model.adapted import Adapted, Projection, is_adapted, is_whole
+from sdar_jax.model.adapted import (
+    ADAPTED_OUTPUT_AXES,
+    EXPERT_OUTPUT_AXES,
+    Adapted,
+    Projection,
+    is_adapted,
+    is_whole,
+)
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.quantization import OUTPUT_AXES, QArray, dequantized, quantize_weight
 
 ALL_LINEAR = "all-linear"
-# Axes of each weight in one layer.
-_RANKS = {name: axes + INPUT_AXES[name] for name, axes in OUTPUT_AXES.items() if name != "head"}
+# Axes of each weight in one layer: of those that may be int8, and of all that may have low-rank matrices (experts' are
+# [E, in, *out]).
+_DENSE_RANKS = {
+    name: axes + INPUT_AXES[name] for name, axes in OUTPUT_AXES.items() if name != "head"
+}
+_RANKS = _DENSE_RANKS | {name: 1 + 1 + axes for name, axes in EXPERT_OUTPUT_AXES.items()}
 
 
 class Place(NamedTuple):
@@ -30,7 +41,8 @@ class Place(NamedTuple):
 
     Attributes:
         field: the weight's name in `Layer`.
-        module: the projection's, in the files of the model's family, without its layer: "self_attn.q_proj".
+        module: the projection's, in the files of the model's family, without its layer: "self_attn.q_proj". Where each
+            expert has one, its number goes where the braces are.
         axis: of the weight's outputs, along which it has projections.
         start, stop: the projection's part of that axis; None is its end.
     """
@@ -50,7 +62,12 @@ class Place(NamedTuple):
         """Returns whether this layer has the projection."""
         if self.field in ("gate_up", "down"):
             return not config.has_experts(layer)
-        return config.has_experts(layer) or not self.field.startswith("shared")
+        return config.has_experts(layer) or not self.field.startswith(("shared", "experts"))
+
+    def modules(self, config: ModelConfig) -> list[str]:
+        """Lists the modules that hold it: one, or one of each expert."""
+        count = config.num_experts if self.field in EXPERT_OUTPUT_AXES else 1
+        return [self.module.format(expert) for expert in range(count)]
 
 
 def places(config: ModelConfig) -> list[Place]:
@@ -68,8 +85,9 @@ def places(config: ModelConfig) -> list[Place]:
 
 def _place(field: str, module: str, index: Any) -> Place:
     if index is Ellipsis:
-        return Place(field, module, OUTPUT_AXES[field] // 2, 0, None)
-    axis, at = len(index) - 1, index[-1]
+        return Place(field, module, ADAPTED_OUTPUT_AXES[field] // 2, 0, None)
+    # Experts' inputs come first.
+    axis, at = len(index) - 1 - (field in EXPERT_OUTPUT_AXES), index[-1]
     if isinstance(at, slice):
         return Place(field, module, axis, at.start or 0, at.stop)
     # Counted from the end where it is negative, and the last one ends there.
@@ -80,7 +98,7 @@ def targets(config: ModelConfig, names: Sequence[str]) -> list[Place]:
     """Finds the projections of these names.
 
     Raises:
-        ConfigError: a name that the model does not have, or that is of experts.
+        ConfigError: a name that the model does not have, or that is of a router.
     """
     known = places(config)
     if ALL_LINEAR in names:
@@ -90,9 +108,8 @@ def targets(config: ModelConfig, names: Sequence[str]) -> list[Place]:
         if name not in have:
             near = difflib.get_close_matches(name, have, n=1)
             hint = f"did you mean {near[0]}?" if near else "use some of"
-            experts = " for the experts of an MoE" if config.num_experts else ""
             raise ConfigError(
-                f"target_modules has {name!r}, which this model does not have{experts}; {hint} "
+                f"target_modules has {name!r}, which is no projection of this model; {hint} "
                 f"({', '.join(sorted(have))}, or all-linear)"
             )
     return [place for place in known if place.name in names]
@@ -131,7 +148,10 @@ class Pair(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """Of a projection's weight [*stack, *out, *in]; `out` has the axis of projections, of whatever size."""
+    """Of a projection's weight [*stack, *out, *in]; `out` has the axis of projections, of whatever size.
+
+    Stacked layers are in `stack`, and experts are, whose weights lie the other way round.
+    """
 
     stack: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -171,15 +191,18 @@ def with_pairs(
 
 
 def _beside(base: Any, here: list[Place], pair: Callable[[Place, Shapes], Pair | None]) -> Any:
-    field = here[0].field
-    outputs, axis = OUTPUT_AXES[field], here[0].axis
-    stacked = base.ndim - _RANKS[field]
-    stack, out = base.shape[:stacked], base.shape[stacked : stacked + outputs]
+    field, axis = here[0].field, here[0].axis
+    outputs, of_experts = ADAPTED_OUTPUT_AXES[field], field in EXPERT_OUTPUT_AXES
+    before = base.ndim - _RANKS[field] + of_experts
+    stack, rest = base.shape[:before], base.shape[before:]
+    out, inputs = rest[:outputs], rest[outputs:]
+    if of_experts:
+        inputs, out = rest[:-outputs], rest[-outputs:]
     found: dict[Projection, Pair] = {}
     for place in here:
         start, stop, _ = slice(place.start, place.stop).indices(out[axis])
         part = (*out[:axis], stop - start, *out[axis + 1 :])
-        made = pair(place, Shapes(stack, part, base.shape[stacked + outputs :]))
+        made = pair(place, Shapes(stack, part, inputs))
         if made is not None:
             found[Projection(place.name, start, stop, made.scale)] = made
     if not found:
@@ -191,6 +214,7 @@ def _beside(base: Any, here: list[Place], pair: Callable[[Place, Shapes], Pair |
         tuple(sorted(found, key=lambda projection: projection.start)),
         axis,
         outputs,
+        of_experts,
     )
 
 
@@ -232,10 +256,10 @@ def frozen_base(model: Model, config: LoraConfig) -> Model:
 
     def narrow(path: tuple, leaf: Any) -> Any:
         names = path_names(path)
-        field = next((name for name in names if name in _RANKS), None)
+        field = next((name for name in names if name in _DENSE_RANKS), None)
         if names[0] != "layers" or field is None:
             return leaf
-        return quantize_weight(leaf, field, stacked=leaf.ndim - _RANKS[field])
+        return quantize_weight(leaf, field, stacked=leaf.ndim - _DENSE_RANKS[field])
 
     return jax.tree.map_with_path(narrow, model)
 

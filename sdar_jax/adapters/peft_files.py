@@ -1,7 +1,8 @@
 """Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors.
 
 Tensors are called base_model.model.MODULE.lora_A.weight [r, in] and .lora_B.weight [out, r], and those that are trained
-whole base_model.model.MODULE.weight; the base is not among them.
+whole base_model.model.MODULE.weight; the base is not among them. Experts are modules of their own, as in transformers
+before 5: model.layers.0.mlp.experts.7.gate_proj.
 """
 
 import collections
@@ -47,8 +48,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
 }
-# What the experts of an MoE have as well.
-_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj"}
 
 
 class _Module(NamedTuple):
@@ -129,8 +128,11 @@ def load(model: Model, path: str | Path) -> Model:
     prefix = layout_of(model.config).layer
 
     def pair(layer: int, place: Place, shapes: Shapes) -> Pair | None:
-        name = prefix.format(layer) + place.module
-        return _pair(path, name, matrices.pop(name, {}), shapes, settings, _joined(model, place))
+        names = [prefix.format(layer) + module for module in place.modules(model.config)]
+        joined, of_experts = _joined(model, place), bool(shapes.stack)
+        one = shapes._replace(stack=())
+        pairs = [_pair(path, name, matrices.pop(name, {}), one, settings, joined) for name in names]
+        return _of_all_experts(path, names, pairs) if of_experts else pairs[0]
 
     adapted = with_pairs(unstack_layers(model), places(model.config), pair)
     for tensor, field in _whole(model.config, SAVED_WHOLE).values():
@@ -141,7 +143,7 @@ def load(model: Model, path: str | Path) -> Model:
         kind = model.config.model_type or model.config.architecture
         raise CheckpointError(
             f"{path}: holds {listed(unknown) or 'no low-rank matrices'}, which this {kind} of "
-            f"{model.config.num_layers} layers has no place for; give an adapter of this model, without experts"
+            f"{model.config.num_layers} layers has no place for; give an adapter of this model"
         )
     return adapted
 
@@ -196,6 +198,29 @@ def _pair(
     return Pair(a.astype(jnp.float32), b.astype(jnp.float32), _scale(settings, name, rank))
 
 
+def _of_all_experts(path: Path, names: list[str], pairs: list[Pair | None]) -> Pair | None:
+    """Stacks the pairs of a layer's experts; None where there are none."""
+    found = [pair for pair in pairs if pair is not None]
+    if not found:
+        return None
+    missing = [name for name, pair in zip(names, pairs, strict=True) if pair is None]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {listed(missing)} have no matrices, and other experts of the layer do; merge it with PEFT and "
+            "load the model"
+        )
+    kinds = {(len(pair.a), pair.scale) for pair in found}
+    if len(kinds) > 1:
+        raise CheckpointError(
+            f"{path}: {names[0]} and the other experts of its layer have ranks and scales {sorted(kinds)}, which must "
+            "be one; merge it with PEFT and load the model"
+        )
+    a, b = (
+        jnp.stack(matrices) for matrices in zip(*((each.a, each.b) for each in found), strict=True)
+    )
+    return Pair(a, b, found[0].scale)
+
+
 def _scale(settings: Mapping[str, Any], name: str, rank: int) -> float:
     """Computes s as PEFT does: a pattern is the module's name, or the end of it."""
     alpha = settings.get("lora_alpha", 8)
@@ -246,18 +271,21 @@ def _of_layers(
         processes.on_host(jnp.copy(pairs[projection.name]))
         for pairs in (weight.lora_a, weight.lora_b)
     )
-    config, stacked = model.config, b.ndim - weight.outputs - 1
+    config, of_experts = model.config, weight.of_experts
+    stacked = b.ndim - weight.outputs - 1 - of_experts
     start = {"first": 0, "body": config.num_dense_layers, "last": config.num_layers - 1}
     first: int = start[names[1]] if names[1] in start else names[1]
     if not stacked:
         a, b = a[None], b[None]
-    for i, (one_a, one_b) in enumerate(zip(a, b, strict=True)):
-        rank = len(one_a)
-        rows = one_b.reshape(-1, rank)
-        if _joined(model, place):
-            rows = rows[np.argsort(joined_rows(one_b.shape))]
-        name = layout_of(config).layer.format(first + i) + place.module
-        yield _Module(name, one_a.reshape(rank, -1), rows, projection.scale)
+    for i, layer in enumerate(zip(a, b, strict=True)):
+        parts = zip(*layer, strict=True) if of_experts else [layer]
+        for module, (one_a, one_b) in zip(place.modules(config), parts, strict=True):
+            rank = len(one_a)
+            rows = one_b.reshape(-1, rank)
+            if _joined(model, place):
+                rows = rows[np.argsort(joined_rows(one_b.shape))]
+            name = layout_of(config).layer.format(first + i) + module
+            yield _Module(name, one_a.reshape(rank, -1), rows, projection.scale)
 
 
 def _settings(
@@ -292,16 +320,16 @@ def _target_modules(config: ModelConfig, modules: set[str]) -> list[str]:
     """Lists projections by their last names; by their full ones, where PEFT would find others of that name too."""
     layout = layout_of(config)
     everywhere = {
-        layout.layer.format(layer) + place.module: place.name
+        layout.layer.format(layer) + module: place.name
         for layer in range(config.num_layers)
         for place in places(config)
         if place.is_in(config, layer)
+        for module in place.modules(config)
     }
     names = {everywhere[module] for module in modules}
     whole = {module for module, name in everywhere.items() if name in names}
     outside = layout.head.removesuffix(".weight").rpartition(".")[2] in names
-    experts = config.num_experts > 0 and bool(names & _OF_EXPERTS)
-    return sorted(modules if outside or experts or whole != modules else names)
+    return sorted(modules if outside or whole != modules else names)
 
 
 def _check_replaceable(path: Path) -> None:

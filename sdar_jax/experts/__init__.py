@@ -1,5 +1,7 @@
 """Mixture of experts (MoE): routing and its losses, and the experts' feed-forward on one device and over a mesh."""
 
+from sdar_jax.experts.low_rank import ExpertAdapters as ExpertAdapters
+from sdar_jax.experts.low_rank import LowRank as LowRank
 from sdar_jax.experts.mesh import expert_mlp as expert_mlp
 from sdar_jax.experts.routing import RouterSums as RouterSums
 from sdar_jax.experts.routing import Routing as Routing

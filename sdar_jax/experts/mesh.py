@@ -12,6 +12,7 @@ Buffers have room for the worst routing; what is computed is what was routed.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from sdar_jax.devices import sharding
 from sdar_jax.experts.exchange import exchange
-from sdar_jax.experts.mlp import mlp, permute, rows_mlp
+from sdar_jax.experts.low_rank import ExpertAdapters, LowRank
+from sdar_jax.experts.mlp import NO_ADAPTERS, mlp, permute, rows_mlp
 
 
 def expert_mlp(
@@ -29,12 +31,17 @@ def expert_mlp(
     gates: Float[Array, "N k"],
     gate_up: Float[Array, "E D 2 F"],
     down: Float[Array, "E F D"],
+    adapters: ExpertAdapters = NO_ADAPTERS,
 ) -> Float[Array, "B T D"]:
     """Computes sum_j g_j down_j(silu(gate_j(x)) * up_j(x)) over the experts of each of N = B * T tokens, on any
-    mesh."""
+    mesh.
+
+    `adapters` are low-rank matrices beside the weights, as in `mlp`.
+    """
     mesh = sharding.current_mesh()
     if mesh is None:
-        return mlp(x.reshape(-1, x.shape[-1]), experts, gates, gate_up, down).reshape(x.shape)
+        out = mlp(x.reshape(-1, x.shape[-1]), experts, gates, gate_up, down, adapters)
+        return out.reshape(x.shape)
     rows = sharding.mesh_axes("batch", x.shape[0])
     length = sharding.mesh_axes("length", x.shape[1])
     owners = sharding.mesh_axes("expert", len(gate_up))
@@ -45,13 +52,32 @@ def expert_mlp(
     on_mesh = jax.shard_map(
         partial(_on_device, owners, width, set(owners) <= set(rows)),
         mesh=mesh,
-        in_specs=(by_token, by_token, by_token, by_expert_up, by_expert_down),
+        in_specs=(
+            *(by_token, by_token, by_token, by_expert_up, by_expert_down),
+            _adapter_specs(adapters, owners, width),
+        ),
         out_specs=by_token,
         check_vma=False,
     )
     experts = experts.reshape(*x.shape[:2], -1)
     gates = gates.reshape(*x.shape[:2], -1)
-    return on_mesh(x, experts, gates, gate_up, down)
+    return on_mesh(x, experts, gates, gate_up, down, adapters)
+
+
+def _adapter_specs(
+    adapters: ExpertAdapters, owners: tuple[str, ...], width: tuple[str, ...]
+) -> ExpertAdapters:
+    """Says how low-rank matrices lie: with their experts, and split where these are over their width."""
+    whole = PartitionSpec(owners or None)
+    b_up = PartitionSpec(owners or None, width or None)
+    a_down = PartitionSpec(owners or None, None, width or None)
+    specs = (whole, b_up), (whole, b_up), (a_down, whole)
+    return ExpertAdapters(
+        *(
+            None if pair is None else LowRank._make(places)
+            for pair, places in zip(adapters, specs, strict=True)
+        )
+    )
 
 
 def _on_device(
@@ -61,10 +87,10 @@ def _on_device(
     x: Array,
     experts: Array,
     gates: Array,
-    *weights,
+    *weights: Any,
 ) -> Array:
     """Computes a device's rows x [b, t, D], with its experts and its part of their width."""
-    parts = [part.reshape(-1, part.shape[-1]) for part in (x, experts, gates)]
+    parts: Any = [part.reshape(-1, part.shape[-1]) for part in (x, experts, gates)]
     if not owners:
         out = mlp(*parts, *weights)
     elif not split:
@@ -80,15 +106,15 @@ def _on_device(
 
 
 def _own_share(
-    owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, down: Array
+    owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, *rest: Any
 ) -> Array:
     """Computes what this device's experts add to these tokens."""
     first = jax.lax.axis_index(owners) * len(gate_up)
-    return mlp(x, experts - first, gates, gate_up, down, partly=True)
+    return mlp(x, experts - first, gates, gate_up, *rest, partly=True)
 
 
 def _sent(
-    owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, down: Array
+    owners: tuple[str, ...], x: Array, experts: Array, gates: Array, gate_up: Array, *rest: Any
 ) -> Array:
     """Sends pairs to the owners of their experts, computes them there, and sends them back."""
     devices = jax.lax.axis_size(owners)
@@ -110,7 +136,7 @@ def _sent(
     by_expert = jnp.argsort(expert, stable=True)
     back = jnp.argsort(by_expert)
     computed = rows_mlp(
-        permute(arrived, by_expert, back), own.sum(axis=0), gate_up, down, partly=True
+        permute(arrived, by_expert, back), own.sum(axis=0), gate_up, *rest, partly=True
     )
     returned = exchange(permute(computed, back, by_expert), sent.T, owners, capacity=len(rows))
     by_pair = permute(returned, inverse, order).reshape(*experts.shape, -1)

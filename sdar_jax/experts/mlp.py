@@ -3,11 +3,16 @@
 Pairs are sorted by expert, so that each matmul runs over the rows of each expert with that expert's weights.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sdar_jax.experts.grouped import grouped_dot
+from sdar_jax.experts.low_rank import ExpertAdapters, plus_low_rank
+
+NO_ADAPTERS = ExpertAdapters()
 
 
 def mlp(
@@ -16,6 +21,7 @@ def mlp(
     gates: Float[Array, "N k"],
     gate_up: Float[Array, "E D 2 F"],
     down: Float[Array, "E F D"],
+    adapters: ExpertAdapters = NO_ADAPTERS,
     *,
     partly: bool = False,
 ) -> Float[Array, "N D"]:
@@ -27,6 +33,8 @@ def mlp(
         gates: [N, k].
         gate_up: [E, D, 2, F].
         down: [E, F, D].
+        adapters: low-rank matrices beside these: of gate and up A [E, r, D] and B [E, F, r], of down A [E, r, F] and
+            B [E, D, r].
         partly: `experts` outside 0 to E - 1 belong to other devices, and add nothing.
     """
     count = len(gate_up)
@@ -35,20 +43,30 @@ def mlp(
     order = jnp.argsort(flat, stable=True)
     inverse = jnp.argsort(order)
     rows = _dispatch(x, order, inverse)
-    out = rows_mlp(rows, jnp.bincount(flat, length=count), gate_up, down, partly=partly)
+    sizes = jnp.bincount(flat, length=count)
+    out = rows_mlp(rows, sizes, gate_up, down, adapters, partly=partly)
     by_pair = permute(out, inverse, order).reshape(*gates.shape, -1)
     return jnp.einsum("nkd,nk->nd", by_pair, gates)
 
 
 def rows_mlp(
-    rows: Float[Array, "M D"], sizes: Int[Array, " E"], gate_up: Array, down: Array, *, partly: bool
+    rows: Float[Array, "M D"],
+    sizes: Int[Array, " E"],
+    gate_up: Array,
+    down: Array,
+    adapters: ExpertAdapters = NO_ADAPTERS,
+    *,
+    partly: bool,
 ) -> Float[Array, "M D"]:
     """Computes each row through its expert, rows sorted by expert; with `partly` those after the last expert's give
     zero."""
     count, width = len(gate_up), gate_up.shape[-1]
     hidden = grouped_dot(rows, gate_up.reshape(count, -1, 2 * width), sizes, partly)
-    activated = jax.nn.silu(hidden[:, :width]) * hidden[:, width:]
-    return grouped_dot(activated, down, sizes, partly)
+    plus = partial(plus_low_rank, sizes=sizes, partly=partly)
+    gate = plus(hidden[:, :width], rows, adapters.gate)
+    up = plus(hidden[:, width:], rows, adapters.up)
+    activated = jax.nn.silu(gate) * up
+    return plus(grouped_dot(activated, down, sizes, partly), activated, adapters.down)
 
 
 @jax.custom_vjp

@@ -22,8 +22,8 @@ from sdar_jax.devices.sharding import (
     spec,
 )
 from sdar_jax.errors import ConfigError
+from sdar_jax.model.adapted import ADAPTED_OUTPUT_AXES, EXPERT_OUTPUT_AXES
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.model.quantization import OUTPUT_AXES
 
 # Logical axes of each weight as layer.py shapes it; None is never split, and shorter entries never split the last
 # axes. Gradients, optimiser moments and moving averages carry the names of their weights, and lie as these do.
@@ -187,6 +187,15 @@ def _weight_spec(
     return spec(mesh, _weight_axes(path, len(shape)), shape, rules)
 
 
+def _low_rank_axes(field: str, *, of_inputs: bool) -> tuple[str | None, ...]:
+    """Finds logical axes of A (`of_inputs`) or B beside a weight."""
+    axes, outputs = WEIGHTS[field], ADAPTED_OUTPUT_AXES[field]
+    if field in EXPERT_OUTPUT_AXES:
+        expert, *rest = axes
+        return (expert, None, *rest[:-outputs]) if of_inputs else (expert, *rest[-outputs:], None)
+    return (None, *axes[outputs:]) if of_inputs else (*axes[:outputs], None)
+
+
 def _weight_axes(path: tuple, rank: int) -> tuple[str | None, ...]:
     """Finds logical axes by the last name of a weight in the path; layers in a stack have one more."""
     names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
@@ -199,8 +208,6 @@ def _weight_axes(path: tuple, rank: int) -> tuple[str | None, ...]:
         return ()
     axes = WEIGHTS[field]
     # Low-rank matrices beside it: what they share with it lies as it does, ranks are not split.
-    if "lora_a" in names:
-        axes = (None, *axes[OUTPUT_AXES[field] :])
-    elif "lora_b" in names:
-        axes = (*axes[: OUTPUT_AXES[field]], None)
+    if {"lora_a", "lora_b"} & set(names):
+        axes = _low_rank_axes(field, of_inputs="lora_a" in names)
     return (None, *axes) if {"first", "body"} & set(names) else axes

@@ -30,7 +30,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sdar_jax.experts import Routing, Scoring, expert_mlp, route, route_by_sigmoid
+from sdar_jax.experts import (
+    ExpertAdapters,
+    LowRank,
+    Routing,
+    Scoring,
+    expert_mlp,
+    route,
+    route_by_sigmoid,
+)
+from sdar_jax.model.adapted import Adapted
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.matmul import dot
 from sdar_jax.model.rope import rotate
@@ -166,10 +175,12 @@ class Layer(nnx.Module):
 
     def moe(self, x: Array) -> tuple[Array, Routing]:
         """Computes what each token's own experts add up to, of [B, T, D], and the routing of its B * T tokens."""
-        held = (self.router, self.experts_gate_up, self.experts_down)
-        router, gate_up, down = (
-            weight[...].astype(x.dtype) for weight in held if weight is not None
+        assert self.router is not None
+        router = self.router[...].astype(x.dtype)
+        (gate_up, gate_lora, up_lora), (down, down_lora, _) = (
+            _of_experts(weight, x.dtype) for weight in (self.experts_gate_up, self.experts_down)
         )
+        adapters = ExpertAdapters(gate_lora, up_lora, down_lora)
         rows = x.reshape(-1, x.shape[-1])
         chosen = {"top_k": self.top_k, "renormalise": self.renormalise}
         if self.expert_bias is None:
@@ -184,7 +195,7 @@ class Layer(nnx.Module):
                 groups_per_token=self.groups_per_token,
                 scale=self.routed_scale,
             )
-        return expert_mlp(x, routing.experts, routing.gates, gate_up, down), routing
+        return expert_mlp(x, routing.experts, routing.gates, gate_up, down, adapters), routing
 
 
 def rms_norm(x: Array, weight: nnx.Param | Array, eps: float) -> Array:
@@ -214,6 +225,15 @@ def _swiglu(
     both = _bias(dot(x, gate_up), gate_up_bias)
     hidden = jax.nn.silu(both[:, :, 0]) * both[:, :, 1]
     return _bias(dot(hidden, down), down_bias)
+
+
+def _of_experts(weight: Any, dtype: DTypeLike) -> tuple[Array, LowRank | None, LowRank | None]:
+    """Returns a weight of experts, and the low-rank matrices of its first and second projection, in this dtype."""
+    weight = weight[...]
+    if not isinstance(weight, Adapted):
+        return weight.astype(dtype), None, None
+    first, second = (weight.of_expert_outputs(start, dtype) for start in (0, 1))
+    return weight.base.astype(dtype), first, second
 
 
 def _bias(x: Array, bias: nnx.Param | Array | None) -> Array:

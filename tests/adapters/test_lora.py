@@ -14,7 +14,7 @@ from sdar_jax.model.adapted import Adapted, is_adapted
 from sdar_jax.model.config import ModelConfig
 from tests.adapters.test_peft_files import with_random_b
 from tests.bad_input import refused
-from tests.tiny import tiny_model
+from tests.tiny import tiny_llada2, tiny_moe
 
 TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12) % 20
 SOME = LoraConfig(r=2, target_modules=("q_proj", "v_proj", "up_proj", "down_proj"))
@@ -80,19 +80,46 @@ def test_rslora_scales_by_the_root():
     assert LoraConfig(r=16, lora_alpha=8.0, use_rslora=True).scale == 2.0
 
 
-def test_an_moe_has_them_beside_its_attention():
-    shape = {
-        "architecture": "qwen3_moe",
-        "num_experts": 4,
-        "num_experts_per_token": 2,
-        "moe_intermediate_size": 8,
-    }
-    model = with_random_b(adapters.add(tiny_model(jnp.float32, **shape), LoraConfig(r=2)))
-    found = scores(model)
-    np.testing.assert_allclose(scores(adapters.merge(model)), found, rtol=1e-4, atol=1e-4)
-    assert not is_adapted(model.layers[0].experts_down[...])
-    with refused(ConfigError, "'gate_proj'", "experts", "q_proj"):
-        adapters.add(model, LoraConfig(target_modules=("gate_proj",)))
+@pytest.mark.parametrize(
+    ("config", "stacked"),
+    [
+        (LoraConfig(r=3), False),
+        (LoraConfig(r=2, target_modules=("gate_proj",)), True),
+        (LoraConfig(r=2, target_modules=("up_proj", "down_proj"), use_rslora=True), False),
+        (LoraConfig(r=2, base_dtype="int8"), True),
+    ],
+)
+def test_experts_merged_equal_beside(config, stacked):
+    """Also of a model that has a dense layer and shared experts."""
+    model = adapters.frozen_base(jax.tree.map(jnp.copy, tiny_llada2(jnp.float32)), config)
+    model = stack_layers(model) if stacked else model
+    before = scores(model)
+    model = adapters.add(model, config)
+    np.testing.assert_array_equal(scores(model), before)
+    model = with_random_b(model)
+    found, merged = scores(model), adapters.merge(model)
+    assert np.abs(found - before).max() > 0.1
+    assert not any(map(is_adapted, jax.tree.leaves(merged, is_leaf=is_adapted)))
+    np.testing.assert_allclose(scores(merged), found, rtol=1e-4, atol=1e-4)
+
+
+def test_the_product_of_experts_is_written_out():
+    """Each expert by hand: its floats stay floats where the rest is int8, and W is the other way round."""
+    config = LoraConfig(r=2, lora_alpha=3.0, base_dtype="int8", target_modules=("up_proj",))
+    model = adapters.frozen_base(tiny_llada2(jnp.float32), config)
+    weight = with_random_b(adapters.add(model, config)).layers[1].experts_gate_up[...]
+    assert isinstance(weight, Adapted) and weight.base.dtype == jnp.float32
+    a, b = weight.lora_a["up_proj"], weight.lora_b["up_proj"]
+    assert (a.shape, b.shape) == ((8, 2, 16), (8, 1, 12, 2))
+    expected = np.array(weight.base)
+    for expert in range(8):
+        expected[expert, :, 1] += 1.5 * (np.asarray(b[expert, 0]) @ np.asarray(a[expert])).T
+    np.testing.assert_allclose(weight.merged(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_router_has_none():
+    with refused(ConfigError, "'gate'", "did you mean gate_proj"):
+        adapters.add(tiny_moe(jnp.float32), LoraConfig(target_modules=("gate",)))
 
 
 def test_what_cannot_be_is_refused(tmp_path):

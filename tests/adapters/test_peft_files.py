@@ -19,7 +19,9 @@ from tests.parity.test_parity import FIXTURES, assert_close, loss
 from tests.tiny import tiny_llada2, tiny_model
 
 ADAPTERS = FIXTURES.with_name("adapters")
-BASES = {"lora-qwen3": "qwen3", "lora-patterns": "qwen3", "lora-moe": "qwen3-moe"}
+BASES = {
+    "lora-qwen3": "qwen3", "lora-patterns": "qwen3", "lora-moe": "qwen3-moe", "lora-experts": "qwen3-moe",
+}  # fmt: skip
 WHOLE = {"lora-patterns": ("embed_tokens", "lm_head")}
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -49,7 +51,7 @@ def test_logits_and_gradients(name, tmp_path):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("name", ["lora-qwen3", "lora-moe"])
+@pytest.mark.parametrize("name", ["lora-qwen3", "lora-moe", "lora-experts"])
 def test_what_peft_wrote_is_written_back(name, stacked, tmp_path):
     model = loaded(name)
     base = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
@@ -101,6 +103,49 @@ def test_queries_keys_and_values_in_one_tensor_come_back(tmp_path):
     assert "base_model.model.model.layers.0.mlp.gate_proj.lora_A.weight" in names
     assert "base_model.model.model.layers.2.mlp.shared_experts.down_proj.lora_A.weight" in names
     jax.tree.map(np.testing.assert_array_equal, added, adapters.load(model, tmp_path))
+
+
+def test_experts_beside_shared_and_dense_ones_come_back(tmp_path):
+    """One name of target_modules is of the dense layers, of the experts and of the shared ones."""
+    model = tiny_llada2(jnp.float32)
+    added = with_random_b(adapters.add(model, LoraConfig(r=2, target_modules=("up_proj",))))
+    adapters.save(added, tmp_path)
+    layers = "base_model.model.model.layers"
+    modules = [f"{layers}.0.mlp.up_proj"]
+    modules += [f"{layers}.{i}.mlp.shared_experts.up_proj" for i in (1, 2)]
+    modules += [f"{layers}.{i}.mlp.experts.{e}.up_proj" for i in (1, 2) for e in range(8)]
+    names = {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == names
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["up_proj"]
+    jax.tree.map(np.testing.assert_array_equal, added, adapters.load(model, tmp_path))
+
+
+EXPERT = "base_model.model.model.layers.1.mlp.experts.4.up_proj"
+
+
+def drop_expert(tensors):
+    for part in "AB":
+        tensors.pop(f"{EXPERT}.lora_{part}.weight")
+
+
+def cut_rank(tensors):
+    a, b = (f"{EXPERT}.lora_{part}.weight" for part in "AB")
+    tensors[a], tensors[b] = tensors[a][:2].copy(), tensors[b][:, :2].copy()
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (drop_expert, ("layers.1.mlp.experts.4.up_proj have no matrices", "merge it with PEFT")),
+        (cut_rank, ("layers.1.mlp.experts.0.up_proj", "ranks and scales [(2, ", "(3, ")),
+    ],
+)
+def test_experts_that_differ_are_refused(change, names, tmp_path):
+    copied = Path(shutil.copytree(ADAPTERS / "lora-experts", tmp_path / "adapter"))
+    change_tensors(copied, change)
+    with refused(CheckpointError, *names):
+        adapters.load(load_pretrained(FIXTURES / "qwen3-moe", dtype="float32"), copied)
 
 
 def with_random_b(model: Model) -> Model:

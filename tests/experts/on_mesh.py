@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from sdar_jax.devices.sharding import MeshConfig, activate_mesh, batch_sharding, make_mesh
-from sdar_jax.experts import expert_mlp
+from sdar_jax.experts import ExpertAdapters, LowRank, expert_mlp
 from sdar_jax.experts.exchange import exchange
 from sdar_jax.experts.mlp import mlp
 from sdar_jax.hf.pretrained import load_pretrained
@@ -84,6 +84,30 @@ def check_experts(sizes: tuple[int, ...], top_k: int, rows: int = 8) -> None:
         print("experts", sizes, top_k, rows, name, flush=True)
 
 
+def check_low_rank(sizes: tuple[int, ...], top_k: int) -> None:
+    """Matrices beside the experts' weights, and their gradients."""
+    random = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape))
+    rows, length, hidden, width, rank = 8, 6, 4, 6, 3
+    weights = draw(EXPERTS, hidden, 2, width), draw(EXPERTS, width, hidden)
+    up = [LowRank(draw(EXPERTS, rank, hidden), draw(EXPERTS, width, rank)) for _ in range(2)]
+    down = LowRank(draw(EXPERTS, rank, width), draw(EXPERTS, hidden, rank))
+    x, gates = draw(rows, length, hidden), draw(rows * length, top_k)
+    experts = jnp.asarray(routings(rows * length, top_k)["spread"])
+    loss = lambda x, adapters: (expert_mlp(x, experts, gates, *weights, adapters) ** 2).sum()
+    for adapters in (ExpertAdapters(*up, down), ExpertAdapters(up=up[1])):
+        run = lambda adapters=adapters: jax.jit(jax.value_and_grad(loss, (0, 1)))(x, adapters)
+        expected = run()
+        with activate_mesh(mesh_of(sizes)):
+            found = run()
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12),
+            on_host(found),
+            on_host(expected),
+        )
+    print("low rank", sizes, top_k, flush=True)
+
+
 def check_exchange() -> None:
     """Rows that say where they come from, some of which stay, against lists."""
     devices, held, capacity = 8, 12, 40
@@ -149,6 +173,7 @@ def main(extent: str) -> None:
     check_loading()
     for sizes, top_k in QUICK if extent == "quick" else ALL:
         check_experts(sizes, top_k)
+        check_low_rank(sizes, top_k)
     if extent == "all":
         # Three rows do not divide: they are whole on each device, which adds what its experts add.
         check_experts((1, 1, 4, 1, 2), 2, rows=3)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from sdar_jax.experts import (
+    ExpertAdapters,
+    LowRank,
     balance_loss,
     expert_mlp,
     max_load,
@@ -57,6 +59,38 @@ def test_values_and_gradients_equal_the_loops(
         assert_same(run(mlp, jnp.asarray(chosen)), run(_dense, chosen))
     else:
         assert_same(run(mlp, jnp.asarray(chosen)), run(oracle.expert_mlp, chosen))
+
+
+@pytest.mark.parametrize("which", ["gate", "up down", "gate up down"])
+def test_low_rank_matrices_equal_the_loops_over_merged_weights(which: str, x64: None) -> None:
+    """Of values and gradients, of the matrices among them; partly: one of the experts is of another device."""
+    chosen, x, gates, gate_up, down = drawn(4, 11, 5, 2)
+    random = np.random.default_rng(5)
+    inputs, outputs = {"gate": D, "up": D, "down": F}, {"gate": F, "up": F, "down": D}
+    adapters = ExpertAdapters(**{
+        name: LowRank(
+            jnp.asarray(random.normal(size=(4, 3, inputs[name]))),
+            jnp.asarray(random.normal(size=(4, outputs[name], 3))),
+        )
+        for name in which.split()
+    })  # fmt: skip
+
+    def ours(x, gates, adapters):
+        out = mlp(x, jnp.asarray(chosen), gates, gate_up[:4], down[:4], adapters, partly=True)
+        return (out**2).sum()
+
+    def loops(x, gates, adapters):
+        added = lambda pair: 0 if pair is None else jnp.einsum("enr,erk->ekn", pair.b, pair.a)
+        both = [gate_up[:4, :, 0] + added(adapters.gate), gate_up[:4, :, 1] + added(adapters.up)]
+        merged = jnp.stack(both, axis=2), down[:4] + added(adapters.down)
+        own = jnp.where(chosen < 4, gates, 0)
+        return (oracle.expert_mlp(x, np.minimum(chosen, 3), own, *merged) ** 2).sum()
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(function, argnums=(0, 1, 2)))(x, gates, adapters)
+        for function in (ours, loops)
+    )
+    assert_same(found, expected)
 
 
 def _dense(x, experts, gates, gate_up, down):

@@ -1,6 +1,7 @@
 """The grouped matmuls for Hopper: in the interpreter, with races looked for, against loops in float64; and compiled."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from sdar_jax.experts import grouped, mosaic_gpu
+from sdar_jax.experts.low_rank import LowRank, plus_low_rank
 from sdar_jax.experts.mlp import mlp
 from tests.attention.mosaic_gpu_interpreter import extended_interpreter
 from tests.compilers import needs_compilers, run_python
@@ -105,6 +107,44 @@ def test_the_experts_through_them_equal_the_loops():
     exact = run(oracle.expert_mlp, chosen, [array.astype(jnp.float32) for array in arrays])
     for ours, theirs in zip(found, exact, strict=True):
         assert np.linalg.norm(ours - theirs) < 2**-6 * np.linalg.norm(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_low_rank_matrices_through_them_equal_the_loops():
+    """Of a rank that they do not take, which is padded."""
+    random = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape) / shape[-1] ** 0.5, jnp.bfloat16)
+    sizes, out, x, pair = (
+        [30, 0, 60],
+        draw(90, 256),
+        draw(90, 128),
+        LowRank(draw(3, 5, 128), draw(3, 256, 5)),
+    )
+
+    def squares(product, out, x, pair):
+        return (product(out, x, pair).astype(jnp.float32) ** 2).sum()
+
+    def loops(out, x, pair):
+        group = np.repeat(np.arange(3), sizes)
+        return out + jnp.einsum("mnr,mrk,mk->mn", pair.b[group], pair.a[group], x)
+
+    def kernels(out, x, pair):
+        return plus_low_rank(out, x, pair, jnp.asarray(sizes, jnp.int32), partly=False)
+
+    run = lambda product, *arrays: jax.jit(jax.grad(partial(squares, product), (0, 1, 2)))(*arrays)
+    with (
+        mock.patch.object(grouped, "_kernels", lambda *_: INTERPRETED),
+        mock.patch.object(grouped, "choose", lambda *_: "mosaic_gpu"),
+        extended_interpreter(),
+    ):
+        found = run(kernels, out, x, pair)
+    exact = run(loops, *jax.tree.map(lambda array: array.astype(jnp.float32), (out, x, pair)))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert ours.dtype == jnp.bfloat16 and ours.shape == theirs.shape
+        assert np.linalg.norm(np.asarray(ours, np.float32) - theirs) < 2**-6 * np.linalg.norm(
+            theirs
+        )
 
 
 @pytest.mark.parametrize(

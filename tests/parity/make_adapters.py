@@ -3,7 +3,8 @@
     python tests/parity/make_adapters.py [OUTPUT_DIRECTORY]
     python tests/parity/make_adapters.py --read ADAPTER OUTPUTS.npz
 
-Needs torch, transformers and peft; the stored files were made with torch 2.7.1, transformers 4.52.4 and peft 0.21.2.
+Needs torch, transformers and peft; the stored files were made with torch 2.7.1, transformers 4.52.4 and peft 0.21.2,
+lora-experts with torch 2.13.0 (which makes the others again, within 3e-6).
 Each directory is what `save_pretrained` of PEFT writes, with outputs.npz: `tokens`, float32 `logits` with the adapter,
 and one array for each gradient of the mean next-token cross-entropy, named as in the adapter's file.
 """
@@ -36,6 +37,8 @@ MADE = {
         },
     ),
     "lora-moe": ("qwen3-moe", {"r": 4, "target_modules": ["q_proj", "k_proj", "o_proj"]}),
+    # Modules of each expert, which transformers before 5 has.
+    "lora-experts": ("qwen3-moe", {"r": 3, "lora_alpha": 5, "target_modules": LINEAR}),
 }
 
 

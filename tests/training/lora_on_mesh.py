@@ -6,10 +6,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from sdar_jax.adapters import LoraConfig
 from sdar_jax.devices.sharding import MeshConfig
 from sdar_jax.training import TrainConfig, read_config, run, tiny
 
 RECIPE = "configs/lora/8b_sft.yaml"
+EXPERTS = "configs/study2/30b-a3b_sft.yaml"
 
 
 def losses(config: TrainConfig, run_dir: Path) -> list[float]:
@@ -30,4 +32,11 @@ if __name__ == "__main__":
         for name, mesh in meshes.items():
             changed = replace(config, mesh=mesh, lora=replace(config.lora, base_dtype=base))
             found[f"{base} {name}"] = losses(changed, home / base / name)
+    moe = replace(read_config(EXPERTS), lora=LoraConfig(r=4))
+    meshes = {
+        "split": MeshConfig(fsdp=1, expert=4, tensor=2),
+        "rows": MeshConfig(data=4, fsdp=1, tensor=2),
+    }
+    for name, mesh in meshes.items():
+        found[f"experts {name}"] = losses(replace(moe, mesh=mesh), home / "experts" / name)
     print(json.dumps(found))

@@ -74,6 +74,30 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(undisturbed, inputs, s
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.ci
+def test_an_interrupted_run_of_experts_goes_on_as_well(inputs, tmp_path):
+    shape = run_values(inputs, inputs)["model"]["shape"] | {
+        "architecture": "qwen3_moe", "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 8,
+    }  # fmt: skip
+    purpose = {"objective": "block_diffusion", "block_size": 4, "mask_token_id": 30}
+    model = Model(ModelConfig(**shape, **purpose), jax.random.key(3))
+    start = tmp_path / "start"
+    save_pretrained(model, start, tokenizer_from=inputs / "tokenizer")
+    lora = {"target_modules": ["all-linear"], "base_dtype": "int8"}
+    whole, parts = (
+        config_in(inputs, start, tmp_path / name, lora=lora) for name in ("whole", "parts")
+    )
+    extensions = Extensions(evaluators=(total_weight,))
+    assert run(whole, extensions).finished
+    assert not run(parts, at_evaluation(1, terminate)).finished
+    assert run(parts, extensions).finished
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    adapted = adapters.load(load_pretrained(start), tmp_path / "whole" / "adapter")
+    low_rank = weights_of(adapted)["layers.0.experts_down.lora_b.down_proj"]
+    assert low_rank.any(axis=(1, 2)).all()
+
+
 def test_the_base_stays_bit_for_bit(inputs, start, tmp_path):
     seen = []
 
@@ -142,9 +166,10 @@ def test_flags(inputs, start, tmp_path, write_yaml):
 @pytest.mark.slow
 @pytest.mark.ci
 def test_meshes_give_the_same_losses(tmp_path):
-    """Weights split over fsdp, and over tensor alone; int8 rounds a little."""
+    """Weights split over fsdp, and over tensor alone; int8 rounds a little. Experts over four devices, and on each."""
     found = json.loads(run_module("tests.training.lora_on_mesh", tmp_path).splitlines()[-1])
     expected = found["float32 rows"]
     np.testing.assert_allclose(found["float32 split"], expected, rtol=1e-5)
     np.testing.assert_allclose(found["int8 split"], found["int8 rows"], rtol=1e-5)
     np.testing.assert_allclose(found["int8 rows"], expected, rtol=1e-2)
+    np.testing.assert_allclose(found["experts split"], found["experts rows"], rtol=1e-5)
