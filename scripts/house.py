@@ -16,6 +16,7 @@ from pathlib import Path
 FLOORS = (
     "errors",
     "arithmetic",
+    "lazy",
     "compatibility",
     "devices",
     "visibility",

@@ -1,7 +1,8 @@
 """Data: sources -> tokens -> packed rows."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sdar_jax.lazy import importer
 
 if TYPE_CHECKING:
     from sdar_jax.data.config import DataConfig, SourceConfig
@@ -18,20 +19,14 @@ __all__ = [
 ]
 
 # Where each name is imported from when it is first used: grain and orbax take a second, and decoding needs neither.
-_HOMES = {
-    "DataConfig": "config",
-    "PackedDataset": "pipeline",
-    "SourceConfig": "config",
-    "join_states": "pipeline",
-    "load_tokenizer": "tokenizer",
-    "make_dataset": "pipeline",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Returns one of these names on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = importer(
+    __name__,
+    {
+        "DataConfig": "config",
+        "PackedDataset": "pipeline",
+        "SourceConfig": "config",
+        "join_states": "pipeline",
+        "load_tokenizer": "tokenizer",
+        "make_dataset": "pipeline",
+    },
+)
