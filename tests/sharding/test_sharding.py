@@ -152,7 +152,7 @@ def test_losses_and_gradients():
 
 @pytest.mark.slow
 def test_losses_and_gradients_of_every_objective_on_every_axis_and_product():
-    assert len(run_module("tests.sharding.losses_on_meshes", "all").splitlines()) == 32
+    assert len(run_module("tests.sharding.losses_on_meshes", "all").splitlines()) == 34
 
 
 @pytest.mark.slow
