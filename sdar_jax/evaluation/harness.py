@@ -10,6 +10,7 @@ autoregressive model they are exact.
 """
 
 import dataclasses
+import itertools
 import logging
 import sys
 import time
@@ -26,17 +27,18 @@ except ImportError as error:  # pragma: no cover (tests of it have an environmen
         "sdar_jax.evaluation.harness needs lm-eval: pip install 'lm-eval>=0.4.13'"
     ) from error
 
+from sdar_jax.arithmetic import round_up
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate
 from sdar_jax.decoding.speed import speed
 from sdar_jax.errors import ConfigError
-from sdar_jax.evaluation.likelihood import autoregressive_nll, nelbo
+from sdar_jax.evaluation.likelihood import log_likelihoods
 from sdar_jax.hf import load_pretrained
 from sdar_jax.hf.released import model_directory
 
 log = logging.getLogger(__name__)
 
-# Lengths that likelihoods are computed at are multiples of it, so that few are compiled.
+# Likelihoods are computed at multiples of it, and at no more than two lengths from each power of two to the next.
 _LENGTHS = 64
 _DECODING = {field.name: field for field in dataclasses.fields(DecodingConfig)}
 
@@ -47,7 +49,7 @@ class HarnessModel(TemplateLM):
     Args:
         pretrained: the directory, or the hub id.
         dtype: of the weights: auto, int8, or a name.
-        batch_size: requests decoded at once.
+        batch_size: requests decoded or scored at once.
         max_gen_toks: new tokens at most, where a task does not say.
         samples: Monte Carlo samples of the bound.
         likelihood_block_size: block size of likelihoods; the model's own if None.
@@ -128,7 +130,7 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """log p of each continuation behind its context, nats, and whether greedy decoding gives it."""
         cut = [(context[-(self.max_length - len(rest)) :], rest) for _, context, rest in requests]
-        sums = [self._log_likelihood(context + rest, len(rest)) for context, rest in cut]
+        sums = self._log_likelihoods([(context + rest, len(rest)) for context, rest in cut])
         greedy = DecodingConfig(block_size=self.config.block_size)
         decoded = self._decode(
             [(context, greedy, len(rest), ()) for context, rest in cut], stop_token_ids=()
@@ -138,28 +140,42 @@ class HarnessModel(TemplateLM):
             for total, completion, (_, rest) in zip(sums, decoded, cut, strict=True)
         ]
 
-    def _log_likelihood(self, ids: Sequence[int], counted: int) -> float:
-        """log p of the last `counted` of some tokens, nats."""
-        step = _LENGTHS * (self.model.config.paradigm.block_size or 1)
-        length = -(-len(ids) // step) * step
-        tokens = np.zeros((1, length), np.int32)
-        tokens[0, : len(ids)] = ids
-        place = np.arange(length)[None]
-        masks = {
-            "segment_ids": (place < len(ids)).astype(np.int32),
-            "loss_mask": (place < len(ids)) & (place >= len(ids) - counted),
-        }
-        if not self.model.config.paradigm.masks:
-            # Nothing predicts the first token.
-            return -autoregressive_nll(self.model, tokens, **masks) * min(counted, len(ids) - 1)
-        block = self._likelihood_block or self.model.config.paradigm.block_size
-        samples = 2 if block == 1 else self._samples
-        mean, _ = nelbo(self.model, tokens, block_size=block, samples=samples, **masks)
-        return -mean * counted
+    def _log_likelihoods(self, asked: Sequence[tuple[list[int], int]]) -> list[float]:
+        """log p of the last tokens of each (tokens, how many), nats.
+
+        Shorter ones are scored first, in batches that are always full, in an order that is theirs and not the caller's.
+        """
+        found = [0.0] * len(asked)
+        order = sorted(range(len(asked)), key=lambda i: (len(asked[i][0]), asked[i]))
+        for chosen in itertools.batched(order, self.batch_size):
+            sums = self._scored([asked[i] for i in chosen])
+            for i, total in zip(chosen, sums, strict=False):
+                found[i] = float(total)
+        return found
+
+    def _scored(self, asked: Sequence[tuple[list[int], int]]) -> np.ndarray:
+        """log p of the requests of one batch, whose rows past the last one are empty."""
+        longest = max(len(ids) for ids, _ in asked)
+        step = max(_LENGTHS, 1 << max(longest.bit_length() - 2, 0))
+        length = round_up(round_up(longest, step), self.model.config.paradigm.block_size or 1)
+        tokens, segment_ids = np.zeros((2, self.batch_size, length), np.int32)
+        counted = np.zeros((self.batch_size, length), bool)
+        for row, (ids, last) in enumerate(asked):
+            tokens[row, : len(ids)] = ids
+            segment_ids[row, : len(ids)] = 1
+            counted[row, len(ids) - last : len(ids)] = True
+        return log_likelihoods(
+            self.model,
+            tokens,
+            segment_ids=segment_ids,
+            loss_mask=counted,
+            block_size=self._likelihood_block or self.model.config.paradigm.block_size,
+            samples=self._samples,
+        )
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """log p of each whole text, nats; of one that is longer than the context in windows."""
-        found = []
+        texts = []
         for (text,) in (request.args for request in requests):
             windows = harness_utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -168,10 +184,9 @@ class HarnessModel(TemplateLM):
                 context_len=1,
             )
             pairs = map(harness_utils.make_disjoint_window, windows)
-            found.append(
-                sum(self._log_likelihood([*context, *rest], len(rest)) for context, rest in pairs)
-            )
-        return found
+            texts.append([([*context, *rest], len(rest)) for context, rest in pairs])
+        scores = iter(self._log_likelihoods(list(itertools.chain.from_iterable(texts))))
+        return [sum(itertools.islice(scores, len(windows))) for windows in texts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The answer to each prompt, up to the task's stop strings."""

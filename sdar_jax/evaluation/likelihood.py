@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from sdar_jax.corruption import CorruptionConfig, corrupt
+from sdar_jax.corruption import Corrupted, CorruptionConfig, corrupt
 from sdar_jax.devices.sharding import activate_mesh, mesh_of
 from sdar_jax.errors import ConfigError, DataError, is_int
 from sdar_jax.model import Model
@@ -165,6 +165,33 @@ def exact(model: Model, batch: Batch, groups: Groups | None = None) -> Likelihoo
     return Likelihood(count, float(total) / count, 0.0, nats, each)
 
 
+def log_likelihoods(
+    model: Model,
+    tokens: Tokens,
+    *,
+    segment_ids: Tokens,
+    loss_mask: Mask,
+    block_size: int | None = None,
+    samples: int = 32,
+    seed: int = 0,
+) -> Float[np.ndarray, " B"]:
+    """Estimates log p of the counted tokens of each row, nats: an AR model's own, of a diffusion model minus `nelbo`.
+
+    The masks of a row depend on its own tokens alone, and not on other rows or on the padding that follows: they are
+    those of `nelbo` for that row. A row without counted tokens has 0. Arguments as for `nelbo`.
+    """
+    batch = _batch(model.config, tokens, segment_ids, loss_mask)
+    with activate_mesh(mesh_of(model)):
+        if not model.config.paradigm.masks:
+            found = _exact_by_row(model, batch)
+        else:
+            # Blocks of one token are all masked: nothing is random.
+            number = jnp.arange(1 if block_size == 1 else samples)
+            keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(number)
+            found = _bound_by_row(model, batch, keys, block_size)
+    return -np.asarray(found, np.float64)
+
+
 def _batch(
     config: ModelConfig, tokens: Tokens, segment_ids: Tokens | None, loss_mask: Mask | None
 ) -> Batch:
@@ -232,6 +259,40 @@ def _bound(
         return diffusion_inputs(paradigm, clean, noisy, corrupted.weights, origin)
 
     return _summed(model, inputs(batch.tokens), inputs(labels), size)
+
+
+@partial(jax.jit, static_argnames="block_size")
+def _bound_by_row(
+    model: Model, batch: Batch, keys: Key[Array, " samples"], block_size: int | None
+) -> Float[Array, " B"]:
+    paradigm = model.config.with_blocks(block_size)
+    origin = origin_of(paradigm, batch)
+    rows = batch.segment_ids, batch.loss_mask, origin
+
+    def estimate(key: Array) -> Array:
+        def corrupted(*row: Array | None) -> Corrupted:
+            segment_ids, loss_mask, origin = (None if x is None else x[None] for x in row)
+            assert segment_ids is not None and loss_mask is not None
+            drawn = corrupt(
+                segment_ids, loss_mask, key, _BOUND, block_size=block_size, origin=origin
+            )
+            return jax.tree.map(lambda x: x[0], drawn)
+
+        masked, weights = jax.vmap(corrupted)(*rows)
+        noisy = jnp.where(masked, jnp.int32(_mask_id(model.config)), batch.tokens)
+        return _nll_by_row(model, diffusion_inputs(paradigm, batch, noisy, weights, origin))
+
+    return jax.lax.map(estimate, keys).mean(axis=0)
+
+
+@jax.jit
+def _exact_by_row(model: Model, batch: Batch) -> Float[Array, " B"]:
+    return _nll_by_row(model, next_token_inputs(batch))
+
+
+def _nll_by_row(model: Model, inputs: LossInputs) -> Float[Array, " B"]:
+    _, scores = score_tokens(model, inputs)
+    return (inputs.weights * scores.nll).sum(axis=1)
 
 
 def _mask_id(config: ModelConfig) -> int:

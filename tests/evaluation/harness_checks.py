@@ -88,6 +88,21 @@ def check_bound(directory):
     assert first[::-1] == model.loglikelihood(instances("loglikelihood", PAIRS[::-1]))
 
 
+def check_batches(directory):
+    """Together as one by one: the bound with its masks, texts in windows, and an AR model's."""
+    pairs = [*PAIRS, ("x" * 90, "y" * 30), ("z" * 5, "w" * 140)]
+    for name, options in (("block", {"samples": 8}), ("ar", {})):
+        path = str(directory / name)
+        together, alone = (HarnessModel(path, batch_size=size, **options) for size in (4, 1))
+        for kind, arguments in (
+            ("loglikelihood", pairs),
+            ("loglikelihood_rolling", [(text,) for _, text in pairs]),
+        ):
+            found = getattr(together, kind)(instances(kind, arguments))
+            expected = [getattr(alone, kind)(instances(kind, [each]))[0] for each in arguments]
+            assert np.allclose(found, expected, rtol=1e-5), (name, kind, found, expected)
+
+
 def check_answers(directory):
     options = {"until": ["q", "Z"], "max_gen_toks": 12, "do_sample": False}
     asked = instances("generate_until", [(context or "x", options) for context, _ in PAIRS])
@@ -166,6 +181,7 @@ def check_errors(directory):
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    for check in (check_likelihoods, check_bound, check_answers, check_run, check_errors):
+    checks = (check_likelihoods, check_bound, check_batches, check_answers, check_run, check_errors)
+    for check in checks:
         check(folder)
         print(check.__name__, "passed", flush=True)

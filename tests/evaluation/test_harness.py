@@ -33,4 +33,4 @@ def test_in_an_environment_with_the_harness(harness_python, tmp_path):
     checks = [harness_python, str(Path(__file__).with_name("harness_checks.py")), str(tmp_path)]
     done = subprocess.run(checks, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("passed") == 5
+    assert done.stdout.count("passed") == 6

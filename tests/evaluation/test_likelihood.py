@@ -13,7 +13,7 @@ from sdar_jax import logits, nelbo
 from sdar_jax.corruption import corrupt
 from sdar_jax.errors import ConfigError, DataError
 from sdar_jax.evaluation import autoregressive_nll, likelihood
-from sdar_jax.evaluation.likelihood import Groups
+from sdar_jax.evaluation.likelihood import Groups, log_likelihoods
 from sdar_jax.objectives import Batch, diffusion_inputs, score_tokens
 from tests.bad_input import refused
 from tests.tiny import MASK, pack, tiny_model
@@ -286,3 +286,23 @@ def test_nothing_to_count_for_autoregression():
     """One token a document: nothing is predicted."""
     with refused(ConfigError, "no token is counted", "give at least one"):
         autoregressive_nll(tiny_model(jnp.float32), np.ones((2, 1), int))
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize("block_size", [4, 1])
+def test_each_row_is_scored_as_if_alone(block_size, x64):
+    """Rows of several lengths in one batch, an empty one among them, against `nelbo` of each without its padding."""
+    lengths, last = [8, 5, 0], [3, 4, 0]
+    tokens, place = random_tokens(3, 6), np.arange(LENGTH)
+    inside = np.array([place < length for length in lengths])
+    counted = inside & [place >= n - k for n, k in zip(lengths, last, strict=True)]
+    options = {"block_size": block_size, "samples": 5, "seed": 3}
+    found = log_likelihoods(
+        tiny_model(), tokens, segment_ids=inside.astype(np.int32), loss_mask=counted, **options
+    )
+    assert found[2] == 0
+    for row, length in enumerate(lengths[:2]):
+        only = np.s_[row : row + 1, :length]
+        mean, _ = nelbo(tiny_model(), tokens[only], loss_mask=counted[only], **options)
+        np.testing.assert_allclose(found[row], -mean * last[row], rtol=1e-12)
