@@ -24,6 +24,7 @@ from safetensors.flax import load_file, save_file
 from sdar_jax.adapters.config import SAVED_WHOLE
 from sdar_jax.adapters.lora import Pair, Place, Shapes, path_names, places, with_pairs
 from sdar_jax.devices import processes
+from sdar_jax.devices.sharding import mesh_of
 from sdar_jax.errors import CheckpointError, ConfigError
 from sdar_jax.hf.model_files import replacing
 from sdar_jax.hf.released import read_json
@@ -31,6 +32,7 @@ from sdar_jax.hf.tensor_files import listed
 from sdar_jax.hf.tensor_names import joined_rows, layout_of
 from sdar_jax.model import Model, unstack_layers
 from sdar_jax.model.adapted import Adapted, Projection, is_adapted
+from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -112,7 +114,7 @@ def save(
 def load(model: Model, path: str | Path) -> Model:
     """Puts the adapter of a directory that PEFT or `save` wrote beside the weights of a model, which are shared.
 
-    Layers come back one by one. What was trained whole replaces the model's own.
+    Layers come back one by one, on the model's mesh, if it is on one. What was trained whole replaces the model's own.
 
     Raises:
         CheckpointError: no adapter, or one that is of another model, or that is more than LoRA; nothing is changed.
@@ -145,7 +147,8 @@ def load(model: Model, path: str | Path) -> Model:
             f"{path}: holds {listed(unknown) or 'no low-rank matrices'}, which this {kind} of "
             f"{model.config.num_layers} layers has no place for; give an adapter of this model"
         )
-    return adapted
+    mesh = mesh_of(model.embedding)
+    return adapted if mesh is None else jax.device_put(adapted, shardings(adapted, mesh))
 
 
 def _read(file: Path) -> dict[str, Array]:

@@ -23,14 +23,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from sdar_jax import adapters, load_pretrained
-from sdar_jax.cli.compilation import for_commands
-from sdar_jax.cli.flags import Flags, warnings_in
-from sdar_jax.cli.sample import INTERRUPTED, DecodingFlags, parse_variables
+from sdar_jax.cli.decoding import DecodingFlags, flags_of, load_model, run_command
+from sdar_jax.cli.sample import parse_variables
 from sdar_jax.data.tokenizer import load_tokenizer
 from sdar_jax.decoding.output_settings import check_settings, settings_file, write_settings
 from sdar_jax.devices.chips import check_backend
-from sdar_jax.errors import ConfigError, SdarError
+from sdar_jax.errors import ConfigError
 from sdar_jax.evaluation.benchmarks import Result, evaluate
 from sdar_jax.evaluation.tasks import load_tasks
 from sdar_jax.hf.model_files import fingerprint
@@ -48,6 +46,7 @@ class EvaluateConfig:
         adapter: a directory of low-rank matrices (LoRA) in PEFT's files for that model.
         dtype: of the weights: auto (bfloat16 on GPU and TPU, float32 on CPU), int8, or a name.
         mask_token_id: where the model's config.json has none.
+        tensor: devices that share heads, feed-forward width and vocabulary; -1 is all that are here.
         max_new_tokens: of an answer, at most.
         samples: answers to each problem; above 1 with a temperature, and with votes and pass@k.
         seed: for sampling.
@@ -68,6 +67,7 @@ class EvaluateConfig:
     adapter: Path | None = None
     dtype: str = "auto"
     mask_token_id: int | None = None
+    tensor: int = 1
     max_new_tokens: int = 4096
     samples: int = 1
     seed: int = 0
@@ -81,42 +81,28 @@ class EvaluateConfig:
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = DecodingFlags()
 
 
-_FLAGS = Flags(
-    {
-        field.name: "--" + field.name.replace("_", "-")
-        for config in (EvaluateConfig, DecodingFlags)
-        for field in dataclasses.fields(config)
-    }
-)
+_FLAGS = flags_of(EvaluateConfig, DecodingFlags)
 # What the answers of a folder do not depend on: more tasks, problems or samples may be asked for later.
 _FREE = {
-    *("model", "tasks", "output", "adapter", "limit", "samples", "batch_size", "thresholds"),
-    *("block_sizes", "allow_code", "decoding"),
+    *("model", "tasks", "output", "adapter", "tensor", "limit", "samples", "batch_size"),
+    *("thresholds", "block_sizes", "allow_code", "decoding"),
 }
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "sdar-jax evaluate") -> int:
     """Evaluates; returns the exit status."""
-    try:
-        config = tyro.cli(
-            EvaluateConfig,
-            prog=program,
-            args=arguments,
-            description=__doc__,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        with for_commands(), warnings_in(_FLAGS):
-            _run(config)
-        return 0
-    except SdarError as error:
-        print(f"error: {_FLAGS(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(
+        EvaluateConfig,
+        _run,
+        arguments,
+        program,
+        description=__doc__,
+        flags=_FLAGS,
+        interrupted="interrupted; the same command goes on",
+    )
 
 
-def _run(config: EvaluateConfig) -> None:
+def _run(config: EvaluateConfig) -> int:
     check_backend()
     variables = parse_variables(config.chat_template_kwargs)
     settings = list(_sweep(config))
@@ -125,15 +111,14 @@ def _run(config: EvaluateConfig) -> None:
     tokenizer = load_tokenizer(directory)
     for decoding, folder in settings:
         _check_folder(config, decoding, folder, directory)
-    model = load_pretrained(
+    model = load_model(
         directory,
         dtype=config.dtype,
         block_size=config.decoding.block_size,
         mask_token_id=config.mask_token_id,
+        tensor=config.tensor,
+        adapter=config.adapter,
     )
-    if config.adapter is not None:
-        adapted = adapters.load(model, config.adapter)
-        model = adapted if config.dtype == "int8" else adapters.merge(adapted)
     rows: list[dict[str, Any]] = []
     for decoding, folder in settings:
         results = evaluate(
@@ -156,6 +141,7 @@ def _run(config: EvaluateConfig) -> None:
         rows += [{**setting, **dataclasses.asdict(result)} for result in results]
         _write(config.output / "results.json", rows)
         print(table(results, folder.name if setting else ""), flush=True)
+    return 0
 
 
 def _sweep(config: EvaluateConfig) -> Iterator[tuple[DecodingFlags, Path]]:

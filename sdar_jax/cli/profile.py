@@ -17,13 +17,9 @@ from typing import Annotated
 
 import tyro
 
-from sdar_jax import load_pretrained
-from sdar_jax.cli.compilation import for_commands
+from sdar_jax.cli.decoding import DecodingFlags, flags_of, load_model, run_command
 from sdar_jax.cli.evaluate import numbers
-from sdar_jax.cli.flags import Flags, warnings_in
-from sdar_jax.cli.sample import INTERRUPTED, DecodingFlags
 from sdar_jax.devices.chips import check_backend
-from sdar_jax.errors import SdarError
 from sdar_jax.evaluation.profile import Speed, profile
 from sdar_jax.hf.released import model_directory
 
@@ -41,6 +37,7 @@ class ProfileConfig:
         repeats: timed calls of each, behind one that compiles.
         dtype: of the weights: auto (bfloat16 on GPU and TPU, float32 on CPU), int8, or a name.
         mask_token_id: where the model's config.json has none.
+        tensor: devices that share heads, feed-forward width and vocabulary; -1 is all that are here.
         json: print JSON.
         decoding: how to decode.
     """
@@ -53,49 +50,30 @@ class ProfileConfig:
     repeats: int = 3
     dtype: str = "auto"
     mask_token_id: int | None = None
+    tensor: int = 1
     json: bool = False
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = DecodingFlags()
 
 
-_FLAGS = Flags(
-    {
-        field.name: "--" + field.name.replace("_", "-")
-        for config in (ProfileConfig, DecodingFlags)
-        for field in dataclasses.fields(config)
-    }
-)
+_FLAGS = flags_of(ProfileConfig, DecodingFlags)
 _LINE = "{:>5} {:>6} {:>6} {:>9} {:>9} {:>19} {:>10}"
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "sdar-jax profile") -> int:
     """Measures; returns the exit status."""
-    try:
-        config = tyro.cli(
-            ProfileConfig,
-            prog=program,
-            args=arguments,
-            description=__doc__,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        with for_commands(), warnings_in(_FLAGS):
-            _run(config)
-        return 0
-    except SdarError as error:
-        print(f"error: {_FLAGS(str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_command(ProfileConfig, _run, arguments, program, description=__doc__, flags=_FLAGS)
 
 
-def _run(config: ProfileConfig) -> None:
+def _run(config: ProfileConfig) -> int:
     check_backend()
     batches = numbers("batches", config.batches, int)
     sizes = numbers("block_sizes", config.block_sizes, int)
-    model = load_pretrained(
+    model = load_model(
         model_directory(config.model),
         dtype=config.dtype,
         block_size=sizes[0] if sizes else config.decoding.block_size,
         mask_token_id=config.mask_token_id,
+        tensor=config.tensor,
     )
     if not config.json:
         print(_LINE.format("block", "batch", "TPF", "t_f, ms", "TGS", "lowest to highest", "a row"))
@@ -114,6 +92,7 @@ def _run(config: ProfileConfig) -> None:
             print(_line(speed), flush=True)
     if config.json:
         print(json.dumps(found, indent=1))
+    return 0
 
 
 def _line(speed: Speed) -> str:

@@ -24,20 +24,24 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from sdar_jax import Completion, DecodingConfig, Engine, adapters, generate, load_pretrained
-from sdar_jax.cli.compilation import for_commands
-from sdar_jax.cli.flags import Flags, warnings_in
+from sdar_jax import Completion, Engine, generate
+from sdar_jax.cli.decoding import (
+    INTERRUPTED,
+    DecodingFlags,
+    flags_of,
+    load_model,
+    run_command,
+)
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
-from sdar_jax.decoding.commit_rules import StrategyName
 from sdar_jax.decoding.jsonl import answered, as_record, numbered_records
 from sdar_jax.decoding.output_settings import check_settings, write_settings
 from sdar_jax.decoding.prompts import Prompt, check_prompts, check_seed, checked_stops, to_ids
 from sdar_jax.decoding.speed import timed
 from sdar_jax.decoding.terminal import BlockText, watching
 from sdar_jax.devices.chips import check_backend
-from sdar_jax.errors import DataError, DecodingError, SdarError, is_int
+from sdar_jax.errors import DataError, DecodingError, is_int
 from sdar_jax.hf.model_files import fingerprint
 from sdar_jax.hf.released import model_directory
 from sdar_jax.model import Model
@@ -45,14 +49,6 @@ from sdar_jax.model import Model
 LEAST_LENGTH = 256  # An engine's requests may have this many tokens, at least; in a chat, more.
 CHAT_LENGTH = 2048
 AHEAD = 4  # Batches of a file under way: what an interruption can lose.
-INTERRUPTED = 130
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodingFlags(DecodingConfig):
-    __doc__ = DecodingConfig.__doc__
-    # A command line has no functions.
-    strategy: StrategyName | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +78,7 @@ class SampleConfig:
         json: print one JSON object a completion.
         dtype: of the weights: auto (bfloat16 on GPU and TPU, float32 on CPU), int8, or a name.
         mask_token_id: where the model's config.json has none.
+        tensor: devices that share heads, feed-forward width and vocabulary; -1 is all that are here.
         decoding: how to decode.
     """
 
@@ -103,16 +100,11 @@ class SampleConfig:
     json: bool = False
     dtype: str = "auto"
     mask_token_id: int | None = None
+    tensor: int = 1
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = DecodingFlags()
 
 
-_FLAGS = Flags(
-    {
-        field.name: "--" + field.name.replace("_", "-")
-        for config in (SampleConfig, DecodingFlags)
-        for field in dataclasses.fields(config)
-    }
-)
+_FLAGS = flags_of(SampleConfig, DecodingFlags)
 
 
 class Request(NamedTuple):
@@ -140,16 +132,14 @@ class Sampler:
         )
         if self.variables and self.tokenizer is not None and self.tokenizer.chat_template:
             ChatRenderer(self.tokenizer).check_variables(self.variables)
-        self.model: Model = load_pretrained(
+        self.model: Model = load_model(
             self.directory,
             dtype=config.dtype,
             block_size=config.decoding.block_size,
             mask_token_id=config.mask_token_id,
+            tensor=config.tensor,
+            adapter=config.adapter,
         )
-        if config.adapter is not None:
-            adapted = adapters.load(self.model, config.adapter)
-            # An int8 base stays one.
-            self.model = adapted if config.dtype == "int8" else adapters.merge(adapted)
         config.decoding.resolve_block_size(self.model.config)
         if config.watch and self.canvas:
             raise DecodingError(
@@ -463,24 +453,14 @@ def _as_prompt(record: dict[str, Any], sampler: Sampler) -> Prompt:
 
 def main(arguments: Sequence[str], program: str = "sdar-jax sample") -> int:
     """Decodes; returns the exit status."""
-    try:
-        config = tyro.cli(
-            SampleConfig,
-            prog=program,
-            args=arguments,
-            description=(__doc__ or "").replace("sdar-jax sample", program),
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-        with for_commands(), warnings_in(_FLAGS):
-            return run(config)
-    except SdarError as error:
-        # What a line of a file has is in that file's words.
-        told = str(error) if isinstance(error, DataError) else _FLAGS(str(error))
-        print(f"error: {told}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(
+        SampleConfig,
+        run,
+        arguments,
+        program,
+        description=(__doc__ or "").replace("sdar-jax sample", program),
+        flags=_FLAGS,
+    )
 
 
 def run(config: SampleConfig) -> int:

@@ -117,6 +117,24 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def tensor_mesh(tensor: int) -> Mesh | None:
+    """Makes a mesh that splits heads, feed-forward width and vocabulary over the first so many devices, or all for -1.
+
+    Returns None for one: the model is then on the first device, on no mesh.
+
+    Raises:
+        ConfigError: another number, or more than there are.
+    """
+    devices = jax.devices()
+    if not is_int(tensor) or not (tensor == -1 or 1 <= tensor <= len(devices)):
+        raise ConfigError(
+            f"tensor is {tensor!r} and there are {len(devices)} devices; give 1 to {len(devices)}, or -1 for all"
+        )
+    if tensor == 1:
+        return None
+    return make_mesh(MeshConfig(fsdp=1, tensor=-1), devices if tensor == -1 else devices[:tensor])
+
+
 def check_divides(what: str, size: int, total: int, reason: str) -> None:
     """Raises ConfigError, with the sizes that would do, unless `size` divides `total`."""
     if total % size:

@@ -31,6 +31,7 @@ from sdar_jax.arithmetic import round_up
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Completion, DecodingConfig, Engine, generate
 from sdar_jax.decoding.speed import speed
+from sdar_jax.devices.sharding import tensor_mesh
 from sdar_jax.errors import ConfigError
 from sdar_jax.evaluation.likelihood import log_likelihoods
 from sdar_jax.hf import load_pretrained
@@ -49,6 +50,7 @@ class HarnessModel(TemplateLM):
     Args:
         pretrained: the directory, or the hub id.
         dtype: of the weights: auto, int8, or a name.
+        tensor: devices that share heads, feed-forward width and vocabulary; -1 is all that are here.
         batch_size: requests decoded or scored at once.
         max_gen_toks: new tokens at most, where a task does not say.
         samples: Monte Carlo samples of the bound.
@@ -61,6 +63,7 @@ class HarnessModel(TemplateLM):
         pretrained: str,
         *,
         dtype: str = "auto",
+        tensor: int = 1,
         batch_size: int | str | None = 8,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -76,7 +79,12 @@ class HarnessModel(TemplateLM):
                 f" {', '.join(_DECODING)}"
             )
         directory = model_directory(pretrained)
-        self.model = load_pretrained(directory, dtype=dtype, block_size=decoding.get("block_size"))
+        self.model = load_pretrained(
+            directory,
+            dtype=dtype,
+            block_size=decoding.get("block_size"),
+            mesh=tensor_mesh(int(tensor)),
+        )
         self.tokenizer = load_tokenizer(directory)
         self.config = DecodingConfig(**decoding)
         self.batch_size = 8 if batch_size in (None, "auto") else int(batch_size)

@@ -23,6 +23,7 @@ from sdar_jax.evaluation.scores import Answer, interval, pass_at, vote
 from tests.bad_input import message_of
 from tests.data.conftest import make_byte_tokenizer
 from tests.tiny import tiny_model
+from tests.virtual_devices import run_module
 
 NEW = 12
 SAMPLED = DecodingConfig(temperature=1.0)
@@ -360,3 +361,10 @@ def test_code_is_not_run_without_leave(directory, tmp_path, capsys):
     assert main(options) == 2
     assert "humaneval runs programs that the model writes" in capsys.readouterr().err
     assert main([*options, "--allow-code"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_scores_do_not_depend_on_the_number_of_devices(tmp_path):
+    printed = run_module("tests.evaluation.on_devices", tmp_path, devices=4)
+    assert "the same on 1, 2 and 4 devices" in printed
