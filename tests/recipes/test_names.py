@@ -22,7 +22,8 @@ def elsewhere(in_repository, tmp_path, monkeypatch) -> Path:
 
 def test_names():
     demo = [f"demo/{path.stem}" for path in sorted((CONFIGS / "demo").glob("*.yaml"))]
-    assert list(recipe_names()) == [*demo, "lora/8b_sft", *RECIPES]
+    own = ["lora/8b_sft", "quickstart/smollm2_lora"]
+    assert list(recipe_names()) == [*demo, *own, *RECIPES]
 
 
 @pytest.mark.parametrize("recipe", ["demo/pretrain", "study2/8b_cpt"])
