@@ -25,13 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from sdar_jax import Completion, Engine, generate
-from sdar_jax.cli.decoding import (
-    INTERRUPTED,
-    DecodingFlags,
-    flags_of,
-    load_model,
-    run_command,
-)
+from sdar_jax.cli.decoding import INTERRUPTED, DecodingFlags, flags_of, load_model, run_command
 from sdar_jax.data.chat import ChatRenderer
 from sdar_jax.data.tokenizer import Encoder, load_tokenizer
 from sdar_jax.decoding import Event
