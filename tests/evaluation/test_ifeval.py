@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +12,7 @@ import pytest
 from sdar_jax.errors import ConfigError, DataError
 from sdar_jax.evaluation import TASKS, ifeval
 from tests.bad_input import message_of
+from tests.packages import wheel
 
 ROOT = Path(__file__).parents[2]
 RECORD = {
@@ -147,28 +147,6 @@ SENTENCES = (
     "llama-index-core==0.14.25",
     "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english/",
 )
-
-
-def wheel(wanted):
-    """The wheel of a package, downloaded once."""
-    folder = ROOT / ".cache" / "benchmarks"
-    folder.mkdir(parents=True, exist_ok=True)
-    pattern = f"{wanted.replace('-', '_').replace('==', '-')}-*.whl"
-    if not list(folder.glob(pattern)):
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "-d",
-            str(folder),
-            wanted,
-        ]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip(f"needs {wanted}, which cannot be downloaded here")
-    return zipfile.ZipFile(next(folder.glob(pattern)))
 
 
 @pytest.mark.slow
