@@ -21,6 +21,7 @@ FLOORS = (
     "devices",
     "visibility",
     "paradigm",
+    "groups",
     "corruption",
     "verdicts",
     "gpu_kernels",

@@ -5,6 +5,7 @@ devices or micro-batches afterwards changes no draw.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -25,12 +26,17 @@ class CorruptionConfig:
 
     Attributes:
         level: the unit that shares a noise level t: "row", "document" (SDAR) or "block" (BD3-LM, Eq. 7).
-        draw: "independent", or "stratified": over the units of a batch that have tokens with loss, t is spread
-            evenly (lower variance).
+        draw: "independent"; "stratified": over the units of a batch that have tokens with loss, t is spread evenly
+            (lower variance); or, for level "block", noise that rises from block to block: in a group of blocks
+            "chain_uniform", each t uniform from the one before to t_max, the first from a uniform floor, or
+            "chain_uniform_opt", the first from t_min (MultiTF, arXiv 2606.29215); in a document "monotone", the first t
+            uniform, each further one up by at most an equal share of what is left to t_max (D2F, arXiv 2508.09192).
         distribution: distribution of t, before it is scaled to [t_min, t_max]: "uniform" or "beta" (with `beta`).
-        t_min, t_max: the range of t. None is 0.001 for "bernoulli", whose weight is 1 / t, and 0 for "exact".
+        t_min, t_max: the range of t. None is 0 for "exact", and 0.001 for the others, whose weight is 1 / t.
         mask: "bernoulli": each token with loss is masked with p = t, weight 1 / p; "exact": k = ceil(t n) of a unit's
-            n tokens with loss, weight n / k (the same bound for uniform t in [0, 1], with lower variance).
+            n tokens with loss, weight n / k (the same bound for uniform t in [0, 1], with lower variance); "floor":
+            k = floor(t n), weight 1 / t, as MultiTF's released code has it: no unit is masked whole, and what has none
+            masked adds nothing, so that the loss is biased low.
         weighting: "bound", as above, or "unit": 1 for each masked token, which is a reweighted objective and no bound,
             as is anything but uniform t over the whole range.
         complementary: each row gives a second view that masks exactly what the first left, weight 1 / (1 - p).
@@ -42,12 +48,14 @@ class CorruptionConfig:
     """
 
     level: Literal["row", "document", "block"] = "document"
-    draw: Literal["independent", "stratified"] = "independent"
+    draw: Literal["independent", "stratified", "chain_uniform", "chain_uniform_opt", "monotone"] = (
+        "independent"
+    )
     distribution: Literal["uniform", "beta"] = "uniform"
     beta: tuple[float, float] = (1.0, 1.0)
     t_min: float | None = None
     t_max: float = 1.0
-    mask: Literal["bernoulli", "exact"] = "bernoulli"
+    mask: Literal["bernoulli", "exact", "floor"] = "bernoulli"
     weighting: Literal["bound", "unit"] = "bound"
     complementary: bool = False
     at_least_one: bool = True
@@ -59,9 +67,14 @@ class CorruptionConfig:
             raise ConfigError(
                 f"corruption range [{low}, {high}] is not one; give 0 <= t_min <= t_max <= 1, t_max > 0"
             )
-        if self.mask == "bernoulli" and self.weighting == "bound" and low == 0:
+        if self.mask != "exact" and self.weighting == "bound" and low == 0:
             raise ConfigError(
                 "corruption t_min is 0, so a weight 1 / t has no bound; use 0.001 or mask='exact'"
+            )
+        if self.rises and (self.level != "block" or self.distribution != "uniform"):
+            raise ConfigError(
+                f"corruption draw {self.draw!r} is of blocks, with a uniform distribution; set level='block' and leave "
+                "distribution out, or use another draw"
             )
         if len(self.beta) != 2 or not all(is_number(x) and x > 0 for x in self.beta):
             raise ConfigError(f"corruption beta is {self.beta}; give two positive numbers")
@@ -69,8 +82,18 @@ class CorruptionConfig:
     @property
     def range(self) -> tuple[float, float]:
         """[t_min, t_max] with the default filled in."""
-        default = 1e-3 if self.mask == "bernoulli" else 0.0
+        default = 0.0 if self.mask == "exact" else 1e-3
         return (default if self.t_min is None else self.t_min), self.t_max
+
+    @property
+    def rises(self) -> bool:
+        """Whether noise rises from block to block."""
+        return self.draw in ("chain_uniform", "chain_uniform_opt", "monotone")
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether noise rises within groups of blocks."""
+        return self.draw in ("chain_uniform", "chain_uniform_opt")
 
     @property
     def views(self) -> int:
@@ -97,11 +120,13 @@ class _Units(NamedTuple):
         start: where the unit starts in its row.
         num_loss_tokens: how many of its tokens have loss.
         stratum: its number among the units of the batch that have such tokens.
+        rise_start: where noise starts to rise that rises from unit to unit; else None.
     """
 
     start: Array
     num_loss_tokens: Array
     stratum: Array
+    rise_start: Array | None
 
 
 class _Draw(NamedTuple):
@@ -118,6 +143,7 @@ def corrupt(
     *,
     block_size: int | None,
     origin: Int[Array, "B L"] | None = None,
+    group_start: Int[Array, "B L"] | None = None,
 ) -> Corrupted:
     """Draws what to mask among the tokens with loss of a global batch.
 
@@ -127,12 +153,13 @@ def corrupt(
         key: of the step.
         block_size: of the blocks that level "block" means.
         origin: where blocks are counted from, as for `visibility.block_bounds`; None: each document's first token.
+        group_start: int32 [B, L], the first position of each position's group of blocks, for draws that need groups.
 
     Returns:
         B rows, or 2 B with `config.complementary`.
     """
     loss_mask = loss_mask & (segment_ids > 0)
-    units = _units(segment_ids, loss_mask, config.level, block_size, origin)
+    units = _units(segment_ids, loss_mask, config, block_size, origin, group_start)
     drawn = _draw(units, loss_mask, jax.random.fold_in(key, 0), config)
     if config.at_least_one:
         drawn = _redraw_empty_rows(drawn, units, loss_mask, key, config)
@@ -146,11 +173,16 @@ def corrupt(
 
 
 def _units(
-    segment_ids: Array, loss_mask: Array, level: str, block_size: int | None, origin: Array | None
+    segment_ids: Array,
+    loss_mask: Array,
+    config: CorruptionConfig,
+    block_size: int | None,
+    origin: Array | None,
+    group_start: Array | None,
 ) -> _Units:
     rows, length = segment_ids.shape
     index = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    start = _unit_start(segment_ids, index, level, block_size, origin)
+    start = _unit_start(segment_ids, index, config.level, block_size, origin)
 
     def numbered(firsts: Array) -> Array:
         """Numbers the units of the batch, given where each of them starts."""
@@ -160,7 +192,10 @@ def _units(
     number = numbered(first)
     counts = jnp.zeros(rows * length, jnp.int32).at[number].add(loss_mask.astype(jnp.int32))
     counts = counts[number]
-    return _Units(start, counts, stratum=numbered(first & (counts > 0)))
+    rise_start = None
+    if config.rises:
+        rise_start = group_start if config.needs_groups else segments(segment_ids).start
+    return _Units(start, counts, numbered(first & (counts > 0)), rise_start)
 
 
 def _unit_start(
@@ -185,9 +220,11 @@ def _draw(units: _Units, loss_mask: Array, key: jax.Array, config: CorruptionCon
         masked = loss_mask & (chance < t)
         share = t
     else:
-        wanted = jnp.clip(jnp.ceil(t * units.num_loss_tokens), 1, units.num_loss_tokens)
+        count = units.num_loss_tokens
+        exact = config.mask == "exact"
+        wanted = jnp.clip(jnp.ceil(t * count), 1, count) if exact else jnp.floor(t * count)
         masked = loss_mask & (_rank_in_unit(chance, units, loss_mask) < wanted)
-        share = wanted / jnp.maximum(units.num_loss_tokens, 1)
+        share = wanted / jnp.maximum(count, 1) if exact else t
     if config.weighting == "unit":
         return _Draw(masked, jnp.ones_like(share), jnp.ones_like(share))
     return _Draw(
@@ -199,6 +236,8 @@ def _draw(units: _Units, loss_mask: Array, key: jax.Array, config: CorruptionCon
 
 def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Array:
     """Draws t of each position's unit, float32 [B, L]."""
+    if units.rise_start is not None:
+        return _rising_levels(units, units.rise_start, key, config)
     if config.draw == "stratified":
         offset = jax.random.bits(key, (), jnp.uint32)
         # 24 bits, so that float32 holds the fraction exactly and it stays below 1.
@@ -212,6 +251,45 @@ def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Ar
         uniform = _beta_quantile(uniform, *config.beta)
     low, high = config.range
     return low + (high - low) * uniform
+
+
+def _rising_levels(
+    units: _Units, rise_start: Array, key: jax.Array, config: CorruptionConfig
+) -> Array:
+    """Draws t of each position's block, float32 [B, L], which rises over the blocks from `rise_start` on.
+
+    "chain_uniform": t_max - t of a block is a product of uniforms times the range: one of its own, one of each block of
+    its group before it, and one of the group. "chain_uniform_opt" is without the last. "monotone": see the config.
+    """
+    own_key, first_key = jax.random.split(key)
+    low, high = config.range
+    index = jnp.arange(units.start.shape[1])
+    uniform = jax.random.uniform(own_key, units.start.shape)
+    of_first = jax.random.uniform(first_key, units.start.shape)
+    begins = (index == units.start) & (units.num_loss_tokens > 0)
+    before = jnp.pad(jnp.cumsum(begins, axis=1), [(0, 0), (1, 0)])
+    number = before[:, 1:] - 1 - jnp.take_along_axis(before, rise_start, axis=1)
+    if config.draw == "monotone":
+        rise = jnp.where(begins & (number > 0), uniform, 0)
+        risen = _running(jnp.add, rise, rise_start == index)
+        first = low + (high - low) * jnp.take_along_axis(of_first, rise_start, axis=1)
+        most = jnp.max(jnp.where(begins, number, 0))
+        return first + risen * (high - first) / jnp.maximum(most, 1)
+    left = _running(jnp.multiply, jnp.where(begins, uniform, 1), rise_start == index)
+    if config.draw == "chain_uniform":
+        left *= jnp.take_along_axis(of_first, rise_start, axis=1)
+    return high - (high - low) * left
+
+
+def _running(operation: Callable, x: Array, starts: Array) -> Array:
+    """Reduces x [B, L] along each row up to and with each place, beginning anew where `starts` is set."""
+
+    def combine(before, after):
+        x, starts = before
+        y, starts_again = after
+        return jnp.where(starts_again, y, operation(x, y)), starts | starts_again
+
+    return jax.lax.associative_scan(combine, (x, starts), axis=1)[0]
 
 
 def _beta_quantile(probability: Array, a: float, b: float) -> Array:

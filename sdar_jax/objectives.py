@@ -21,11 +21,15 @@ from sdar_jax import visibility
 from sdar_jax.corruption import CorruptionConfig, corrupt
 from sdar_jax.errors import ConfigError, is_number
 from sdar_jax.experts import RouterSums, balance_loss, max_load, z_loss
+from sdar_jax.groups import GroupConfig, group_starts
 from sdar_jax.losses import TokenScores, linear_cross_entropy, loss_sharding
 from sdar_jax.model import Model, Remat
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.paradigm import Paradigm
 from sdar_jax.visibility import Ranges
+
+# Apart from what the corruption draws with the same key.
+_GROUPS_KEY = 2**31 - 1
 
 
 class Batch(NamedTuple):
@@ -114,6 +118,8 @@ class ObjectiveConfig:
         router_z: coefficient of the router's z-loss.
         confidence_beta: coefficient of CAP's mean entropy where a masked token's first guess is right; 0 is off. For
             models that fill masks.
+        groups: MultiTF (arXiv 2606.29215): blocks see the noisy copy of the blocks before them in their group, as
+            decoding with several open blocks does; None: each block sees clean blocks before it.
     """
 
     corruption: CorruptionConfig = CorruptionConfig()
@@ -121,6 +127,7 @@ class ObjectiveConfig:
     router_balance: float | None = None
     router_z: float = 0.0
     confidence_beta: float = 0.0
+    groups: GroupConfig | None = None
 
     def __post_init__(self):
         if self.normalizer not in ("response", "masked", "weights"):
@@ -131,6 +138,20 @@ class ObjectiveConfig:
             value = getattr(self, name)
             if value is not None and (not is_number(value) or value < 0):
                 raise ConfigError(f"{name} is {value!r}; give a number >= 0")
+        if self.corruption.needs_groups and self.groups is None:
+            raise ConfigError(
+                f"corruption draw {self.corruption.draw!r} rises within groups of blocks and groups is None; give "
+                "groups, or use another draw"
+            )
+        if self.groups is not None and self.corruption.complementary:
+            raise ConfigError(
+                "groups are given and corruption complementary is True; leave one of them out"
+            )
+
+    @property
+    def layouts(self) -> int:
+        """Rows of groups that each row of a batch becomes."""
+        return 1 if self.groups is None else self.groups.views
 
 
 def check_objective(model: ModelConfig) -> None:
@@ -157,6 +178,18 @@ def make_inputs(
     if not paradigm.masks:
         return next_token_inputs(batch)
     origin = origin_of(paradigm, batch)
+    group_start = None
+    if config.groups is not None:
+        check_groups(paradigm)
+        group_start = group_starts(
+            batch.segment_ids,
+            batch.loss_mask,
+            jax.random.fold_in(key, _GROUPS_KEY),
+            config.groups,
+            block_size=paradigm.block_size or 0,
+            origin=origin,
+        )
+        batch, origin = _repeated((batch, origin), config.layouts)
     corrupted = corrupt(
         batch.segment_ids,
         batch.loss_mask,
@@ -164,16 +197,32 @@ def make_inputs(
         config.corruption,
         block_size=model.block_size,
         origin=origin,
+        group_start=group_start,
     )
-    if config.corruption.complementary:
-        batch, origin = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), (batch, origin))
+    batch, origin = _repeated((batch, origin), config.corruption.views)
     noisy_tokens = jnp.where(corrupted.masked, jnp.int32(model.mask_token_id), batch.tokens)
     noisy_tokens = _take(noisy_tokens, batch.noisy_index)
     weights = _take(corrupted.weights, batch.noisy_index)
-    inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin)
+    inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin, group_start)
     return inputs._replace(
         normalizer=_normalizer(inputs.weights, paradigm, batch, config.normalizer)
     )
+
+
+def _repeated[Tree](tree: Tree, times: int) -> Tree:
+    """Repeats each row, its copies one after the other."""
+    return tree if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
+
+
+def check_groups(paradigm: Paradigm) -> None:
+    """Raises ConfigError where a model has no blocks that could be read in groups."""
+    if not paradigm.two_copies:
+        raise ConfigError("groups of blocks are given and the model has no blocks; leave them out")
+    if paradigm.causal_clean:
+        raise ConfigError(
+            "groups of blocks are given and the model's clean positions are causal: it decodes one block after "
+            "another; leave them out"
+        )
 
 
 def check_copies(paradigm: Paradigm, indexed: bool) -> None:
@@ -215,6 +264,7 @@ def diffusion_inputs(
     noisy_tokens: Int[Array, "B N"],
     weights: Float[Array, "B N"],
     origin: Int[Array, "B L"] | None = None,
+    group_start: Int[Array, "B L"] | None = None,
 ) -> LossInputs:
     """Turns a batch and its noisy copy into weighted prediction of what is masked, as the paradigm reads it.
 
@@ -225,6 +275,7 @@ def diffusion_inputs(
         noisy_tokens: int32 [B, N], N = L unless the batch has a noisy_index.
         weights: float32 [B, N], zero where there is no loss.
         origin: where each document's response starts, if blocks are counted from there (`visibility.block_bounds`).
+        group_start: the first position of each position's group of blocks (`visibility.hybrid`); None: no groups.
     """
     segment_ids = batch.segment_ids
     noisy_index = batch.noisy_index
@@ -247,6 +298,7 @@ def diffusion_inputs(
             origin=origin,
             bidirectional_prompt=paradigm.bidirectional_prompt,
             causal_clean=paradigm.causal_clean,
+            group_start=group_start,
         )
     return LossInputs(tokens, positions, ranges, targets, weights, normalizer=weights.sum(axis=1))
 
@@ -402,6 +454,7 @@ def block_diffusion_loss(
     segment_ids: Int[Array | np.ndarray, "B L"] | None = None,
     noisy_index: Int[Array | np.ndarray, "B N"] | None = None,
     loss_mask: Bool[Array | np.ndarray, "B L"] | None = None,
+    group_start: Int[Array | np.ndarray, "B L"] | None = None,
 ) -> Float[Array, ""]:
     """Computes the sum of weights * CE over the hybrid layout (Eq. 7); divide by what you mean to.
 
@@ -414,9 +467,13 @@ def block_diffusion_loss(
         segment_ids: int32 [B, L], > 0 and contiguous in each document, 0 for padding; None: a row is one document.
         noisy_index: int32 [B, N], the clean position of each noisy one, ascending, with -1 (unused) only at the end.
         loss_mask: bool [B, L], the response, for a model whose blocks start at its first token; None: all of it.
+        group_start: int32 [B, L], the row index of the first position of each position's group of blocks, which starts
+            where a block of its document does (MultiTF, arXiv 2606.29215, B.7 to B.9): a noisy block sees the noisy
+            copy of its group up to its own end, and the clean copy of what is before the group. With noisy_index, all
+            blocks of a group have their copies. None: each block is its own group.
 
     Raises:
-        ConfigError: shapes that do not fit, or noisy_index with a paradigm that cannot use it.
+        ConfigError: shapes that do not fit, or noisy_index or group_start with a paradigm that cannot use it.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     noisy_tokens = jnp.asarray(noisy_tokens, jnp.int32)
@@ -433,10 +490,16 @@ def block_diffusion_loss(
             f"noisy_tokens {noisy_tokens.shape} differs from tokens {tokens.shape}; give noisy_index"
         )
     _check_fit("noisy_tokens", noisy_tokens, weights=weights, noisy_index=noisy_index)
+    if group_start is not None:
+        group_start = jnp.asarray(group_start, jnp.int32)
+        _check_fit("tokens", tokens, group_start=group_start)
     paradigm = model.config.with_blocks(block_size)
+    if group_start is not None:
+        check_groups(paradigm)
     batch = Batch(tokens, segment_ids, loss_mask, noisy_index)
     check_copies(paradigm, noisy_index is not None)
-    inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin_of(paradigm, batch))
+    origin = origin_of(paradigm, batch)
+    inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin, group_start)
     loss, _ = weighted_loss(model, inputs)
     return loss
 

@@ -167,32 +167,41 @@ def hybrid(
     origin: Positions | None = None,
     bidirectional_prompt: bool = False,
     causal_clean: bool = False,
+    group_start: Positions | None = None,
 ) -> Ranges:
     """Lays out queries and keys as [noisy | clean], N + L of them (Eq. 7).
 
     A noisy query of block b sees the noisy keys of block b and the clean keys of its document's blocks before b; a
-    clean query sees the clean keys of blocks up to its own, or with `causal_clean` those up to itself.
+    clean query sees the clean keys of blocks up to its own, or with `causal_clean` those up to itself. With groups of
+    blocks (arXiv 2606.29215, B.7 to B.9), a noisy query sees the noisy keys from its group's start to its block's end,
+    and the clean keys before its group.
 
     Args:
         noisy_index: int32 [B, N], the clean position that each noisy one copies, ascending, with -1 (unused) only at
             the end; None: every position has its noisy copy, in place.
         origin, bidirectional_prompt: where blocks start, as for `block_bounds`.
+        group_start: int32 [B, L], the first position of each position's group, where a block of its document starts;
+            None: each block is a group.
     """
     bounds = segments(segment_ids)
     block_start, block_end = block_bounds(
         bounds, block_size, origin, bidirectional_prompt=bidirectional_prompt
     )
     clean_end = block_bounds(bounds, 1)[1] if causal_clean else block_end
+    first = block_start
+    if group_start is not None:
+        # Within the document, whatever stands at padding.
+        first = jnp.clip(group_start, bounds.start, block_start)
     if noisy_index is None:
         noisy_length = segment_ids.shape[1]
-        own_block = (block_start, block_end)
-        before = (bounds.start, block_start)
+        own_group = (first, block_end)
+        before = (bounds.start, first)
     else:
         noisy_length = noisy_index.shape[1]
-        own_block, before = _indexed_noisy(bounds.start, block_start, block_end, noisy_index)
+        own_group, before = _indexed_noisy(bounds.start, first, block_end, noisy_index)
     clean = _one_range(bounds.start + noisy_length, clean_end + noisy_length)
-    start = jnp.stack([own_block[0], before[0] + noisy_length], axis=-1)
-    end = jnp.stack([own_block[1], before[1] + noisy_length], axis=-1)
+    start = jnp.stack([own_group[0], before[0] + noisy_length], axis=-1)
+    end = jnp.stack([own_group[1], before[1] + noisy_length], axis=-1)
     return Ranges(
         jnp.concatenate([start, clean.start], axis=1).astype(jnp.int32),
         jnp.concatenate([end, clean.end], axis=1).astype(jnp.int32),
@@ -203,23 +212,23 @@ Bounds = tuple[Array, Array]
 
 
 def _indexed_noisy(
-    document_start: Array, block_start: Array, block_end: Array, noisy_index: Array
+    document_start: Array, group_start: Array, block_end: Array, noisy_index: Array
 ) -> tuple[Bounds, Bounds]:
     """Finds the ranges of noisy queries among noisy keys, and among clean keys, where some have no copy."""
     length = document_start.shape[1]
     used = noisy_index >= 0
     index = jnp.where(used, noisy_index, 0)
     take = jax.vmap(jnp.take)
-    first = take(block_start, index)
+    first = take(group_start, index)
     last = take(block_end, index)
     # Unused copies sort past every position, so that searching finds only used ones.
     order = jnp.where(used, noisy_index, length)
     find = jax.vmap(jnp.searchsorted)
-    own_block = find(order, first), find(order, last)
+    own_group = find(order, first), find(order, last)
     before = take(document_start, index), first
 
     def hide_unused(bounds: Bounds) -> Bounds:
         empty = jnp.zeros_like(index)
         return jnp.where(used, bounds[0], empty), jnp.where(used, bounds[1], empty)
 
-    return hide_unused(own_block), hide_unused(before)
+    return hide_unused(own_group), hide_unused(before)

@@ -58,6 +58,7 @@ class EvaluateConfig:
         chat_template_kwargs: variables of the chat template, as a JSON object.
         allow_code: run the programs that the model writes, which humaneval and mbpp need: in a child process with
             limits of time, memory and files, and no network. Not a prison: distrusted models belong in a container.
+        window_slots: K, blocks that one forward may read; with an add_threshold below 1, so many are filled at once.
         decoding: how to decode.
     """
 
@@ -78,6 +79,7 @@ class EvaluateConfig:
     plain: bool = False
     chat_template_kwargs: str | None = None
     allow_code: bool = False
+    window_slots: int = 2
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = DecodingFlags()
 
 
@@ -131,6 +133,7 @@ def _run(config: EvaluateConfig) -> int:
             seed=config.seed,
             limit=config.limit,
             batch_size=config.batch_size,
+            window_slots=config.window_slots,
             plain=config.plain,
             chat_template_kwargs=variables,
             allow_code=config.allow_code,

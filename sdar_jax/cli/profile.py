@@ -39,6 +39,7 @@ class ProfileConfig:
         mask_token_id: where the model's config.json has none.
         tensor: devices that share heads, feed-forward width and vocabulary; -1 is all that are here.
         json: print JSON.
+        window_slots: K, blocks that one forward may read; with an add_threshold below 1, so many are filled at once.
         decoding: how to decode.
     """
 
@@ -52,6 +53,7 @@ class ProfileConfig:
     mask_token_id: int | None = None
     tensor: int = 1
     json: bool = False
+    window_slots: int = 2
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = DecodingFlags()
 
 
@@ -86,6 +88,7 @@ def _run(config: ProfileConfig) -> int:
         prompt_length=config.prompt_length,
         new_tokens=config.new_tokens,
         repeats=config.repeats,
+        window_slots=config.window_slots,
     ):
         found.append(dataclasses.asdict(speed))
         if not config.json:

@@ -73,6 +73,7 @@ class SampleConfig:
         dtype: of the weights: auto (bfloat16 on GPU and TPU, float32 on CPU), int8, or a name.
         mask_token_id: where the model's config.json has none.
         tensor: devices that share heads, feed-forward width and vocabulary; -1 is all that are here.
+        window_slots: K, blocks that one forward may read; with an add_threshold below 1, so many are filled at once.
         decoding: how to decode.
     """
 
@@ -95,6 +96,7 @@ class SampleConfig:
     dtype: str = "auto"
     mask_token_id: int | None = None
     tensor: int = 1
+    window_slots: int = 2
     decoding: Annotated[DecodingFlags, tyro.conf.arg(name="")] = DecodingFlags()
 
 
@@ -188,6 +190,7 @@ class Sampler:
             self.model,
             tokenizer=self.tokenizer,
             batch_slots=slots,
+            window_slots=self.config.window_slots,
             max_length=length,
             max_queue=AHEAD * slots,
             steps_per_call=1 if self.config.watch else 8,

@@ -9,7 +9,7 @@ A step reads every open slot of every sequence that can continue, in one forward
 sees the cache, the slots before it and itself, and its keys and values are written to the sequence's pages. Then
 proposals are committed. A slot at the front that was complete before the forward has now left its final keys in the
 pages: it leaves the window. When the last slot is decoded (a share `add_threshold` of it) and there is room, the next
-block opens.
+block opens; before the first forward that is the prompt's part of the first block.
 
 So K = 1 is the plain loop, with one more forward per block to write its keys; with K = 2 the first forward of the next
 block does that (commit fusion); and lower thresholds decode several blocks at once (D2F, arXiv 2508.09192).
@@ -96,7 +96,7 @@ def _placed(state: DecodeState) -> DecodeState:
 def _step(model: Model, config: BufferConfig, state: DecodeState) -> DecodeState:
     decodes, reads = _who_runs(state.batch, config)
     # A sequence that waits opens nothing: its neighbours' prompts must not change when its blocks open.
-    opens = decodes & _wants_block(state.batch, config.block_size)
+    opens = jnp.where(decodes, _blocks_to_open(state.batch, config.block_size), 0)
     batch = state.batch.with_progress(open=state.batch.progress.open + opens)
     window = window_of(batch, config.block_size)
     live = decodes[:, None] & (jnp.arange(window.positions.shape[1]) < batch.progress.open[:, None])
@@ -127,12 +127,22 @@ def _wants_block(batch: SequenceState, size: int) -> Bool[Array, " B"]:
     return has_room & needed & ((progress.open == 0) | follows)
 
 
+def _blocks_to_open(batch: SequenceState, size: int) -> Int[Array, " B"]:
+    """Blocks that open before the next forward: one at most, but before a sequence's first forward two, where the
+    prompt's end alone fills its first block far enough (arXiv 2606.29215, algorithms 4 and 5)."""
+    progress = batch.progress
+    first = _wants_block(batch, size).astype(jnp.int32)
+    begins = (progress.open == 0) & (progress.denoising_forwards + progress.commit_forwards == 0)
+    return first + (begins & _wants_block(batch.with_progress(open=first), size))
+
+
 def _mark_out_of_pages(batch: SequenceState, config: BufferConfig) -> SequenceState:
     if not config.paradigm.cached:
         return batch
     progress = batch.progress
-    block = progress.start + (progress.open + 1) * config.block_size
-    decodes = jnp.where(_wants_block(batch, config.block_size), block, 0)
+    opens = _blocks_to_open(batch, config.block_size)
+    end = progress.start + (progress.open + opens) * config.block_size
+    decodes = jnp.where(opens > 0, end, 0)
     needs = jnp.where(_reads_all(batch, config), decodes, progress.cached + config.prefill_tokens)
     return batch.with_progress(out_of_pages=~progress.done & (needs > batch.inputs.pages_end))
 

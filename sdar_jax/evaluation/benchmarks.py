@@ -93,6 +93,7 @@ def evaluate(
     seed: int = 0,
     limit: int | None = None,
     batch_size: int = 8,
+    window_slots: int = 2,
     plain: bool = False,
     chat_template_kwargs: dict[str, Any] | None = None,
     allow_code: bool = False,
@@ -107,6 +108,7 @@ def evaluate(
         samples: answers to each problem; above 1 `config.temperature` has to be above 0.
         limit: only so many problems of each task, the first ones.
         batch_size: requests decoded at once.
+        window_slots: K, blocks of a request that one forward may read, as of `Engine`.
         plain: problems as text, for a model without a chat template.
         chat_template_kwargs: variables of the chat template.
         allow_code: run what the model writes, where a task asks for that (`evaluation.sandbox`).
@@ -144,7 +146,7 @@ def evaluate(
         ]
         work.append((task, chosen, requests, _Answers(output, task.name)))
     missing = [r for *_, requests, answers in work for r in requests if not answers.has(r)]
-    decode = _decoder(model, tokenizer, config, missing, batch_size)
+    decode = _decoder(model, tokenizer, config, missing, batch_size, window_slots)
     return [
         _run(task, problems, requests, answers, decode, progress, samples, tokenizer)
         for task, problems, requests, answers in work
@@ -202,6 +204,7 @@ def _decoder(
     config: DecodingConfig,
     requests: Sequence[_Request],
     batch_size: int,
+    window_slots: int,
 ) -> Callable[[Sequence[_Request]], Iterator[Completion]]:
     """What decodes requests, in order; an engine that has room for all of them, or batches where nothing is cached."""
     if not requests:
@@ -212,6 +215,7 @@ def _decoder(
         model,
         tokenizer=tokenizer,
         batch_slots=min(batch_size, len(requests)),
+        window_slots=window_slots,
         max_length=max(len(request.ids) + request.max_new_tokens for request in requests),
         max_queue=AHEAD * batch_size,
         block_size=config.block_size,

@@ -54,6 +54,7 @@ class HarnessModel(TemplateLM):
         batch_size: requests decoded or scored at once.
         max_gen_toks: new tokens at most, where a task does not say.
         samples: Monte Carlo samples of the bound.
+        window_slots: K, blocks of a request that one forward may read, as of `Engine`.
         likelihood_block_size: block size of likelihoods; the model's own if None.
         decoding: fields of `DecodingConfig`, such as strategy or confidence_threshold.
     """
@@ -69,6 +70,7 @@ class HarnessModel(TemplateLM):
         device: str | None = None,
         max_gen_toks: int = 256,
         samples: int = 32,
+        window_slots: int = 2,
         likelihood_block_size: int | None = None,
         **decoding: Any,
     ):
@@ -92,6 +94,7 @@ class HarnessModel(TemplateLM):
         self._name = pretrained
         self._encode = Encoder(self.tokenizer)
         self._samples = samples
+        self._window_slots = int(window_slots)
         self._likelihood_block = likelihood_block_size
         self._engine: Engine | None = None
 
@@ -269,6 +272,7 @@ class HarnessModel(TemplateLM):
                 self.model,
                 tokenizer=self.tokenizer,
                 batch_slots=self.batch_size,
+                window_slots=self._window_slots,
                 max_length=min(2 * length, self.max_length),
                 block_size=self.config.block_size,
                 strategies=() if self.config.strategy is None else (self.config.strategy,),

@@ -47,6 +47,7 @@ def profile(
     new_tokens: int = 64,
     repeats: int = 3,
     seed: int = 0,
+    window_slots: int = 2,
 ) -> Iterator[Speed]:
     """Decodes random prompts, each size after the other, and yields what was measured.
 
@@ -59,6 +60,7 @@ def profile(
         prompt_length: of each prompt.
         new_tokens: of each answer; no stop ends it earlier.
         repeats: timed calls, behind one that compiles.
+        window_slots: K, as for `generate`.
 
     Raises:
         ConfigError: numbers below 1, or lengths past the model's context.
@@ -80,13 +82,18 @@ def profile(
         own = replace(config, block_size=size, min_new_tokens=0)
         for batch in batches:
             prompts = [random.choice(known, prompt_length).tolist() for _ in range(batch)]
-            yield _measure(model, own, prompts, new_tokens, repeats)
+            yield _measure(model, own, prompts, new_tokens, repeats, window_slots)
 
 
 def _measure(
-    model: Model, config: DecodingConfig, prompts: list[list[int]], new_tokens: int, repeats: int
+    model: Model,
+    config: DecodingConfig,
+    prompts: list[list[int]],
+    new_tokens: int,
+    repeats: int,
+    window_slots: int,
 ) -> Speed:
-    options: dict[str, Any] = {"stop_token_ids": ()}
+    options: dict[str, Any] = {"stop_token_ids": (), "window_slots": window_slots}
     size = config.resolve_block_size(model.config) if model.config.paradigm.masks else 1
     # A block alone: what prompts and a call cost, and one block's forwards.
     few = min(size, new_tokens)

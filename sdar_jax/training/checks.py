@@ -8,7 +8,7 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.model.axes import check_mesh
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.conversion import with_purpose
-from sdar_jax.objectives import check_copies
+from sdar_jax.objectives import check_copies, check_groups
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm, fills_masks
 from sdar_jax.training.config import InitConfig, TrainConfig
 
@@ -28,6 +28,8 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
             f"block_sizes is {[list(pair) for pair in config.block_sizes]} and the model has no blocks; leave it out"
         )
     check_copies(paradigm, config.data.noisy_length is not None)
+    if config.objective.groups is not None:
+        check_groups(paradigm)
     beta = config.objective.confidence_beta
     if beta and not paradigm.masks:
         raise ConfigError(

@@ -187,3 +187,80 @@ def test_redraws_come_before_force():
         abs((mended > 1).mean() - several)
         < 4 * np.sqrt(several * (1 - several) / len(mended)) + 0.02
     )
+
+
+LONG = 400  # tokens of a block, so that the share masked is its t
+
+
+def shares_of_blocks(config: CorruptionConfig, blocks: int, group: int, seed: int = 0):
+    """The masked share [rows, blocks] of rows of one document, in groups of so many blocks."""
+    rows = 3000
+    ids = jnp.ones((rows, blocks * LONG), jnp.int32)
+    starts = jnp.arange(blocks * LONG) // (group * LONG) * (group * LONG)
+    out = draw(
+        ids,
+        ids > 0,
+        jax.random.key(seed),
+        config,
+        block_size=LONG,
+        group_start=jnp.broadcast_to(starts, ids.shape),
+    )
+    return np.asarray(out.masked).reshape(rows, blocks, LONG).mean(axis=2)
+
+
+@pytest.mark.parametrize(("draw", "before"), [("chain_uniform", 1), ("chain_uniform_opt", 0)])
+def test_noise_of_a_chain(draw, before):
+    """Block j of a group is behind j + 1 uniforms, and the floor: E[t_max - t] halves with each."""
+    low, high = 0.1, 0.9
+    config = CorruptionConfig(
+        level="block", draw=draw, mask="floor", t_min=low, t_max=high, at_least_one=False
+    )
+    shares = shares_of_blocks(config, blocks=5, group=3)
+    for block, place in enumerate([0, 1, 2, 0, 1]):
+        draws = place + 1 + before
+        # The floor takes half a token on average.
+        assert_mean(shares[:, block] + 0.5 / LONG, high - (high - low) / 2**draws, at_most=0.005)
+        # E[(t_max - t)^2] = (t_max - t_min)^2 / 3^draws, as of a product of uniforms.
+        second = (high - shares[:, block] - 0.5 / LONG) ** 2
+        assert_mean(second, (high - low) ** 2 / 3**draws, at_most=0.005)
+    for first, later in [(0, 1), (1, 2), (3, 4)]:
+        assert (shares[:, first] <= shares[:, later]).all()
+    assert np.corrcoef(shares[:, 2], shares[:, 3])[0, 1] < 0.1
+    assert np.corrcoef(shares[:, 1], shares[:, 2])[0, 1] > 0.4
+
+
+def test_monotone_noise():
+    """p_0 = 0.2 + U / 2, then steps of at most (0.7 - p_0) / (N - 1): E[p_j] = p_0 + j (0.7 - p_0) / 2 (N - 1)."""
+    config = CorruptionConfig(
+        level="block", draw="monotone", mask="floor", t_min=0.2, t_max=0.7, at_least_one=False
+    )
+    shares = shares_of_blocks(config, blocks=4, group=4) + 0.5 / LONG
+    for block in range(4):
+        assert_mean(shares[:, block], 0.45 + block * 0.25 / 6, at_most=0.005)
+    steps = np.diff(shares, axis=1)
+    assert (steps >= -1 / LONG).all()
+    assert (steps <= (0.7 - shares[:, :1]) / 3 + 1 / LONG).all()
+
+
+def test_monotone_steps_are_of_the_batch_s_longest_document():
+    ids = jnp.array([[1] * 8 + [0] * 8, [1] * 16])
+    config = CorruptionConfig(
+        level="block", draw="monotone", t_min=0.2, t_max=0.7, at_least_one=False
+    )
+    for seed in range(20):
+        both = draw(ids, ids > 0, jax.random.key(seed), config, block_size=4)
+        weights = np.asarray(both.weights)[0]
+        first, second = (1 / block[block > 0] for block in (weights[:4], weights[4:8]))
+        if len(first) and len(second):
+            assert first[0] <= second[0] <= first[0] + (0.7 - first[0]) / 3 + 1e-6
+
+
+def test_floor_masks_no_block_whole_and_may_mask_none():
+    """k = floor(4 t) of 4 tokens, weight 1 / t: a block is missing as often as t < 1/4."""
+    config = CorruptionConfig(level="block", mask="floor", at_least_one=False)
+    masked, weights = whole_rows(4096, 4, config)
+    counts = masked.sum(axis=1)
+    assert set(counts) == {0, 1, 2, 3}
+    assert_mean((counts == 0).astype(float), (0.25 - 0.001) / 0.999, at_most=0.01)
+    t = 1 / weights[masked]
+    np.testing.assert_array_equal(np.floor(4 * t * (1 + 1e-6)), np.repeat(counts, counts))

@@ -194,9 +194,11 @@ def decode_window(
         stopped = any(
             known[i] and len(prompt) <= i < limit and sequence[i] in stops for i in window
         )
-        follows = not steps or share[len(steps) - 1] >= config.add_threshold and not stopped
-        if len(steps) < slots and follows and start + len(steps) * size < limit:
-            steps.append(0)
+        # Before the first forward the prompt's tail is a block that another may follow.
+        for _ in range(1 if denoising + commits else 2):
+            follows = not steps or share[len(steps) - 1] >= config.add_threshold and not stopped
+            if len(steps) < slots and follows and start + len(steps) * size < limit:
+                steps.append(0)
         complete = [share[j] == 1 for j in range(len(steps))]
         probs = softmax(forward(model, sequence[: start + len(steps) * size], size))
         for j, block in enumerate(blocks[: len(steps)]):
