@@ -100,6 +100,7 @@ def make_batch(
         samples=any(
             _samples(each, size, rule) for each, rule in {*zip(configs, rules, strict=True)}
         ),
+        opens_early=any(each.add_threshold < 1 for each in configs),
         stops_early=False,
     )
     if paradigm.bidirectional_prompt:

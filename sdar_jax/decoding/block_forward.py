@@ -73,6 +73,8 @@ class BufferConfig:
             it hardly does; "fewest" for models so small that compiling takes longer than many widths would save.
         sequences_at_once: sequences that decode in one forward, the first admitted; the others are prefilled and wait
             for a decode slot: one begins when another ends, without waiting for the host. None is all.
+        opens_early: whether any sequence may open two blocks before its first forward, as an `add_threshold` below 1
+            allows; where all begin as one, that forward is compiled for both widths.
         samples: whether any sequence asks for more than the likeliest tokens and their probabilities
             (`proposal.is_plain`); without, the program is much smaller.
         stops_early: whether `advance` returns when, of the sequences at once, an eighth have come to be missing: have
@@ -87,6 +89,7 @@ class BufferConfig:
     decodes_beside_prefill: bool = True
     widths: ForwardWidths = "few"
     sequences_at_once: int | None = None
+    opens_early: bool = True
     samples: bool = True
     stops_early: bool = True
 
@@ -215,7 +218,8 @@ def _slot_widths(batch: int, slots: int, config: BufferConfig) -> tuple[list[int
         widths = _parts_of(most, (4, 8) if config.decodes_beside_prefill else (1, 2, 4, 8))
     # Beside prompts, decoding is as wide as most steps need, or as wide as it can be; or all begin.
     if not config.decodes_beside_prefill:
-        return widths, [batch]
+        both = min(2 * batch, most) if config.opens_early else batch
+        return widths, sorted({batch, both})
     return widths, _parts_of(most, (8,) if config.widths == "fewest" else (6, 8))
 
 

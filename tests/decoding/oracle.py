@@ -54,16 +54,24 @@ def choose(
 ) -> list[int]:
     """Window offsets to commit, greedy: `probs` [S, V], `masked` offsets in ascending order."""
     wanted = n_k(size, config.denoising_steps, config.schedule, step)
+    score, entropy = scores(config, probs)
+    if config.eos_last:
+        score = np.where(np.isin(probs.argmax(-1), stops), -np.inf, score)
+    return pick(config, score, entropy, masked, wanted)
+
+
+def scores(config: DecodingConfig, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What ranks the positions, and their entropy, of `probs` [S, V]."""
     top = np.sort(probs, axis=-1)
     entropy = -np.sum(
         np.where(probs > 0, probs * np.log(np.where(probs > 0, probs, 1)), 0), axis=-1
     )
-    score = {"probability": top[:, -1], "margin": top[:, -1] - top[:, -2], "neg_entropy": -entropy}[
-        config.score
-    ]
-    if config.eos_last:
-        score = np.where(np.isin(probs.argmax(-1), stops), -np.inf, score)
-    return pick(config, score, entropy, masked, wanted)
+    of_name = {
+        "probability": top[:, -1],
+        "margin": top[:, -1] - top[:, -2],
+        "neg_entropy": -entropy,
+    }
+    return of_name[config.score], entropy
 
 
 def pick(config: DecodingConfig, score, entropy, masked: list[int], wanted: int) -> list[int]:
@@ -207,7 +215,8 @@ def decode_window(
             activated = j == 0 or share[j - 1] >= config.activate_threshold
             chosen = choose(config, best, masked, steps[j], size) if masked and activated else []
             if not activated:
-                chosen = [i for i in masked if best[i].max() > config.confidence_threshold]
+                score, _ = scores(config, best)
+                chosen = [i for i in masked if score[i] > config.confidence_threshold]
             for i in chosen:
                 token = int(best[i].argmax())
                 sequence[block[i]], known[block[i]] = token, True

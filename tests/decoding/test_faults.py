@@ -31,7 +31,7 @@ def submit(to: Engine, prompt=(1, 2, 3), new=NEW, stops=NO_STOPS, **options) -> 
 
 
 def wanted(prompt, new=NEW, stops=NO_STOPS) -> list[int]:
-    return alone(tiny_model(), Request(list(prompt), CONFIG, new, stops, 0)).tokens
+    return alone(tiny_model(), Request(list(prompt), CONFIG, new, stops, 0), 1).tokens
 
 
 def idle(of: Engine) -> bool:

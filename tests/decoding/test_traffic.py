@@ -63,11 +63,12 @@ def serve(shape: str, seed: int, count: int, copies: mock.Mock) -> None:
     caller = Caller(served, [random_request(random, model, stems) for _ in range(count)], random)
     with mock.patch.object(model_runner, "copy_page", copies):
         caller.run()
+    slots = SHAPES[shape].get("window_slots", 2)
     for number, (request, completion, told) in enumerate(caller.ended):
-        wanted = alone(model, request)
+        wanted = alone(model, request, slots)
         check(completion, told, wanted)
         if number % 20 == 0:
-            check_oracle(model, request, wanted)
+            check_oracle(model, request, wanted, slots)
     stats = served.stats()
     assert stats.finished == count == len(caller.ended)
     assert stats.queued == stats.running == 0 and stats.pages_available == SHAPES[shape]["pages"]
@@ -84,14 +85,15 @@ def serve(shape: str, seed: int, count: int, copies: mock.Mock) -> None:
     )
 
 
-def check_oracle(model, request: Request, wanted) -> None:
+def check_oracle(model, request: Request, wanted, slots: int) -> None:
     """The decoder in plain Python, which knows no sampling and no penalty."""
     config = request.config
     if config.temperature or config.repetition_penalty != 1 or not request.new:
         return
-    tokens, logprobs, steps, reason, denoising, _ = oracle.decode(
-        model, request.prompt, config, request.new, request.stops
-    )
+    asked = (model, request.prompt, config, request.new, request.stops)
+    early = config.add_threshold < 1
+    found = oracle.decode_window(*asked, slots) if early else oracle.decode(*asked)
+    tokens, logprobs, steps, reason, denoising, _ = found
     assert (wanted.tokens, wanted.steps, wanted.finish_reason) == (tokens, steps, reason)
     assert wanted.denoising_forwards == denoising
     np.testing.assert_allclose(wanted.logprobs, logprobs, rtol=1e-8)

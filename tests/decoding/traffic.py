@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
 
 def random_config(random: np.random.Generator, size: int) -> DecodingConfig:
-    """Any strategy, score, schedule and way to sample; blocks open one after another."""
+    """Any strategy, score, schedule and way to sample; blocks open one after another, or some early."""
     pick = lambda *values: values[int(random.integers(len(values)))]
     return DecodingConfig(
         strategy=pick(*STRATEGIES),
@@ -49,6 +49,8 @@ def random_config(random: np.random.Generator, size: int) -> DecodingConfig:
         top_k=pick(0, 5),
         top_p=pick(1.0, 0.8),
         repetition_penalty=pick(1.0, 1.0, 1.3),
+        add_threshold=pick(1.0, 1.0, 0.0, 0.3, 0.75),
+        activate_threshold=pick(1.0, 0.0, 0.5),
     )
 
 
@@ -71,10 +73,14 @@ def random_request(random: np.random.Generator, model: Model, stems: np.ndarray)
     return Request(prompt, config, new, stops, int(random.integers(0, 1000)))
 
 
-def alone(model: Model, request: Request) -> Completion:
-    """What `generate` gives in a batch of one, block after block, each written by a forward of its own."""
+def alone(model: Model, request: Request, slots: int) -> Completion:
+    """What `generate` gives in a batch of one: with the engine's slots where blocks open early, else block after block,
+    each written by a forward of its own."""
     options = dict(
-        max_new_tokens=request.new, stop_token_ids=request.stops, seed=request.seed, window_slots=1
+        max_new_tokens=request.new,
+        stop_token_ids=request.stops,
+        seed=request.seed,
+        window_slots=1 if request.config.add_threshold == 1 else slots,
     )
     return generate(model, [request.prompt], request.config, **options)[0]
 
