@@ -6,10 +6,12 @@ devices or micro-batches afterwards changes no draw.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax.errors import ConfigError, check_choices, is_number
@@ -18,6 +20,8 @@ from sdar_jax.visibility import block_bounds, segments
 _REDRAWS = 10
 # 2^32 / golden ratio: multiples of it, modulo 2^32, are spread evenly however many are taken.
 _GOLDEN = 2654435769
+
+NoiseRange = tuple[ArrayLike, ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +36,13 @@ class CorruptionConfig:
             "chain_uniform_opt", the first from t_min (MultiTF, arXiv 2606.29215); in a document "monotone", the first t
             uniform, each further one up by at most an equal share of what is left to t_max (D2F, arXiv 2508.09192).
         distribution: distribution of t, before it is scaled to [t_min, t_max]: "uniform" or "beta" (with `beta`).
-        t_min, t_max: the range of t. None is 0 for "exact", and 0.001 for the others, whose weight is 1 / t.
+        t_min, t_max: the range of t. None is 0.001 where a token's weight is 1 / t, for "bernoulli" and "floor", else 0.
         mask: "bernoulli": each token with loss is masked with p = t, weight 1 / p; "exact": k = ceil(t n) of a unit's
             n tokens with loss, weight n / k (the same bound for uniform t in [0, 1], with lower variance); "floor":
             k = floor(t n), weight 1 / t, as MultiTF's released code has it: no unit is masked whole, and what has none
-            masked adds nothing, so that the loss is biased low.
+            masked adds nothing, so that the loss is biased low; "trajectory": of a unit that was committed in n steps
+            the tokens of step floor((1 - t) n) and of later ones, weights as of "exact", which here are no bound. For
+            batches with an `order`.
         weighting: "bound", as above, or "unit": 1 for each masked token, which is a reweighted objective and no bound,
             as is anything but uniform t over the whole range.
         complementary: each row gives a second view that masks exactly what the first left, weight 1 / (1 - p).
@@ -55,7 +61,7 @@ class CorruptionConfig:
     beta: tuple[float, float] = (1.0, 1.0)
     t_min: float | None = None
     t_max: float = 1.0
-    mask: Literal["bernoulli", "exact", "floor"] = "bernoulli"
+    mask: Literal["bernoulli", "exact", "floor", "trajectory"] = "bernoulli"
     weighting: Literal["bound", "unit"] = "bound"
     complementary: bool = False
     at_least_one: bool = True
@@ -67,7 +73,7 @@ class CorruptionConfig:
             raise ConfigError(
                 f"corruption range [{low}, {high}] is not one; give 0 <= t_min <= t_max <= 1, t_max > 0"
             )
-        if self.mask != "exact" and self.weighting == "bound" and low == 0:
+        if self.mask in ("bernoulli", "floor") and self.weighting == "bound" and low == 0:
             raise ConfigError(
                 "corruption t_min is 0, so a weight 1 / t has no bound; use 0.001 or mask='exact'"
             )
@@ -76,13 +82,17 @@ class CorruptionConfig:
                 f"corruption draw {self.draw!r} is of blocks, with a uniform distribution; set level='block' and leave "
                 "distribution out, or use another draw"
             )
+        if self.mask == "trajectory" and self.level == "row":
+            raise ConfigError(
+                "corruption mask 'trajectory' with level 'row': documents of a row were decoded apart; use 'block'"
+            )
         if len(self.beta) != 2 or not all(is_number(x) and x > 0 for x in self.beta):
             raise ConfigError(f"corruption beta is {self.beta}; give two positive numbers")
 
     @property
     def range(self) -> tuple[float, float]:
         """[t_min, t_max] with the default filled in."""
-        default = 0.0 if self.mask == "exact" else 1e-3
+        default = 1e-3 if self.mask in ("bernoulli", "floor") else 0.0
         return (default if self.t_min is None else self.t_min), self.t_max
 
     @property
@@ -121,12 +131,16 @@ class _Units(NamedTuple):
         num_loss_tokens: how many of its tokens have loss.
         stratum: its number among the units of the batch that have such tokens.
         rise_start: where noise starts to rise that rises from unit to unit; else None.
+        stage: of a token with loss, how many different steps of its unit came before the one that committed it.
+        num_stages: how many steps committed the tokens with loss of the unit.
     """
 
     start: Array
     num_loss_tokens: Array
     stratum: Array
-    rise_start: Array | None
+    rise_start: Array | None = None
+    stage: Array | None = None
+    num_stages: Array | None = None
 
 
 class _Draw(NamedTuple):
@@ -144,6 +158,8 @@ def corrupt(
     block_size: int | None,
     origin: Int[Array, "B L"] | None = None,
     group_start: Int[Array, "B L"] | None = None,
+    order: Int[Array, "B L"] | None = None,
+    noise_range: NoiseRange | None = None,
 ) -> Corrupted:
     """Draws what to mask among the tokens with loss of a global batch.
 
@@ -154,15 +170,23 @@ def corrupt(
         block_size: of the blocks that level "block" means.
         origin: where blocks are counted from, as for `visibility.block_bounds`; None: each document's first token.
         group_start: int32 [B, L], the first position of each position's group of blocks, for draws that need groups.
+        order: when each token was committed, for mask "trajectory"; compared within a unit alone.
+        noise_range: of t, in place of the config's; scalars.
 
     Returns:
         B rows, or 2 B with `config.complementary`.
+
+    Raises:
+        ConfigError: mask "trajectory" without an order.
     """
     loss_mask = loss_mask & (segment_ids > 0)
     units = _units(segment_ids, loss_mask, config, block_size, origin, group_start)
-    drawn = _draw(units, loss_mask, jax.random.fold_in(key, 0), config)
+    if config.mask == "trajectory":
+        units = _with_stages(units, loss_mask, order)
+    low_high = config.range if noise_range is None else noise_range
+    drawn = _draw(units, loss_mask, jax.random.fold_in(key, 0), config, low_high)
     if config.at_least_one:
-        drawn = _redraw_empty_rows(drawn, units, loss_mask, key, config)
+        drawn = _redraw_empty_rows(drawn, units, loss_mask, key, config, low_high)
     masked = drawn.masked
     weights = drawn.weights
     if config.complementary:
@@ -198,6 +222,26 @@ def _units(
     return _Units(start, counts, numbered(first & (counts > 0)), rise_start)
 
 
+def _with_stages(units: _Units, loss_mask: Array, order: Array | None) -> _Units:
+    """Numbers the steps of each unit: those in which none of its tokens with loss was committed do not count."""
+    if order is None:
+        raise ConfigError(
+            "corruption mask 'trajectory' and the batch has no order; use sources of format trajectory, or another mask"
+        )
+    take = partial(jnp.take_along_axis, axis=1)
+    # Sorted, a unit stays where it is, as it is contiguous: its tokens with loss come first, by their step.
+    places = jnp.lexsort((order, ~loss_mask, units.start), axis=-1)
+    first = units.start == jnp.arange(order.shape[1])
+    differs = first | (jnp.diff(take(order, places), prepend=0) != 0)
+    new_step = (take(loss_mask, places) & differs).astype(jnp.int32)
+    steps = jnp.cumsum(new_step, axis=1)
+    steps -= take(steps - new_step, units.start)
+    return units._replace(
+        stage=take(steps, jnp.argsort(places, axis=-1)) - 1,
+        num_stages=_sum_in_unit(new_step, units),
+    )
+
+
 def _unit_start(
     segment_ids: Array, index: Array, level: str, block_size: int | None, origin: Array | None
 ) -> Array:
@@ -212,13 +256,22 @@ def _unit_start(
     return start
 
 
-def _draw(units: _Units, loss_mask: Array, key: jax.Array, config: CorruptionConfig) -> _Draw:
+def _draw(
+    units: _Units,
+    loss_mask: Array,
+    key: jax.Array,
+    config: CorruptionConfig,
+    noise_range: NoiseRange,
+) -> _Draw:
     level_key, token_key = jax.random.split(key)
-    t = _noise_levels(units, level_key, config)
+    t = _noise_levels(units, level_key, config, noise_range)
     chance = jax.random.uniform(token_key, loss_mask.shape)
     if config.mask == "bernoulli":
         masked = loss_mask & (chance < t)
         share = t
+    elif config.mask == "trajectory":
+        masked = loss_mask & _is_left_at(t, units)
+        share = _sum_in_unit(masked, units) / jnp.maximum(units.num_loss_tokens, 1)
     else:
         count = units.num_loss_tokens
         exact = config.mask == "exact"
@@ -234,10 +287,28 @@ def _draw(units: _Units, loss_mask: Array, key: jax.Array, config: CorruptionCon
     )
 
 
-def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Array:
+def _is_left_at(t: Array, units: _Units) -> Array:
+    """Returns which tokens step floor((1 - t) n) of their unit's n, or a later one, committed.
+
+    The state behind the last step has no mask, and is not drawn: t = 0 is the last step.
+    """
+    assert units.stage is not None and units.num_stages is not None
+    step = jnp.floor((1 - t) * units.num_stages)
+    return units.stage >= jnp.minimum(step, units.num_stages - 1)
+
+
+def _sum_in_unit(x: Array, units: _Units) -> Array:
+    row = jnp.arange(len(x))[:, None]
+    sums = jnp.zeros(x.shape, jnp.int32).at[row, units.start].add(x.astype(jnp.int32))
+    return jnp.take_along_axis(sums, units.start, axis=1)
+
+
+def _noise_levels(
+    units: _Units, key: jax.Array, config: CorruptionConfig, noise_range: NoiseRange
+) -> Array:
     """Draws t of each position's unit, float32 [B, L]."""
     if units.rise_start is not None:
-        return _rising_levels(units, units.rise_start, key, config)
+        return _rising_levels(units, units.rise_start, key, config, noise_range)
     if config.draw == "stratified":
         offset = jax.random.bits(key, (), jnp.uint32)
         # 24 bits, so that float32 holds the fraction exactly and it stays below 1.
@@ -249,12 +320,16 @@ def _noise_levels(units: _Units, key: jax.Array, config: CorruptionConfig) -> Ar
         )
     if config.distribution == "beta":
         uniform = _beta_quantile(uniform, *config.beta)
-    low, high = config.range
+    low, high = noise_range
     return low + (high - low) * uniform
 
 
 def _rising_levels(
-    units: _Units, rise_start: Array, key: jax.Array, config: CorruptionConfig
+    units: _Units,
+    rise_start: Array,
+    key: jax.Array,
+    config: CorruptionConfig,
+    noise_range: NoiseRange,
 ) -> Array:
     """Draws t of each position's block, float32 [B, L], which rises over the blocks from `rise_start` on.
 
@@ -262,7 +337,7 @@ def _rising_levels(
     its group before it, and one of the group. "chain_uniform_opt" is without the last. "monotone": see the config.
     """
     own_key, first_key = jax.random.split(key)
-    low, high = config.range
+    low, high = noise_range
     index = jnp.arange(units.start.shape[1])
     uniform = jax.random.uniform(own_key, units.start.shape)
     of_first = jax.random.uniform(first_key, units.start.shape)
@@ -314,7 +389,12 @@ def _rank_in_unit(chance: Array, units: _Units, loss_mask: Array) -> Array:
 
 
 def _redraw_empty_rows(
-    drawn: _Draw, units: _Units, loss_mask: Array, key: jax.Array, config: CorruptionConfig
+    drawn: _Draw,
+    units: _Units,
+    loss_mask: Array,
+    key: jax.Array,
+    config: CorruptionConfig,
+    noise_range: NoiseRange,
 ) -> _Draw:
     has_loss = loss_mask.any(axis=1)
 
@@ -327,7 +407,7 @@ def _redraw_empty_rows(
 
     def redraw(carry):
         attempt, drawn = carry
-        fresh = _draw(units, loss_mask, jax.random.fold_in(key, attempt), config)
+        fresh = _draw(units, loss_mask, jax.random.fold_in(key, attempt), config, noise_range)
         again = empty(drawn)[:, None]
         return attempt + 1, jax.tree.map(lambda new, old: jnp.where(again, new, old), fresh, drawn)
 

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import visibility
-from sdar_jax.corruption import CorruptionConfig, corrupt
+from sdar_jax.corruption import CorruptionConfig, NoiseRange, corrupt
 from sdar_jax.errors import ConfigError, is_number
 from sdar_jax.experts import RouterSums, balance_loss, max_load, z_loss
 from sdar_jax.groups import GroupConfig, group_starts
@@ -41,12 +41,15 @@ class Batch(NamedTuple):
         loss_mask: bool [B, L], the tokens that carry loss.
         noisy_index: int32 [B, N] or None: the positions that get a noisy copy: complete blocks, ascending, with -1
             (unused) only at the end.
+        order: int32 [B, L] or None: when a model committed each token, which is compared within a block or a document
+            alone.
     """
 
     tokens: Int[Array, "B L"]
     segment_ids: Int[Array, "B L"]
     loss_mask: Bool[Array, "B L"]
     noisy_index: Int[Array, "B N"] | None = None
+    order: Int[Array, "B L"] | None = None
 
 
 class LossInputs(NamedTuple):
@@ -163,14 +166,21 @@ def check_objective(model: ModelConfig) -> None:
 
 
 def make_inputs(
-    batch: Batch, key: jax.Array, config: ObjectiveConfig, model: ModelConfig
+    batch: Batch,
+    key: jax.Array,
+    config: ObjectiveConfig,
+    model: ModelConfig,
+    *,
+    noise_range: NoiseRange | None = None,
 ) -> LossInputs:
     """Turns a batch into inputs as the model's own paradigm has them (Eq. 3, 5 or 7); `key` draws the corruption.
 
-    Called on the global batch of a step, before it is split into micro-batches.
+    Called on the global batch of a step, before it is split into micro-batches. With `noise_range`, scalars that may
+    change from step to step, in place of that of `config.corruption`.
 
     Raises:
-        ConfigError: the model lacks what its objective needs, or noisy_index is given where it cannot be used.
+        ConfigError: the model lacks what its objective needs, noisy_index is given where it cannot be used, or the
+            batch has no order and the corruption needs one.
     """
     check_objective(model)
     paradigm = model.paradigm
@@ -198,6 +208,8 @@ def make_inputs(
         block_size=model.block_size,
         origin=origin,
         group_start=group_start,
+        order=batch.order,
+        noise_range=noise_range,
     )
     batch, origin = _repeated((batch, origin), config.corruption.views)
     noisy_tokens = jnp.where(corrupted.masked, jnp.int32(model.mask_token_id), batch.tokens)

@@ -17,9 +17,10 @@ class SourceConfig:
     path: str
     """A file, a directory (searched recursively by suffix), a glob, or a data set of the Hugging Face hub as
     hf://OWNER/NAME[@REVISION][/GLOB]. Files may be compressed."""
-    format: Literal["text", "jsonl", "parquet", "chat"]
+    format: Literal["text", "jsonl", "parquet", "chat", "trajectory"]
     """"text" (a document per file, or several split on `separator`), "jsonl" and "parquet" (text in `field`), "chat"
-    (conversations in OpenAI's, ShareGPT's, alpaca's or TRL's form; JSONL or parquet). JSONL may be one JSON list."""
+    (conversations in OpenAI's, ShareGPT's, alpaca's or TRL's form; JSONL or parquet), "trajectory" (answers with the
+    denoising step of each token, as `sample.py --output` writes them). JSONL may be one JSON list."""
     field: str = "text"
     """The text of a jsonl or parquet record; with `prompt_field` set, its response, in "chat" the answer."""
     prompt_field: str | None = None
@@ -33,7 +34,7 @@ class SourceConfig:
     "chat_template_kwargs" override them."""
 
     def __post_init__(self):
-        _check_choice("format", self.format, ("text", "jsonl", "parquet", "chat"))
+        _check_choice("format", self.format, ("text", "jsonl", "parquet", "chat", "trajectory"))
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise ConfigError(
                 f"weight={self.weight} of source {self.path!r}: give a finite number above 0"
@@ -42,9 +43,10 @@ class SourceConfig:
             raise ConfigError(
                 f"separator={self.separator!r} with format={self.format!r}: only text takes one, not empty"
             )
-        if self.format == "text" and (self.field != "text" or self.prompt_field is not None):
+        named = self.field != "text" or self.prompt_field is not None
+        if self.format in ("text", "trajectory") and named:
             raise ConfigError(
-                "field and prompt_field with format='text', which has none; remove them"
+                f"field and prompt_field with format={self.format!r}, which has none; remove them"
             )
         if self.format == "chat" and self.field != "text" and self.prompt_field is None:
             raise ConfigError(
@@ -121,6 +123,10 @@ class DataConfig:
         _check_choice("too_long", self.too_long, ("drop", "cut"))
         _check_choice("on_error", self.on_error, ("fatal", "skip"))
         self._check_noisy_length()
+        if self.has_order and self.loss == "all":
+            raise ConfigError(
+                "loss='all' with format='trajectory': a prompt has no steps to be learned; use loss='response'"
+            )
         if self.batch_size % self.shards:
             raise ConfigError(
                 f"shards={self.shards} does not divide batch_size={self.batch_size}: use a divisor of it"
@@ -129,6 +135,11 @@ class DataConfig:
             raise ConfigError(
                 f"shards={self.shards} with epochs={self.epochs}: streams end apart; leave epochs out"
             )
+
+    @property
+    def has_order(self) -> bool:
+        """Whether batches say when each token was committed."""
+        return any(source.format == "trajectory" for source in self.sources)
 
     def _check_noisy_length(self):
         if self.noisy_length is None or self.noisy_length == self.sequence_length:

@@ -12,7 +12,8 @@ from sdar_jax.data.config import DataConfig, SourceConfig
 from sdar_jax.data.conversation import turns_without_loss
 from sdar_jax.data.record_forms import as_messages
 from sdar_jax.data.sources import Source
-from sdar_jax.data.tokenizer import Encoder
+from sdar_jax.data.tokenizer import Encoder, token_ids
+from sdar_jax.data.trajectory import read_trajectory
 from sdar_jax.errors import DataError
 
 
@@ -26,6 +27,8 @@ class Document:
         loss_mask: bool [n], the tokens that can be corrupted and carry loss.
         noisy: how many noisy positions it takes.
         cut: whether its end was cut off.
+        order: int32 [n], when each token was committed, which grows within a block; -1 for the prompt. None where that
+            is not known.
     """
 
     record_id: int
@@ -33,6 +36,7 @@ class Document:
     loss_mask: Bool[np.ndarray, "n"]
     noisy: int
     cut: bool = False
+    order: Int[np.ndarray, "n"] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -71,6 +75,7 @@ class DocumentMaker:
         self._eos = eos_token_id
         self._starts = np.cumsum([0, *(len(source) for source in sources)])
         self._encoder = Encoder(tokenizer)
+        self._largest_id = token_ids(tokenizer).largest
         chats = [source.config for source in sources if source.config.format == "chat"]
         self._chat = ChatRenderer(tokenizer) if chats else None
         for chat in chats:
@@ -80,9 +85,12 @@ class DocumentMaker:
     def __call__(self, record_id: int) -> Document | Rejection:
         source, k = self._locate(record_id)
         try:
-            pieces = self._pieces(source.config, source.read(k))
-            tokens, loss_mask = self._tokenise(pieces)
-            return self._finish(record_id, tokens, loss_mask)
+            record = source.read(k)
+            if source.config.format == "trajectory":
+                return self._trajectory(record_id, record)
+            tokens, loss_mask = self._tokenise(self._pieces(source.config, record))
+            tokens, loss_mask = self._ended(tokens, loss_mask)
+            return self._fitted(record_id, tokens, loss_mask)
         except DataError as error:
             return Rejection(
                 f"{source.where(k)}: {error}", malformed=not isinstance(error, _TooLong)
@@ -132,25 +140,54 @@ class DocumentMaker:
             raise DataError("no token of it can carry loss; give it a response, or leave it out")
         return tokens, loss_mask
 
-    def _finish(self, record_id: int, tokens: list[int], loss_mask: list[bool]) -> Document:
-        """Ends the document, fills its last block, and cuts it to the row. Raises _TooLong."""
+    def _trajectory(self, record_id: int, record: Any) -> Document:
+        """Makes the document of an answer that knows its steps."""
+        found = read_trajectory(record, self._largest_id)
+        tokens, loss_mask = found.tokens, [step >= 0 for step in found.order]
+        if found.ended:
+            tokens, loss_mask = self._ended(tokens, loss_mask)
+        elif self._config.pad_to_block:
+            # Where an answer was cut off there is no end to learn, and no filling that stands for one.
+            whole = len(tokens) - len(tokens) % self.block_size
+            tokens, loss_mask = tokens[:whole], loss_mask[:whole]
+        if not any(loss_mask):
+            raise DataError(
+                "its answer was cut off within its first block; decode with more max_new_tokens, or leave it out"
+            )
+        # What stands behind the answer is taken as committed last.
+        last = max(found.order) + 1
+        order = (found.order + [last] * len(tokens))[: len(tokens)]
+        return self._fitted(record_id, tokens, loss_mask, np.array(order, np.int32))
+
+    def _ended(self, tokens: list[int], loss_mask: list[bool]) -> tuple[list[int], list[bool]]:
+        """Ends the document, and fills its last block."""
         if tokens[-1] != self._eos:
             tokens = [*tokens, self._eos]
             loss_mask = [*loss_mask, loss_mask[-1]]
         fill = -len(tokens) % self.block_size if self._config.pad_to_block else 0
         fill_has_loss = loss_mask[-1] and self._config.pad_loss
-        ids = np.array(tokens + [self._eos] * fill, np.int32)
-        mask = np.array(loss_mask + [fill_has_loss] * fill, bool)
+        return tokens + [self._eos] * fill, loss_mask + [fill_has_loss] * fill
+
+    def _fitted(
+        self,
+        record_id: int,
+        tokens: list[int],
+        loss_mask: list[bool],
+        order: Int[np.ndarray, "n"] | None = None,
+    ) -> Document:
+        """Makes the document, cut to the row. Raises _TooLong."""
+        ids, mask = np.array(tokens, np.int32), np.array(loss_mask, bool)
         noisy = self._noisy_positions(mask)
         length = self._longest_prefix(noisy, len(ids))
         if length == len(ids):
-            return Document(record_id, ids, mask, len(noisy))
+            return Document(record_id, ids, mask, len(noisy), order=order)
         if self._config.too_long == "drop" or not mask[:length].any():
             raise _TooLong(
                 f"{len(ids)} tokens, {len(noisy)} of them in blocks with loss, do not fit in a row"
             )
         kept = self._noisy_positions(mask[:length])
-        return Document(record_id, ids[:length], mask[:length], len(kept), cut=True)
+        order = None if order is None else order[:length]
+        return Document(record_id, ids[:length], mask[:length], len(kept), cut=True, order=order)
 
     def _noisy_positions(self, loss_mask: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
         return noisy_positions(np.ones(len(loss_mask), np.int32), loss_mask, self.block_size)

@@ -30,6 +30,7 @@ SUFFIXES = {
     "jsonl": [(".jsonl", ".ndjson"), (".json",)],
     "chat": [(".jsonl", ".ndjson"), (".parquet",), (".json",)],
     "parquet": [(".parquet",)],
+    "trajectory": [(".jsonl", ".ndjson"), (".json",)],
 }
 # How a compressed file begins, its name, what reads it, and the command that writes what is in it to standard output.
 COMPRESSED: dict[bytes, tuple[str, Callable[[Path], Any] | None, str]] = {
@@ -195,7 +196,7 @@ def _of_hub(config: SourceConfig) -> Path:
 
 def check_content(path: Path, head: bytes, format: str) -> None:
     """Raises DataError, without saying where, for a file of plainly another kind than `format`; head: its beginning."""
-    if format in ("text", "jsonl") and head.startswith(PARQUET):
+    if format in ("text", "jsonl", "trajectory") and head.startswith(PARQUET):
         raise DataError(
             "a parquet file; a source of format parquet reads it, or of format chat if it is conversations"
         )

@@ -149,6 +149,7 @@ def make_batch(
     record_ids = np.full(shape, -1, np.int32)
     segment_ids = np.zeros(shape, np.int32)
     loss_mask = np.zeros(shape, bool)
+    order = np.full(shape, -1, np.int32)
     for b, row in enumerate(rows):
         end = 0
         for number, piece in enumerate(row, start=1):
@@ -158,6 +159,8 @@ def make_batch(
             target = slice(start, end)
             tokens[b, target] = piece.document.tokens[source]
             loss_mask[b, target] = piece.document.loss_mask[source]
+            if piece.document.order is not None:
+                order[b, target] = piece.document.order[source]
             record_ids[b, target] = piece.document.record_id
             segment_ids[b, target] = number if config.segments == "document" else 1
     batch = {
@@ -166,6 +169,8 @@ def make_batch(
         "loss_mask": loss_mask,
         "record_ids": record_ids,
     }
+    if config.has_order:
+        batch["order"] = order
     if config.noisy_length is not None:
         batch["noisy_index"] = _noisy_index(segment_ids, loss_mask, config.noisy_length, block_size)
     return batch

@@ -60,6 +60,8 @@ def make_dataset(
         record_ids   int32 [B, L]   the record each token came from, -1 in padding; describe() names its file and line
         noisy_index  int32 [B, N]   with noisy_length: ascending positions of every block that holds a token with loss,
                                     then -1; blocks of S are aligned to each segment's first token
+        order        int32 [B, L]   with a source of trajectories: the denoising step that committed each token, of what
+                                    stands behind an answer the one after its last; -1 in prompts and padding
 
     The records are dealt to `shards` streams: stream i of n takes draws i, i + n, ... of one order, and packs the rows
     from batch_size / n * i on. Guarantee: neither a global batch nor the saved position depends on who gives out which

@@ -6,6 +6,7 @@ template, layout. It is complete or absent, and shared by processes and runs.
     index.npy     of each record: where its tokens begin, how many, noisy positions, whether its end was cut
     tokens.bin    int32, all documents one after the other
     masks.bin     uint8, 1 where a token carries loss
+    orders.bin    int32, of trajectories: when each token was committed; empty where there are none
     rejected.json by record id: [reason, malformed] of those that give no document
 """
 
@@ -42,7 +43,7 @@ _FREE = (
     *("sources", "batch_size", "weights", "segments", "shuffle", "seed", "epochs", "on_error"),
     *("num_threads", "shards", "token_cache"),
 )
-_VERSION = 1
+_VERSION = 2
 _CHUNK = 512
 _RECORDS_FOR_PROCESSES = 20_000
 
@@ -58,6 +59,7 @@ class TokenCache:
         self._rejected = {int(record): Rejection(*why) for record, why in rejected.items()}
         self._tokens = _mapped(folder / "tokens.bin", np.dtype("<i4"))
         self._masks = _mapped(folder / "masks.bin", np.dtype("u1"))
+        self._orders = _mapped(folder / "orders.bin", np.dtype("<i4"))
 
     def __call__(self, record_id: int) -> Document | Rejection:
         """The document of a record, or why there is none; safe to call from several threads."""
@@ -66,8 +68,9 @@ class TokenCache:
             return self._rejected[record_id]
         part = slice(int(found["start"]), int(found["start"]) + int(found["length"]))
         mask = self._masks[part].view(bool)
+        order = self._orders[part] if len(self._orders) else None
         return Document(
-            record_id, self._tokens[part], mask, int(found["noisy"]), bool(found["cut"])
+            record_id, self._tokens[part], mask, int(found["noisy"]), bool(found["cut"]), order
         )
 
     def where(self, record_id: int) -> str:
@@ -163,7 +166,11 @@ def _make(
         index = np.zeros(count, _INDEX)
         rejected, start = {}, 0
         made = _outcomes(config, tokenizer, maker, eos_token_id, count)
-        with (new / "tokens.bin").open("wb") as tokens, (new / "masks.bin").open("wb") as masks:
+        with (
+            (new / "tokens.bin").open("wb") as tokens,
+            (new / "masks.bin").open("wb") as masks,
+            (new / "orders.bin").open("wb") as orders,
+        ):
             for record, outcome in enumerate(made):
                 if isinstance(outcome, Rejection):
                     rejected[record] = (outcome.reason, outcome.malformed)
@@ -172,6 +179,10 @@ def _make(
                 start += len(outcome)
                 tokens.write(outcome.tokens.astype("<i4").tobytes())
                 masks.write(outcome.loss_mask.astype("u1").tobytes())
+                if config.has_order:
+                    none = np.full(len(outcome), -1)
+                    order = none if outcome.order is None else outcome.order
+                    orders.write(order.astype("<i4").tobytes())
         np.save(new / "index.npy", index)
         (new / "rejected.json").write_text(json.dumps(rejected), encoding="utf-8")
         os.replace(new, folder)

@@ -30,10 +30,12 @@ def completion(
     text = None
     reason: FinishReason = "error" if progress.failed else "stop" if progress.stopped else "length"
     stop: int | str | None = int(output.tokens[int(progress.end)]) if progress.stopped else None
+    stop_step = int(output.step[int(progress.end)]) if progress.stopped else None
     if tokenizer is not None:
         text = tokenizer.decode(tokens)
         if found := find_stop(tokens, stop_strings, tokenizer.decode):
             tokens, text, reason, stop = tokens[: found.count], found.text, "stop", found.string
+            stop_step = None
     places = slice(start, start + len(tokens))
     return Completion(
         tokens=tokens,
@@ -46,4 +48,5 @@ def completion(
         prefill_forwards=int(progress.prefill_forwards),
         stop_reason=stop,
         top_logprobs=top_logprobs(sequence, places),
+        stop_step=stop_step,
     )

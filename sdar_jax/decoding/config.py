@@ -264,6 +264,7 @@ class Completion(NamedTuple):
         stop_reason: the stop token or the stop string that ended it, where one did.
         top_logprobs: of each token, the likeliest there and their log-probabilities, largest first, if asked for.
         prompt_logprobs: of each prompt token given those before it, None for the first, if asked for.
+        stop_step: the denoising forward that committed the stop token, which `steps` does not hold; else None.
     """
 
     tokens: list[int]
@@ -277,6 +278,7 @@ class Completion(NamedTuple):
     stop_reason: int | str | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
     prompt_logprobs: list[float | None] | None = None
+    stop_step: int | None = None
 
     @property
     def tokens_per_forward(self) -> float:
