@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax.errors import ConfigError, check_choices, is_number
@@ -21,7 +20,7 @@ _REDRAWS = 10
 # 2^32 / golden ratio: multiples of it, modulo 2^32, are spread evenly however many are taken.
 _GOLDEN = 2654435769
 
-NoiseRange = tuple[ArrayLike, ArrayLike]
+NoiseRange = tuple[Array | float, Array | float]
 
 
 @dataclasses.dataclass(frozen=True)

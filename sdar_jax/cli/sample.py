@@ -7,9 +7,9 @@
     sdar-jax sample --model DIR --prompt-ids 5,9,12 --json
 
 An input line is {"prompt": text}, {"prompt_ids": [ids]} or {"messages": [...]}, with "max_new_tokens" and "seed" of its
-own if it has them; what else it holds is copied to the output line. Lines that the output file already holds are not
-decoded again, so an interrupted run resumes, with the same results. OUTPUT.settings.json says what made them: another
-model or other settings are refused. Speeds go to stderr; they do not count compilation.
+own if it has them; what else it holds is copied to the output line, which has "prompt_ids" too. Lines that the output
+file already holds are not decoded again, so an interrupted run resumes, with the same results. OUTPUT.settings.json
+says what made them: another model or other settings are refused. Speeds go to stderr; they do not count compilation.
 """
 
 import dataclasses
@@ -398,8 +398,10 @@ def sample_file(config: SampleConfig) -> None:
     if requests:
         sampler.prepare(slots, max(request.length for request in requests))
     with config.output.open("a", encoding="utf-8") as file, timed(sampler.engine, slots) as done:
-        for record, completion in zip(records, sampler.answers(requests), strict=True):
-            file.write(json.dumps({**record, **as_record(completion)}, ensure_ascii=False) + "\n")
+        answers = zip(records, requests, sampler.answers(requests), strict=True)
+        for record, request, completion in answers:
+            line = {"prompt_ids": request.ids, **record, **as_record(completion)}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             done.append(completion)
             print(f"{first + len(done)}/{first + len(records)}", file=sys.stderr)

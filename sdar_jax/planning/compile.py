@@ -135,6 +135,7 @@ def _abstract_batch(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Batc
         segment_ids=like(data.sequence_length, jnp.int32),
         loss_mask=like(data.sequence_length, jnp.bool_),
         noisy_index=None if data.noisy_length is None else like(data.noisy_length, jnp.int32),
+        order=like(data.sequence_length, jnp.int32) if data.has_order else None,
     )
 
 

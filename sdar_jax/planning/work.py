@@ -85,7 +85,9 @@ def _drawn_inputs(config: TrainConfig, model: ModelConfig, rows: int) -> tuple[L
         noisy_index = jnp.broadcast_to(
             jnp.arange(config.data.noisy_length, dtype=jnp.int32), (rows, config.data.noisy_length)
         )
-    batch = Batch(tokens=ones, segment_ids=ones, loss_mask=ones > 0, noisy_index=noisy_index)
+    # As if committed from left to right: any order leaves as many masks.
+    order = jnp.cumsum(ones, axis=1) if config.data.has_order else None
+    batch = Batch(ones, segment_ids=ones, loss_mask=ones > 0, noisy_index=noisy_index, order=order)
     make = jax.jit(partial(make_inputs, config=config.objective, model=model))
     draws = [make(batch, jax.random.key(draw)) for draw in range(_DRAWS)]
     shares = [float((inputs.weights != 0).mean()) for inputs in draws]

@@ -17,6 +17,7 @@ _DTYPES = {
     "segment_ids": np.int32,
     "loss_mask": np.bool_,
     "noisy_index": np.int32,
+    "order": np.int32,
 }
 
 
@@ -100,6 +101,8 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
         if noisy is not None:
             shapes["noisy_index"] = (rows, noisy)
         where = f"batch {self._used} of data"
+        if "order" in batch:
+            shapes["order"] = shape
         if absent := [name for name in shapes if name not in batch]:
             raise DataError(f"{where} lacks {', '.join(absent)}; give arrays of these names")
         if noisy is None and "noisy_index" in batch:
@@ -114,6 +117,10 @@ class GivenBatches(Iterator[dict[str, np.ndarray]]):
         if wrong.any():
             raise DataError(
                 f"{where} holds token {tokens[wrong][0]}; the vocabulary is 0 to {self._vocab_size - 1}"
+            )
+        if "order" in batch and (checked["loss_mask"] & (checked["order"] < 0)).any():
+            raise DataError(
+                f"{where} has a token with loss and an order below 0; give the step that committed it"
             )
         return checked | {"record_ids": np.full(1, self._used)}
 

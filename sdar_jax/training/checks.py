@@ -35,6 +35,7 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
         raise ConfigError(
             f"objective.confidence_beta is {beta} and the model autoregressive, which fills no masks; leave it out"
         )
+    _check_order(config, paradigm)
     if config.eval is not None and "position" in config.eval.by and not paradigm.two_copies:
         raise ConfigError("eval.by has position and the model has no blocks; leave it out")
     noisy = config.data.noisy_length or length
@@ -42,6 +43,18 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
     check_mesh(
         mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths
     )
+
+
+def _check_order(config: TrainConfig, paradigm: Paradigm) -> None:
+    """Raises ConfigError where masks follow an order that some of the data does not have."""
+    if config.objective.corruption.mask != "trajectory" or not paradigm.masks:
+        return
+    for source in config.data.sources:
+        if source.format != "trajectory":
+            raise ConfigError(
+                f"objective.corruption.mask is trajectory and {source.path} of format {source.format}, which has no "
+                "order; give sources of format trajectory alone, or another mask"
+            )
 
 
 def check_phases_reached(config: TrainConfig) -> None:

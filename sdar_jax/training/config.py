@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from sdar_jax.adapters.config import LoraConfig
+from sdar_jax.corruption import CorruptionConfig
 from sdar_jax.data import DataConfig
 from sdar_jax.devices.sharding import MeshConfig
 from sdar_jax.errors import ConfigError, is_int, is_number, require
@@ -149,6 +150,30 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class NoiseRampConfig:
+    """A range of noise levels that moves in a straight line: from that of `objective.corruption`, in the first step."""
+
+    t_min: float | None = None
+    """Where corruption.t_min ends; None leaves it where it is."""
+    t_max: float | None = None
+    """Where corruption.t_max ends; None leaves it where it is."""
+    steps: float | int | None = None
+    """The step that is the first of that range: a share of all steps if below 1, else its number. None: the last."""
+
+    def __post_init__(self):
+        steps = self.steps
+        good = steps is None or (
+            is_number(steps) and steps > 0 and (steps < 1 or steps == int(steps))
+        )
+        require("noise_ramp.steps", steps, good, "a share of the steps in (0, 1) or a whole number")
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is a ramp."""
+        return self.t_min is not None or self.t_max is not None
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Saved states of the run, from which it resumes by itself."""
 
@@ -188,6 +213,8 @@ class TrainConfig:
     """A schedule of the block size, in place of model.block_size: pairs of the steps before it (a share of all steps
     if below 1) and a block size, as [[0, 4], [0.5, 8], [0.8, 16]]. Rows are laid out for the largest, which the others
     divide."""
+    noise_ramp: NoiseRampConfig = NoiseRampConfig()
+    """A curriculum of noise: where the range of noise levels moves to over the run; by default it stays."""
     lora: LoraConfig | None = None
     """Train low-rank matrices beside frozen weights; None trains the weights. run_dir/adapter then has them in PEFT's
     files, and run_dir/model the weights with them merged in."""
@@ -236,6 +263,7 @@ class TrainConfig:
         divides = micro is None or (micro >= 1 and batch % micro == 0)
         require("micro_batch_size", micro, divides, f"a divisor of data.batch_size, {batch}")
         self._check_block_sizes()
+        _ = self.final_corruption
         if self.steps is not None:
             self._check_schedule(self.steps)
 
@@ -261,6 +289,17 @@ class TrainConfig:
     def has_final_blocks(self, step: int) -> bool:
         """Returns whether a step has the block size of the last one."""
         return self.block_size_at(step) == self.block_size_at(self.total_steps)
+
+    @property
+    def final_corruption(self) -> CorruptionConfig:
+        """`objective.corruption` with the range of noise levels that `noise_ramp` ends at.
+
+        Raises ConfigError where that is none.
+        """
+        ramp = self.noise_ramp or NoiseRampConfig()
+        ends = {"t_min": ramp.t_min, "t_max": ramp.t_max}
+        given = {name: value for name, value in ends.items() if value is not None}
+        return replace(self.objective.corruption, **given)
 
     @property
     def layout_model(self) -> InitConfig:

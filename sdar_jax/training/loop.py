@@ -38,6 +38,7 @@ from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.config_io import to_values
 from sdar_jax.training.extensions import Callback, Evaluator, Extensions, TrainingObjective
+from sdar_jax.training.noise_ramp import noise_schedule
 from sdar_jax.training.resume import (
     check_extensions,
     check_same_for_all,
@@ -98,7 +99,8 @@ def train(
     Args:
         data: batches in place of `config.data.sources`, which is then empty: dicts of `tokens` int32 [B, L],
             `segment_ids` int32 [B, L] (> 0 and contiguous a document, 0 for padding), `loss_mask` bool [B, L] (the
-            tokens with loss), and with noisy_length `noisy_index` int32 [B, N]; B and L as `config.data` says. An
+            tokens with loss), with noisy_length `noisy_index` int32 [B, N], and `order` int32 [B, L] (when each token
+            was committed) where masks follow it; B and L as `config.data` says. An
             iterator with `get_state` and `set_state` is resumed by them; of any other, a run that resumes draws again
             the batches that it had used, and leaves them out.
         evaluators: (model, step) -> named numbers, which are logged as "eval_" + name. Called each `config.eval.every`
@@ -295,6 +297,7 @@ class _Loop:
         self._setup = setup
         self._state = setup.state
         self._steps = self._config.total_steps
+        self._noise_range = noise_schedule(self._config)
         # By block size; compiled where each is called first.
         self._compiled: dict[int | None, jax.stages.Wrapped] = {}
         self._trackers = trackers
@@ -441,6 +444,9 @@ class _Loop:
             line = meter.line()
             if self._config.block_sizes:
                 line["block_size"] = self._config.block_size_at(unread.step)
+            if self._noise_range is not None:
+                low, high = self._noise_range(unread.step)
+                line |= {"t_min": float(low), "t_max": float(high)}
             self._trackers.train(unread.step, line)
             if self._extensions.callbacks:
                 self._call_back(unread.step, line)

@@ -16,6 +16,7 @@ from sdar_jax.training.checkpoint import HostState
 from sdar_jax.training.config import OptimizerConfig, TrainConfig, whole_steps
 from sdar_jax.training.config_io import from_values, to_values
 from sdar_jax.training.extensions import Extensions
+from sdar_jax.training.noise_ramp import noise_schedule
 from sdar_jax.training.optimizer import learning_rate
 from sdar_jax.training.run_dir import model_path, write_file
 
@@ -39,10 +40,11 @@ _FREE = (
     "epochs",
     "export_dtype",
 )
-# These set the learning rate and the block size of each step, which `check_schedule` compares.
+# These set the learning rate, the block size and the noise of each step, which `check_schedule` compares.
 _SCHEDULE = (
     "steps",
     "block_sizes",
+    "noise_ramp.",
     "optimizer.schedule",
     "optimizer.warmup",
     "optimizer.decay",
@@ -66,8 +68,8 @@ def check_unchanged(saved: dict[str, Any], config: TrainConfig) -> None:
 
 
 def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> None:
-    """Checks that the `done` steps of a run would have had the same learning rates and block sizes under `config`, with
-    its steps.
+    """Checks that the `done` steps of a run would have had the same learning rates, block sizes and noise under
+    `config`, with its steps.
 
     So a run may be given more steps, or another end of its schedule, as long as nothing in the past would be different.
     It may also end where it is, with `steps` equal to `done`: nothing is left to learn then.
@@ -82,6 +84,7 @@ def check_schedule(saved: dict[str, Any], config: TrainConfig, done: int) -> Non
             f"steps is {steps} and {config.run_dir} at step {done}; give {done} to end it there, or more"
         )
     _check_block_sizes(before, config, done)
+    _check_noise(before, config, done)
     if _same_rates(before.optimizer, before.total_steps, config.optimizer, steps, done):
         return
     differences = _differences(to_values(before), config, "was {}, is {}")
@@ -123,6 +126,25 @@ def _check_block_sizes(before: TrainConfig, config: TrainConfig, done: int) -> N
         )
 
 
+def _check_noise(before: TrainConfig, config: TrainConfig, done: int) -> None:
+    """Raises ConfigError where the steps done would have had another range of noise levels."""
+
+    def past(each: TrainConfig) -> np.ndarray:
+        found = noise_schedule(each)
+        steps = np.arange(1, done + 1)
+        low, high = each.objective.corruption.range if found is None else found(steps)
+        return np.stack([np.broadcast_to(low, done), np.broadcast_to(high, done)])
+
+    if np.allclose(past(before), past(config), rtol=1e-6, atol=0):
+        return
+    was, now = (to_values(each.noise_ramp) for each in (before, config))
+    raise ConfigError(
+        f"{config.run_dir} was started otherwise: noise_ramp was {was} over {before.total_steps} steps, is {now} over "
+        f"{config.total_steps}, with which its {done} steps would have had other noise; restore these, or use a new "
+        "run_dir"
+    )
+
+
 def _same_rates(
     one: OptimizerConfig, one_steps: int, other: OptimizerConfig, other_steps: int, done: int
 ) -> bool:
@@ -141,6 +163,10 @@ def check_extensions(config: TrainConfig, extensions: Extensions) -> None:
     if extensions.data is not None and config.data.sources:
         raise ConfigError(
             "data is given and data.sources not empty; give one of them: set data.sources to ()"
+        )
+    if extensions.objective is not None and config.noise_ramp.moves:
+        raise ConfigError(
+            "noise_ramp is given and an objective of one's own, which draws its own noise; leave noise_ramp out"
         )
     if extensions.data is not None and config.steps is None:
         raise ConfigError(

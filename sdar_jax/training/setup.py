@@ -48,6 +48,7 @@ from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.config_io import from_values
 from sdar_jax.training.data_files import Fingerprint, fingerprint, report_changes
 from sdar_jax.training.extensions import Extensions, TrainingObjective
+from sdar_jax.training.noise_ramp import noise_schedule
 from sdar_jax.training.optimizer import Weights, adamw, learning_rate
 from sdar_jax.training.resume import check_same_extensions, check_schedule
 from sdar_jax.training.step import (
@@ -236,21 +237,22 @@ def configured_step(
     counts = config.objective.confidence_beta and not own_loss
     batch_size = config.data.batch_size
     return make_step(
-        lambda batch, key: inputs_of(batch, key, model),
+        lambda batch, key, **moving: inputs_of(batch, key, model, **moving),
         partial(loss, remat=config.remat, compute_dtype=dtype),
         rebuild,
         adamw(config.optimizer),
         learning_rate(config.optimizer, config.total_steps),
         count_correct=partial(count_correct, compute_dtype=dtype) if counts else None,
+        noise_schedule=noise_schedule(config),
         micro_batches=batch_size // (config.micro_batch_size or batch_size),
         ema_decay=config.ema_decay,
     )
 
 
 def _configured_inputs(
-    config: TrainConfig, batch: Batch, key: jax.Array, model: ModelConfig
+    config: TrainConfig, batch: Batch, key: jax.Array, model: ModelConfig, **moving: Any
 ) -> LossInputs:
-    return make_inputs(batch, key, config.objective, model)
+    return make_inputs(batch, key, config.objective, model, **moving)
 
 
 def _split(

@@ -16,6 +16,7 @@ from sdar_jax.model import Model
 from sdar_jax.model.axes import constrain_weights
 from sdar_jax.objectives import Batch, LossInputs, LossMetrics, StepTotals
 from sdar_jax.training.flops import TokenCounts, count_tokens
+from sdar_jax.training.noise_ramp import NoiseSchedule
 from sdar_jax.training.optimizer import Weights
 
 
@@ -60,7 +61,7 @@ class StepMetrics(NamedTuple):
 
 
 Rebuild = Callable[[Weights], Model]
-MakeInputs = Callable[[Batch, jax.Array], LossInputs]
+MakeInputs = Callable[..., LossInputs]
 Loss = Callable[..., tuple[Float[Array, ""], LossMetrics]]
 CountCorrect = Callable[[Model, LossInputs], Int[Array, ""]]
 
@@ -109,6 +110,7 @@ def make_step(
     learning_rate: optax.Schedule,
     *,
     count_correct: CountCorrect | None = None,
+    noise_schedule: NoiseSchedule | None = None,
     micro_batches: int = 1,
     ema_decay: float | None = None,
 ) -> jax.stages.Wrapped:
@@ -124,7 +126,8 @@ def make_step(
     optimiser and average stay as they were and only `step` advances.
 
     Args:
-        make_inputs: (batch, key) -> what the network reads and predicts; the key differs from step to step.
+        make_inputs: (batch, key) -> what the network reads and predicts; the key differs from step to step. With
+            `noise_schedule`, (batch, key, noise_range=...).
         loss: (model, inputs) -> the weighted sum, which is divided by the sum of `inputs.normalizer`, and its metrics.
             With `count_correct`, of one micro-batch of several, (model, inputs, totals=StepTotals(...)).
         rebuild: weights by name, frozen ones included -> the model.
@@ -132,6 +135,7 @@ def make_step(
         learning_rate: of each step, counted from 1.
         count_correct: for a loss that is a mean over right guesses too: their number in a micro-batch, which takes one
             more forward of each where there are several. None: the loss does not ask.
+        noise_schedule: the range of noise levels of each step, counted from 1; None where that is always the same.
         micro_batches: equal parts of the batch that are computed one after the other.
         ema_decay: of the moving average; None where the state has none.
     """
@@ -142,7 +146,8 @@ def make_step(
         frozen: Weights = {},  # noqa: B006 (never changed)
     ) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        inputs = make_inputs(batch, key)
+        moving = {} if noise_schedule is None else {"noise_range": noise_schedule(state.step + 1)}
+        inputs = make_inputs(batch, key, **moving)
 
         normalizer = inputs.normalizer.sum()
         parts = jax.tree.map(lambda x: _sliced(x, micro_batches), inputs)

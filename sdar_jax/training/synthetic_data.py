@@ -79,6 +79,8 @@ def _record(source: SourceConfig, draw: random.Random, length: int) -> Record:
     def text(most: int) -> str:
         return " ".join(draw.choices(_WORDS, k=draw.randint(3, most)))
 
+    if source.format == "trajectory":
+        return _answer(draw, length)
     question = text(8)
     # A word has six bytes or so with its space.
     answer = text(max(4, length // 5))
@@ -93,6 +95,17 @@ def _record(source: SourceConfig, draw: random.Random, length: int) -> Record:
         "messages": [
             {"role": roles[i % 2], "content": content} for i, content in enumerate(contents)
         ]
+    }
+
+
+def _answer(draw: random.Random, length: int) -> Record:
+    """Makes an answer of bytes, committed one after the other from somewhere."""
+    ids = range(len(_SPECIAL), len(_SPECIAL) + len(pre_tokenizers.ByteLevel.alphabet()))
+    count = draw.randint(1, length)
+    return {
+        "prompt_ids": draw.choices(ids, k=draw.randint(1, 8)),
+        "tokens": draw.choices(ids, k=count),
+        "steps": draw.sample(range(count), count),
     }
 
 

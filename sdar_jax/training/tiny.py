@@ -23,7 +23,7 @@ from sdar_jax.evaluation.config import EvalConfig
 from sdar_jax.hf.pretrained import save_pretrained
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
+from sdar_jax.training.config import InitConfig, NoiseRampConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.config_io import from_values, to_values
 from sdar_jax.training.resolve_model import starting_shape, trained_shape
 from sdar_jax.training.synthetic_data import write_source, write_tokenizer
@@ -79,6 +79,7 @@ def _shrink(config: TrainConfig) -> TrainConfig:
         epochs=None,
         model=_model(config, inputs),
         block_sizes=_block_sizes(config, steps),
+        noise_ramp=_noise_ramp(config, steps),
         data=_data(config.data, rows * parts, block_size, inputs / "data"),
         optimizer=_optimizer(config.optimizer, config.steps or math.inf, steps),
         checkpoint=replace(config.checkpoint, every=2),
@@ -193,6 +194,16 @@ def _block_sizes(config: TrainConfig, steps: int) -> tuple[tuple[float | int, in
         pairs.append((begun, size))
         first = begun + 1
     return tuple(pairs)
+
+
+def _noise_ramp(config: TrainConfig, steps: int) -> NoiseRampConfig:
+    """Keeps the share of the steps that the ramp takes."""
+    amount = config.noise_ramp.steps
+    if amount is None or amount < 1:
+        return config.noise_ramp
+    return replace(
+        config.noise_ramp, steps=max(1, int(amount / (config.steps or math.inf) * steps))
+    )
 
 
 def _mesh(config: MeshConfig, devices: int) -> MeshConfig:

@@ -58,17 +58,15 @@ def test_consecutive_states_differ_by_what_a_step_committed():
     segment_ids, loss_mask = np.ones_like(order), order >= 0
     policy = CorruptionConfig(mask="trajectory", level="block")
 
-    @jax.jit
-    def state(t: jax.Array) -> jax.Array:
-        key = jax.random.key(0)
-        options = {"block_size": 4, "order": order, "noise_range": (t, t)}
-        return corrupt(segment_ids, loss_mask, key, policy, **options).masked[0]
+    def state(t: float) -> np.ndarray:
+        key, options = jax.random.key(0), {"block_size": 4, "order": order, "noise_range": (t, t)}
+        return np.asarray(draw(segment_ids, loss_mask, key, policy, **options).masked[0])
 
     # Blocks of 2, 3 and 4 steps; the levels of each stage of each.
     for first, count, steps in ((2, 2, [0, 3]), (4, 4, [5, 7, 9]), (8, 4, [10, 11, 12, 13])):
         block = slice(first, first + count)
         stages = [state(1 - m / len(steps) - 1e-3 * (m > 0)) for m in range(len(steps))]
-        states = [np.asarray(stage)[block] for stage in stages] + [np.zeros(count, bool)]
+        states = [stage[block] for stage in stages] + [np.zeros(count, bool)]
         assert states[0].all()
         for m, step in enumerate(steps):
             np.testing.assert_array_equal(states[m] ^ states[m + 1], order[0, block] == step)
