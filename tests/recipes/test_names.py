@@ -22,7 +22,7 @@ def elsewhere(in_repository, tmp_path, monkeypatch) -> Path:
 
 def test_names():
     demo = [f"demo/{path.stem}" for path in sorted((CONFIGS / "demo").glob("*.yaml"))]
-    own = ["lora/8b_sft", "quickstart/smollm2_lora"]
+    own = ["lora/8b_sft", "multiblock/8b_d3llm", "quickstart/smollm2_lora"]
     assert list(recipe_names()) == [*demo, *own, *RECIPES]
 
 

@@ -234,7 +234,13 @@ IN_CI = {"study2/8b_cpt", "study2/1.7b_sft", "study2/30b-a3b_cpt"}
     "recipe",
     [
         pytest.param(name, marks=[pytest.mark.ci] * (name in IN_CI))
-        for name in ["demo/pretrain", "demo/block4_sft", "lora/8b_sft", *RECIPES]
+        for name in [
+            "demo/pretrain",
+            "demo/block4_sft",
+            "lora/8b_sft",
+            "multiblock/8b_d3llm",
+            *RECIPES,
+        ]
     ],
 )
 def test_every_recipe_runs(recipe, tmp_path):
