@@ -35,6 +35,10 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
         raise ConfigError(
             f"objective.confidence_beta is {beta} and the model autoregressive, which fills no masks; leave it out"
         )
+    if config.noise_ramp.moves and not paradigm.masks:
+        raise ConfigError(
+            "noise_ramp is given and the model autoregressive, which fills no masks; leave it out"
+        )
     _check_order(config, paradigm)
     if config.eval is not None and "position" in config.eval.by and not paradigm.two_copies:
         raise ConfigError("eval.by has position and the model has no blocks; leave it out")

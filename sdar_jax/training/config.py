@@ -158,7 +158,7 @@ class NoiseRampConfig:
     t_max: float | None = None
     """Where corruption.t_max ends; None leaves it where it is."""
     steps: float | int | None = None
-    """The step that is the first of that range: a share of all steps if below 1, else its number. None: the last."""
+    """From which step on the range is there: a share of all steps if below 1, else its number. None: the last."""
 
     def __post_init__(self):
         steps = self.steps
@@ -166,6 +166,10 @@ class NoiseRampConfig:
             is_number(steps) and steps > 0 and (steps < 1 or steps == int(steps))
         )
         require("noise_ramp.steps", steps, good, "a share of the steps in (0, 1) or a whole number")
+        if steps is not None and not self.moves:
+            raise ConfigError(
+                f"noise_ramp.steps is {steps} and nothing moves; give noise_ramp.t_min or t_max, or leave it out"
+            )
 
     @property
     def moves(self) -> bool:
@@ -296,8 +300,7 @@ class TrainConfig:
 
         Raises ConfigError where that is none.
         """
-        ramp = self.noise_ramp or NoiseRampConfig()
-        ends = {"t_min": ramp.t_min, "t_max": ramp.t_max}
+        ends = {"t_min": self.noise_ramp.t_min, "t_max": self.noise_ramp.t_max}
         given = {name: value for name, value in ends.items() if value is not None}
         return replace(self.objective.corruption, **given)
 

@@ -123,6 +123,7 @@ def test_a_run_goes_on_in_its_ramp(ramped, tmp_path):
         ({"noise_ramp": {"t_max": 1.5}}, "corruption range [0.8, 1.5] is not one"),
         ({"noise_ramp": {"steps": 0}}, "noise_ramp.steps is 0.0; give a share of the steps in (0"),
         ({"noise_ramp": {"steps": 2.5}}, "noise_ramp.steps is 2.5; give a share"),
+        ({"noise_ramp": {"t_min": None, "steps": 2}}, "noise_ramp.steps is 2.0 and nothing moves"),
         (
             {"objective": {"corruption": {"mask": "bernoulli", "t_min": 0.1}}, "noise_ramp": {"t_min": 0}},
             "corruption t_min is 0, so a weight 1 / t has no bound",
@@ -134,8 +135,14 @@ def test_ramps_that_cannot_be(changes, told, ramped):
         ramped(**changes)
 
 
+def test_a_model_without_masks_has_no_noise(ramped):
+    model = {"objective": "autoregressive", "block_size": None}
+    with refused(ConfigError, "noise_ramp is given and the model autoregressive"):
+        run(ramped(model=model))
+
+
 def test_an_objective_of_ones_own_draws_its_own(ramped):
-    objective = TrainingObjective("own", lambda batch, key, model: None)
+    objective = TrainingObjective(lambda batch, key, model: None)
     with refused(ConfigError, "noise_ramp is given and an objective of one's own"):
         run(ramped(), Extensions(objective=objective))
 
