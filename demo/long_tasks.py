@@ -1,8 +1,7 @@
-"""Problems with answers of 64 characters, for decoding many blocks at once. Four have one right answer, one many.
+"""Problems with answers of 64 characters, for decoding many blocks at once. Three have one right answer, one many.
 
 copy      the letters as they are
 shift     each letter moved on by the key, in an alphabet of ten
-reverse   the letters from the last to the first
 total     the running sum of the digits, modulo 10: each character needs the one before it
 walk      any path of digits from the given one, each one up or down from the one before, modulo 10: half of all
           continuations are right at each step, and two neighbours that are guessed apart fit together half the time
@@ -78,7 +77,6 @@ def _one_answer(data: Callable[[random.Random], str], solve: Callable[[str], str
 TASKS = {
     "copy": _one_answer(_letters, lambda data: data),
     "shift": _one_answer(lambda draw: f"{draw.randrange(1, 10)} {_letters(draw)}", _shifted),
-    "reverse": _one_answer(_letters, lambda data: data[::-1]),
     "total": _one_answer(lambda draw: "".join(draw.choices(_DIGITS, k=LENGTH)), _totals),
     "walk": LongTask(lambda draw: draw.choice(_DIGITS), _path, _is_path),
 }

@@ -35,7 +35,7 @@ class CorruptionConfig:
             "chain_uniform_opt", the first from t_min (MultiTF, arXiv 2606.29215); in a document "monotone", the first t
             uniform, each further one up by at most an equal share of what is left to t_max (D2F, arXiv 2508.09192).
         distribution: distribution of t, before it is scaled to [t_min, t_max]: "uniform" or "beta" (with `beta`).
-        t_min, t_max: the range of t. None is 0.001 where a token's weight is 1 / t, for "bernoulli" and "floor", else 0.
+        t_min, t_max: the range of t. None is 0.001 for "bernoulli" and "floor", whose weight is 1 / t, else 0.
         mask: "bernoulli": each token with loss is masked with p = t, weight 1 / p; "exact": k = ceil(t n) of a unit's
             n tokens with loss, weight n / k (the same bound for uniform t in [0, 1], with lower variance); "floor":
             k = floor(t n), weight 1 / t, as MultiTF's released code has it: no unit is masked whole, and what has none
