@@ -32,6 +32,8 @@ FLOORS = (
     "hf",
     "adapters",
     "data",
+    "distillation",
+    "loss_metrics",
     "objectives",
     "decoding",
     "evaluation",

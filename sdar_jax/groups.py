@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from sdar_jax.errors import ConfigError, is_int
+from sdar_jax.paradigm import Paradigm
 from sdar_jax.visibility import Positions, SegmentIds, block_bounds, segments
 
 
@@ -63,6 +64,17 @@ class GroupConfig:
     def views(self) -> int:
         """Rows that the network reads for each row of a batch."""
         return self.layouts if self.rows == "all" else 1
+
+
+def check_groups(paradigm: Paradigm) -> None:
+    """Raises ConfigError where a model has no blocks that could be read in groups."""
+    if not paradigm.two_copies:
+        raise ConfigError("groups of blocks are given and the model has no blocks; leave them out")
+    if paradigm.causal_clean:
+        raise ConfigError(
+            "groups of blocks are given and the model's clean positions are causal: it decodes one block after "
+            "another; leave them out"
+        )
 
 
 class _Blocks(NamedTuple):

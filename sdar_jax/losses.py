@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,21 @@ class TokenScores(NamedTuple):
     entropy: Float[Array, "*N"] | None = None
 
 
+SoftLoss = Literal["soft_cross_entropy", "kl"]
+
+
+class Teacher(NamedTuple):
+    """The outputs of another model, whose distributions over the vocabulary are targets. They get no gradient.
+
+    Attributes:
+        hidden: its states of the same tokens, [N, D'] or [B, L, D'].
+        head: its own, [D', V], or [V, D'] with `vocab_axis` 0.
+    """
+
+    hidden: Float[Array, "*N E"]
+    head: Float[Array, "E V"] | Float[Array, "V E"]
+
+
 class LossSharding(NamedTuple):
     """The split of the loss over a mesh: hashable, for static arguments.
 
@@ -42,7 +57,7 @@ class LossSharding(NamedTuple):
         vocab: the axis that splits the head's vocabulary, or None.
         length: mesh axes that split the second axis of hidden, targets and weights, where tokens are [B, L].
         width: one of `tokens` that splits the other side of the head, or None; the head is gathered over it, and its
-            gradient scattered.
+            gradient scattered. A teacher's head is split and gathered likewise.
     """
 
     mesh: Mesh | AbstractMesh
@@ -78,6 +93,8 @@ def linear_cross_entropy(
     weights: Float[Array, "*N"],
     *,
     entropy_weight: Float[Array, ""] | None = None,
+    teacher: Teacher | None = None,
+    soft_loss: SoftLoss = "soft_cross_entropy",
     vocab_axis: int = 1,
     chunk: int | None = None,
     sharding: LossSharding | None = None,
@@ -86,6 +103,10 @@ def linear_cross_entropy(
 
     With an entropy_weight e, e sum_i H(softmax(hidden_i . head)) is added, over the tokens whose weight is not zero and
     whose first guess is right. Which these are carries no gradient (CAP, arXiv 2512.15745).
+
+    With a teacher, whose distributions are p_i, CE is sum_v -p_i(v) log softmax(hidden_i . head)(v) (D2F, arXiv
+    2508.09192), or with the name "kl" that minus the entropy of p_i: another value, the same gradient. Scores stay
+    those of the targets.
 
     Tokens of weight zero cost nothing: a loop runs over ceil(weighted / chunk) chunks, a number known only at run time,
     so no capacity ever drops a token. Under differentiation the same loop makes the gradients (the loss is linear in
@@ -97,18 +118,26 @@ def linear_cross_entropy(
         targets: int32 [N] or [B, L].
         weights: float [N] or [B, L].
         entropy_weight: float scalar e, without a gradient; None: no entropy is computed.
+        teacher: gives soft targets in place of `targets`; its logits are held as the others are, a chunk at a time.
+        soft_loss: the name of the loss to the teacher, "soft_cross_entropy" or "kl".
         vocab_axis: the axis of `head` that is the vocabulary: 1, or 0 for tied embeddings.
         chunk: tokens whose logits are held at once; by default what fits 16 MB (1 GB on accelerators), at least 128.
         sharding: on a mesh, each device computes its own tokens and its own part of the vocabulary.
 
     Raises:
-        ConfigError: tokens or vocabulary do not divide over the mesh axes that split them.
+        ConfigError: tokens or vocabulary do not divide over the mesh axes that split them, a teacher of other tokens or
+            another vocabulary, or an unknown soft_loss.
     """
+    if soft_loss not in get_args(SoftLoss):
+        raise ConfigError(f"soft_loss {soft_loss!r} is unknown; use one of {get_args(SoftLoss)}")
     token_parts, vocab_parts = _checked_parts(hidden, head, vocab_axis, sharding)
+    if teacher is not None:
+        _check_teacher(teacher, hidden, head, vocab_axis, sharding)
     chunk = chunk or chunk_size(head.shape[vocab_axis] // vocab_parts)
     chunk = min(chunk, math.prod(hidden.shape[:-1]) // token_parts)
+    kl = soft_loss == "kl"
     total, scores = _loss(
-        hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, sharding
+        hidden, head, targets, weights, entropy_weight, teacher, vocab_axis, chunk, sharding, kl
     )
     return total, jax.lax.stop_gradient(scores)
 
@@ -138,6 +167,22 @@ def _checked_parts(
     return row_parts * length_parts, vocab_parts
 
 
+def _check_teacher(
+    teacher: Teacher, hidden: Array, head: Array, vocab_axis: int, sharding: LossSharding | None
+) -> None:
+    if teacher.hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ConfigError(
+            f"the teacher's hidden states are of tokens {teacher.hidden.shape[:-1]} and the student's of "
+            f"{hidden.shape[:-1]}; give both of the same tokens"
+        )
+    rows, own_rows = teacher.head.shape[vocab_axis], head.shape[vocab_axis]
+    if rows != own_rows:
+        raise ConfigError(
+            f"the teacher's head has {rows} vocabulary entries and the student's {own_rows}; give both one vocabulary"
+        )
+    _checked_parts(teacher.hidden, teacher.head, vocab_axis, sharding)
+
+
 def _check_equal_parts(what: str, size: int, parts: int) -> None:
     if size % parts:
         raise ConfigError(
@@ -145,36 +190,52 @@ def _check_equal_parts(what: str, size: int, parts: int) -> None:
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _loss(hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, sharding):
-    inputs = hidden, head, targets, weights, entropy_weight
-    return _run(*inputs, vocab_axis, chunk, sharding, gradients=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _loss(hidden, head, targets, weights, entropy_weight, teacher, vocab_axis, chunk, sharding, kl):
+    inputs = hidden, head, targets, weights, entropy_weight, teacher
+    return _run(*inputs, vocab_axis, chunk, sharding, kl=kl, gradients=False)[0]
 
 
-def _loss_fwd(hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, sharding):
-    inputs = hidden, head, targets, weights, entropy_weight
-    out, gradients = _run(*inputs, vocab_axis, chunk, sharding, gradients=True)
+def _loss_fwd(
+    hidden, head, targets, weights, entropy_weight, teacher, vocab_axis, chunk, sharding, kl
+):
+    inputs = hidden, head, targets, weights, entropy_weight, teacher
+    out, gradients = _run(*inputs, vocab_axis, chunk, sharding, kl=kl, gradients=True)
     # Residuals are arrays, so empty ones carry the dtypes.
     like = jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), head.dtype)
     return out, (gradients, like)
 
 
-def _loss_bwd(vocab_axis, chunk, sharding, residuals, cotangents):
+def _loss_bwd(vocab_axis, chunk, sharding, kl, residuals, cotangents):
     gradients, like = residuals
     d_loss = cotangents[0]
     d_hidden = (gradients[0] * d_loss).astype(like[0].dtype)
     d_head = (gradients[1] * d_loss).astype(like[1].dtype)
-    return d_hidden, d_head, None, None, None
+    return d_hidden, d_head, None, None, None, None
 
 
 _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
-def _run(hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, sharding, *, gradients):
+def _run(
+    hidden,
+    head,
+    targets,
+    weights,
+    entropy_weight,
+    teacher,
+    vocab_axis,
+    chunk,
+    sharding,
+    *,
+    kl,
+    gradients,
+):
     """Runs `_over_chunks`, on each device over its part of tokens and vocabulary where there is a mesh."""
-    compute = partial(_over_rows, vocab_axis=vocab_axis, chunk=chunk, gradients=gradients)
+    options = {"vocab_axis": vocab_axis, "chunk": chunk, "kl": kl, "gradients": gradients}
+    compute = partial(_over_rows, **options)
     if sharding is None:
-        return compute(hidden, head, targets, weights, entropy_weight)
+        return compute(hidden, head, targets, weights, entropy_weight, teacher)
     mesh, tokens, vocab, length, width = sharding
     by_token = (
         PartitionSpec(tokens or None, length or None) if length else PartitionSpec(tokens or None)
@@ -183,13 +244,17 @@ def _run(hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, shar
     token_axes = (*tokens, *length)
     other_token_axes = tuple(axis for axis in token_axes if axis != width)
 
-    def compute_part(hidden, head, targets, weights, entropy_weight):
-        if width is not None:
-            head = jax.lax.all_gather(
-                head.astype(hidden.dtype), width, axis=1 - vocab_axis, tiled=True
-            )
+    def gathered(head, dtype):
+        if width is None:
+            return head
+        return jax.lax.all_gather(head.astype(dtype), width, axis=1 - vocab_axis, tiled=True)
+
+    def compute_part(hidden, head, targets, weights, entropy_weight, teacher):
+        head = gathered(head, hidden.dtype)
+        if teacher is not None:
+            teacher = Teacher(teacher.hidden, gathered(teacher.head, teacher.hidden.dtype))
         (total, scores), grads = compute(
-            hidden, head, targets, weights, entropy_weight, vocab=vocab
+            hidden, head, targets, weights, entropy_weight, teacher, vocab=vocab
         )
         # The rest of the vocabulary adds to a token's gradient, the other tokens to that of the head.
         if grads:
@@ -201,25 +266,28 @@ def _run(hidden, head, targets, weights, entropy_weight, vocab_axis, chunk, shar
             grads = _psum(d_hidden, vocab), _psum(d_head, other_token_axes)
         return (_psum(total, token_axes), scores), grads
 
+    by_teacher = None if teacher is None else Teacher._make((by_token, by_vocab))
     on_mesh = jax.shard_map(
         compute_part,
         mesh=mesh,
-        in_specs=(by_token, by_vocab, by_token, by_token, PartitionSpec()),
+        in_specs=(by_token, by_vocab, by_token, by_token, PartitionSpec(), by_teacher),
         out_specs=(
             (PartitionSpec(), by_token),
             (by_token, by_vocab) if gradients else (),
         ),
         check_vma=False,
     )
-    return on_mesh(hidden, head, targets, weights, entropy_weight)
+    return on_mesh(hidden, head, targets, weights, entropy_weight, teacher)
 
 
 def _psum(x: Array, axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _over_rows(hidden, head, targets, weights, entropy_weight, vocab=None, **options):
+def _over_rows(hidden, head, targets, weights, entropy_weight, teacher, vocab=None, **options):
     """Runs `_over_chunks` over tokens [N] or [B, L], as they come."""
+    if teacher is not None:
+        teacher = Teacher(teacher.hidden.reshape(-1, teacher.hidden.shape[-1]), teacher.head)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     (total, scores), grads = _over_chunks(
         flat_hidden,
@@ -227,6 +295,7 @@ def _over_rows(hidden, head, targets, weights, entropy_weight, vocab=None, **opt
         targets.reshape(-1),
         weights.reshape(-1),
         entropy_weight,
+        teacher,
         vocab,
         **options,
     )
@@ -237,7 +306,18 @@ def _over_rows(hidden, head, targets, weights, entropy_weight, vocab=None, **opt
 
 
 def _over_chunks(
-    hidden, head, targets, weights, entropy_weight, vocab=None, *, vocab_axis, chunk, gradients
+    hidden,
+    head,
+    targets,
+    weights,
+    entropy_weight,
+    teacher,
+    vocab=None,
+    *,
+    vocab_axis,
+    chunk,
+    kl,
+    gradients,
 ):
     """Computes loss, scores and, with `gradients`, those of hidden and head in float32, over weighted tokens alone.
 
@@ -249,6 +329,8 @@ def _over_chunks(
     if entropy_weight is not None:
         entropy_weight = entropy_weight.astype(accumulate)
     head = head.astype(hidden.dtype)
+    if teacher is not None:
+        teacher = teacher._replace(head=teacher.head.astype(teacher.hidden.dtype))
     weighted_first = jnp.argsort(weights == 0, stable=True)
     # One past the end: gathers give it a weight of zero, and scatters drop it.
     order = jnp.pad(weighted_first, (0, -tokens % chunk), constant_values=tokens)
@@ -259,10 +341,12 @@ def _over_chunks(
         at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         weight = jnp.take(weights, at, mode="fill", fill_value=0)
         loss_mask = weight != 0
-        h = jnp.where(loss_mask[:, None], jnp.take(hidden, at, axis=0, mode="clip"), 0)
+        read = lambda x: jnp.where(loss_mask[:, None], jnp.take(x, at, axis=0, mode="clip"), 0)
+        h = read(hidden)
         target = jnp.where(loss_mask, jnp.take(targets, at, mode="clip"), 0)
+        soft = teacher and _Soft(teacher._replace(hidden=read(teacher.hidden)), kl)
         loss, found, d_logits = _chunk_scores(
-            h, head, target, weight, entropy_weight, vocab_axis, accumulate, vocab
+            h, head, target, weight, entropy_weight, soft, vocab_axis, accumulate, vocab
         )
         total += loss
         scores = jax.tree.map(lambda x, new: x.at[at].set(new, mode="drop"), scores, found)
@@ -297,18 +381,21 @@ class _ChunkScores(NamedTuple):
     d_logits: Array
 
 
+class _Soft(NamedTuple):
+    teacher: Teacher
+    kl: bool
+
+
 def _chunk_scores(
-    h, head, target, weight, entropy_weight, vocab_axis, accumulate, vocab
+    h, head, target, weight, entropy_weight, soft, vocab_axis, accumulate, vocab
 ) -> _ChunkScores:
     logits = _dot("nd,vd->nv", h, head, vocab_axis, accumulate)
     size = logits.shape[-1]
     if vocab is not None:
         target = target - jax.lax.axis_index(vocab) * size
-    largest = logits.max(axis=-1)
-    largest = jax.lax.pmax(largest, vocab) if vocab else largest
-    logsumexp = largest + jnp.log(_psum(jnp.exp(logits - largest[:, None]).sum(axis=-1), vocab))
+    largest, logsumexp = _logsumexp(logits, vocab)
     # Zero where the target belongs to another part of the vocabulary.
-    one_hot = jax.nn.one_hot(target, size, dtype=accumulate)
+    wanted = jax.nn.one_hot(target, size, dtype=accumulate)
     here = (target >= 0) & (target < size)
     at_target = jnp.take_along_axis(logits, jnp.clip(target, 0, size - 1)[:, None], axis=-1)[:, 0]
     at_target = _psum(jnp.where(here, at_target, 0), vocab)
@@ -316,8 +403,11 @@ def _chunk_scores(
     loss_mask = weight != 0
     nll = jnp.where(loss_mask, logsumexp - at_target, 0)
     correct = loss_mask & (at_target >= largest)
-    loss = jnp.sum(weight * nll)
-    d_logits = weight[:, None] * (jnp.exp(log_probs) - one_hot)
+    each_loss = nll
+    if soft is not None:
+        wanted, each_loss = _soft_targets(soft, log_probs, vocab_axis, accumulate, vocab)
+    loss = jnp.sum(weight * each_loss)
+    d_logits = weight[:, None] * (jnp.exp(log_probs) - wanted)
     if entropy_weight is None:
         return _ChunkScores(loss, TokenScores(nll, correct), d_logits)
     # dH / dz_j = -p_j (log p_j + H)
@@ -326,6 +416,24 @@ def _chunk_scores(
     d_logits -= each[:, None] * jnp.exp(log_probs) * (log_probs + entropy[:, None])
     scores = TokenScores(nll, correct, jnp.where(correct, entropy, 0))
     return _ChunkScores(loss + jnp.sum(each * entropy), scores, d_logits)
+
+
+def _soft_targets(soft: _Soft, log_probs, vocab_axis, accumulate, vocab) -> tuple[Array, Array]:
+    """Computes the teacher's probabilities, [chunk, V], and the loss to them of each token."""
+    hidden, head = soft.teacher
+    logits = _dot("nd,vd->nv", hidden, head, vocab_axis, accumulate)
+    wanted_log = logits - _logsumexp(logits, vocab)[1][:, None]
+    wanted = jnp.exp(wanted_log)
+    # Subtracted here and not from the sums, which may be close to each other.
+    nats = wanted_log - log_probs if soft.kl else -log_probs
+    return wanted, _psum((wanted * nats).sum(axis=-1), vocab)
+
+
+def _logsumexp(logits, vocab) -> tuple[Array, Array]:
+    """Computes the largest logit of each token and log sum exp, over all parts of the vocabulary."""
+    largest = logits.max(axis=-1)
+    largest = jax.lax.pmax(largest, vocab) if vocab else largest
+    return largest, largest + jnp.log(_psum(jnp.exp(logits - largest[:, None]).sum(axis=-1), vocab))
 
 
 def _dot(spec, x, head, vocab_axis, accumulate):

@@ -3,8 +3,9 @@
     loss = sum_i w_i CE_i / N + confidence_beta sum_(i in R) H_i / |R|
 
 N, the normalizer, is a named choice. R are the tokens with a weight whose first guess is right, H_i the entropy of what
-is predicted there: confidence-aware parallel training (CAP, LLaDA2.0, arXiv 2512.15745), off by default. The sums, N
-and |R| are added up over all micro-batches and devices and divided once.
+is predicted there: confidence-aware parallel training (CAP, LLaDA2.0, arXiv 2512.15745), off by default. With a teacher
+(`distillation`) CE is to its distributions. The sums, N and |R| are added up over all micro-batches and devices and
+divided once.
 """
 
 import dataclasses
@@ -19,9 +20,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax import visibility
 from sdar_jax.corruption import CorruptionConfig, NoiseRange, corrupt
+from sdar_jax.distillation import (
+    DistillConfig,
+    TeacherInputs,
+    check_noisy_context,
+    check_teacher,
+    teacher_outputs,
+)
 from sdar_jax.errors import ConfigError, is_number
 from sdar_jax.experts import RouterSums, balance_loss, max_load, z_loss
-from sdar_jax.groups import GroupConfig, group_starts
+from sdar_jax.groups import GroupConfig, check_groups, group_starts
+from sdar_jax.loss_metrics import LossMetrics, RouterMetrics, StepTotals
 from sdar_jax.losses import TokenScores, linear_cross_entropy, loss_sharding
 from sdar_jax.model import Model, Remat
 from sdar_jax.model.config import ModelConfig
@@ -62,6 +71,7 @@ class LossInputs(NamedTuple):
         targets: int32 [B, N].
         weights: float32 [B, N], zero where there is no loss.
         normalizer: float32 [B], what each row adds to N.
+        teacher: what a teacher reads of the same tokens; None without one.
     """
 
     tokens: Int[Array, "B T"]
@@ -70,44 +80,7 @@ class LossInputs(NamedTuple):
     targets: Int[Array, "B N"]
     weights: Float[Array, "B N"]
     normalizer: Float[Array, " B"]
-
-
-class RouterMetrics(NamedTuple):
-    """An MoE's balance loss, z-loss and `max_load`, each times the sum of `LossInputs.normalizer`. Float32 scalars."""
-
-    balance: Float[Array, ""]
-    z: Float[Array, ""]
-    max_load: Float[Array, ""]
-
-
-class LossMetrics(NamedTuple):
-    """Sums over the tokens with loss. Float32 scalars.
-
-    Attributes:
-        nll: cross-entropy in nats, unweighted.
-        correct: how many first guesses are right.
-        num_loss_tokens: how many tokens have a weight.
-        router: None for dense models, and from `weighted_loss`.
-        entropy: in nats, of the distributions where the first guess is right; None without `confidence_beta`.
-    """
-
-    nll: Float[Array, ""]
-    correct: Float[Array, ""]
-    num_loss_tokens: Float[Array, ""]
-    router: RouterMetrics | None = None
-    entropy: Float[Array, ""] | None = None
-
-
-class StepTotals(NamedTuple):
-    """What a loss with `confidence_beta` has to know of all micro-batches of a step. Scalars, without gradients.
-
-    Attributes:
-        normalizer: the sum of `LossInputs.normalizer`.
-        num_correct: how many tokens with a weight have a right first guess (`count_correct`).
-    """
-
-    normalizer: Float[Array, ""]
-    num_correct: Int[Array, ""]
+    teacher: TeacherInputs | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +96,8 @@ class ObjectiveConfig:
             models that fill masks.
         groups: MultiTF (arXiv 2606.29215): blocks see the noisy copy of the blocks before them in their group, as
             decoding with several open blocks does; None: each block sees clean blocks before it.
+        distill: the targets are distributions of the model as training starts from it; None: the data's tokens.
+        noisy_context: blocks see the noisy copy of what is before them, so that no clean copy is read (D2F).
     """
 
     corruption: CorruptionConfig = CorruptionConfig()
@@ -131,6 +106,8 @@ class ObjectiveConfig:
     router_z: float = 0.0
     confidence_beta: float = 0.0
     groups: GroupConfig | None = None
+    distill: DistillConfig | None = None
+    noisy_context: bool = False
 
     def __post_init__(self):
         if self.normalizer not in ("response", "masked", "weights"):
@@ -149,6 +126,10 @@ class ObjectiveConfig:
         if self.groups is not None and self.corruption.complementary:
             raise ConfigError(
                 "groups are given and corruption complementary is True; leave one of them out"
+            )
+        if self.groups is not None and self.noisy_context:
+            raise ConfigError(
+                "groups are given and noisy_context is True, where all before a block is noisy; leave one of them out"
             )
 
     @property
@@ -172,25 +153,28 @@ def make_inputs(
     model: ModelConfig,
     *,
     noise_range: NoiseRange | None = None,
+    teacher: Paradigm | None = None,
 ) -> LossInputs:
     """Turns a batch into inputs as the model's own paradigm has them (Eq. 3, 5 or 7); `key` draws the corruption.
 
     Called on the global batch of a step, before it is split into micro-batches. With `noise_range`, scalars that may
     change from step to step, in place of that of `config.corruption`.
 
+    Args:
+        teacher: how the model reads that `config.distill` takes distributions from; None without it.
+
     Raises:
-        ConfigError: the model lacks what its objective needs, noisy_index is given where it cannot be used, or the
-            batch has no order and the corruption needs one.
+        ConfigError: the model lacks what its objective needs, noisy_index is given where it cannot be used, the batch
+            has no order and the corruption needs one, or as `check_teacher`, `check_noisy_context` and `check_groups`.
     """
     check_objective(model)
     paradigm = model.paradigm
-    check_copies(paradigm, batch.noisy_index is not None)
+    check_reading(config, paradigm, teacher, indexed=batch.noisy_index is not None)
     if not paradigm.masks:
         return next_token_inputs(batch)
     origin = origin_of(paradigm, batch)
     group_start = None
     if config.groups is not None:
-        check_groups(paradigm)
         group_start = group_starts(
             batch.segment_ids,
             batch.loss_mask,
@@ -215,7 +199,15 @@ def make_inputs(
     noisy_tokens = jnp.where(corrupted.masked, jnp.int32(model.mask_token_id), batch.tokens)
     noisy_tokens = _take(noisy_tokens, batch.noisy_index)
     weights = _take(corrupted.weights, batch.noisy_index)
-    inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin, group_start)
+    read = partial(diffusion_inputs, batch=batch, noisy_tokens=noisy_tokens, weights=weights)
+    inputs = read(
+        paradigm, origin=origin, group_start=group_start, noisy_context=config.noisy_context
+    )
+    if teacher is not None:
+        of_teacher = read(teacher, origin=origin_of(teacher, batch))
+        inputs = inputs._replace(
+            teacher=TeacherInputs(of_teacher.tokens, of_teacher.positions, of_teacher.ranges)
+        )
     return inputs._replace(
         normalizer=_normalizer(inputs.weights, paradigm, batch, config.normalizer)
     )
@@ -226,15 +218,25 @@ def _repeated[Tree](tree: Tree, times: int) -> Tree:
     return tree if times == 1 else jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
-def check_groups(paradigm: Paradigm) -> None:
-    """Raises ConfigError where a model has no blocks that could be read in groups."""
-    if not paradigm.two_copies:
-        raise ConfigError("groups of blocks are given and the model has no blocks; leave them out")
-    if paradigm.causal_clean:
+def check_reading(
+    config: ObjectiveConfig, paradigm: Paradigm, teacher: Paradigm | None, *, indexed: bool
+) -> None:
+    """Raises ConfigError where a model, or its teacher, cannot be read as the objective says.
+
+    Args:
+        indexed: whether only some positions have noisy copies (`Batch.noisy_index`).
+    """
+    if (config.distill is None) != (teacher is None):
         raise ConfigError(
-            "groups of blocks are given and the model's clean positions are causal: it decodes one block after "
-            "another; leave them out"
+            f"objective.distill is {config.distill} and the teacher's paradigm {teacher}; give both, or neither"
         )
+    if config.groups is not None:
+        check_groups(paradigm)
+    if config.noisy_context:
+        check_noisy_context(paradigm, indexed=indexed)
+    if teacher is not None:
+        check_teacher(paradigm, teacher, indexed=indexed)
+    check_copies(paradigm, indexed)
 
 
 def check_copies(paradigm: Paradigm, indexed: bool) -> None:
@@ -276,7 +278,9 @@ def diffusion_inputs(
     noisy_tokens: Int[Array, "B N"],
     weights: Float[Array, "B N"],
     origin: Int[Array, "B L"] | None = None,
+    *,
     group_start: Int[Array, "B L"] | None = None,
+    noisy_context: bool = False,
 ) -> LossInputs:
     """Turns a batch and its noisy copy into weighted prediction of what is masked, as the paradigm reads it.
 
@@ -288,6 +292,7 @@ def diffusion_inputs(
         weights: float32 [B, N], zero where there is no loss.
         origin: where each document's response starts, if blocks are counted from there (`visibility.block_bounds`).
         group_start: the first position of each position's group of blocks (`visibility.hybrid`); None: no groups.
+        noisy_context: blocks see the noisy copy of what is before them, which is all that is read.
     """
     segment_ids = batch.segment_ids
     noisy_index = batch.noisy_index
@@ -297,9 +302,10 @@ def diffusion_inputs(
         weights = jnp.where(noisy_index >= 0, weights, 0)
     if paradigm.shifted:
         targets, weights = _shifted(segment_ids, targets, weights)
-    if not paradigm.two_copies:
+    blocks = {"origin": origin, "bidirectional_prompt": paradigm.bidirectional_prompt}
+    if noisy_context or not paradigm.two_copies:
         tokens = noisy_tokens
-        ranges = visibility.bidirectional(segment_ids)
+        ranges = visibility.block_causal(segment_ids, paradigm.block_size, **blocks)
     else:
         tokens = jnp.concatenate([noisy_tokens, batch.tokens], axis=1)
         positions = jnp.concatenate([_take(positions, noisy_index), positions], axis=1)
@@ -307,10 +313,9 @@ def diffusion_inputs(
             segment_ids,
             paradigm.block_size,
             noisy_index,
-            origin=origin,
-            bidirectional_prompt=paradigm.bidirectional_prompt,
             causal_clean=paradigm.causal_clean,
             group_start=group_start,
+            **blocks,
         )
     return LossInputs(tokens, positions, ranges, targets, weights, normalizer=weights.sum(axis=1))
 
@@ -350,6 +355,7 @@ def training_loss(
     config: ObjectiveConfig,
     *,
     totals: StepTotals | None = None,
+    teacher: Model | None = None,
     remat: Remat = "none",
     compute_dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, ""], LossMetrics]:
@@ -362,10 +368,22 @@ def training_loss(
     The router's losses are of a micro-batch: divided by the sum of normalizers, a step of one has exactly its losses,
     and a step of several their mean weighted by normalizer. They are functions of a micro-batch's statistics, and do
     not add up as tokens do.
+
+    With `config.distill`, CE is to the distributions of `teacher`, which reads `inputs.teacher`; metrics stay those of
+    the targets.
     """
     beta = config.confidence_beta
     options: dict[str, Any] = {"remat": remat, "compute_dtype": compute_dtype}
-    total, scores, routing = _scored(model, inputs, beta, totals, **options)
+    soft: dict[str, Any] = {}
+    if config.distill is not None:
+        if teacher is None or inputs.teacher is None:
+            raise ConfigError(
+                "objective.distill is set, and the loss is given no teacher, or inputs that have none; give both"
+            )
+        outputs = inputs.targets.shape[1]
+        soft["teacher"] = teacher_outputs(teacher, inputs.teacher, outputs, **options)
+        soft["soft_loss"] = config.distill.loss
+    total, scores, routing = _scored(model, inputs, beta, totals, soft, **options)
     metrics = _metrics(scores, inputs)
     if routing is None:
         return total, metrics
@@ -417,6 +435,7 @@ def _scored(
     inputs: LossInputs,
     confidence_beta: float = 0.0,
     totals: StepTotals | None = None,
+    soft: dict[str, Any] = {},  # noqa: B006 (never changed)
     **options,
 ) -> tuple[Array, TokenScores, RouterSums | None]:
     hidden, routing = model.hidden_and_routing(
@@ -443,7 +462,7 @@ def _scored(
         accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
         ratio = totals.normalizer.astype(accumulate) / jnp.maximum(totals.num_correct, 1)
         entropy_weight = confidence_beta * ratio
-    total, scores = score(hidden, head, entropy_weight=entropy_weight)
+    total, scores = score(hidden, head, entropy_weight=entropy_weight, **soft)
     return total, scores, routing
 
 
@@ -511,7 +530,9 @@ def block_diffusion_loss(
     batch = Batch(tokens, segment_ids, loss_mask, noisy_index)
     check_copies(paradigm, noisy_index is not None)
     origin = origin_of(paradigm, batch)
-    inputs = diffusion_inputs(paradigm, batch, noisy_tokens, weights, origin, group_start)
+    inputs = diffusion_inputs(
+        paradigm, batch, noisy_tokens, weights, origin, group_start=group_start
+    )
     loss, _ = weighted_loss(model, inputs)
     return loss
 

@@ -139,13 +139,24 @@ def _one_range(start: Positions, end: Positions) -> Ranges:
     )
 
 
-def block_causal(segment_ids: SegmentIds, block_size: int | None) -> Ranges:
+def block_causal(
+    segment_ids: SegmentIds,
+    block_size: int | None,
+    *,
+    origin: Positions | None = None,
+    bidirectional_prompt: bool = False,
+) -> Ranges:
     """Shows each query the keys of its document up to the end of its own block.
 
     block_size 1 is causal, None is bidirectional: the document is one block.
+
+    Args:
+        origin, bidirectional_prompt: where blocks start, as for `block_bounds`.
     """
     bounds = segments(segment_ids)
-    _, block_end = block_bounds(bounds, block_size)
+    _, block_end = block_bounds(
+        bounds, block_size, origin, bidirectional_prompt=bidirectional_prompt
+    )
     return _one_range(bounds.start, block_end)
 
 
