@@ -239,7 +239,12 @@ def _in_float32(model: Model, modules: Sequence[str]) -> Model:
 def is_trained(name: str, config: LoraConfig) -> bool:
     """Returns whether the weight of this name (`model_weights`) is trained with this config."""
     whole = {SAVED_WHOLE[module] for module in config.modules_to_save}
-    return name in whole or bool({"lora_a", "lora_b"} & set(name.split(".")))
+    return name in whole or is_low_rank(name)
+
+
+def is_low_rank(name: str) -> bool:
+    """Returns whether the weight of this name (`model_weights`) is a low-rank matrix."""
+    return bool({"lora_a", "lora_b"} & set(name.split(".")))
 
 
 def base_dtype(config: LoraConfig) -> jnp.dtype:

@@ -24,6 +24,7 @@ from sdar_jax.training import TrainConfig
 from sdar_jax.training.checks import check_run
 from sdar_jax.training.resolve_model import starting_shape, trained_shape
 from sdar_jax.training.setup import abstract_state, configured_step
+from sdar_jax.training.teacher import teacher_paradigm
 
 
 class Memory(NamedTuple):
@@ -90,15 +91,18 @@ def compile_step(config: TrainConfig, name: str) -> Compiled:
     model = trained_shape(config.layout_model)
     devices = topology(name).devices
     mesh = make_mesh(config.mesh, devices)
-    check_run(config, starting_shape(config.model), mesh)
+    start = starting_shape(config.model)
+    teacher = teacher_paradigm(config.objective, start)
+    check_run(config, start, mesh, teacher)
     chip = CHIPS[name.partition(":")[0]]
     begun = time.perf_counter()
     with compiling_for(devices[0]):
-        expected_counts = expected(config, model)
+        expected_counts = expected(config, model, teacher)
         rebuild, state, frozen = abstract_state(config, model, mesh)
         batch = _abstract_batch(config, model, mesh)
         with sharding.activate_mesh(mesh):
-            lowered = configured_step(config, model, rebuild).lower(state, batch, frozen)
+            step = configured_step(config, model, rebuild, teacher=teacher)
+            lowered = step.lower(state, batch, frozen)
         rounds = _loss_rounds(config, model, mesh, expected_counts)
     held = Memory(
         weights=_held(state.weights),

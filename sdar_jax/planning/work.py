@@ -16,6 +16,7 @@ from sdar_jax.attention.tiles import EMPTY, tile_kinds
 from sdar_jax.devices.chips import platform
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, LossInputs, make_inputs
+from sdar_jax.paradigm import Paradigm
 from sdar_jax.training import TrainConfig
 from sdar_jax.training.flops import TokenCounts, count_tokens
 from sdar_jax.visibility import Ranges
@@ -43,11 +44,15 @@ class Expected(NamedTuple):
     tiled: dict[str, tuple[float, float]]
 
 
-def expected(config: TrainConfig, model: ModelConfig) -> Expected:
-    """Counts what a step computes on inputs of the step's own `make_inputs`, run on the machine that plans."""
+def expected(config: TrainConfig, model: ModelConfig, teacher: Paradigm | None = None) -> Expected:
+    """Counts what a step computes on inputs of the step's own `make_inputs`, run on the machine that plans.
+
+    Args:
+        teacher: how the teacher reads; None without one.
+    """
     batch_size = config.data.batch_size
     drawn_rows = min(_ROWS, batch_size)
-    inputs, loss_share = _drawn_inputs(config, model, drawn_rows)
+    inputs, loss_share = _drawn_inputs(config, model, drawn_rows, teacher)
     rows = len(inputs.tokens) * batch_size // drawn_rows
     counts = count_tokens(inputs)._replace(
         num_loss_tokens=jnp.float32(loss_share * inputs.targets.size)
@@ -77,7 +82,9 @@ def attention_flops(model: ModelConfig, expected: Expected, calls: dict[str, flo
     return flops
 
 
-def _drawn_inputs(config: TrainConfig, model: ModelConfig, rows: int) -> tuple[LossInputs, float]:
+def _drawn_inputs(
+    config: TrainConfig, model: ModelConfig, rows: int, teacher: Paradigm | None
+) -> tuple[LossInputs, float]:
     """Makes the inputs of some full rows, and the share of outputs that have loss, over several draws."""
     ones = jnp.ones((rows, config.data.sequence_length), jnp.int32)
     noisy_index = None
@@ -88,7 +95,7 @@ def _drawn_inputs(config: TrainConfig, model: ModelConfig, rows: int) -> tuple[L
     # As if committed from left to right: any order leaves as many masks.
     order = jnp.cumsum(ones, axis=1) if config.data.has_order else None
     batch = Batch(ones, segment_ids=ones, loss_mask=ones > 0, noisy_index=noisy_index, order=order)
-    make = jax.jit(partial(make_inputs, config=config.objective, model=model))
+    make = jax.jit(partial(make_inputs, config=config.objective, model=model, teacher=teacher))
     draws = [make(batch, jax.random.key(draw)) for draw in range(_DRAWS)]
     shares = [float((inputs.weights != 0).mean()) for inputs in draws]
     return draws[0], sum(shares) / _DRAWS

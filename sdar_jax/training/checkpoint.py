@@ -51,6 +51,7 @@ class HostState(NamedTuple):
         epochs: those whose steps were counted; None where steps were given.
         objective: the name of the user's own.
         frozen: the names of weights that are not trained.
+        teacher: the fields of the teacher's paradigm; None without one.
     """
 
     data: dict[str, Any]
@@ -61,6 +62,7 @@ class HostState(NamedTuple):
     epochs: int | None = None
     objective: str | None = None
     frozen: list[str] | None = None
+    teacher: dict[str, Any] | None = None
 
 
 class Checkpoints:

@@ -8,18 +8,21 @@ from sdar_jax.errors import ConfigError
 from sdar_jax.model.axes import check_mesh
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.model.conversion import with_purpose
-from sdar_jax.objectives import check_copies, check_groups
+from sdar_jax.objectives import check_reading
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm, fills_masks
 from sdar_jax.training.config import InitConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 
 
-def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
+def check_run(
+    config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: Paradigm | None
+) -> None:
     """Raises ConfigError where `mesh` does not divide what a step of this run computes, or noisy_length is no use.
 
     Args:
         model: the one that training starts from, converted or not.
+        teacher: how the teacher reads, if there is one.
     """
     length = config.data.sequence_length
     paradigm = trained_paradigm(config.layout_model, model)
@@ -27,9 +30,8 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
         raise ConfigError(
             f"block_sizes is {[list(pair) for pair in config.block_sizes]} and the model has no blocks; leave it out"
         )
-    check_copies(paradigm, config.data.noisy_length is not None)
-    if config.objective.groups is not None:
-        check_groups(paradigm)
+    indexed = config.data.noisy_length is not None
+    check_reading(config.objective, paradigm, teacher, indexed=indexed)
     beta = config.objective.confidence_beta
     if beta and not paradigm.masks:
         raise ConfigError(
@@ -43,7 +45,11 @@ def check_run(config: TrainConfig, model: ModelConfig, mesh: Mesh) -> None:
     if config.eval is not None and "position" in config.eval.by and not paradigm.two_copies:
         raise ConfigError("eval.by has position and the model has no blocks; leave it out")
     noisy = config.data.noisy_length or length
-    lengths = (noisy + length, noisy) if paradigm.two_copies else (length,)
+    both_copies = (noisy + length, noisy)
+    student_reads_both = paradigm.two_copies and not config.objective.noisy_context
+    lengths = both_copies if student_reads_both else (length,)
+    if teacher is not None:
+        lengths += both_copies if teacher.two_copies else (length,)
     check_mesh(
         mesh, model, batch_size=config.micro_batch_size or config.data.batch_size, lengths=lengths
     )

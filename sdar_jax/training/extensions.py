@@ -25,8 +25,8 @@ class TrainingObjective(NamedTuple):
             what each row adds to the normalizer. Called on the global batch of a step; the key differs from step to
             step. The inputs have the batch's rows in their order, or for each as many views, one after the other.
         loss: (model, inputs, *, remat, compute_dtype) -> the weighted sum, float32, and its metrics. Called on each
-            micro-batch, and divided by the sum of `inputs.normalizer`. None: weighted cross-entropy, with an MoE's
-            router losses.
+            micro-batch, and divided by the sum of `inputs.normalizer`. With `config.objective.distill` it is also given
+            the frozen model, as `teacher`. None: weighted cross-entropy, with an MoE's router losses.
     """
 
     make_inputs: Callable[[Batch, jax.Array, ModelConfig], LossInputs]

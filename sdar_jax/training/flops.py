@@ -7,17 +7,32 @@ from jaxtyping import Array, Float
 
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import LossInputs
+from sdar_jax.visibility import Ranges
 
 
-class TokenCounts(NamedTuple):
-    """The work that a batch gives the network. Float32 scalars.
+class ReadCounts(NamedTuple):
+    """The work that layers are given. Float32 scalars.
 
     Attributes:
         positions: positions that belong to a document.
         outputs: those of them whose final state is used.
         pairs: pairs of a query and a key that it sees.
         output_pairs: those of them whose query is an output.
+    """
+
+    positions: Float[Array, ""]
+    outputs: Float[Array, ""]
+    pairs: Float[Array, ""]
+    output_pairs: Float[Array, ""]
+
+
+class TokenCounts(NamedTuple):
+    """The work that a batch gives the network. Float32 scalars.
+
+    Attributes:
+        positions, outputs, pairs, output_pairs: as `ReadCounts` has them.
         num_loss_tokens: tokens that the head predicts.
+        teacher: of the teacher's forward; None without one.
     """
 
     positions: Float[Array, ""]
@@ -25,19 +40,28 @@ class TokenCounts(NamedTuple):
     pairs: Float[Array, ""]
     output_pairs: Float[Array, ""]
     num_loss_tokens: Float[Array, ""]
+    teacher: ReadCounts | None = None
 
 
 def count_tokens(inputs: LossInputs) -> TokenCounts:
     """Counts what is really there: padding, unused noisy positions and keys that nobody sees are not counted."""
     outputs = inputs.targets.shape[1]
-    visible_keys = (inputs.ranges.end - inputs.ranges.start).sum(axis=-1).astype(jnp.float32)
-    in_document = (visible_keys > 0).astype(jnp.float32)
+    teacher = inputs.teacher
     return TokenCounts(
+        *_count_reads(inputs.ranges, outputs),
+        num_loss_tokens=jnp.count_nonzero(inputs.weights).astype(jnp.float32),
+        teacher=None if teacher is None else _count_reads(teacher.ranges, outputs),
+    )
+
+
+def _count_reads(ranges: Ranges, outputs: int) -> ReadCounts:
+    visible_keys = (ranges.end - ranges.start).sum(axis=-1).astype(jnp.float32)
+    in_document = (visible_keys > 0).astype(jnp.float32)
+    return ReadCounts(
         positions=in_document.sum(),
         outputs=in_document[:, :outputs].sum(),
         pairs=visible_keys.sum(),
         output_pairs=visible_keys[:, :outputs].sum(),
-        num_loss_tokens=jnp.count_nonzero(inputs.weights).astype(jnp.float32),
     )
 
 
@@ -51,8 +75,23 @@ def training_flops(config: ModelConfig, counts: TokenCounts, *, frozen: bool = F
     In the last layer, positions that are no outputs (the clean copy of the hybrid layout) need keys and values alone.
     Of an MoE's layers the experts that a token goes to are counted, shared ones too, and the router. What `remat`
     computes again is not. Of `frozen` weights (LoRA) there are no gradients: 4 in place of each 6; low-rank products
-    beside them are left out.
+    beside them are left out. A teacher's forward adds a third of all that its own positions, pairs and head would.
     """
+    learned = 4 if frozen else 6
+    flops = _flops(config, counts, counts.num_loss_tokens, per_weight=learned, per_pair=12)
+    if counts.teacher is not None:
+        flops += _flops(config, counts.teacher, counts.num_loss_tokens, per_weight=2, per_pair=4)
+    return flops
+
+
+def _flops(
+    config: ModelConfig,
+    counts: ReadCounts | TokenCounts,
+    num_loss_tokens: Float[Array, ""],
+    *,
+    per_weight: int,
+    per_pair: int,
+) -> float:
     c = config
     kv_weights = 2 * c.hidden_size * c.num_kv_heads * c.head_dim
     other_weights = [_other_weights(c, layer) for layer in range(c.num_layers)]
@@ -60,9 +99,9 @@ def training_flops(config: ModelConfig, counts: TokenCounts, *, frozen: bool = F
     weights_of_positions = c.num_layers * kv_weights + sum(other_weights[:-1])
     matmuls = weights_of_positions * float(counts.positions)
     matmuls += other_weights[-1] * float(counts.outputs)
-    head = c.hidden_size * c.vocab_size * float(counts.num_loss_tokens)
+    head = c.hidden_size * c.vocab_size * float(num_loss_tokens)
     pairs = inner_layers * float(counts.pairs) + float(counts.output_pairs)
-    return (4 if frozen else 6) * (matmuls + head) + 12 * c.num_heads * c.head_dim * pairs
+    return per_weight * (matmuls + head) + per_pair * c.num_heads * c.head_dim * pairs
 
 
 def _other_weights(c: ModelConfig, layer: int) -> int:

@@ -10,7 +10,7 @@ travels with a step to all, and is read with that step's metrics: they stop afte
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -370,7 +370,11 @@ class _Loop:
                 log.info("step %d: blocks of %d from here on", self.done + 1, block_size)
                 model = replace(model, block_size=block_size)
             self._compiled[block_size] = configured_step(
-                self._config, model, self._rebuild(block_size), self._extensions.objective
+                self._config,
+                model,
+                self._rebuild(block_size),
+                self._extensions.objective,
+                self._setup.teacher,
             )
         return self._compiled[block_size]
 
@@ -468,6 +472,7 @@ class _Loop:
             epochs=setup.epochs,
             objective=objective and objective.name,
             frozen=list(setup.frozen),
+            teacher=None if setup.teacher is None else asdict(setup.teacher),
         )
         self._checkpoints.save(self._state, host_state)
         self._saved = self.done

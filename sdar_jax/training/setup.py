@@ -11,23 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
-from jax.typing import DTypeLike
 from transformers import PreTrainedTokenizerBase
 
 from sdar_jax import adapters
 from sdar_jax.adapters.config import LoraConfig
 from sdar_jax.data import DataConfig, PackedDataset, make_dataset
-from sdar_jax.data.tokenizer import TokenIds, token_ids
+from sdar_jax.data.tokenizer import token_ids
 from sdar_jax.devices import processes
 from sdar_jax.devices.chips import peak_flops
 from sdar_jax.devices.sharding import batch_sharding, make_mesh
 from sdar_jax.errors import ConfigError, DataError
-from sdar_jax.hf.pretrained import load_pretrained
-from sdar_jax.hf.released import model_directory, read_model_config
+from sdar_jax.hf.released import model_directory
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.model.conversion import to_diffusion
 from sdar_jax.objectives import (
     Batch,
     LossInputs,
@@ -35,7 +32,7 @@ from sdar_jax.objectives import (
     make_inputs,
     training_loss,
 )
-from sdar_jax.paradigm import fills_masks
+from sdar_jax.paradigm import Paradigm
 from sdar_jax.training.batches import GivenBatches
 from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.checks import (
@@ -48,6 +45,12 @@ from sdar_jax.training.config import InitConfig, TrainConfig
 from sdar_jax.training.config_io import from_values
 from sdar_jax.training.data_files import Fingerprint, fingerprint, report_changes
 from sdar_jax.training.extensions import Extensions, TrainingObjective
+from sdar_jax.training.initial_model import (
+    check_vocabulary,
+    first_shape,
+    initial_model,
+    past_the_vocabulary,
+)
 from sdar_jax.training.noise_ramp import noise_schedule
 from sdar_jax.training.optimizer import Weights, adamw, learning_rate
 from sdar_jax.training.resume import check_same_extensions, check_schedule
@@ -60,6 +63,7 @@ from sdar_jax.training.step import (
     model_weights,
 )
 from sdar_jax.training.stops import end_of_text, with_learned_stops
+from sdar_jax.training.teacher import rebuild_teacher, teacher_copies, teacher_paradigm
 from sdar_jax.training.trackers import Meter
 
 log = logging.getLogger(__name__)
@@ -75,7 +79,8 @@ class Setup(NamedTuple):
         model: the model's config; of `block_sizes` with the largest, which rows are laid out for.
         rebuild: weights by name -> model of that config, its layers stacked.
         state: before the next step.
-        frozen: weights that are not trained.
+        frozen: weights that are not trained, a teacher's among them.
+        teacher: how the teacher reads; None without one.
         data: the batches.
         files: fingerprints of what was read to begin with.
         rows: of each batch, those that `data` gives out here.
@@ -89,6 +94,7 @@ class Setup(NamedTuple):
     rebuild: Rebuild
     state: TrainState
     frozen: Weights
+    teacher: Paradigm | None
     data: PackedDataset | GivenBatches
     files: Fingerprint
     rows: list[int]
@@ -114,7 +120,8 @@ def prepare(
         lambda: fingerprint(config.data.sources, tokenizer_directory(config.model))
     )
     if host_state is None:
-        shape, rebuild, state, frozen = _first_state(config, tokenizer, mesh, extensions)
+        teacher = _first_teacher(config, tokenizer)
+        shape, rebuild, state, frozen = _first_state(config, tokenizer, mesh, extensions, teacher)
         checkpoints.save_frozen(frozen)
         config = _with_steps(config, tokenizer, shape)
         check_phases_reached(config)
@@ -126,7 +133,8 @@ def prepare(
         steps = from_values(TrainConfig, host_state.config).steps if same_epochs else None
         config = _with_steps(config, tokenizer, shape, steps)
         check_schedule(host_state.config, config, checkpoints.latest or 0)
-        check_run(config, shape, mesh)
+        teacher = None if host_state.teacher is None else Paradigm(**host_state.teacher)
+        check_run(config, shape, mesh, teacher)
         rebuild, like, like_frozen = abstract_state(config, shape, mesh, extensions)
         check_same_extensions(host_state, extensions, like_frozen)
         state = checkpoints.state(like)
@@ -145,7 +153,9 @@ def prepare(
             _check_records(data, host_state)
         data.set_state(host_state.data)
         meter.set_state(host_state.meter)
-    return Setup(config, epochs, mesh, shape, rebuild, state, frozen, data, files, rows, meter)
+    return Setup(
+        config, epochs, mesh, shape, rebuild, state, frozen, teacher, data, files, rows, meter
+    )
 
 
 def _with_steps(
@@ -206,6 +216,8 @@ def abstract_state(
     """
     weights, rebuild = model_weights(_abstract_model(model, config.lora))
     trained, frozen = _split(config, extensions, weights)
+    if config.objective.distill is not None:
+        frozen = frozen | teacher_copies(trained)
     state = jax.eval_shape(partial(_initial_state, config), trained, jax.random.key(0))
 
     def placed[Tree](tree: Tree) -> Tree:
@@ -228,9 +240,14 @@ def configured_step(
     model: ModelConfig,
     rebuild: Rebuild,
     objective: TrainingObjective | None = None,
+    teacher: Paradigm | None = None,
 ) -> jax.stages.Wrapped:
-    """Makes the step of a run (`make_step`), with the config's objective or one of the user's own."""
-    inputs_of = objective.make_inputs if objective else partial(_configured_inputs, config)
+    """Makes the step of a run (`make_step`), with the config's objective or one of the user's own.
+
+    Args:
+        teacher: how the teacher reads that `config.objective.distill` asks for.
+    """
+    inputs_of = objective.make_inputs if objective else partial(_configured_inputs, config, teacher)
     own_loss = objective and objective.loss
     loss = own_loss or partial(training_loss, config=config.objective)
     dtype = compute_dtype(config.compute_dtype)
@@ -242,6 +259,7 @@ def configured_step(
         rebuild,
         adamw(config.optimizer),
         learning_rate(config.optimizer, config.total_steps),
+        teacher=_teacher_rebuild(config, model) if config.objective.distill else None,
         count_correct=partial(count_correct, compute_dtype=dtype) if counts else None,
         noise_schedule=noise_schedule(config),
         micro_batches=batch_size // (config.micro_batch_size or batch_size),
@@ -250,9 +268,21 @@ def configured_step(
 
 
 def _configured_inputs(
-    config: TrainConfig, batch: Batch, key: jax.Array, model: ModelConfig, **moving: Any
+    config: TrainConfig,
+    teacher: Paradigm | None,
+    batch: Batch,
+    key: jax.Array,
+    model: ModelConfig,
+    **moving: Any,
 ) -> LossInputs:
-    return make_inputs(batch, key, config.objective, model, **moving)
+    return make_inputs(batch, key, config.objective, model, teacher=teacher, **moving)
+
+
+def _teacher_rebuild(config: TrainConfig, model: ModelConfig) -> Rebuild:
+    _, rebuild = model_weights(
+        jax.eval_shape(partial(_base, model, config.lora), jax.random.key(0))
+    )
+    return rebuild_teacher(rebuild)
 
 
 def _split(
@@ -272,10 +302,15 @@ def _split(
 
 def _abstract_model(config: ModelConfig, lora: LoraConfig | None = None) -> Model:
     def make(key: jax.Array) -> Model:
-        model = Model(config, key, _dtype(lora), stacked=True)
-        return model if lora is None else adapters.add(adapters.frozen_base(model, lora), lora)
+        base = _base(config, lora, key)
+        return base if lora is None else adapters.add(base, lora)
 
     return jax.eval_shape(make, jax.random.key(0))
+
+
+def _base(config: ModelConfig, lora: LoraConfig | None, key: jax.Array) -> Model:
+    model = Model(config, key, _dtype(lora), stacked=True)
+    return model if lora is None else adapters.frozen_base(model, lora)
 
 
 def _dtype(lora: LoraConfig | None) -> jnp.dtype:
@@ -283,13 +318,25 @@ def _dtype(lora: LoraConfig | None) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if lora is None else adapters.base_dtype(lora)
 
 
+def _first_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Paradigm | None:
+    """Finds how the model reads that training starts from, in blocks of its own."""
+    if config.objective.distill is None:
+        return None
+    start = first_shape(replace(config.model, block_size=None), tokenizer)
+    return teacher_paradigm(config.objective, start)
+
+
 def _first_state(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, mesh: Mesh, extensions: Extensions
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    mesh: Mesh,
+    extensions: Extensions,
+    teacher: Paradigm | None,
 ) -> tuple[ModelConfig, Rebuild, TrainState, Weights]:
     model_key, step_key = jax.random.split(jax.random.key(config.seed))
     init = config.layout_model
-    shape = _starting_shape(init, tokenizer)
-    check_run(config, shape, mesh)
+    shape = first_shape(init, tokenizer)
+    check_run(config, shape, mesh, teacher)
     check_context(config, shape)
     model = initial_model(init, tokenizer, model_key, mesh, _dtype(config.lora))
     model.config = with_learned_stops(model.config, tokenizer, config.data.sources)
@@ -303,7 +350,8 @@ def _first_state(
     _, like, like_frozen = abstract_state(config, model.config, mesh, extensions)
 
     def start(trained: Weights, frozen: Weights, key: jax.Array) -> tuple[TrainState, Weights]:
-        return _initial_state(config, trained, key), frozen
+        copies = teacher_copies(trained) if config.objective.distill else {}
+        return _initial_state(config, trained, key), frozen | jax.tree.map(jnp.copy, copies)
 
     # Donated: the state takes the weights over, and nothing is held twice. Low-rank matrices are small, and not yet on
     # the mesh, where those of one shape lie in different ways.
@@ -318,118 +366,6 @@ def _first_state(
     return model.config, rebuild, state, frozen
 
 
-def _starting_shape(config: InitConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
-    """Reads the shape of the model that training starts from, before it is converted."""
-    if config.init_from is not None:
-        return read_model_config(config.init_from, **_told(config))
-    shape = config.shape or ModelConfig.preset(config.preset or "")
-    if shape.eos_token_id is None:
-        shape = replace(shape, eos_token_id=tokenizer.eos_token_id)
-    return shape
-
-
-def _told(config: InitConfig) -> dict[str, int | None]:
-    """Returns what the run's config says in place of the files of a model that fills masks already."""
-    own = ModelConfig.from_hf(model_directory(config.init_from or ""))
-    names = ("block_size", "mask_token_id") if fills_masks(own.objective) else ()
-    return {name: getattr(config, name) for name in names}
-
-
-def initial_model(
-    config: InitConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    key: jax.Array,
-    mesh: Mesh,
-    dtype: DTypeLike = jnp.float32,
-) -> Model:
-    """Makes the model before the first step: loaded or random, converted where another objective is wanted.
-
-    Its weights are made or read where they belong: no device, and of loaded ones no host, holds all of them.
-
-    Raises:
-        ConfigError: a conversion that is not possible, or a tokenizer with ids past the vocabulary.
-        CheckpointError: weights that cannot be read.
-    """
-    weights_key, mask_key = jax.random.split(key)
-    shape = _starting_shape(config, tokenizer)
-    ids = token_ids(tokenizer)
-    _check_vocabulary(config, shape, tokenizer, ids)
-    if config.init_from is not None:
-        told = _told(config)
-        model = load_pretrained(config.init_from, dtype=dtype, mesh=mesh, **told)
-    else:
-        make = partial(Model, shape, dtype=dtype, stacked=True)
-        places = shardings(jax.eval_shape(make, weights_key), mesh)
-        model = jax.jit(make, out_shardings=places)(weights_key)
-    model = _for_objective(model, config, ids, mask_key)
-    if model.config.paradigm.masks and model.config.mask_token_id is not None:
-        _check_mask(model.config, model.config.mask_token_id, tokenizer)
-    return model
-
-
-def _check_vocabulary(
-    config: InitConfig, shape: ModelConfig, tokenizer: PreTrainedTokenizerBase, ids: TokenIds
-):
-    """Raises ConfigError if the tokenizer has an id that the model has no row for, before any weight is read."""
-    # For a mask token just past the last row, conversion appends one.
-    last = ids.size - 1 if ids.mask == shape.vocab_size else ids.largest
-    if last < shape.vocab_size:
-        return
-    fix = "resize its embeddings to as many rows, or give the tokenizer it was trained with as model.tokenizer"
-    if config.init_from is None:
-        fix = f"give model.shape a vocab_size of {last + 1} or more"
-    elif config.tokenizer is not None:
-        fix = "leave model.tokenizer out, which takes the model's own"
-    raise ConfigError(_past_the_vocabulary(last, tokenizer, shape) + fix)
-
-
-def _past_the_vocabulary(last: int, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> str:
-    token = tokenizer.convert_ids_to_tokens(last)
-    return f"the tokenizer has ids up to {last} ({token!r}), the model's vocabulary ends at {model.vocab_size - 1}; "
-
-
-def _for_objective(model: Model, config: InitConfig, ids: TokenIds, key: jax.Array) -> Model:
-    objective = config.objective or model.config.objective
-    if fills_masks(objective):
-        declared = ids.mask if model.config.mask_token_id is None else None
-        return to_diffusion(
-            model,
-            objective=objective,
-            mask_token_id=declared if config.mask_token_id is None else config.mask_token_id,
-            tokenizer_size=ids.size,
-            mask_init=config.mask_init,
-            key=key,
-            **config.paradigm_values,
-        )
-    if fills_masks(model.config.objective):
-        raise ConfigError(
-            f"model.objective is {objective!r} and the weights are {model.config.objective}; keep theirs"
-        )
-    for name, value in (config.paradigm_values | {"mask_token_id": config.mask_token_id}).items():
-        if value is not None:
-            raise ConfigError(
-                f"model.{name} is {value!r} and the model autoregressive; leave it out"
-            )
-    return model
-
-
-def _check_mask(model: ModelConfig, mask: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError if the mask ends texts too, and warns if it is a token that ordinary text can hold."""
-    eos = tokenizer.eos_token_id if model.eos_token_id is None else model.eos_token_id
-    if mask == eos:
-        raise ConfigError(
-            f"the mask's id {mask} is the end-of-text token's; set model.mask_token_id to a spare id"
-        )
-    token = tokenizer.convert_ids_to_tokens(mask)
-    added = tokenizer.added_tokens_decoder.get(mask)
-    if token is not None and (added is None or not added.special):
-        log.warning(
-            "mask_token_id %d is the tokenizer's %r, which texts may hold; a spare id is safe",
-            mask,
-            token,
-        )
-
-
 def tokenizer_directory(config: InitConfig) -> Path:
     """Finds the tokenizer on this machine; that of a hub id is fetched."""
     return model_directory(
@@ -442,8 +378,8 @@ def data_layout(config: InitConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
 
     Raises ConfigError as a run that starts would.
     """
-    shape = _starting_shape(config, tokenizer)
-    _check_vocabulary(config, shape, tokenizer, token_ids(tokenizer))
+    shape = first_shape(config, tokenizer)
+    check_vocabulary(config, shape, tokenizer, token_ids(tokenizer))
     return trained_paradigm(config, shape).block_size, end_of_text(tokenizer, shape)
 
 
@@ -462,7 +398,7 @@ def open_dataset(
     last = token_ids(tokenizer).largest
     if last >= model.vocab_size:
         raise ConfigError(
-            _past_the_vocabulary(last, tokenizer, model) + "use the tokenizer it was trained with"
+            past_the_vocabulary(last, tokenizer, model) + "use the tokenizer it was trained with"
         )
     return make_dataset(
         config,

@@ -109,6 +109,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
     *,
+    teacher: Rebuild | None = None,
     count_correct: CountCorrect | None = None,
     noise_schedule: NoiseSchedule | None = None,
     micro_batches: int = 1,
@@ -132,6 +133,7 @@ def make_step(
             With `count_correct`, of one micro-batch of several, (model, inputs, totals=StepTotals(...)).
         rebuild: weights by name, frozen ones included -> the model.
         optimizer: gives a direction, which is scaled by the learning rate here.
+        teacher: frozen weights by name -> the model that the loss is given as `teacher`; None: it is given none.
         learning_rate: of each step, counted from 1.
         count_correct: for a loss that is a mean over right guesses too: their number in a micro-batch, which takes one
             more forward of each where there are several. None: the loss does not ask.
@@ -151,7 +153,7 @@ def make_step(
 
         normalizer = inputs.normalizer.sum()
         parts = jax.tree.map(lambda x: _sliced(x, micro_batches), inputs)
-        known = {}
+        known: dict[str, Any] = {} if teacher is None else {"teacher": teacher(frozen)}
         if count_correct is not None and micro_batches > 1:
             model = rebuild({**frozen, **state.weights})
             counts = jax.lax.map(partial(count_correct, model), parts)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from sdar_jax.losses import LossSharding, linear_cross_entropy
+from sdar_jax.losses import LossSharding, Teacher, linear_cross_entropy
 
 assert jax.device_count() == 8
 jax.config.update("jax_enable_x64", True)
@@ -33,13 +33,15 @@ targets[::2] = (hidden @ head).argmax(-1)[::2]
 # The first of the devices that split the tokens has none to predict, the others differ in how many.
 weights = np.where(random.random(tokens) < 0.4, random.normal(size=tokens), 0)
 weights[:12] = 0
+# Of another width, and split as the student is.
+wide = random.normal(size=(tokens, 8)), random.normal(size=(8, vocab))
 
 
-def run(hidden, head, weights, vocab_axis, chunk, sharding=None):
+def run(hidden, head, weights, vocab_axis, chunk, sharding=None, teacher=None):
     def scaled(hidden, head):
         total, scores = linear_cross_entropy(
             hidden, head, targets, weights, entropy_weight=jnp.float64(0.7), vocab_axis=vocab_axis,
-            chunk=chunk, sharding=sharding
+            chunk=chunk, sharding=sharding, teacher=teacher, soft_loss="kl"
         )
         return 3 * total, (total, scores)
 
@@ -69,6 +71,21 @@ for shape, token_axes, vocab_name in [
             assert ours[1][1].sharding.is_equivalent_to(NamedSharding(mesh, spec), 2), ours[1][1].sharding
             compiled = jitted.lower(hidden, placed, weights, vocab_axis, 5, sharding).compile()
             assert "all-gather" not in compiled.as_text()
+        taught = Teacher(wide[0], wide[1].T if vocab_axis == 0 else wide[1])
+        soft = jitted(hidden, placed, weights, vocab_axis, 5, sharding, taught)
+        one_soft = jitted(hidden, layout, weights, vocab_axis, 5, None, taught)
+        assert abs(one_soft[0][0] - one[0][0]) > 1
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), soft, one_soft)
+
+# Rows [B, L] over data and context, the head's columns over data: heads are gathered, gradients scattered.
+hidden, head, wide = random.normal(size=(48, 6)), random.normal(size=(6, vocab)), wide
+rows = lambda x: np.reshape(x, (8, 6, *np.shape(x)[1:]))
+mesh = jax.make_mesh((2, 2, 2), ("data", "context", "tensor"), axis_types=(AxisType.Auto,) * 3)
+sharding = LossSharding(mesh, ("data",), "tensor", ("context",), "data")
+targets, taught = rows(targets), Teacher(rows(wide[0]), wide[1].T)
+ours = jitted(rows(hidden), head.T, rows(weights), 0, 5, sharding, taught)
+one = jitted(rows(hidden), head.T, rows(weights), 0, 5, None, taught)
+jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), ours, one)
 print("equal")
 """
 
