@@ -78,16 +78,17 @@ def training_flops(config: ModelConfig, counts: TokenCounts, *, frozen: bool = F
     beside them are left out. A teacher's forward adds a third of all that its own positions, pairs and head would.
     """
     learned = 4 if frozen else 6
-    flops = _flops(config, counts, counts.num_loss_tokens, per_weight=learned, per_pair=12)
+    asked = float(counts.num_loss_tokens)
+    flops = _flops(config, counts, asked, per_weight=learned, per_pair=12)
     if counts.teacher is not None:
-        flops += _flops(config, counts.teacher, counts.num_loss_tokens, per_weight=2, per_pair=4)
+        flops += _flops(config, counts.teacher, asked, per_weight=2, per_pair=4)
     return flops
 
 
 def _flops(
     config: ModelConfig,
     counts: ReadCounts | TokenCounts,
-    num_loss_tokens: Float[Array, ""],
+    num_loss_tokens: float,
     *,
     per_weight: int,
     per_pair: int,
@@ -99,7 +100,7 @@ def _flops(
     weights_of_positions = c.num_layers * kv_weights + sum(other_weights[:-1])
     matmuls = weights_of_positions * float(counts.positions)
     matmuls += other_weights[-1] * float(counts.outputs)
-    head = c.hidden_size * c.vocab_size * float(num_loss_tokens)
+    head = c.hidden_size * c.vocab_size * num_loss_tokens
     pairs = inner_layers * float(counts.pairs) + float(counts.output_pairs)
     return per_weight * (matmuls + head) + per_pair * c.num_heads * c.head_dim * pairs
 

@@ -32,7 +32,7 @@ from sdar_jax.objectives import (
     make_inputs,
     training_loss,
 )
-from sdar_jax.paradigm import Paradigm
+from sdar_jax.paradigm import Paradigm, has_blocks
 from sdar_jax.training.batches import GivenBatches
 from sdar_jax.training.checkpoint import Checkpoints, HostState
 from sdar_jax.training.checks import (
@@ -322,7 +322,9 @@ def _first_teacher(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> P
     """Finds how the model reads that training starts from, in blocks of its own."""
     if config.objective.distill is None:
         return None
-    start = first_shape(replace(config.model, block_size=None), tokenizer)
+    start = first_shape(config.layout_model, tokenizer)
+    if has_blocks(start.objective):
+        start = first_shape(replace(config.model, block_size=None), tokenizer)
     return teacher_paradigm(config.objective, start)
 
 

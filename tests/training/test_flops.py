@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sdar_jax.devices.chips import peak_flops
+from sdar_jax.distillation import DistillConfig
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
 from sdar_jax.objectives import Batch, ObjectiveConfig, diffusion_inputs, make_inputs
@@ -59,6 +60,28 @@ def test_the_formula_counts_the_matmuls_of_forward_and_backward(outputs):
     counted = matmul_flops(jaxpr.jaxpr)
     everything = count_tokens(inputs)._replace(num_loss_tokens=jnp.float32(ROWS * outputs))
     assert training_flops(SHAPE, everything) == counted
+
+
+def test_a_teacher_s_forward_is_counted_with_its_own_pairs():
+    """It reads a canvas, where all sees all, beside a student that reads blocks."""
+    batch = plain_batch()
+    teacher = Paradigm()
+    config = ObjectiveConfig(distill=DistillConfig(), noisy_context=True)
+    blocks = dataclasses.replace(SHAPE, objective="block_diffusion")
+    inputs = make_inputs(batch, jax.random.key(0), config, blocks, teacher)
+    assert inputs.teacher is not None
+
+    def forward(model, embedded):
+        model.embed = lambda *_: embedded
+        return model.unembed(model.hidden(*inputs.teacher)).sum()
+
+    embedded = jnp.zeros((ROWS, LENGTH, SHAPE.hidden_size))
+    jaxpr = jax.make_jaxpr(forward)(Model(SHAPE, jax.random.key(0)), embedded)
+    done = count_tokens(inputs)._replace(num_loss_tokens=jnp.float32(ROWS * LENGTH))
+    student = training_flops(SHAPE, done._replace(teacher=None))
+    assert training_flops(SHAPE, done) - student == matmul_flops(jaxpr.jaxpr)
+    # One copy is read: of three blocks of four, each sees all before it.
+    assert (done.positions, done.pairs) == (ROWS * LENGTH, ROWS * 4 * (4 + 8 + 12))
 
 
 def test_only_visible_pairs_and_real_positions_are_work():

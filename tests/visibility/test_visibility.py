@@ -86,6 +86,43 @@ def test_block_causal(segment_ids, block_size):
         np.testing.assert_array_equal(dense(ranges, LENGTH)[row], wanted)
 
 
+@partial(jax.jit, static_argnums=(2, 3))
+def block_causal_from_response(segment_ids, response, block_size, bidirectional_prompt):
+    origin = visibility.response_start(segment_ids, response)
+    return visibility.block_causal(
+        segment_ids, block_size, origin=origin, bidirectional_prompt=bidirectional_prompt
+    )
+
+
+def block_from_response(
+    members: list[int], response: np.ndarray, size: int, i: int, bidirectional_prompt: bool
+) -> tuple[int, int]:
+    """(0 for the prompt or 1 for the response, number of the block in it) of a position of a document."""
+    first = next((k for k in members if response[k]), members[0])
+    if i >= first:
+        return 1, (i - first) // size
+    return 0, 0 if bidirectional_prompt else (i - members[0]) // size
+
+
+@given(packed_rows, st.sampled_from([1, 3, 4]), st.booleans(), st.integers(0, 2**32 - 1))
+def test_block_causal_from_the_response(segment_ids, block_size, bidirectional_prompt, seed):
+    response = np.random.default_rng(seed).random((ROWS, LENGTH)) < 0.3
+    ranges = block_causal_from_response(segment_ids, response, block_size, bidirectional_prompt)
+    check_ranges(ranges, LENGTH)
+    for row, ids in enumerate(segment_ids):
+        at = places(ids, None)
+        wanted = np.zeros((LENGTH, LENGTH), bool)
+        for document in {place.document for place in at} - {None}:
+            members = [i for i, place in enumerate(at) if place.document == document]
+            blocks = {
+                i: block_from_response(members, response[row], block_size, i, bidirectional_prompt)
+                for i in members
+            }
+            for i in members:
+                wanted[i, members] = [blocks[j] <= blocks[i] for j in members]
+        np.testing.assert_array_equal(dense(ranges, LENGTH)[row], wanted)
+
+
 @given(packed_rows)
 def test_causal_and_bidirectional(segment_ids):
     seen, seen_causally = (
