@@ -185,15 +185,30 @@ def infill(model, canvas: list[int], config: DecodingConfig, stops: tuple[int, .
 
 
 def decode_window(
-    model, prompt: list[int], config: DecodingConfig, max_new_tokens: int, stops, slots: int
+    model,
+    prompt: list[int],
+    config: DecodingConfig,
+    max_new_tokens: int,
+    stops,
+    slots: int,
+    *,
+    origin: int = 0,
+    read=None,
 ):
-    """As `decode`, with up to `slots` blocks at once, by D2F's rule; the whole sequence is read each time."""
+    """As `decode`, with up to `slots` blocks at once, by D2F's rule; the whole sequence is read each time.
+
+    Args:
+        origin: where blocks are counted from.
+        read: sequence -> the logits that predict each of its positions, the mask token banned; None: in place,
+            block-causally from its first token.
+    """
     size = config.block_size or model.config.block_size
+    read = read or (lambda sequence: forward(model, sequence, size))
     limit = len(prompt) + max_new_tokens
-    length = (math.ceil(limit / size) + slots) * size
+    length = origin + (math.ceil((limit - origin) / size) + slots) * size
     sequence = list(prompt) + [model.config.mask_token_id] * (length - len(prompt))
     known = [i < len(prompt) for i in range(length)]
-    start, steps, record = len(prompt) // size * size, [], {}
+    start, steps, record = origin + (len(prompt) - origin) // size * size, [], {}
     denoising, commits = 0, 0
     while True:
         blocks = [range(start + j * size, start + (j + 1) * size) for j in range(slots + 1)]
@@ -208,7 +223,7 @@ def decode_window(
             if len(steps) < slots and follows and start + len(steps) * size < limit:
                 steps.append(0)
         complete = [share[j] == 1 for j in range(len(steps))]
-        probs = softmax(forward(model, sequence[: start + len(steps) * size], size))
+        probs = softmax(read(sequence[: start + len(steps) * size]))
         for j, block in enumerate(blocks[: len(steps)]):
             masked = [i for i in range(size) if not known[block[i]]]
             best = probs[block.start : block.stop]
