@@ -92,6 +92,8 @@ class DataConfig:
     """Whether a document that no row can hold ("fit") is dropped or cut. Both are counted."""
     pad_to_block: bool = False
     """Fill each document up to a multiple of block_size with end-of-text tokens."""
+    pad_to_row: bool = False
+    """Fill each document up to sequence_length with end-of-text tokens, so that it is a row of its own (D2F, LLaDA)."""
     pad_loss: bool = True
     """Let that filling carry loss wherever the document's own end-of-text token does."""
     shuffle: bool = True
@@ -127,6 +129,7 @@ class DataConfig:
             raise ConfigError(
                 "loss='all' with format='trajectory': a prompt has no steps to be learned; use loss='response'"
             )
+        self._check_pad_to_row()
         if self.batch_size % self.shards:
             raise ConfigError(
                 f"shards={self.shards} does not divide batch_size={self.batch_size}: use a divisor of it"
@@ -140,6 +143,16 @@ class DataConfig:
     def has_order(self) -> bool:
         """Whether batches say when each token was committed."""
         return any(source.format == "trajectory" for source in self.sources)
+
+    def _check_pad_to_row(self):
+        if self.pad_to_row and self.packing == "split":
+            raise ConfigError(
+                "pad_to_row with packing='split', which cuts documents: use packing='fit'"
+            )
+        if self.pad_to_row and self.pad_to_block:
+            raise ConfigError(
+                "pad_to_row with pad_to_block: a row that is filled has no block to fill; leave pad_to_block out"
+            )
 
     def _check_noisy_length(self):
         if self.noisy_length is None or self.noisy_length == self.sequence_length:

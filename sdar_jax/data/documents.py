@@ -160,11 +160,11 @@ class DocumentMaker:
         return self._fitted(record_id, tokens, loss_mask, np.array(order, np.int32))
 
     def _ended(self, tokens: list[int], loss_mask: list[bool]) -> tuple[list[int], list[bool]]:
-        """Ends the document, and fills its last block."""
+        """Ends the document, and fills its last block or its row."""
         if tokens[-1] != self._eos:
             tokens = [*tokens, self._eos]
             loss_mask = [*loss_mask, loss_mask[-1]]
-        fill = -len(tokens) % self.block_size if self._config.pad_to_block else 0
+        fill = self._fill(len(tokens))
         fill_has_loss = loss_mask[-1] and self._config.pad_loss
         return tokens + [self._eos] * fill, loss_mask + [fill_has_loss] * fill
 
@@ -188,6 +188,12 @@ class DocumentMaker:
         kept = self._noisy_positions(mask[:length])
         order = None if order is None else order[:length]
         return Document(record_id, ids[:length], mask[:length], len(kept), cut=True, order=order)
+
+    def _fill(self, length: int) -> int:
+        """Counts the end-of-text tokens behind a document of this length."""
+        if self._config.pad_to_row:
+            return max(self._config.sequence_length - length, 0)
+        return -length % self.block_size if self._config.pad_to_block else 0
 
     def _noisy_positions(self, loss_mask: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
         return noisy_positions(np.ones(len(loss_mask), np.int32), loss_mask, self.block_size)

@@ -148,6 +148,8 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
         }
         if config.shards > 1:
             self._order["shards"] = config.shards
+        if config.pad_to_row:
+            self._order["pad_to_row"] = True
 
     def __next__(self) -> dict[str, np.ndarray]:
         rows = [row for shard in self._shards.values() for row in shard.next_rows()]
@@ -165,8 +167,10 @@ class PackedDataset(Iterator[dict[str, np.ndarray]]):
 
     def set_state(self, state: dict[str, Any]):
         """Resumes exactly where get_state was called. Raises DataError if data or order are not what they were then."""
-        then = {"shards": 1, **state["order"]}
-        for name, now in {"shards": 1, **self._order}.items():
+        # What an order does not name is as it was before there was a choice.
+        defaults = {"shards": 1, "pad_to_row": False}
+        then = {**defaults, **state["order"]}
+        for name, now in {**defaults, **self._order}.items():
             if then[name] != now:
                 raise DataError(
                     f"the saved position was taken with {name}={then[name]}, this dataset has {now}: restore"

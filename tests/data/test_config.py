@@ -17,6 +17,8 @@ BAD_DATA = [
     ({"noisy_length": 33}, "noisy_length=33 is above sequence_length=32"),
     ({"noisy_length": 16, "packing": "split"}, "noisy_length=16 with packing='split'"),
     ({"noisy_length": 16, "segments": "row"}, "set pad_to_block"),
+    ({"pad_to_row": True, "packing": "split"}, "pad_to_row with packing='split'"),
+    ({"pad_to_row": True, "pad_to_block": True}, "leave pad_to_block out"),
     ({"epochs": 0}, "epochs=0"),
     ({"num_threads": -1}, "num_threads=-1"),
     ({"seed": -1}, "seed=-1"),

@@ -370,6 +370,36 @@ def test_a_response_ends_its_document_and_its_last_block(write_jsonl):
     assert next(make(dataclasses.replace(config, loss="all")))["loss_mask"][0, :28].all()
 
 
+def test_a_row_is_filled_behind_its_document(pairs):
+    """All of the filling is learned, and none of the prompt; each document is a row."""
+    config = once(pairs, loss="response", packing="fit", pad_to_row=True, sequence_length=72)
+    rows = [
+        {name: array[b] for name, array in batch.items()}
+        for batch in make(config)
+        for b in range(config.batch_size)
+    ]
+    assert len(rows) == len(TEXTS)
+    for row in rows:
+        n = int(row["record_ids"][0])
+        document, can = expected_document(n, loss="response")
+        filling = 72 - len(document)
+        assert row["tokens"].tolist() == document + [EOS_ID] * filling
+        assert row["loss_mask"].tolist() == can + [True] * filling
+        assert (row["segment_ids"] == 1).all() and (row["record_ids"] == n).all()
+    unlearned = make(dataclasses.replace(config, pad_loss=False))
+    assert sum(int(batch["loss_mask"].sum()) for batch in unlearned) == sum(
+        sum(expected_document(n, loss="response")[1]) for n in range(len(TEXTS))
+    )
+
+
+def test_a_position_in_filled_rows_is_not_one_in_others(pairs):
+    config = once(pairs, packing="fit", sequence_length=72)
+    filled = make(dataclasses.replace(config, pad_to_row=True))
+    next(filled)
+    with pytest.raises(DataError, match="pad_to_row=True, this dataset has False"):
+        make(config).set_state(filled.get_state())
+
+
 def test_a_prompt_at_the_end_takes_no_loss(write_jsonl):
     messages = [
         {"role": "user", "content": "q"},
