@@ -61,7 +61,9 @@ def teacher_outputs(model: Model, inputs: TeacherInputs, outputs: int, **options
         model: the teacher.
         options: as of `Model.hidden_and_routing`.
     """
-    hidden, _ = model.hidden_and_routing(*inputs, outputs=outputs, **options)
+    # Planning finds its kernels by this name.
+    with jax.named_scope("teacher"):
+        hidden, _ = model.hidden_and_routing(*inputs, outputs=outputs, **options)
     return jax.lax.stop_gradient(Teacher(hidden, model.output_weights()))
 
 

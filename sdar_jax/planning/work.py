@@ -23,6 +23,8 @@ from sdar_jax.visibility import Ranges
 
 # Matmuls of [queries, head_dim] by [head_dim, keys] size in each kernel of an implementation.
 KERNELS = {"forward": 2, "dq": 3, "dkv": 4}
+# A teacher's calls of "forward", over what it sees itself.
+TEACHER = "teacher"
 # A TPU kernel's partial tiles skip sub-blocks of so many keys.
 _TPU_KEYS = 128
 # Corruption is drawn for this many rows, this many times; what is counted is scaled up to the batch.
@@ -36,7 +38,7 @@ class Expected(NamedTuple):
         token_counts: of the rows of a step.
         rows: that are computed; each of the batch's counted twice with complementary masks.
         tiled: for each kernel, pairs of query and key in the tiles that it visits, for one row: of all queries, and of
-            the outputs. Empty where no kernel has tiles.
+            the outputs; those of a teacher as `TEACHER`. Empty where no kernel has tiles.
     """
 
     token_counts: TokenCounts
@@ -63,6 +65,9 @@ def expected(config: TrainConfig, model: ModelConfig, teacher: Paradigm | None =
         one_row = jax.tree.map(lambda x: x[:1], inputs.ranges)
         outputs = inputs.targets.shape[1]
         tiled = {kernel: _tiled(model, one_row, kernel, outputs) for kernel in KERNELS}
+        if inputs.teacher is not None:
+            one_row = jax.tree.map(lambda x: x[:1], inputs.teacher.ranges)
+            tiled[TEACHER] = _tiled(model, one_row, "forward", outputs)
     return Expected(counts, rows, tiled)
 
 
@@ -70,14 +75,15 @@ def attention_flops(model: ModelConfig, expected: Expected, calls: dict[str, flo
     """Counts the FLOPs of the attention kernels in a step, on all devices together.
 
     Args:
-        calls: for each kernel, how often a layer runs it for every row.
+        calls: for each kernel, and `TEACHER`, how often a layer runs it for every row.
     """
     width = 2.0 * model.num_heads * model.head_dim * expected.rows
+    matmuls = KERNELS | {TEACHER: KERNELS["forward"]}
     flops = 0.0
     for kernel, times in calls.items():
         all_pairs, output_pairs = expected.tiled[kernel]
         flops += (
-            width * KERNELS[kernel] * times * ((model.num_layers - 1) * all_pairs + output_pairs)
+            width * matmuls[kernel] * times * ((model.num_layers - 1) * all_pairs + output_pairs)
         )
     return flops
 

@@ -279,10 +279,9 @@ def _configured_inputs(
 
 
 def _teacher_rebuild(config: TrainConfig, model: ModelConfig) -> Rebuild:
-    _, rebuild = model_weights(
-        jax.eval_shape(partial(_base, model, config.lora), jax.random.key(0))
-    )
-    return rebuild_teacher(rebuild)
+    # The key is made inside: plans have no device to make it on.
+    base = jax.eval_shape(lambda: _base(model, config.lora, jax.random.key(0)))
+    return rebuild_teacher(model_weights(base)[1])
 
 
 def _split(

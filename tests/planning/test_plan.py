@@ -11,14 +11,18 @@ from sdar_jax import ModelConfig
 from sdar_jax.cli import plan
 from sdar_jax.data import DataConfig, SourceConfig
 from sdar_jax.devices.chips import CHIPS
+from sdar_jax.distillation import DistillConfig
 from sdar_jax.errors import ConfigError
+from sdar_jax.objectives import ObjectiveConfig
+from sdar_jax.paradigm import Paradigm
 from sdar_jax.planning import Compiled, Memory
 from sdar_jax.planning.compile import _memory, _refused
+from sdar_jax.planning.count import Counts
 from sdar_jax.planning.nearest import candidates, doubled
 from sdar_jax.planning.network import Link
 from sdar_jax.planning.report import table, values
-from sdar_jax.planning.roofline import Roofline
-from sdar_jax.planning.work import attention_flops, expected
+from sdar_jax.planning.roofline import Roofline, _calls_per_layer
+from sdar_jax.planning.work import TEACHER, attention_flops, expected
 from sdar_jax.training import TrainConfig, read_command_line
 from sdar_jax.training.config import InitConfig
 from tests.bad_input import refused
@@ -148,6 +152,36 @@ def test_the_expected_work_is_that_of_full_rows(objective):
     assert found.num_loss_tokens == pytest.approx(
         rows * length * share, rel=1e-6 if share > 0.5 else 0.3
     )
+
+
+def test_a_teacher_reads_what_is_its_own():
+    """A canvas beside a student of one noisy copy, in blocks."""
+    length, rows = 256, 64
+    objective = ObjectiveConfig(distill=DistillConfig(), noisy_context=True)
+    settings = config(length=length, batch_size=rows, objective=objective)
+    found = expected(settings, SHAPE, Paradigm()).token_counts
+    blocks = np.arange(length // 4) * 4
+    assert (found.positions, found.pairs) == (rows * length, rows * (4 * (blocks + 4)).sum())
+    assert found.teacher is not None
+    assert (found.teacher.positions, found.teacher.pairs) == (rows * length, rows * length**2)
+
+
+def test_a_teacher_s_kernels_are_counted_apart():
+    """In two layers, of one micro-batch: the student's forward twice, with remat, and the teacher's once."""
+    scopes = {
+        "jit(step)/jvp()/attention/range_attention_forward/pallas_call": 4.0,
+        "jit(step)/transpose(jvp())/checkpoint/range_attention_dq/pallas_call": 2.0,
+        "jit(step)/jvp(teacher)/while/body/attention/range_attention_forward/pallas_call": 1.0,
+        "jit(step)/teacher/attention/range_attention_forward/pallas_call": 1.0,
+    }
+    counts = Counts()
+    counts.kernels.update(scopes)
+    calls = _calls_per_layer(compiled(config()), counts)
+    assert calls == {"forward": 2.0, "dq": 1.0, TEACHER: 1.0}
+    tiled = {"forward": (1000.0, 400.0), "dq": (1000.0, 400.0), TEACHER: (2000.0, 700.0)}
+    asked = expected(config(), SHAPE)._replace(tiled=tiled)
+    width = 2 * SHAPE.num_heads * SHAPE.head_dim * 64
+    assert attention_flops(SHAPE, asked, calls) == width * (7 * 1400 + 2 * 2700)
 
 
 def test_attention_counts_the_tiles_of_both_kinds_of_layer():
