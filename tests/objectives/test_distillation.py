@@ -23,20 +23,21 @@ from tests.bad_input import refused
 from tests.objectives import oracle
 from tests.tiny import MASK, tiny_model
 
-SIZE, LENGTH = 4, 26
+# A prompt of more than a block, so that its being one is seen.
+SIZE, PROMPT, LENGTH = 4, 6, 29
 STUDENT = {"block_origin": "response", "bidirectional_prompt": True, "block_size": SIZE}
 CANVAS = Paradigm(origin="response")
 D2F = ObjectiveConfig(normalizer="masked", distill=DistillConfig(), noisy_context=True)
 
 
 def row_of(blocks: int) -> Batch:
-    """A prompt of three tokens and some blocks of an answer, the last one cut; then a short document, and padding."""
+    """A prompt and some blocks of an answer, the last one cut; then a short document, and padding."""
     answer = SIZE * blocks - 2
-    first = 3 + answer
+    first = PROMPT + answer
     ids = np.zeros(LENGTH, np.int32)
     ids[:first], ids[first : first + 3] = 1, 2
     response = np.zeros(LENGTH, bool)
-    response[3:first], response[first + 1 : first + 3] = True, True
+    response[PROMPT:first], response[first + 1 : first + 3] = True, True
     tokens = np.random.default_rng(blocks).integers(0, MASK, LENGTH, np.int32)
     return Batch(*(jnp.asarray(x)[None] for x in (tokens, ids, response)))
 
