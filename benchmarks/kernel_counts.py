@@ -15,7 +15,7 @@ from sdar_jax import ModelConfig, visibility
 from sdar_jax.attention.tile_sizes import tile_sizes_for
 from sdar_jax.attention.tiles import EMPTY, tile_kinds
 from sdar_jax.devices.chips import CHIPS
-from sdar_jax.training.flops import TokenCounts, training_flops
+from sdar_jax.training.flops import ReadCounts, TokenCounts, training_flops
 from sdar_jax.visibility import Ranges
 
 # Matmuls of [rows, D] by [D, keys] size: what the gradient needs, and what two kernels that each make the scores do.
@@ -164,11 +164,10 @@ def price():
             )
             noisy = Ranges(hybrid.start[:, :length], hybrid.end[:, :length])
             number = lambda x: jnp.float32(x)
-            ar = TokenCounts(
-                *(number(x) for x in (length, length, pairs(causal), pairs(causal), length))
-            )
-            outputs = (2 * length, length, pairs(hybrid), pairs(noisy), length / 2)
-            diffusion = TokenCounts(*(number(x) for x in outputs))
+            read = map(number, (length, length, pairs(causal), pairs(causal)))
+            ar = TokenCounts(*ReadCounts._make(read), num_loss_tokens=number(length))
+            read = map(number, (2 * length, length, pairs(hybrid), pairs(noisy)))
+            diffusion = TokenCounts(*ReadCounts._make(read), num_loss_tokens=number(length / 2))
             attention = [
                 12 * config.num_heads * config.head_dim * config.num_layers * float(w.pairs)
                 for w in (ar, diffusion)
