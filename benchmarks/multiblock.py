@@ -1,6 +1,6 @@
 """Several blocks at once on small models: accuracy, tokens per forward and tokens a second, with what training adds.
 
-    python -m benchmarks.multiblock [--seeds 0 1 2] [--problems 300] [--block-sizes 4 16] [--out runs/multiblock]
+    python -m benchmarks.multiblock [--seeds 0 1 2] [--problems 300] [--block-sizes 4 16] [--out runs/multiblock_demo]
 
 A chain of recipes (configs/multiblock_demo) is trained for each seed: an autoregressive model from scratch, more of the
 same as the baseline, its conversion to single blocks, and from that MultiTF, MultiTF with CAP, and D2F's distillation.
@@ -26,7 +26,7 @@ from sdar_jax.model import Model
 from sdar_jax.training import TrainConfig, read_config, run
 
 CONFIGS = Path("configs/multiblock_demo")
-HOME = Path("runs/multiblock")  # What the recipes write; --out moves it.
+HOME = Path("runs/multiblock_demo")  # What the recipes write; --out moves it.
 STAGES = ("single", "multitf", "multitf_cap", "d2f")
 SLOTS = 4
 BATCH = 50
@@ -58,6 +58,11 @@ def ways(block_size: int, tau: float) -> list[Way]:
     ]
 
 
+def folder(stage: str, block_size: int | None) -> str:
+    """The folder of a stage's run, among those of its seed."""
+    return f"block{block_size}_{stage}" if stage in STAGES else stage
+
+
 def stage(name: str, block_size: int | None, seed: int, out: Path, quick: bool) -> TrainConfig:
     """The recipe of a stage with its paths, block size and seeds replaced."""
     config = read_config(CONFIGS / f"{name}.yaml")
@@ -66,11 +71,10 @@ def stage(name: str, block_size: int | None, seed: int, out: Path, quick: bool) 
     def moved(path: str | None) -> str | None:
         if path is None:
             return None
-        inner = Path(path).relative_to(HOME)
-        if inner.parts[0] in shared:
-            return str(out / inner)
-        first = inner.parts[0].replace("block4", f"block{block_size}")
-        return str(out / f"seed{seed}" / first / Path(*inner.parts[1:]))
+        first, *rest = Path(path).relative_to(HOME).parts
+        if first in shared:
+            return str(out / Path(first, *rest))
+        return str(out / f"seed{seed}" / folder(first, block_size) / Path(*rest))
 
     model = dataclasses.replace(
         config.model,
@@ -136,12 +140,10 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """Decodes all of a seed's models, each with its own ways."""
     tokenizer = load_tokenizer(out / "tokenizer")
-    folder = out / f"seed{seed}"
     greedy = Way("AR", "ar", DecodingConfig())
     todo = [(None, greedy), *((size, way) for size in sizes for way in ways(size, tau))]
     for size, way in todo:
-        name = way.stage if size is None else f"block{size}_{way.stage}"
-        model = load_pretrained(folder / name / "model")
+        model = load_pretrained(out / f"seed{seed}" / folder(way.stage, size) / "model")
         found = measured(way, model, problems, tokenizer, alone)
         row = {"seed": seed, "block_size": size, "way": way.name, "tau": tau, **found}
         print(json.dumps(row), flush=True)

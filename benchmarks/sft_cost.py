@@ -19,8 +19,9 @@ import numpy as np
 from sdar_jax import ModelConfig
 from sdar_jax.data.documents import noisy_positions
 from sdar_jax.model import Model, stack_layers
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, training_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs
 from sdar_jax.training.step import model_weights
+from sdar_jax.weighted_loss import training_loss
 
 S = 4
 CONFIG = ModelConfig(

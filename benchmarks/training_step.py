@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from benchmarks.timing import TorchPeer, compare
 from sdar_jax import ModelConfig
 from sdar_jax.model import Model, stack_layers
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, training_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs
 from sdar_jax.training.config import OptimizerConfig
 from sdar_jax.training.optimizer import adamw, learning_rate
 from sdar_jax.training.step import initial_state, make_step, model_weights
+from sdar_jax.weighted_loss import training_loss
 
 # For PyTorch; `our_step` gives the same to a ModelConfig.
 NETWORK = {

@@ -35,6 +35,7 @@ FLOORS = (
     "distillation",
     "loss_metrics",
     "objectives",
+    "weighted_loss",
     "decoding",
     "evaluation",
     "training",

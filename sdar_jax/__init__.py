@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from sdar_jax.hf import load_pretrained, save_pretrained
     from sdar_jax.model import ModelConfig, logits
     from sdar_jax.model.conversion import to_diffusion
-    from sdar_jax.objectives import block_diffusion_loss
     from sdar_jax.training import TrainConfig, train
+    from sdar_jax.weighted_loss import block_diffusion_loss
 
 __all__ = [
     "Completion",
@@ -44,7 +44,7 @@ _HOMES = {
     "Engine": "decoding",
     "ModelConfig": "model",
     "TrainConfig": "training",
-    "block_diffusion_loss": "objectives",
+    "block_diffusion_loss": "weighted_loss",
     "generate": "decoding",
     "infill": "decoding",
     "load_pretrained": "hf",

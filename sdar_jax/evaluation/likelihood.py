@@ -20,9 +20,9 @@ from sdar_jax.objectives import (
     next_token_inputs,
     origin_of,
     predicted,
-    score_tokens,
 )
 from sdar_jax.paradigm import Paradigm
+from sdar_jax.weighted_loss import score_tokens
 
 Tokens = Int[Array | np.ndarray, "B L"]
 Mask = Bool[Array | np.ndarray, "B L"]

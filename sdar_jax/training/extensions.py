@@ -7,9 +7,10 @@ import jax
 from jaxtyping import Array
 
 from sdar_jax.errors import ConfigError
+from sdar_jax.loss_metrics import LossMetrics
 from sdar_jax.model import Model
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, LossInputs, LossMetrics
+from sdar_jax.objectives import Batch, LossInputs
 
 Evaluator = Callable[[Model, int], dict[str, float]]
 """(model, step) -> named numbers."""

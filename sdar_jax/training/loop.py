@@ -93,16 +93,14 @@ def train(
     finished, and nothing is done. Its generation_config.json lists the tokens that end the responses it learned. A
     finished run that is given more steps continues, if its schedule allows it.
 
-    What is given besides the config is to be the same each time the run is started. The processes of a job all give the
-    same, and all call it.
+    What is given besides the config is to be the same each time the run starts, and in all processes of a job.
 
     Args:
         data: batches in place of `config.data.sources`, which is then empty: dicts of `tokens` int32 [B, L],
             `segment_ids` int32 [B, L] (> 0 and contiguous a document, 0 for padding), `loss_mask` bool [B, L] (the
             tokens with loss), with noisy_length `noisy_index` int32 [B, N], and `order` int32 [B, L] (when each token
-            was committed) where masks follow it; B and L as `config.data` says. An
-            iterator with `get_state` and `set_state` is resumed by them; of any other, a run that resumes draws again
-            the batches that it had used, and leaves them out.
+            was committed) where masks follow it; B and L as `config.data` says. An iterator with `get_state` and
+            `set_state` is resumed by them; of any other, a run that resumes leaves out what it had used.
         evaluators: (model, step) -> named numbers, which are logged as "eval_" + name. Called each `config.eval.every`
             steps, without `config.eval` each `config.checkpoint.every`, and after the last one. With `config.eval` the
             held-out likelihood is one of them.
@@ -118,12 +116,11 @@ def train(
         What is in run_dir/model, in `config.export_dtype`, on the mesh of the run.
 
     Raises:
-        ConfigError: values that cannot be honoured, or that differ from those the run was started with; a run_dir
-            that another job uses, or with a model in it that this run has not written.
+        ConfigError: values that cannot be honoured, or that differ from those the run was started with; a run_dir that
+            another job uses, or with a model of another's.
         CheckpointError: weights or checkpoints that cannot be read. DataError: records or batches that cannot be used;
             the steps before are saved.
-        TrainingError: a loss or gradient that is not finite (nothing of it is saved), or data that ends too soon (all
-            is saved).
+        TrainingError: a loss or gradient that is not finite (not saved), or data that ends too soon (all is saved).
         TrainingInterrupted: SIGTERM or SIGINT came. The step at hand was ended and all is saved.
     """
     outcome = run(config, Extensions(data, evaluators, callbacks, objective, trainable))

@@ -25,13 +25,7 @@ from sdar_jax.hf.released import model_directory
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import (
-    Batch,
-    LossInputs,
-    count_correct,
-    make_inputs,
-    training_loss,
-)
+from sdar_jax.objectives import Batch, LossInputs, make_inputs
 from sdar_jax.paradigm import Paradigm, has_blocks
 from sdar_jax.training.batches import GivenBatches
 from sdar_jax.training.checkpoint import Checkpoints, HostState
@@ -65,6 +59,7 @@ from sdar_jax.training.step import (
 from sdar_jax.training.stops import end_of_text, with_learned_stops
 from sdar_jax.training.teacher import rebuild_teacher, teacher_copies, teacher_paradigm
 from sdar_jax.training.trackers import Meter
+from sdar_jax.weighted_loss import count_correct, training_loss
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sdar_jax.devices import sharding
 from sdar_jax.devices.chips import platform
+from sdar_jax.loss_metrics import LossMetrics, StepTotals
 from sdar_jax.model import Model
 from sdar_jax.model.axes import constrain_weights
-from sdar_jax.objectives import Batch, LossInputs, LossMetrics, StepTotals
+from sdar_jax.objectives import Batch, LossInputs
 from sdar_jax.training.flops import TokenCounts, count_tokens
 from sdar_jax.training.noise_ramp import NoiseSchedule
 from sdar_jax.training.optimizer import Weights

@@ -14,7 +14,8 @@ from sdar_jax.corruption import corrupt
 from sdar_jax.errors import ConfigError, DataError
 from sdar_jax.evaluation import autoregressive_nll, likelihood
 from sdar_jax.evaluation.likelihood import Groups, log_likelihoods
-from sdar_jax.objectives import Batch, diffusion_inputs, score_tokens
+from sdar_jax.objectives import Batch, diffusion_inputs
+from sdar_jax.weighted_loss import score_tokens
 from tests.bad_input import refused
 from tests.tiny import MASK, pack, tiny_model
 

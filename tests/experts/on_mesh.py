@@ -18,7 +18,8 @@ from sdar_jax.hf.pretrained import load_pretrained
 from sdar_jax.hf.tensor_files import TensorReader
 from sdar_jax.model import stack_layers
 from sdar_jax.model.axes import shardings
-from sdar_jax.objectives import ObjectiveConfig, make_inputs, training_loss
+from sdar_jax.objectives import ObjectiveConfig, make_inputs
+from sdar_jax.weighted_loss import training_loss
 from tests.sharding.losses_on_meshes import on_host, packed_batch
 from tests.tiny import tiny_moe
 

@@ -22,9 +22,10 @@ from sdar_jax.errors import (
 )
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, diffusion_inputs, weighted_loss
+from sdar_jax.objectives import Batch, diffusion_inputs
 from sdar_jax.training import CheckpointConfig, InitConfig, OptimizerConfig, TrainingObjective
 from sdar_jax.training.step import model_weights
+from sdar_jax.weighted_loss import weighted_loss
 from tests.bad_input import refused
 from tests.training.conftest import assert_same_run, metrics_of, state_of, write_tokenizer
 

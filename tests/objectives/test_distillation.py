@@ -11,14 +11,9 @@ import pytest
 from sdar_jax.corruption import CorruptionConfig
 from sdar_jax.distillation import DistillConfig
 from sdar_jax.errors import ConfigError
-from sdar_jax.objectives import (
-    Batch,
-    ObjectiveConfig,
-    make_inputs,
-    training_loss,
-    weighted_loss,
-)
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm
+from sdar_jax.weighted_loss import training_loss, weighted_loss
 from tests.bad_input import refused
 from tests.objectives import oracle
 from tests.tiny import MASK, tiny_model
@@ -109,7 +104,7 @@ def expected(student, teacher, student_read, teacher_read, weights, name):
 
 @partial(jax.jit, static_argnames=("config", "teacher_paradigm"))
 def computed(student, teacher, batch, key, config, teacher_paradigm):
-    inputs = make_inputs(batch, key, config, student.config, teacher_paradigm)
+    inputs = make_inputs(batch, key, config, student.config, teacher=teacher_paradigm)
     loss = lambda student, teacher: training_loss(student, inputs, config, teacher=teacher)
     return inputs, jax.value_and_grad(loss, (0, 1), has_aux=True)(student, teacher)
 
@@ -233,7 +228,7 @@ BAD = [
 def test_what_does_not_go_together_is_refused(values, config, teacher, told):
     model = model_with(1, **(STUDENT | values)).config
     with refused(ConfigError, told):
-        make_inputs(row_of(1), jax.random.key(0), config, model, teacher)
+        make_inputs(row_of(1), jax.random.key(0), config, model, teacher=teacher)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +241,7 @@ def test_what_does_not_go_together_is_refused(values, config, teacher, told):
 def test_chosen_noisy_copies_are_refused(config, teacher, told):
     batch = row_of(1)._replace(noisy_index=jnp.arange(4, dtype=jnp.int32)[None])
     with refused(ConfigError, told, "leave noisy_length out"):
-        make_inputs(batch, jax.random.key(0), config, tiny_model().config, teacher)
+        make_inputs(batch, jax.random.key(0), config, tiny_model().config, teacher=teacher)
 
 
 def test_an_unknown_loss_is_refused():

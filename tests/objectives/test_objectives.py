@@ -11,7 +11,8 @@ import pytest
 from sdar_jax import ModelConfig, logits
 from sdar_jax.corruption import CorruptionConfig, corrupt
 from sdar_jax.errors import ConfigError
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs
+from sdar_jax.weighted_loss import weighted_loss
 from tests.bad_input import refused
 from tests.objectives import oracle
 from tests.tiny import MASK, pack, tiny_model

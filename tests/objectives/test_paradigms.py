@@ -14,8 +14,9 @@ from sdar_jax import block_diffusion_loss, nelbo
 from sdar_jax.corruption import CorruptionConfig
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs
 from sdar_jax.paradigm import NEXT_TOKEN, Paradigm
+from sdar_jax.weighted_loss import weighted_loss
 from tests.bad_input import refused
 from tests.objectives import oracle
 from tests.tiny import MASK, pack, tiny_model

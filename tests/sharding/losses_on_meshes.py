@@ -14,7 +14,8 @@ from sdar_jax.devices.sharding import MeshConfig, activate_mesh, batch_sharding,
 from sdar_jax.model import Model, Remat
 from sdar_jax.model.axes import shardings
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, training_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs
+from sdar_jax.weighted_loss import training_loss
 from tests.tiny import LLADA2, VOCAB, pack, tiny_model
 
 ROWS, LENGTH = 8, 24

@@ -16,10 +16,10 @@ from sdar_jax.hf.pretrained import load_pretrained, save_pretrained
 from sdar_jax.model import Model
 from sdar_jax.model.axes import check_mesh, shardings
 from sdar_jax.model.config import PRESETS, ModelConfig
-from sdar_jax.objectives import block_diffusion_loss
 from sdar_jax.training import run
 from sdar_jax.training.config import TrainConfig
 from sdar_jax.training.config_io import from_values
+from sdar_jax.weighted_loss import block_diffusion_loss
 from tests.bad_input import refused
 from tests.tiny import tiny_model
 from tests.training.conftest import data_values, inputs, merged, metrics_of, run_values  # noqa: F401

@@ -14,7 +14,7 @@ from sdar_jax.data import load_tokenizer
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs, training_loss, weighted_loss
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs
 from sdar_jax.training import TrainConfig, loop, run
 from sdar_jax.training.config_io import from_values
 from sdar_jax.training.extensions import Extensions
@@ -22,6 +22,7 @@ from sdar_jax.training.optimizer import adamw, learning_rate
 from sdar_jax.training.setup import open_dataset
 from sdar_jax.training.step import initial_state, make_step, model_weights
 from sdar_jax.training.tiny import tiny
+from sdar_jax.weighted_loss import training_loss, weighted_loss
 from tests.bad_input import refused
 from tests.tiny import VOCAB, tiny_model
 from tests.training.conftest import assert_same_run, data_values, merged, metrics_of, run_values

@@ -16,7 +16,7 @@ from sdar_jax.data import load_tokenizer
 from sdar_jax.errors import ConfigError
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import Batch, make_inputs, training_loss
+from sdar_jax.objectives import Batch, make_inputs
 from sdar_jax.training import CheckpointConfig, TrainConfig, TrainingObjective, run
 from sdar_jax.training.checkpoint import Checkpoints
 from sdar_jax.training.config_io import from_values
@@ -26,6 +26,7 @@ from sdar_jax.training.setup import configured_step, open_dataset
 from sdar_jax.training.step import initial_state, model_weights
 from sdar_jax.training.teacher import teacher_copies
 from sdar_jax.visibility import segments
+from sdar_jax.weighted_loss import training_loss
 from tests.bad_input import refused
 from tests.training.conftest import assert_same_run, merged, run_values
 from tests.training.test_run import at_evaluation, terminate, total_weight
@@ -225,7 +226,7 @@ def test_an_objective_of_one_s_own_is_given_the_teacher(inputs, start, tmp_path)
     teacher = load_pretrained(start).config.paradigm
 
     def make(batch, key, model):
-        return make_inputs(batch, key, config.objective, model, teacher)
+        return make_inputs(batch, key, config.objective, model, teacher=teacher)
 
     def doubled(model, inputs, *, teacher, **options):
         total, metrics = training_loss(model, inputs, config.objective, teacher=teacher, **options)

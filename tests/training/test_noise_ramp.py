@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sdar_jax.errors import ConfigError
-from sdar_jax.objectives import Batch, LossMetrics, make_inputs
+from sdar_jax.loss_metrics import LossMetrics
+from sdar_jax.objectives import Batch, make_inputs
 from sdar_jax.training import run
 from sdar_jax.training.config import NoiseRampConfig
 from sdar_jax.training.extensions import Extensions, TrainingObjective

@@ -14,17 +14,12 @@ from sdar_jax.data import DataConfig
 from sdar_jax.experts import balance_loss, max_load, z_loss
 from sdar_jax.model import Model, stack_layers
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import (
-    Batch,
-    ObjectiveConfig,
-    make_inputs,
-    training_loss,
-    weighted_loss,
-)
+from sdar_jax.objectives import Batch, ObjectiveConfig, make_inputs
 from sdar_jax.training.config import InitConfig, OptimizerConfig, TrainConfig
 from sdar_jax.training.optimizer import adamw, is_decayed, learning_rate
 from sdar_jax.training.setup import configured_step
 from sdar_jax.training.step import initial_state, make_step, model_weights
+from sdar_jax.weighted_loss import training_loss, weighted_loss
 from tests.tiny import tiny_llada2
 
 SHAPE = ModelConfig(32, 16, 32, 1, 2, 1, 8, block_size=4, mask_token_id=31)

@@ -11,8 +11,8 @@ import pytest
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
+from sdar_jax.loss_metrics import LossMetrics, RouterMetrics
 from sdar_jax.model.config import ModelConfig
-from sdar_jax.objectives import LossMetrics, RouterMetrics
 from sdar_jax.training import trackers
 from sdar_jax.training.flops import TokenCounts, training_flops
 from sdar_jax.training.step import StepMetrics
