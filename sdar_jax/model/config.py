@@ -330,6 +330,47 @@ PRESETS["llada2-mini"] = ModelConfig(
     block_size=32,
     mask_token_id=156895,
 )
+PRESETS["llada-8b"] = ModelConfig(
+    vocab_size=126464,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(theta=500_000.0),
+    max_position_embeddings=4096,
+    architecture="llama",
+    qk_norm=False,
+    eos_token_id=126081,
+    stop_token_ids=(126081,),
+    objective="masked_diffusion",
+    block_origin="response",
+    mask_token_id=126336,
+    model_type="llada",
+)
+PRESETS["dream-7b"] = ModelConfig(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    max_position_embeddings=131072,
+    architecture="qwen2",
+    qk_norm=False,
+    qkv_bias=True,
+    bos_token_id=151643,
+    eos_token_id=151643,
+    stop_token_ids=(151643,),
+    objective="masked_diffusion",
+    shifted=True,
+    block_origin="response",
+    mask_token_id=151666,
+    model_type="Dream",
+)
 PRESETS |= {
     f"sdar-{size}": _sdar(PRESETS[f"qwen3-{size}"]) for size in ("1.7b", "4b", "8b", "30b-a3b")
 }

@@ -14,14 +14,19 @@ from sdar_jax.training.config import InitConfig
 from sdar_jax.training.config_io import read_config
 from sdar_jax.training.recipes import recipe_names
 
-_RELEASED = re.compile(r"(qwen3|sdar)-[\d.]+b(-a\d+b)?")
+# How a hub id's name begins, and the preset, if that is not its beginning.
+_RELEASED = {
+    r"(qwen3|sdar)-[\d.]+b(-a\d+b)?": None,
+    r"llada-8b": None,
+    r"dream-v0-(base|instruct)-7b": "dream-7b",
+}
 
 
 def starting_shape(config: InitConfig) -> ModelConfig:
     """Resolves the shape of the model that training starts from, before it is converted.
 
     Where `init_from` is set: of its config.json, if that is on this machine; of what the recipe X trains, for
-    runs/X/model; or of the released Qwen3 or SDAR that a hub id names.
+    runs/X/model; or of the released model that a hub id names.
 
     Raises:
         ConfigError: none of these.
@@ -34,13 +39,14 @@ def starting_shape(config: InitConfig) -> ModelConfig:
     recipe = "/".join(source.parts[1:-1])
     if source == Path("runs", recipe, "model") and recipe in recipe_names():
         return trained_shape(read_config(recipe).final_model)
-    released = _RELEASED.match(source.name.lower())
-    if released is None or released[0] not in PRESETS:
-        raise ConfigError(
-            f"model.init_from {config.init_from!r} is not on this machine, and no recipe or name tells its shape; "
-            "give a directory, or the hub id of a Qwen3 or SDAR model"
-        )
-    return PRESETS[released[0]]
+    for pattern, preset in _RELEASED.items():
+        begins = re.match(pattern, source.name.lower())
+        if begins is not None and (preset or begins[0]) in PRESETS:
+            return PRESETS[preset or begins[0]]
+    raise ConfigError(
+        f"model.init_from {config.init_from!r} is not on this machine, and no recipe or name tells its shape; "
+        "give a directory, or the hub id of a Qwen3, SDAR, LLaDA-8B or Dream-7B model"
+    )
 
 
 def trained_shape(config: InitConfig) -> ModelConfig:

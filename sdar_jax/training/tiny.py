@@ -122,6 +122,9 @@ def _model(run: TrainConfig, inputs: Path) -> InitConfig:
 
 def _shrunk(shape: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
     kv_heads = min(shape.num_kv_heads, _KV_HEADS)
+    heads = kv_heads * min(shape.num_heads // shape.num_kv_heads, _GROUP)
+    # Files of older families have no head size: it is the width's share of a head.
+    shared = shape.architecture in ("llama", "qwen2")
     layers, groups = min(shape.num_layers, _LAYERS), min(shape.num_expert_groups, 2)
     return replace(
         shape,
@@ -129,9 +132,9 @@ def _shrunk(shape: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> ModelConf
         hidden_size=_WIDTH,
         intermediate_size=2 * _WIDTH,
         num_layers=layers,
-        num_heads=kv_heads * min(shape.num_heads // shape.num_kv_heads, _GROUP),
+        num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=_HEAD_DIM,
+        head_dim=_WIDTH // heads if shared else _HEAD_DIM,
         num_experts=min(shape.num_experts, _EXPERTS),
         num_experts_per_token=min(shape.num_experts_per_token, _EXPERTS_PER_TOKEN),
         moe_intermediate_size=min(shape.moe_intermediate_size, _WIDTH),

@@ -18,6 +18,7 @@ from sdar_jax.attention import api, attention, mosaic_gpu
 from sdar_jax.attention.mosaic_gpu import layout, pipeline
 from sdar_jax.attention.tile_sizes import TileSizes
 from sdar_jax.errors import ConfigError
+from sdar_jax.groups import GroupConfig, group_starts
 from sdar_jax.visibility import Ranges
 from tests.attention.mosaic_gpu_interpreter import extended_interpreter
 from tests.attention.test_attention import Shape, naive, random_inputs, visible
@@ -60,10 +61,20 @@ def self_case(ranges: Ranges, heads: int, kv_heads: int, dim: int) -> Case:
     return Case(ranges, ranges.start.shape[1], heads, kv_heads, dim)
 
 
+def grouped(length: int, block_size: int, seed: int) -> Ranges:
+    """The hybrid layout of one document in random groups of up to four blocks."""
+    ids = segments(length)
+    starts = group_starts(
+        ids, ids > 0, jax.random.key(seed), GroupConfig(4, 20), block_size=block_size
+    )
+    return visibility.hybrid(ids, block_size, group_start=starts)
+
+
 CASES = {
     "hybrid of packed documents and padding": self_case(
         visibility.hybrid(segments(70, 30, -9, 31), 4), 2, 1, 64
     ),
+    "groups of blocks": self_case(grouped(101, 4, 0), 2, 1, 64),
     "causal": self_case(visibility.causal(segments(200)), 1, 1, 128),
     "bidirectional": self_case(visibility.bidirectional(segments(130, 70)), 4, 1, 64),
     "scattered, more keys": Case(scattered(45, 301, 0), 301, 8, 1, 64),
@@ -75,6 +86,7 @@ SLOW_CASES = {
     for name, ranges, layouts in [
         ("hybrid", visibility.hybrid(segments(203), 16), [(2, 2, 128), (8, 1, 64)]),
         ("packed", visibility.hybrid(segments(100, 3, 64, 70, -19), 8), [(4, 2, 64), (4, 1, 128)]),
+        ("groups", grouped(203, 16, 1), [(2, 2, 128), (8, 1, 64)]),
         ("causal", visibility.causal(segments(300, -5, 40)), [(2, 2, 64), (4, 2, 128)]),
         ("scattered", scattered(380, 380, 3), [(4, 2, 64), (4, 1, 128)]),
     ]

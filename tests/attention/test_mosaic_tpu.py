@@ -18,6 +18,7 @@ from sdar_jax.attention.mosaic_tpu import visit_list
 from sdar_jax.attention.mosaic_tpu.layout import LANES, Layout
 from sdar_jax.attention.tile_sizes import TileSizes, tile_sizes_for
 from sdar_jax.errors import ConfigError
+from sdar_jax.groups import GroupConfig, group_starts
 from sdar_jax.visibility import Ranges
 from tests.attention.test_attention import Shape, naive, random_inputs, visible
 from tests.bad_input import refused
@@ -81,7 +82,8 @@ def test_equals_naive_attention(shape, seed):
 
 
 @pytest.mark.parametrize(
-    "kind", ["causal", "bidirectional", "hybrid", "packed causal", "packed hybrid"]
+    "kind",
+    ["causal", "bidirectional", "hybrid", "packed causal", "packed hybrid", "packed groups hybrid"],
 )
 def test_paradigms(kind):
     """Hidden, partial and full tiles; documents and padding where packed."""
@@ -92,6 +94,10 @@ def test_paradigms(kind):
     documents = np.repeat(np.array([1, 2, 0, 3])[: len(lengths)], lengths)[None].astype(np.int32)
     make = {"causal": visibility.causal, "bidirectional": visibility.bidirectional}
     make["hybrid"] = partial(visibility.hybrid, block_size=4)
+    if "groups" in kind:
+        ids = jnp.asarray(documents)
+        starts = group_starts(ids, ids > 0, jax.random.key(2), GroupConfig(4, 20), block_size=4)
+        make["hybrid"] = partial(visibility.hybrid, block_size=4, group_start=starts)
     check(random_inputs(SQUARE, 1, np.float32), make[kind.split()[-1]](jnp.asarray(documents)))
 
 

@@ -31,6 +31,10 @@ PARAMETERS = {
 }
 
 
+# As LLaDA's and Qwen2.5's model cards count them.
+CANVAS = {"llada-8b": 8_015_581_184, "dream-7b": 7_615_616_512}
+
+
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
 def test_presets_have_the_released_sizes(name: str) -> None:
     config = ModelConfig.preset(name)
@@ -42,7 +46,7 @@ def test_presets_have_the_released_sizes(name: str) -> None:
 
 def test_llada2_mini_has_16_billion_weights() -> None:
     """As its model card says; the config is its published one."""
-    assert set(PRESETS) == {*PARAMETERS, "llada2-mini"}
+    assert set(PRESETS) == {*PARAMETERS, *CANVAS, "llada2-mini"}
     config = ModelConfig.preset("llada2-mini")
     model = jax.eval_shape(partial(Model, config, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(model)) == pytest.approx(16e9, rel=0.02)
@@ -249,6 +253,27 @@ def test_bad_files(text: str | None, message: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=f"config.json: {message}.*; (restore|give)"):
         ModelConfig.from_hf(tmp_path)
+
+
+def test_presets_of_canvas_models_are_their_released_files() -> None:
+    llada = {
+        **{"model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32},
+        **{"mlp_hidden_size": 12288, "vocab_size": 126464, "embedding_size": 126464},
+        **{"mask_token_id": 126336, "eos_token_id": 126081, "rope_theta": 500000.0},
+        **{"weight_tying": False, "rms_norm_eps": 1e-5, "max_sequence_length": 4096},
+    }
+    dream = {
+        **{"model_type": "Dream", "hidden_size": 3584, "intermediate_size": 18944},
+        **{"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
+        **{"vocab_size": 152064, "mask_token_id": 151666, "bos_token_id": 151643},
+        **{"eos_token_id": 151643, "rope_theta": 1e6, "max_position_embeddings": 131072},
+        **{"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+    }
+    assert ModelConfig.from_hf(llada) == ModelConfig.preset("llada-8b")
+    assert ModelConfig.from_hf(dream) == ModelConfig.preset("dream-7b")
+    for name, parameters in CANVAS.items():
+        model = jax.eval_shape(partial(Model, ModelConfig.preset(name), jax.random.key(0)))
+        assert sum(leaf.size for leaf in jax.tree.leaves(model)) == parameters
 
 
 def test_unknown_preset() -> None:

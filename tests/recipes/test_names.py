@@ -21,9 +21,12 @@ def elsewhere(in_repository, tmp_path, monkeypatch) -> Path:
 
 
 def test_names():
-    demo = [f"demo/{path.stem}" for path in sorted((CONFIGS / "demo").glob("*.yaml"))]
-    own = ["lora/8b_sft", "multiblock/8b_d3llm", "quickstart/smollm2_lora"]
-    assert list(recipe_names()) == [*demo, *own, *RECIPES]
+    demo, lora, multiblock, multiblock_demo, quickstart = (
+        [f"{folder}/{path.stem}" for path in sorted((CONFIGS / folder).glob("*.yaml"))]
+        for folder in ("demo", "lora", "multiblock", "multiblock_demo", "quickstart")
+    )
+    own = [*demo, *lora, *multiblock, *multiblock_demo, *quickstart]
+    assert list(recipe_names()) == [*own, *RECIPES]
 
 
 @pytest.mark.parametrize("recipe", ["demo/pretrain", "study2/8b_cpt"])
