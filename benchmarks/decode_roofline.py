@@ -1,6 +1,7 @@
 """The least time a decoding forward can take on a chip, and what speed-up over AR follows: predictions, not timings.
 
     python -m benchmarks.decode_roofline --chip h200 --model sdar-8b
+    python -m benchmarks.decode_roofline --chip h200 --slots 4
     python -m benchmarks.decode_roofline --plot FILE.svg
     python -m benchmarks.decode_roofline --chip h200 --compile 1x4 128x64      (batch x S; needs `make compilers`)
 
@@ -10,6 +11,9 @@ commit fusion a block of S costs gamma = S / TPF forwards, of which the first al
 gamma) = S + TPF positions a row and forward. AR reads one position a row and commits one. So
 
     TGS = B TPF / t_f        speed-up over AR = TPF t_f(AR) / t_f        break-even TPF = t_f / t_f(AR)
+
+With K slots open all the time a forward reads K S positions a row. `--slots K` prints by how much longer that takes than a
+single block's forward at three tokens (two where S is 4): the gain in TPF from which several blocks pay.
 
 `--compile` compiles the engine's own program (`decoding.buffer.advance`, with the chip's kernels, and prompts read
 beside decoding) for one such chip and prints what it holds.
@@ -111,6 +115,18 @@ def print_tables(model: ModelConfig, chip: Chip, context: int) -> None:
         print_table(
             lambda batch, size, x=speedup: _or_never(needed(model, chip, batch, context, size, x))
         )
+
+
+def print_slots(model: ModelConfig, chip: Chip, context: int, slots: int) -> None:
+    """The forward of K open blocks beside that of one."""
+    print(f"t_f of {slots} open blocks over t_f of one, {context} tokens cached a row, predicted")
+
+    def ratio(batch: int, size: int) -> str:
+        single = block_diffusion(model, chip, batch, context, size, min(3, size // 2))
+        several = forward_work(model, batch, context, slots * size).seconds(chip)
+        return f"{several / single:.2f}"
+
+    print_table(ratio)
 
 
 def print_table(cell: Callable[[int, int], str], ar: Callable[[int], str] | None = None) -> None:
@@ -218,12 +234,15 @@ def main():
     parser.add_argument("--chip", default="h200", choices=sorted(CHIPS))
     parser.add_argument("--model", default="sdar-8b", help="a preset")
     parser.add_argument("--context", type=int, default=2048, help="tokens cached a row")
+    parser.add_argument("--slots", type=int, help="K: several open blocks beside one")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves of H200 and v6e instead")
     parser.add_argument("--compile", nargs="+", metavar="BxS", help="compile these instead")
     arguments = parser.parse_args()
     model = ModelConfig.preset(arguments.model)
     if arguments.plot:
         return plot(model, ("h200", "v6e"), arguments.context, arguments.plot)
+    if arguments.slots:
+        return print_slots(model, CHIPS[arguments.chip], arguments.context, arguments.slots)
     if not arguments.compile:
         return print_tables(model, CHIPS[arguments.chip], arguments.context)
     for point in arguments.compile:
