@@ -89,6 +89,29 @@ def useful_by_tile():
                 )
 
 
+def groups_by_tile():
+    """Groups of 4 blocks (MultiTF) beside single blocks, at the recipes' row length."""
+    length, size = 2048, 4
+    print(
+        "| S | blocks | pairs | useful, tile 32 x 128 | 64 x 64 | 128 x 128 | H200 floor, forward, 8B |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    heads = next(each for each in HEADS if "8B" in each.name)
+    for block_size in (4, 16, 32):
+        starts = jnp.arange(length) // (size * block_size) * (size * block_size)
+        for name, group_start in (("single", None), (f"groups of {size}", starts[None])):
+            ranges = visibility.hybrid(document(length), block_size, group_start=group_start)
+            needed = pairs(ranges)
+            shares = [needed / tiled_pairs(ranges, *t) for t in ((32, 128), (64, 64), (128, 128))]
+            work = flops(tiled_pairs(ranges, 32, 128), heads, FORWARD)
+            seconds = floor("h200", work, least_bytes(2 * length, heads, backward=False))
+            print(
+                f"| {block_size} | {name} | {needed / 1e6:.2f}M | "
+                + " | ".join(f"{share:.2f}" for share in shares)
+                + f" | {1e3 * seconds:.3f} ms |"
+            )
+
+
 def kernels():
     print(
         "| heads, L | kernel | needs TFLOP | GB | tiles | useful | TFLOP done | GB loaded | floor |"
@@ -189,6 +212,7 @@ def main():
     parser.parse_args()
     for title, table in (
         ("Useful fraction of the pairs in visited tiles, hybrid layout", useful_by_tile),
+        ("Groups of blocks, hybrid layout, one document of 2048", groups_by_tile),
         (f"The kernels, hybrid layout, one document, S = {BLOCK_SIZE}, bfloat16", kernels),
         (f"Pairs of query and key a clean token, S = {BLOCK_SIZE}, one document", against_others),
         (f"A whole training step, S = {BLOCK_SIZE}, one document", price),
