@@ -1,15 +1,18 @@
 """Several blocks at once on small models: accuracy, tokens per forward and tokens a second, with what training adds.
 
     python -m benchmarks.multiblock [--seeds 0 1 2] [--problems 300] [--block-sizes 4 16] [--out runs/multiblock_demo]
+        [--add 0.1] [--activate 0.25 0.9] [--taus 0.9]
 
 A chain of recipes (configs/multiblock_demo) is trained for each seed: an autoregressive model from scratch, more of the
 same as the baseline, its conversion to single blocks, and from that MultiTF, MultiTF with CAP, and D2F's distillation.
 A stage that is finished is not run again. Then each is decoded on the same held-out problems, whose answers have 64
-characters (demo/long_tasks.py). Printed are means over seeds with their standard errors.
+characters (demo/long_tasks.py), in batches and one at a time. Printed are means over seeds with their standard errors,
+and for each task its accuracy and tokens a forward. Several values of a threshold are all tried.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import logging
 import statistics
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 
 from demo.long_tasks import TASKS, build, is_right
 from demo.tokenizer import make_tokenizer
-from sdar_jax import DecodingConfig, generate, load_pretrained, load_tokenizer
+from sdar_jax import Completion, DecodingConfig, generate, load_pretrained, load_tokenizer
 from sdar_jax.errors import TrainingError
 from sdar_jax.model import Model
 from sdar_jax.training import TrainConfig, read_config, run
@@ -44,13 +47,19 @@ class Way(NamedTuple):
     slots: int = 2
 
 
-def ways(block_size: int, tau: float) -> list[Way]:
+def ways(taus: Sequence[float], adds: Sequence[float], activates: Sequence[float]) -> Iterator[Way]:
     """What is compared at a block size."""
-    add, activate = THRESHOLDS[block_size]
-    single = DecodingConfig(confidence_threshold=tau)
-    several = dataclasses.replace(single, add_threshold=add, activate_threshold=activate)
+    for tau in taus:
+        single = DecodingConfig(confidence_threshold=tau)
+        yield Way("single block", "single", single)
+        for add, activate in itertools.product(adds, activates):
+            yield from _several(
+                dataclasses.replace(single, add_threshold=add, activate_threshold=activate)
+            )
+
+
+def _several(several: DecodingConfig) -> list[Way]:
     return [
-        Way("single block", "single", single),
         Way("multi-block, training-free", "single", several, SLOTS),
         Way("MultiTF", "multitf", several, SLOTS),
         Way("MultiTF + CAP", "multitf_cap", several, SLOTS),
@@ -118,8 +127,10 @@ def measured(
         done += generate(model, prompts[first : first + BATCH], way.config, **options)
     right = [is_right(each, one.text or "") for each, one in zip(problems, done, strict=True)]
     by_task: dict[str, list[bool]] = {}
-    for problem, good in zip(problems, right, strict=True):
+    done_by_task: dict[str, list[Completion]] = {}
+    for problem, good, one in zip(problems, right, done, strict=True):
         by_task.setdefault(problem["task"], []).append(good)
+        done_by_task.setdefault(problem["task"], []).append(one)
     tokens, seconds = 0, 0.0
     for i, prompt in enumerate([prompts[0], *prompts[:alone]]):
         started = time.perf_counter()
@@ -129,38 +140,61 @@ def measured(
             tokens += len(one.tokens)
     return {
         "accuracy": statistics.mean(right),
-        **{task: statistics.mean(good) for task, good in by_task.items()},
-        "tpf": sum(len(one.tokens) for one in done) / sum(one.denoising_forwards for one in done),
+        "tpf": _tpf(done),
         "tokens_per_second": tokens / seconds,
+        **{task: statistics.mean(good) for task, good in by_task.items()},
+        **{f"{task}_tpf": _tpf(found) for task, found in done_by_task.items()},
     }
 
 
-def rows_of(
-    seed: int, sizes: Sequence[int], tau: float, out: Path, problems: list[dict], alone: int
-) -> Iterator[dict[str, Any]]:
+def _tpf(done: Sequence[Completion]) -> float:
+    return sum(len(one.tokens) for one in done) / sum(one.denoising_forwards for one in done)
+
+
+def rows_of(seed: int, problems: list[dict], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Decodes all of a seed's models, each with its own ways."""
-    tokenizer = load_tokenizer(out / "tokenizer")
-    greedy = Way("AR", "ar", DecodingConfig())
-    todo = [(None, greedy), *((size, way) for size in sizes for way in ways(size, tau))]
+    tokenizer = load_tokenizer(args.out / "tokenizer")
+    todo: list[tuple[int | None, Way]] = [(None, Way("AR", "ar", DecodingConfig()))]
+    for size in args.block_sizes:
+        add, activate = THRESHOLDS[size]
+        thresholds = args.add or [add], args.activate or [activate]
+        todo += [(size, way) for way in ways(args.taus, *thresholds)]
     for size, way in todo:
-        model = load_pretrained(out / f"seed{seed}" / folder(way.stage, size) / "model")
-        found = measured(way, model, problems, tokenizer, alone)
-        row = {"seed": seed, "block_size": size, "way": way.name, "tau": tau, **found}
+        model = load_pretrained(args.out / f"seed{seed}" / folder(way.stage, size) / "model")
+        found = measured(way, model, problems, tokenizer, args.alone)
+        row = {
+            "seed": seed,
+            "block_size": size,
+            "way": way.name,
+            "thresholds": _shown(way),
+            **found,
+        }
         print(json.dumps(row), flush=True)
         yield row
 
 
+def _shown(way: Way) -> str:
+    config = way.config
+    tau = f"{config.confidence_threshold:g}"
+    if way.slots == SLOTS:
+        return f"{config.add_threshold:g}, {config.activate_threshold:g}, {tau}"
+    return "-" if way.stage == "ar" else tau
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Means over seeds with standard errors, a line a way."""
-    columns = ("accuracy", "tpf", "tokens_per_second", *TASKS)
-    lines = ["| S | way | tau | accuracy | TPF | tokens/s alone | " + " | ".join(TASKS) + " |"]
-    lines.append("|" + "---|" * (6 + len(TASKS)))
+    head = ("S", "way", "add, act, conf", "accuracy", "TPF", "tokens/s alone", *TASKS)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["block_size"], row["way"], row["tau"]), []).append(row)
-    for (size, way, tau), of_seeds in groups.items():
-        cells = [shown(name, [row[name] for row in of_seeds if name in row]) for name in columns]
-        lines.append(f"| {size or '-'} | {way} | {tau} | " + " | ".join(cells) + " |")
+        groups.setdefault((row["block_size"], row["way"], row["thresholds"]), []).append(row)
+    for (size, way, thresholds), of_seeds in groups.items():
+        of = lambda name, rows=of_seeds: [row[name] for row in rows]
+        cells = [shown(name, of(name)) for name in ("accuracy", "tpf", "tokens_per_second")]
+        for task in TASKS:
+            mean = statistics.mean(of(f"{task}_tpf"))
+            cells.append(f"{statistics.mean(of(task)):.2f} at {mean:.2f}")
+        lines.append(f"| {size or '-'} | {way} | {thresholds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -183,6 +217,8 @@ def main() -> None:
     parser.add_argument("--alone", type=int, default=40, help="problems decoded one at a time")
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[4, 16], choices=THRESHOLDS)
     parser.add_argument("--taus", nargs="+", type=float, default=[0.9], help="tau_conf")
+    parser.add_argument("--add", nargs="+", type=float, help="tau_add; the published if left out")
+    parser.add_argument("--activate", nargs="+", type=float, help="tau_act; likewise")
     parser.add_argument("--out", type=Path, default=HOME)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
@@ -193,8 +229,7 @@ def main() -> None:
     rows = []
     for seed in args.seeds:
         train_chain(seed, args.block_sizes, args.out, args.quick)
-        for tau in args.taus:
-            rows += rows_of(seed, args.block_sizes, tau, args.out, problems, args.alone)
+        rows += rows_of(seed, problems, args)
         (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
 

@@ -1,10 +1,13 @@
-"""Problems with answers of 64 characters, for decoding many blocks at once. Three have one right answer, one many.
+"""Problems with answers of 64 characters, for decoding many blocks at once: 13 words of four, apart from each other.
 
-copy      the letters as they are
+copy      the words as they are
 shift     each letter moved on by the key, in an alphabet of ten
-total     the running sum of the digits, modulo 10: each character needs the one before it
-walk      any path of digits from the given one, each one up or down from the one before, modulo 10: half of all
-          continuations are right at each step, and two neighbours that are guessed apart fit together half the time
+sums      each word's running sum, modulo 10: within a word each digit needs the one before it
+walks     any paths of digits, one for each word, from the given ones, each digit one up or down from the one before,
+          modulo 10: half of all continuations are right at each step, and two neighbours that are guessed apart fit
+          together half the time
+
+The first three have one right answer, the last has many.
 """
 
 import itertools
@@ -17,7 +20,8 @@ from typing import Any
 
 from sdar_jax.errors import ConfigError
 
-LENGTH = 64
+_WORDS, _SIZE = 13, 4
+LENGTH = _WORDS * (_SIZE + 1) - 1
 _LETTERS = "abcdefghij"
 _DIGITS = "0123456789"
 
@@ -36,36 +40,43 @@ class LongTask:
     right: Callable[[str, str], bool]
 
 
+def _words(alphabet: str, draw: random.Random) -> str:
+    return " ".join("".join(draw.choices(alphabet, k=_SIZE)) for _ in range(_WORDS))
+
+
 def _letters(draw: random.Random) -> str:
-    return "".join(draw.choices(_LETTERS, k=LENGTH))
+    return _words(_LETTERS, draw)
 
 
 def _shifted(data: str) -> str:
-    key, letters = data.split()
-    return "".join(_LETTERS[(_LETTERS.index(letter) + int(key)) % 10] for letter in letters)
+    key, letters = data.split(" ", 1)
+    moved = _LETTERS[int(key) :] + _LETTERS[: int(key)]
+    return letters.translate(str.maketrans(_LETTERS, moved))
 
 
-def _totals(data: str) -> str:
-    totals, total = "", 0
-    for digit in data:
-        total = (total + int(digit)) % 10
-        totals += str(total)
-    return totals
+def _sums(data: str) -> str:
+    totals = (itertools.accumulate(map(int, word)) for word in data.split())
+    return " ".join("".join(str(total % 10) for total in word) for word in totals)
 
 
-def _path(data: str, draw: random.Random) -> str:
-    path = data
-    while len(path) <= LENGTH:
-        path += str((int(path[-1]) + draw.choice((1, -1))) % 10)
-    return path[1:]
+def _paths(data: str, draw: random.Random) -> str:
+    words = []
+    for start in data.split():
+        path = start
+        while len(path) <= _SIZE:
+            path += str((int(path[-1]) + draw.choice((1, -1))) % 10)
+        words.append(path[1:])
+    return " ".join(words)
 
 
-def _is_path(data: str, answer: str) -> bool:
-    path = data + answer
-    if len(answer) != LENGTH or not set(answer) <= set(_DIGITS):
+def _are_paths(data: str, answer: str) -> bool:
+    starts, words = data.split(), answer.split(" ")
+    if [len(word) for word in words] != [_SIZE] * _WORDS or set(answer) - set(_DIGITS + " "):
         return False
-    steps = ((int(b) - int(a)) % 10 for a, b in itertools.pairwise(path))
-    return all(step in (1, 9) for step in steps)
+    paths = (start + word for start, word in zip(starts, words, strict=True))
+    return all(
+        (int(b) - int(a)) % 10 in (1, 9) for path in paths for a, b in itertools.pairwise(path)
+    )
 
 
 def _one_answer(data: Callable[[random.Random], str], solve: Callable[[str], str]) -> LongTask:
@@ -77,15 +88,13 @@ def _one_answer(data: Callable[[random.Random], str], solve: Callable[[str], str
 TASKS = {
     "copy": _one_answer(_letters, lambda data: data),
     "shift": _one_answer(lambda draw: f"{draw.randrange(1, 10)} {_letters(draw)}", _shifted),
-    "total": _one_answer(lambda draw: "".join(draw.choices(_DIGITS, k=LENGTH)), _totals),
-    "walk": LongTask(lambda draw: draw.choice(_DIGITS), _path, _is_path),
+    "sums": _one_answer(lambda draw: _words(_DIGITS, draw), _sums),
+    "walks": LongTask(lambda draw: " ".join(draw.choices(_DIGITS, k=_WORDS)), _paths, _are_paths),
 }
 
 
 def build(tasks: Sequence[str], count: int, seed: int, path: Path) -> list[dict[str, Any]]:
     """Draws problems, shared evenly among the tasks, and writes them as JSONL of "prompt", "response" and "task".
-
-    The prompts of two seeds differ, but for those of walk, which has ten.
 
     Raises:
         ConfigError: an unknown task.
