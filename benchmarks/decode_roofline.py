@@ -12,8 +12,8 @@ gamma) = S + TPF positions a row and forward. AR reads one position a row and co
 
     TGS = B TPF / t_f        speed-up over AR = TPF t_f(AR) / t_f        break-even TPF = t_f / t_f(AR)
 
-With K slots open all the time a forward reads K S positions a row. `--slots K` prints by how much longer that takes than
-a single block's forward at three tokens (two where S is 4): the gain in TPF from which several blocks pay.
+With K slots open all the time a forward reads K S positions a row. `--slots K` prints by how much longer that takes
+than the forward of a single block at three tokens (two where S is 4): the gain in TPF from which several blocks pay.
 
 `--compile` compiles the engine's own program (`decoding.buffer.advance`, with the chip's kernels, and prompts read
 beside decoding) for one such chip and prints what it holds.
