@@ -3,9 +3,9 @@
     python -m benchmarks.multiblock [--seeds 0 1 2] [--problems 300] [--block-sizes 4 16] [--out runs/multiblock_demo]
         [--add 0.1] [--activate 0.25 0.9] [--taus 0.9]
 
-A chain of recipes (configs/multiblock_demo) is trained for each seed: an autoregressive model from scratch, more of the
-same as the baseline, its conversion to single blocks, and from that MultiTF, MultiTF with CAP, and D2F's distillation.
-A stage that is finished is not run again. Then each is decoded on the same held-out problems, whose answers have 64
+A chain of recipes (configs/multiblock_demo) is trained: an autoregressive model from scratch, once, and for each seed more
+of the same as the baseline, its conversion to single blocks, and from that MultiTF, MultiTF with CAP, and D2F's
+distillation. A stage that is finished is not run again. Then each is decoded on the same held-out problems, whose answers have 64
 characters (demo/long_tasks.py), in batches and one at a time. Printed are means over seeds with their standard errors,
 and for each task its accuracy and tokens a forward. Several values of a threshold are all tried.
 """
@@ -75,7 +75,7 @@ def folder(stage: str, block_size: int | None) -> str:
 def stage(name: str, block_size: int | None, seed: int, out: Path, quick: bool) -> TrainConfig:
     """The recipe of a stage with its paths, block size and seeds replaced."""
     config = read_config(CONFIGS / f"{name}.yaml")
-    shared = {"tokenizer", "data"}
+    shared = {"tokenizer", "data", "pretrain"}
 
     def moved(path: str | None) -> str | None:
         if path is None:
@@ -102,11 +102,12 @@ def stage(name: str, block_size: int | None, seed: int, out: Path, quick: bool) 
 
 
 def train_chain(seed: int, sizes: Sequence[int], out: Path, quick: bool) -> None:
-    """Trains what of a seed's chain is not there yet."""
-    todo = [("pretrain", None), ("ar", None), *((name, size) for size in sizes for name in STAGES)]
-    for name, size in todo:
+    """Trains what of a seed's chain is not there yet; the first stage is that of seed 0 for all."""
+    todo: list[tuple[str, int | None, int]] = [("pretrain", None, 0), ("ar", None, seed)]
+    todo += [(name, size, seed) for size in sizes for name in STAGES]
+    for name, size, of_seed in todo:
         started = time.perf_counter()
-        outcome = run(stage(name, size, seed, out, quick))
+        outcome = run(stage(name, size, of_seed, out, quick))
         if not outcome.finished:
             raise TrainingError(
                 f"stage {name} was interrupted at step {outcome.step}; run it again"

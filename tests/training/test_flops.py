@@ -68,7 +68,7 @@ def test_a_teacher_s_forward_is_counted_with_its_own_pairs():
     teacher = Paradigm()
     config = ObjectiveConfig(distill=DistillConfig(), noisy_context=True)
     blocks = dataclasses.replace(SHAPE, objective="block_diffusion")
-    inputs = make_inputs(batch, jax.random.key(0), config, blocks, teacher)
+    inputs = make_inputs(batch, jax.random.key(0), config, blocks, teacher=teacher)
     assert inputs.teacher is not None
 
     def forward(model, embedded):
