@@ -3,9 +3,9 @@
 copy      the words as they are
 shift     each letter moved on by the key, in an alphabet of ten
 sums      each word's running sum, modulo 10: within a word each digit needs the one before it
-walks     any paths of digits, one for each word, from the given ones, each digit one up or down from the one before,
-          modulo 10: half of all continuations are right at each step, and two neighbours that are guessed apart fit
-          together half the time
+walks     in each word any path of digits from the given one, each digit one up or down from the one before, modulo 10:
+          half of all continuations are right at each step, and two neighbours that are guessed apart fit together
+          half the time
 
 The first three have one right answer, the last has many.
 """
@@ -61,8 +61,8 @@ def _sums(data: str) -> str:
 
 def _paths(data: str, draw: random.Random) -> str:
     words = []
-    for start in data.split():
-        path = start
+    for _ in range(_WORDS):
+        path = data
         while len(path) <= _SIZE:
             path += str((int(path[-1]) + draw.choice((1, -1))) % 10)
         words.append(path[1:])
@@ -70,13 +70,11 @@ def _paths(data: str, draw: random.Random) -> str:
 
 
 def _are_paths(data: str, answer: str) -> bool:
-    starts, words = data.split(), answer.split(" ")
+    words = answer.split(" ")
     if [len(word) for word in words] != [_SIZE] * _WORDS or set(answer) - set(_DIGITS + " "):
         return False
-    paths = (start + word for start, word in zip(starts, words, strict=True))
-    return all(
-        (int(b) - int(a)) % 10 in (1, 9) for path in paths for a, b in itertools.pairwise(path)
-    )
+    steps = (pair for word in words for pair in itertools.pairwise(data + word))
+    return all((int(b) - int(a)) % 10 in (1, 9) for a, b in steps)
 
 
 def _one_answer(data: Callable[[random.Random], str], solve: Callable[[str], str]) -> LongTask:
@@ -89,12 +87,14 @@ TASKS = {
     "copy": _one_answer(_letters, lambda data: data),
     "shift": _one_answer(lambda draw: f"{draw.randrange(1, 10)} {_letters(draw)}", _shifted),
     "sums": _one_answer(lambda draw: _words(_DIGITS, draw), _sums),
-    "walks": LongTask(lambda draw: " ".join(draw.choices(_DIGITS, k=_WORDS)), _paths, _are_paths),
+    "walks": LongTask(lambda draw: draw.choice(_DIGITS), _paths, _are_paths),
 }
 
 
 def build(tasks: Sequence[str], count: int, seed: int, path: Path) -> list[dict[str, Any]]:
     """Draws problems, shared evenly among the tasks, and writes them as JSONL of "prompt", "response" and "task".
+
+    The prompts of two seeds differ, but for those of walks, which has ten.
 
     Raises:
         ConfigError: an unknown task.
