@@ -39,20 +39,18 @@ def test_known_answers():
     assert is_right(one("copy", words), words)
     assert is_right(one("shift", f"2 {words}"), " ".join(["cdab"] * 13))
     assert is_right(one("sums", " ".join(["5571"] * 13)), " ".join(["5078"] * 13))
-    starts = " ".join("9" * 13)
-    assert is_right(one("walks", starts), " ".join(["0987"] * 12 + ["8909"]))
-    assert not is_right(one("walks", starts), " ".join(["0987"] * 12 + ["1210"]))
+    assert is_right(one("walks", "9"), " ".join(["0987"] * 12 + ["8909"]))
+    assert not is_right(one("walks", "9"), " ".join(["0987"] * 12 + ["1210"]))
 
 
 def test_seeds_share_no_prompt(tmp_path):
-    first, second = (
-        {
-            problem["prompt"]
-            for problem in build(tuple(TASKS), 400, seed, tmp_path / f"{seed}.jsonl")
-        }
+    """But for walks, which has ten."""
+    names = tuple(set(TASKS) - {"walks"})
+    prompts = [
+        {problem["prompt"] for problem in build(names, 400, seed, tmp_path / f"{seed}.jsonl")}
         for seed in (0, 1)
-    )
-    assert not first & second
+    ]
+    assert not prompts[0] & prompts[1]
 
 
 def test_an_unknown_task_is_refused(tmp_path):
