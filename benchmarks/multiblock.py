@@ -3,11 +3,11 @@
     python -m benchmarks.multiblock [--seeds 0 1 2] [--problems 300] [--block-sizes 4 16] [--out runs/multiblock_demo]
         [--add 0.1] [--activate 0.25 0.9] [--taus 0.9]
 
-A chain of recipes (configs/multiblock_demo) is trained: an autoregressive model from scratch, once, and for each seed more
-of the same as the baseline, its conversion to single blocks, and from that MultiTF, MultiTF with CAP, and D2F's
-distillation. A stage that is finished is not run again. Then each is decoded on the same held-out problems, whose answers have 64
-characters (demo/long_tasks.py), in batches and one at a time. Printed are means over seeds with their standard errors,
-and for each task its accuracy and tokens a forward. Several values of a threshold are all tried.
+A chain of recipes (configs/multiblock_demo) is trained: an autoregressive model from scratch, once, and for each seed
+more of the same as the baseline, its conversion to single blocks, and from that MultiTF, MultiTF with CAP, and D2F's
+distillation. A stage that is finished is not run again. Then each is decoded on the same held-out problems, whose
+answers have 64 characters (demo/long_tasks.py), in batches and one at a time. Printed are means over seeds with their
+standard errors, and for each task its accuracy and tokens a forward. Several values of a threshold are all tried.
 """
 
 import argparse

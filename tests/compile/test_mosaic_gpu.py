@@ -11,7 +11,7 @@ from tests.compilers import needs_compilers, run_python
 
 pytestmark = [needs_compilers, pytest.mark.slow]
 
-# Forward and backward of the hybrid layout, Q = K = 2L, blocks of 4.
+# Forward and backward of the hybrid layout, Q = K = 2L, groups of blocks of 4.
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -24,13 +24,15 @@ whole = jax.sharding.NamedSharding(mesh, jax.P())
 array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 q, k = (array((1, 2 * length, n, dim), jnp.bfloat16) for n in (heads, kv_heads))
 
-def gradients(q, k, v, d_out, segment_ids):
-    call = lambda q, k, v: attention(q, k, v, visibility.hybrid(segment_ids, 4))
+def gradients(q, k, v, d_out, segment_ids, group_start):
+    ranges = visibility.hybrid(segment_ids, 4, group_start=group_start)
+    call = lambda q, k, v: attention(q, k, v, ranges)
     out, pullback = jax.vjp(call, q, k, v)
     return out, pullback(d_out)
 
 with api.override("mosaic_gpu"):
-    compiled = jax.jit(gradients).lower(q, k, k, q, array((1, length), jnp.int32)).compile()
+    ids = array((1, length), jnp.int32)
+    compiled = jax.jit(gradients).lower(q, k, k, q, ids, ids).compile()
 print("RESULT", json.dumps({"temporaries": compiled.memory_analysis().temp_size_in_bytes}))
 """
 

@@ -25,15 +25,17 @@ heads, kv_heads, dim, dtype, sizes = json.loads(sys.argv[2])
 device = jax.sharding.SingleDeviceSharding(topology(sys.argv[1]).devices[0])
 shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
-def step(q, k, v, d_out, segment_ids):
-    ranges = visibility.hybrid(segment_ids, 4)
+# Groups of blocks: single blocks are those whose groups are one block long.
+def step(q, k, v, d_out, segment_ids, group_start):
+    ranges = visibility.hybrid(segment_ids, 4, group_start=group_start)
     out, pullback = jax.vjp(lambda q, k, v: attention(q, k, v, ranges), q, k, v)
     return out, pullback(d_out)
 
 def temporaries(length, batch):
     q, k = (shaped((batch, 2 * length, count, dim), dtype) for count in (heads, kv_heads))
     with api.override("mosaic_tpu"):
-        lowered = jax.jit(step).lower(q, k, k, q, shaped((batch, length), jnp.int32))
+        ids = shaped((batch, length), jnp.int32)
+        lowered = jax.jit(step).lower(q, k, k, q, ids, ids)
     assert lowered.as_text().count("tpu_custom_call") == 3
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
