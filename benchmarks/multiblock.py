@@ -1,7 +1,7 @@
 """Several blocks at once on small models: accuracy, tokens per forward and tokens a second, with what training adds.
 
     python -m benchmarks.multiblock [--seeds 0 1 2] [--problems 300] [--block-sizes 4 16] [--out runs/multiblock_demo]
-        [--add 0.1] [--activate 0.25 0.9] [--taus 0.9]
+        [--add 0.1] [--activate 0.25 0.9] [--taus 0.9] [--stages single multitf multitf_cap d2f]
 
 A chain of recipes (configs/multiblock_demo) is trained: an autoregressive model from scratch, once, and for each seed
 more of the same as the baseline, its conversion to single blocks, and from that MultiTF, MultiTF with CAP, and D2F's
@@ -101,10 +101,12 @@ def stage(name: str, block_size: int | None, seed: int, out: Path, quick: bool) 
     return dataclasses.replace(config, model=model, data=data, **changes)
 
 
-def train_chain(seed: int, sizes: Sequence[int], out: Path, quick: bool) -> None:
+def train_chain(
+    seed: int, sizes: Sequence[int], stages: Sequence[str], out: Path, quick: bool
+) -> None:
     """Trains what of a seed's chain is not there yet; the first stage is that of seed 0 for all."""
     todo: list[tuple[str, int | None, int]] = [("pretrain", None, 0), ("ar", None, seed)]
-    todo += [(name, size, seed) for size in sizes for name in STAGES]
+    todo += [(name, size, seed) for size in sizes for name in stages]
     for name, size, of_seed in todo:
         started = time.perf_counter()
         outcome = run(stage(name, size, of_seed, out, quick))
@@ -159,7 +161,7 @@ def rows_of(seed: int, problems: list[dict], args: argparse.Namespace) -> Iterat
     for size in args.block_sizes:
         add, activate = THRESHOLDS[size]
         thresholds = args.add or [add], args.activate or [activate]
-        todo += [(size, way) for way in ways(args.taus, *thresholds)]
+        todo += [(size, way) for way in ways(args.taus, *thresholds) if way.stage in args.stages]
     for size, way in todo:
         model = load_pretrained(args.out / f"seed{seed}" / folder(way.stage, size) / "model")
         found = measured(way, model, problems, tokenizer, args.alone)
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("--taus", nargs="+", type=float, default=[0.9], help="tau_conf")
     parser.add_argument("--add", nargs="+", type=float, help="tau_add; the published if left out")
     parser.add_argument("--activate", nargs="+", type=float, help="tau_act; likewise")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="not all")
     parser.add_argument("--out", type=Path, default=HOME)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
@@ -229,7 +232,7 @@ def main() -> None:
     problems = build(tuple(TASKS), args.problems, 1, args.out / "data" / "test.jsonl")
     rows = []
     for seed in args.seeds:
-        train_chain(seed, args.block_sizes, args.out, args.quick)
+        train_chain(seed, args.block_sizes, args.stages, args.out, args.quick)
         rows += rows_of(seed, problems, args)
         (args.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))
