@@ -43,6 +43,7 @@ for ar, objective, block in (("", BD, 4), ("ar_", AR, None)):
 for block in BLOCKS:
     TABLE[f"study3/8b_block{block}"] = ("4B", 4096, BD, block, "study2/8b_cpt")
 
+MANY_BLOCKS = sorted(f"multiblock/{path.stem}" for path in CONFIGS.glob("multiblock/*.yaml"))
 UNITS = {"T": 10**12, "B": 10**9}
 CHIPS = {"v5e": 2, "v6e": 2, "v5p": 3, "h200": 2}  # and how many numbers their topologies have
 
@@ -165,7 +166,7 @@ def test_documented_topologies():
     named = set(re.findall(r"\b(?:v5e|v5p|v6e|h200):[\dx]+", page))
     assert named == {
         match
-        for recipe in RECIPES
+        for recipe in [*RECIPES, *MANY_BLOCKS]
         for match in re.findall(r"^# plan: (\S+)$", text(recipe), re.MULTILINE)
     }
     assert {recipe.split("/")[0] for recipe in RECIPES} == set(re.findall(r"`(study\d)/", page))
