@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def check_run(
-    config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: Paradigm | None
+    config: TrainConfig, model: ModelConfig, mesh: Mesh, teacher: Paradigm | None = None
 ) -> None:
     """Raises ConfigError where `mesh` does not divide what a step of this run computes, or noisy_length is no use.
 
