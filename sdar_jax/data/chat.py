@@ -1,9 +1,8 @@
 """Conversations: rendered by the tokenizer's own template, with the assistant's turns found exactly.
 
-A turn is never looked for in the text, since a message may hold any text. Where a template marks generation itself
-({% generation %}), its marks are used. Else the response of turn i starts where the prompt of inference ends, that is
-render(messages[:i], add_generation_prompt=True), and its end is seen by rendering again with one character, which is
-nowhere in the conversation, put at the end of the assistant's message.
+A turn is never looked for in the text, since a message may hold any text. A template's own marks ({% generation %}) are
+used. Else the response of turn i starts where the prompt of inference ends, render(messages[:i], add_generation_prompt=
+True), and its end is seen by rendering again with one character, found nowhere else, behind the assistant's message.
 """
 
 import contextlib
